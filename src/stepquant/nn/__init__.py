@@ -1,0 +1,1 @@
+"""Quantized layers, activation tables, and the clock that tells them the denoising step."""

@@ -1,0 +1,133 @@
+"""Attention with quantized operands, as a processor for the `Attention` of diffusers.
+
+    scores = Q(query) Q(key)^T / sqrt(d);   output = Q(softmax(scores)) Q(value)
+
+The flow around that (norms, projections, reshapes, residual) is the same while calibrating and when deployed;
+subclasses only say what happens to the four operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.nn.clock import StepClock
+from stepquant.nn.tables import ActivationTable, QuantizedAttention
+from stepquant.numerics.affine import fake_quantize
+
+OPERANDS = ("query", "key", "value", "probability")
+
+
+class AttentionProcessor(nn.Module):
+    """Base: full-precision attention; `operand` is the place to quantize.
+
+    hidden_states: float [B, N, C] or [B, C, H, W]; encoder_hidden_states: float [B, M, D] or None for self-attention;
+    attention_mask: additive, broadcastable to [B, heads, N, M].
+    """
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        """Quantize operand `name` of `OPERANDS`; x: [B, heads, N, d], or [B, heads, N, M] for the probabilities."""
+        return x
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_unused: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        batch, length = context.shape[:2]
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        mixed = self.attend(query, key, value, attention_mask)
+        hidden_states = mixed.transpose(1, 2).flatten(2)
+        for module in attn.to_out:
+            hidden_states = module(hidden_states)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Scaled dot-product attention on quantized operands; all [B, heads, N, d]."""
+        query, key = self.operand("query", query), self.operand("key", key)
+        scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5)
+        if mask is not None:
+            scores = scores + mask
+        probability = torch.softmax(scores, dim=-1)
+        return self.operand("probability", probability) @ self.operand("value", value)
+
+
+class QuantizedAttentionProcessor(AttentionProcessor):
+    """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1]."""
+
+    def __init__(self, bits: dict[str, int], rows: dict[str, int], clock: StepClock) -> None:
+        super().__init__()
+        self.bits, self.clock = dict(bits), clock
+        for name in bits:
+            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
+            self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
+
+    @classmethod
+    def of(cls, attention: QuantizedAttention, clock: StepClock) -> QuantizedAttentionProcessor:
+        tables = {name: table for name in OPERANDS if (table := getattr(attention, name)) is not None}
+        processor = cls(
+            {name: table.bits for name, table in tables.items()},
+            {name: table.scale.shape[0] for name, table in tables.items()},
+            clock,
+        )
+        for name, table in tables.items():
+            setattr(processor, f"{name}_scale", table.scale.clone())
+            setattr(processor, f"{name}_zero_point", table.zero_point.clone())
+        return processor
+
+    def table(self, name: str) -> ActivationTable:
+        """The grid of operand `name`, one of `bits`."""
+        return ActivationTable(getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point"), self.bits[name])
+
+    def attention(self) -> QuantizedAttention:
+        """All four grids, checked; raises `StepquantError` on damage."""
+        tables = {name: self.table(name) if name in self.bits else None for name in OPERANDS}
+        for table in tables.values():
+            if table is not None:
+                table.check()
+        return QuantizedAttention(**tables)
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.bits:
+            return x
+        table = self.table(name)
+        scale, zero_point = table.at(self.clock.row)
+        if scale.dim() == 2:
+            scale, zero_point = (per_sample(values, x) for values in (scale, zero_point))
+        return fake_quantize(x.float(), scale, zero_point, table.bits).to(x.dtype)
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """[B, 1] -> [B', 1, ...] to broadcast against x [B', ...], where B' is a multiple of B (samples stay together)."""
+    values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
+    return values.reshape(-1, *(1,) * (x.dim() - 1))

@@ -1,0 +1,48 @@
+"""The step clock: tells every activation quantizer of one model which denoising step it is."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StepClock:
+    """Maps the timestep of the current forward pass to a row of the activation tables.
+
+    One clock belongs to one model. `attach` hooks the denoiser, so that no sampler has to be changed; the mapping is
+    to the nearest calibrated timestep, so a sampler may take other steps than calibration did.
+
+    Attributes:
+        timesteps: float32 [R], ascending: the timestep of each table row. R = 1 for a model of static tables only.
+        row: int64 [] when all samples of the batch share a step, else int64 [B]. Valid during a forward pass.
+    """
+
+    def __init__(self, timesteps: Tensor | None = None) -> None:
+        grid = torch.zeros(1) if timesteps is None else timesteps.detach().float().cpu()
+        if grid.dim() != 1 or grid.numel() == 0 or not bool(torch.isfinite(grid).all()):
+            raise ValueError(f"timesteps must be finite and of shape [R], R > 0, not {list(grid.shape)}")
+        if bool((grid.diff() <= 0).any()):
+            raise ValueError("timesteps must be strictly ascending")
+        self.timesteps = grid
+        self._boundaries = (grid[1:] + grid[:-1]) / 2
+        self.row = torch.zeros((), dtype=torch.long)
+
+    def set(self, timestep: Tensor | float | int) -> None:
+        """Set the time: a number or a tensor [] or [B], in the units of the scheduler's timesteps."""
+        time = torch.as_tensor(timestep).detach().float().cpu()
+        if time.dim() == 1 and bool((time == time[0]).all()):
+            time = time[0]
+        self.row = torch.bucketize(time, self._boundaries)
+
+    def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""
+        parameters = list(inspect.signature(denoiser.forward).parameters)
+        position = parameters.index("timestep")
+
+        def read(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.set(kwargs["timestep"] if "timestep" in kwargs else args[position])
+
+        return denoiser.register_forward_pre_hook(read, with_kwargs=True)

@@ -1,0 +1,154 @@
+"""Turn a full-precision denoiser into a quantized one: swap its layers for quantized layers, empty or filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.clock import StepClock
+from stepquant.nn.layers import (
+    MOST_ROWS,
+    Bits,
+    LayerFormat,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedModule,
+    can_quantize,
+)
+from stepquant.nn.tables import QuantizedAttention, QuantizedLayer
+
+
+class OperandFormat(BaseModel):
+    """Bits and table rows of one operand of an attention."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bits: Bits
+    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+
+
+class Structure(BaseModel):
+    """The shape of a quantized denoiser, as its configuration holds it; `install_empty` rebuilds the layers from it.
+
+    Attributes:
+        timesteps: what the rows of per-step tables stand for, strictly ascending.
+        layers: module name -> format.
+        attentions: name of an `Attention` -> operand ("query", "key", "value", "probability") -> format.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timesteps: Annotated[list[FiniteFloat], Field(min_length=1, max_length=MOST_ROWS)]
+    layers: dict[str, LayerFormat]
+    attentions: dict[str, dict[str, OperandFormat]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Structure:
+        if any(later <= earlier for earlier, later in pairwise(self.timesteps)):
+            raise ValueError("timesteps must be strictly ascending")
+        for name, operands in self.attentions.items():
+            if not set(operands) <= set(OPERANDS):
+                raise ValueError(f"operands of {name} must be among {', '.join(OPERANDS)}")
+        return self
+
+    @classmethod
+    def parse(cls, structure: Structure | dict[str, Any]) -> Structure:
+        """Raises `StepquantError` where `structure` is not of this shape."""
+        try:
+            return cls.model_validate(structure)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise StepquantError(
+                f"quantization structure: {where}: {first['msg']}: the checkpoint is damaged, quantize the model again."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Everything that calibration found out about one denoiser.
+
+    Attributes:
+        timesteps: float32 [R], ascending: what the rows of per-step tables stand for ([1] when all are static).
+        layers: module name -> integers and tables.
+        attentions: name of an `Attention` -> tables of its operands.
+    """
+
+    timesteps: Tensor
+    layers: dict[str, QuantizedLayer]
+    attentions: dict[str, QuantizedAttention] = field(default_factory=dict)
+
+    def structure(self) -> dict[str, Any]:
+        """JSON-able `Structure` of this quantization."""
+        attentions = {
+            name: {
+                operand: OperandFormat(bits=table.bits, rows=table.scale.shape[0])
+                for operand in OPERANDS
+                if (table := getattr(attention, operand)) is not None
+            }
+            for name, attention in self.attentions.items()
+        }
+        layers = {name: LayerFormat.of(layer) for name, layer in self.layers.items()}
+        structure = Structure(timesteps=self.timesteps.tolist(), layers=layers, attentions=attentions)
+        return structure.model_dump(mode="json")
+
+
+def install(model: nn.Module, quantization: Quantization) -> StepClock:
+    """Replace the layers of `model` (a full-precision denoiser, changed in place) by filled quantized ones.
+
+    Kernels are not installed yet: call ``stepquant.runtime.prepare``. Returns the model's clock, attached.
+    """
+    clock = install_empty(model, quantization.structure())
+    for name, layer in quantization.layers.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, QuantizedModule)
+        module.fill(layer)
+    for name, attention in quantization.attentions.items():
+        _submodule(model, name).set_processor(QuantizedAttentionProcessor.of(attention, clock))
+    return clock
+
+
+def install_empty(model: nn.Module, structure: Structure | dict[str, Any]) -> StepClock:
+    """Replace the layers named by `structure` with empty quantized ones, to be filled from a state dict.
+
+    Raises:
+        StepquantError: if `structure` is malformed, or names a layer that `model` does not have or of another kind.
+    """
+    structure = Structure.parse(structure)
+    clock = StepClock(torch.tensor(structure.timesteps, dtype=torch.float32))
+    for name, layer_format in structure.layers.items():
+        module = _submodule(model, name)
+        quantized: QuantizedModule
+        if isinstance(module, nn.Linear):
+            quantized = QuantizedLinear.like(module, layer_format, clock)
+        elif isinstance(module, nn.Conv2d) and can_quantize(module):
+            quantized = QuantizedConv2d.like(module, layer_format, clock)
+        else:
+            raise StepquantError(f"layer {name!r} is a {type(module).__name__}, expected a linear or a convolution.")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized)
+    for name, operands in structure.attentions.items():
+        bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
+        rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
+        _submodule(model, name).set_processor(QuantizedAttentionProcessor(bits, rows, clock))
+    clock.attach(model)
+    return clock
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """All quantized linears and convolutions of `model`, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+
+def _submodule(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise StepquantError(f"the model has no layer {name!r}: the checkpoint belongs to another model.") from None

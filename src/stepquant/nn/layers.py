@@ -1,0 +1,194 @@
+"""Quantized layers as they ship: packed integers and tables in the state dict, executed by a runtime's kernel.
+
+The buffers below are the checkpoint's tensors under the usual names (``unet.conv_in.weight_packed``, ...). What their
+shapes and bits are is a `LayerFormat`, kept in the model's configuration; so an empty layer can be built first and
+filled from a file later. A runtime (``stepquant.runtime``) reads `QuantizedModule.layer` and installs `kernel`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+from stepquant.nn.clock import StepClock
+from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
+from stepquant.numerics.packing import pack, packed_bytes, unpack
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+MOST_ROWS = 100_000
+"""No schedule has more timesteps; a checkpoint that claims more is damaged."""
+
+
+class LayerFormat(BaseModel):
+    """Shape of a layer's quantized tensors, as JSON holds it.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        weight_groups: sizes of the input-channel groups with a weight scale of their own.
+        activation_bits: 2 to 8, or None where the activation stays floating point.
+        activation_groups: sizes of the channel groups with an activation scale of their own; () means one.
+        activation_rows: rows of the activation table, 1 for a static grid.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    weight_bits: Bits
+    weight_groups: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)]
+    activation_bits: Bits | None = None
+    activation_groups: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    activation_rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer) -> LayerFormat:
+        weight, activation = layer.weight, layer.activation
+        if activation is None:
+            return cls(weight_bits=weight.bits, weight_groups=weight.group_sizes)
+        return cls(
+            weight_bits=weight.bits,
+            weight_groups=weight.group_sizes,
+            activation_bits=activation.bits,
+            activation_groups=activation.group_sizes,
+            activation_rows=activation.scale.shape[0],
+        )
+
+
+class Kernel(nn.Module):
+    """Executes one layer: ``forward(x, row) -> y``. x is float [B, ...]; row is the clock's, int64 [] or [B]."""
+
+
+class QuantizedModule(nn.Module):
+    """What a quantized linear and convolution share: the stored tensors and the installed kernel.
+
+    Buffers:
+        weight_packed: uint8, the weight's codes as `numerics.packing.pack` lays them out.
+        weight_scale: float32 [G, out]; weight_zero_point: uint8 [G, out].
+        bias: float32 [out], or None.
+        input_scale: float32 [R, S]; input_zero_point: uint8 [R, S]; absent when the activation is not quantized.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, weight_shape: tuple[int, ...], bias: bool, layer_format: LayerFormat, clock: StepClock) -> None:
+        super().__init__()
+        self.weight_shape = tuple(weight_shape)
+        self.layer_format = layer_format
+        self.clock = clock
+        self.kernel: Kernel | None = None
+        groups, out = len(layer_format.weight_groups), weight_shape[0]
+        stored = packed_bytes(math.prod(weight_shape), layer_format.weight_bits)
+        self.register_buffer("weight_packed", torch.zeros(stored, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(groups, out))
+        self.register_buffer("weight_zero_point", torch.zeros(groups, out, dtype=torch.uint8))
+        self.register_buffer("bias", torch.zeros(out) if bias else None)
+        if layer_format.activation_bits is not None:
+            table = (layer_format.activation_rows, max(1, len(layer_format.activation_groups)))
+            self.register_buffer("input_scale", torch.ones(table))
+            self.register_buffer("input_zero_point", torch.zeros(table, dtype=torch.uint8))
+
+    def fill(self, layer: QuantizedLayer) -> None:
+        """Copy the tensors of `layer`, whose format must be this module's."""
+        self.weight_packed = pack(layer.weight.codes, layer.weight.bits)
+        self.weight_scale = layer.weight.scale.clone()
+        self.weight_zero_point = layer.weight.zero_point.clone()
+        self.bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        if layer.activation is not None:
+            self.input_scale = layer.activation.scale.clone()
+            self.input_zero_point = layer.activation.zero_point.clone()
+
+    def layer(self) -> QuantizedLayer:
+        """The layer's integers and tables, unpacked and checked; raises `StepquantError` on damage."""
+        layer_format = self.layer_format
+        codes = unpack(self.weight_packed, self.weight_shape, layer_format.weight_bits)
+        weight = QuantizedWeight(
+            codes, self.weight_scale, self.weight_zero_point, layer_format.weight_bits, layer_format.weight_groups
+        )
+        weight.check()
+        if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
+            raise StepquantError("a bias is not finite: the checkpoint is damaged, quantize the model again.")
+        activation = None
+        if layer_format.activation_bits is not None:
+            activation = ActivationTable(
+                self.input_scale, self.input_zero_point, layer_format.activation_bits, layer_format.activation_groups
+            )
+            activation.check()
+        return QuantizedLayer(weight, self.bias, activation)
+
+    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        if self.kernel is None:
+            raise RuntimeError("no kernel installed: call stepquant.runtime.prepare(model) first")
+        return self.kernel(x, self.clock.row)
+
+
+class QuantizedLinear(QuantizedModule):
+    """Linear in integers; x: float [B, ..., in] -> float [B, ..., out]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, layer_format: LayerFormat, clock: StepClock
+    ) -> None:
+        super().__init__((out_features, in_features), bias, layer_format, clock)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def like(cls, module: nn.Linear, layer_format: LayerFormat, clock: StepClock) -> QuantizedLinear:
+        return cls(module.in_features, module.out_features, module.bias is not None, layer_format, clock)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.layer_format}"
+
+
+class QuantizedConv2d(QuantizedModule):
+    """Convolution in integers with zero padding; x: float [B, in, H, W] -> float [B, out, H', W']."""
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        layer_format: LayerFormat,
+        clock: StepClock,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__(weight_shape, bias, layer_format, clock)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.in_channels, self.out_channels = weight_shape[1] * groups, weight_shape[0]
+
+    @classmethod
+    def like(cls, module: nn.Conv2d, layer_format: LayerFormat, clock: StepClock) -> QuantizedConv2d:
+        return cls(
+            tuple(module.weight.shape),
+            module.bias is not None,
+            layer_format,
+            clock,
+            stride=_pair(module.stride),
+            padding=_pair(module.padding),
+            dilation=_pair(module.dilation),
+            groups=module.groups,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, {self.layer_format}"
+
+
+def can_quantize(module: nn.Module) -> bool:
+    """Whether `module` is a layer this package quantizes: a linear, or a 2-d convolution padded with zeros."""
+    if isinstance(module, nn.Linear):
+        return True
+    return isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(first), int(second)

@@ -1,0 +1,234 @@
+"""Quantizers that observe, search their range, learn, and settle: what a layer under calibration is made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.nn.attention import per_sample
+from stepquant.nn.clock import StepClock
+from stepquant.nn.tables import ActivationTable, expand_groups
+from stepquant.numerics.affine import affine_from_range, largest_code
+from stepquant.numerics.ranges import RangeMethod, find_range
+from stepquant.numerics.rounding import (
+    inverse_rectified_sigmoid,
+    learned_quantize,
+    rectified_sigmoid,
+    rounding_regularizer,
+)
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes one activation with a table of scales, static or one row a step.
+
+    Starts out passing values through; with `observing` it records them; `set_range` gives it a grid and switches it on.
+
+    Args:
+        bits: 2 to 8.
+        clock: the model's clock; asked for the table row.
+        channel_dim: dimension of x that `group_sizes` divides.
+        group_sizes: sizes of channel groups with a scale of their own; () for one scale.
+        rows: rows of the table: 1, or the number of the clock's timesteps.
+        unsigned: x is known to be in [0, 1] (attention probabilities): zero point 0.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    OBSERVED_VALUES = 1 << 12
+    """Values kept of each observed batch, row and group for the range search, next to the true min and max."""
+    SEARCHED_VALUES = 1 << 16
+    """Values the search looks at, of all that were kept."""
+
+    def __init__(
+        self,
+        bits: int,
+        clock: StepClock,
+        channel_dim: int = -1,
+        group_sizes: tuple[int, ...] = (),
+        rows: int = 1,
+        unsigned: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bits, self.clock, self.channel_dim = bits, clock, channel_dim
+        self.group_sizes, self.rows, self.unsigned = group_sizes, rows, unsigned
+        self.enabled = False
+        self.observing = False
+        self.drop_probability = 0.0
+        shape = (rows, max(1, len(group_sizes)))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.log_gain: nn.Parameter | None = None
+        self._samples: list[tuple[int, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self._observe(x)
+        if not self.enabled:
+            return x
+        scale, zero_point = self._grid(x)
+        quantized = learned_quantize(x, scale, zero_point, self.bits)
+        if self.drop_probability > 0 and torch.is_grad_enabled():
+            # QDrop (arXiv 2203.05740): element by element, keep the full-precision value with this probability.
+            return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
+        return quantized
+
+    def current_scale(self) -> Tensor:
+        """float32 [R, S]. While learning, the start times ``exp(log_gain)``: steps are relative to the scale's size."""
+        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+
+    def learn(self) -> nn.Parameter:
+        """Make the scale learnable and return its parameter, the logarithm of a gain on the present scale."""
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        return self.log_gain
+
+    def settle(self) -> None:
+        """Stop learning: keep the scale reached."""
+        self.scale = self.current_scale().detach()
+        self.log_gain = None
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.clock.row if self.rows > 1 else torch.zeros((), dtype=torch.long)
+        values = (self.current_scale()[row], self.zero_point[row])
+        scale, zero_point = (self._broadcast(value, x) for value in values)
+        return scale, zero_point
+
+    def _broadcast(self, value: Tensor, x: Tensor) -> Tensor:
+        if len(self.group_sizes) > 1:
+            value = value.repeat_interleave(torch.tensor(self.group_sizes, device=value.device), dim=-1)
+            shape = [1] * x.dim()
+            shape[self.channel_dim] = value.shape[-1]
+            if value.dim() == 2:
+                shape[0] = value.shape[0]
+            return value.reshape(shape)
+        return per_sample(value, x) if value.dim() == 2 else value.reshape((1,) * x.dim())
+
+    def _observe(self, x: Tensor) -> None:
+        groups = x.movedim(self.channel_dim, 1).split(self.group_sizes or (x.shape[self.channel_dim],), dim=1)
+        samples = [group.reshape(x.shape[0], -1) for group in groups]
+        if self.rows == 1:
+            samples = [sample.reshape(1, -1) for sample in samples]
+            rows = torch.zeros(1, dtype=torch.long)
+        else:
+            rows = self.clock.row.expand(x.shape[0]) if self.clock.row.dim() == 0 else self.clock.row
+            rows = rows.repeat_interleave(x.shape[0] // rows.shape[0])
+        for index, row in enumerate(rows.tolist()):
+            self._samples.append(
+                (row, torch.stack([_thin(sample[index].detach(), self.OBSERVED_VALUES) for sample in samples]))
+            )
+
+    def set_range(self, method: RangeMethod) -> None:
+        """Search the range of what was observed, row by row, switch the quantizer on and forget the observations.
+
+        A table row that no sample fell on takes the grid of the nearest row that has one.
+        """
+        seen: dict[int, list[Tensor]] = {}
+        for row, kept in self._samples:
+            seen.setdefault(row, []).append(kept)
+        if not seen:
+            raise RuntimeError("set_range: nothing was observed")
+        scale, zero_point = torch.empty_like(self.scale), torch.empty_like(self.zero_point)
+        for row, parts in seen.items():
+            values = torch.cat(parts, dim=1).float()
+            low, high = values.aminmax(dim=1)
+            if self.unsigned:
+                low = torch.zeros_like(low)
+            stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
+            low, high = find_range(values[:, ::stride], self.bits, method, low=low, high=high)
+            scale[row], zero_point[row] = affine_from_range(low, high, self.bits)
+        filled = sorted(seen)
+        for row in range(self.rows):
+            nearest = min(filled, key=lambda other: abs(other - row))
+            scale[row], zero_point[row] = scale[nearest], zero_point[nearest]
+        self.scale, self.zero_point = scale, zero_point
+        self.enabled, self.observing = True, False
+        self._samples.clear()
+
+    def table(self) -> ActivationTable:
+        """The learned grid as it ships."""
+        return ActivationTable(
+            self.current_scale().detach().float().cpu().clone(),
+            self.zero_point.to(torch.uint8).cpu().clone(),
+            self.bits,
+            self.group_sizes if len(self.group_sizes) > 1 else (),
+        )
+
+
+class WeightQuantizer(nn.Module):
+    """Quantizes a weight per output channel (and input group), to the nearest code or by AdaRound.
+
+    Args:
+        weight: float [out, in, *kernel], the full-precision weight.
+        bits: 2 to 8; the grid is symmetric at 8 bits and affine below (see `QuantizedWeight`).
+        group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
+        method: how the range is found.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, group_sizes: tuple[int, ...], method: RangeMethod) -> None:
+        super().__init__()
+        self.bits, self.group_sizes = bits, group_sizes
+        self.rounding: nn.Parameter | None = None
+        scales, zero_points = [], []
+        for group in weight.detach().float().split(group_sizes, dim=1):
+            values = group.flatten(1)
+            low, high = find_range(values, bits, method, symmetric=bits == 8)
+            scale, zero_point = affine_from_range(low, high, bits, symmetric=bits == 8)
+            scales.append(scale)
+            zero_points.append(zero_point)
+        self.register_buffer("scale", torch.stack(scales))
+        self.register_buffer("zero_point", torch.stack(zero_points))
+        self.decided: Tensor | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        top = largest_code(self.bits)
+        if self.rounding is not None:
+            floor = torch.floor(weight.detach() / scale) + zero_point
+            return ((floor + rectified_sigmoid(self.rounding)).clamp(0, top) - zero_point) * scale
+        if self.decided is not None:
+            return (self.decided.to(scale.dtype) - zero_point) * scale
+        return learned_quantize(weight, scale, zero_point, self.bits)
+
+    def learn(self, weight: Tensor) -> nn.Parameter:
+        """Start AdaRound: one variable a weight, initialised so that the soft code is the unrounded one."""
+        steps = weight.detach() / self._like(self.scale, weight)
+        self.rounding = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
+        return self.rounding
+
+    def regularizer(self, beta: float) -> Tensor:
+        """AdaRound's regulariser of the variables that `learn` returned."""
+        assert self.rounding is not None
+        return rounding_regularizer(self.rounding, beta)
+
+    def settle(self, weight: Tensor) -> None:
+        """Stop learning: every weight takes the code its variable leans to (up where v >= 0)."""
+        if self.rounding is not None:
+            self.decided = self.codes(weight)
+            self.rounding = None
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """uint8 codes, hard-rounded."""
+        if self.rounding is None and self.decided is not None:
+            return self.decided
+        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        if self.rounding is not None:
+            steps = torch.floor(weight / scale) + (self.rounding >= 0)
+        else:
+            steps = torch.round(weight * scale.reciprocal())
+        return (steps + zero_point).clamp(0, largest_code(self.bits)).to(torch.uint8)
+
+    def _like(self, values: Tensor, weight: Tensor) -> Tensor:
+        expanded = expand_groups(values, self.group_sizes).t()
+        return expanded.reshape(expanded.shape + (1,) * (weight.dim() - 2))
+
+
+def _thin(values: Tensor, count: int) -> Tensor:
+    """`count` values spread evenly over a 1-d tensor, and its min and max: [count + 2]."""
+    index = torch.linspace(0, values.numel() - 1, count).long()
+    return torch.cat([values[index], values.amin()[None], values.amax()[None]])

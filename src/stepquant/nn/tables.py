@@ -1,0 +1,135 @@
+"""What leaves calibration: integer weights and scale tables. Simulation and kernels read the same objects.
+
+Input channels may be divided into consecutive groups that have a scale of their own: the two halves behind a skip
+concatenation, or groups of a fixed size. `group_sizes` lists their sizes; one group is the usual case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepquantError
+from stepquant.numerics.affine import largest_code
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer weight of a linear or convolution: ``w[o, i] ~ (codes[o, i] - zero_point[g, o]) * scale[g, o]``.
+
+    Attributes:
+        codes: uint8 [out, in, *kernel], each below 2^bits.
+        scale: float32 [G, out], finite and positive.
+        zero_point: uint8 [G, out]; 128 throughout at 8 bits. So ``codes - zero_point`` always fits int8, and integer
+            kernels need no zero point for weights.
+        bits: 2 to 8.
+        group_sizes: G sizes of consecutive groups of input channels, summing to `in`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_sizes: tuple[int, ...]
+
+    def check(self) -> None:
+        """Raise `StepquantError` unless the invariants above hold."""
+        groups, out = len(self.group_sizes), self.codes.shape[0]
+        _check_scale("weight", self.scale, (groups, out))
+        _check_codes("weight zero points", self.zero_point, self.bits)
+        _check_codes("weight codes", self.codes, self.bits)
+        if self.zero_point.shape != self.scale.shape or sum(self.group_sizes) != self.codes.shape[1]:
+            raise StepquantError(_damaged("weight groups do not add up"))
+        if self.bits == 8 and bool((self.zero_point != 128).any()):
+            raise StepquantError(_damaged("8-bit weights must have zero point 128"))
+
+    def integers(self) -> Tensor:
+        """``codes - zero_point`` as int8 [out, in, *kernel]."""
+        zero_point = expand_groups(self.zero_point.short(), self.group_sizes).t()
+        zero_point = zero_point.reshape(zero_point.shape + (1,) * (self.codes.dim() - 2))
+        return (self.codes.short() - zero_point).to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in, *kernel]."""
+        scale = expand_groups(self.scale, self.group_sizes).t()
+        return self.integers() * scale.reshape(scale.shape + (1,) * (self.codes.dim() - 2))
+
+
+@dataclass(frozen=True)
+class ActivationTable:
+    """Grid of one activation at every step: ``x ~ (code - zero_point[r, s]) * scale[r, s]`` at table row r, group s.
+
+    Attributes:
+        scale: float32 [R, S], finite and positive; R is 1 (static) or the length of the clock's timesteps.
+        zero_point: uint8 [R, S], below 2^bits.
+        bits: 2 to 8; codes are unsigned.
+        group_sizes: S sizes of consecutive groups of channels; empty for one group whatever the channels are.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_sizes: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raise `StepquantError` unless the invariants above hold."""
+        if self.scale.dim() != 2 or self.scale.shape[0] == 0:
+            raise StepquantError(_damaged(f"an activation table has shape {list(self.scale.shape)}"))
+        _check_scale("activation", self.scale, (self.scale.shape[0], max(1, len(self.group_sizes))))
+        _check_codes("activation zero points", self.zero_point, self.bits)
+        if self.zero_point.shape != self.scale.shape:
+            raise StepquantError(_damaged("activation scales and zero points differ in shape"))
+
+    def at(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point at the clock's row: float32 [S] and uint8 [S], or [B, S] for a row of shape [B]."""
+        if self.scale.shape[0] == 1:
+            return self.scale[0], self.zero_point[0]
+        return self.scale[row], self.zero_point[row]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A linear or convolution in integers; ``activation`` is None where only the weight is quantized."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    activation: ActivationTable | None
+
+
+@dataclass(frozen=True)
+class QuantizedAttention:
+    """Grids of an attention's operands: query, key, value and probabilities; None where one stays floating point."""
+
+    query: ActivationTable | None
+    key: ActivationTable | None
+    value: ActivationTable | None
+    probability: ActivationTable | None
+
+
+def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
+    """Repeat per-group values along their last-but-one (weights, [G, out]) axis to one an input channel: [in, out]."""
+    if len(group_sizes) == 1:
+        return values.expand(group_sizes[0], *values.shape[1:])
+    return values.repeat_interleave(torch.tensor(group_sizes), dim=0)
+
+
+def _check_scale(what: str, scale: Tensor, shape: tuple[int, int]) -> None:
+    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
+        raise StepquantError(
+            _damaged(f"{what} scales are {scale.dtype} {list(scale.shape)}, not float32 {list(shape)}")
+        )
+    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+        raise StepquantError(_damaged(f"a scale of the {what} is not a positive number"))
+
+
+def _check_codes(what: str, codes: Tensor, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise StepquantError(_damaged(f"{what} have {bits} bits"))
+    if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) > largest_code(bits)):
+        raise StepquantError(_damaged(f"{what} exceed {bits} bits"))
+
+
+def _damaged(what: str) -> str:
+    return f"{what}: the checkpoint is damaged, quantize the model again."

@@ -1,0 +1,114 @@
+"""Layers under calibration: a full-precision layer, and the quantizers on its weight and its input.
+
+`TrainableLayer.freeze` and `TrainableAttention.freeze` turn what was learned into tables. All quantization here is
+simulated in floating point.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.nn.attention import OPERANDS, AttentionProcessor
+from stepquant.nn.clock import StepClock
+from stepquant.nn.layers import can_quantize
+from stepquant.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from stepquant.nn.tables import QuantizedAttention, QuantizedLayer, QuantizedWeight
+from stepquant.numerics.ranges import RangeMethod
+
+
+class TrainableLayer(nn.Module):
+    """A linear or convolution under calibration: ``y = layer(activation(x); weight(W))``.
+
+    `quantizing` off makes it the full-precision layer again.
+    """
+
+    def __init__(
+        self, inner: nn.Linear | nn.Conv2d, weight: WeightQuantizer, activation: ActivationQuantizer | None
+    ) -> None:
+        super().__init__()
+        self.inner, self.weight_quantizer, self.activation_quantizer = inner, weight, activation
+        self.quantizing = True
+
+    def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        if not self.quantizing:
+            return self.inner(x)
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        weight = self.weight_quantizer(self.inner.weight)
+        if isinstance(self.inner, nn.Linear):
+            return F.linear(x, weight, self.inner.bias)
+        conv = self.inner
+        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def freeze(self) -> QuantizedLayer:
+        """What calibration found, as it ships."""
+        weight = self.weight_quantizer
+        quantized = QuantizedWeight(
+            weight.codes(self.inner.weight).cpu().clone(),
+            weight.scale.float().cpu().clone(),
+            weight.zero_point.to(torch.uint8).cpu().clone(),
+            weight.bits,
+            weight.group_sizes,
+        )
+        bias = None if self.inner.bias is None else self.inner.bias.detach().float().cpu().clone()
+        activation = None if self.activation_quantizer is None else self.activation_quantizer.table()
+        return QuantizedLayer(quantized, bias, activation)
+
+
+class TrainableAttention(AttentionProcessor):
+    """Attention under calibration; `quantizers` holds one for each operand that is quantized."""
+
+    def __init__(self, quantizers: dict[str, ActivationQuantizer]) -> None:
+        super().__init__()
+        self.quantizers = nn.ModuleDict(quantizers)
+        self.quantizing = True
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        return self.quantizers[name](x) if self.quantizing and name in self.quantizers else x
+
+    def freeze(self) -> QuantizedAttention:
+        """What calibration found, as it ships."""
+        tables = dict.fromkeys(OPERANDS, None) | {
+            name: quantizer.table()
+            for name, quantizer in self.quantizers.items()
+            if isinstance(quantizer, ActivationQuantizer)
+        }
+        return QuantizedAttention(**tables)
+
+
+def group_channels(channels: int, split: int | None, group_size: int | None) -> tuple[int, ...]:
+    """Sizes of the input-channel groups: the two sides of a `split`, divided on by `group_size` where it divides both.
+
+    A layer whose channels `group_size` does not divide keeps one group a side.
+    """
+    sides = (channels,) if split is None else (split, channels - split)
+    if group_size is None or any(side % group_size for side in sides):
+        return sides
+    return tuple(group_size for side in sides for _ in range(side // group_size))
+
+
+def wrap(
+    module: nn.Module,
+    weight_bits: int,
+    activation_bits: int | None,
+    clock: StepClock,
+    *,
+    split: int | None = None,
+    group_size: int | None = None,
+    rows: int = 1,
+    weight_range: RangeMethod = "least-error",
+) -> TrainableLayer:
+    """A linear or convolution -> the same layer under calibration, its weight range already found."""
+    assert can_quantize(module) and isinstance(module, nn.Linear | nn.Conv2d)
+    channels = module.weight.shape[1]
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        split = group_size = None
+    weight = WeightQuantizer(module.weight, weight_bits, group_channels(channels, split, group_size), weight_range)
+    activation = None
+    if activation_bits is not None:
+        sides = group_channels(channels, split, None) if split is not None else ()
+        channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
+        activation = ActivationQuantizer(activation_bits, clock, channel_dim, sides, rows)
+    return TrainableLayer(module, weight, activation)

@@ -1,0 +1,89 @@
+"""Where a quantizer's range ends: min-max, percentile, or the range of least |x - x'|^p.
+
+Every function takes values as [rows, n], one range a row, and returns ``(low, high)``, float [rows].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepquant.numerics.affine import affine_from_range, fake_quantize
+
+RangeMethod = Literal["minmax", "percentile", "least-error"]
+
+ERROR_POWER = 2.4
+"""Exponent of the error that range search minimises (BRECQ, arXiv 2102.05426, public code)."""
+
+
+def minmax_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each row."""
+    low, high = values.aminmax(dim=1)
+    return low, high
+
+
+def percentile_range(values: Tensor, percentile: float = 99.9) -> tuple[Tensor, Tensor]:
+    """The central `percentile` per cent of each row, by linear interpolation between order statistics."""
+    tail = (1 - percentile / 100) / 2
+    ordered = values.sort(dim=1).values
+    last = ordered.shape[1] - 1
+
+    def at(quantile: float) -> Tensor:
+        position = quantile * last
+        below = int(position)
+        above = min(below + 1, last)
+        return torch.lerp(ordered[:, below], ordered[:, above], position - below)
+
+    return at(tail), at(1 - tail)
+
+
+def least_error_range(
+    values: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = False,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    candidates: int = 100,
+    power: float = ERROR_POWER,
+) -> tuple[Tensor, Tensor]:
+    """Of `candidates` shrunken copies of the full range, the one of least ``mean |x - x'|^power``, row by row.
+
+    Args:
+        values: float [rows, n]; a sample of the tensor is enough if its true ends are given.
+        bits, symmetric: the grid (see `affine_from_range`).
+        low, high: float [rows], the full range where `values` is only a sample; by default its min and max.
+    """
+    if low is None or high is None:
+        low, high = minmax_range(values)
+    best = torch.full_like(low, torch.inf)
+    best_low, best_high = low.clone(), high.clone()
+    for step in range(candidates, 0, -1):
+        ratio = step / candidates
+        scale, zero_point = affine_from_range(low * ratio, high * ratio, bits, symmetric=symmetric)
+        rounded = fake_quantize(values, scale[:, None], zero_point[:, None], bits)
+        error = rounded.sub_(values).abs_().pow_(power).mean(dim=1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low = torch.where(better, low * ratio, best_low)
+        best_high = torch.where(better, high * ratio, best_high)
+    return best_low, best_high
+
+
+def find_range(
+    values: Tensor,
+    bits: int,
+    method: RangeMethod,
+    *,
+    symmetric: bool = False,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The range of each row of `values` [rows, n] by `method`; `low` and `high` are the true ends of a sample."""
+    if method == "percentile":
+        return percentile_range(values)
+    if method == "least-error":
+        return least_error_range(values, bits, symmetric=symmetric, low=low, high=high)
+    return minmax_range(values) if low is None or high is None else (low, high)

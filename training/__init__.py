@@ -1,0 +1,1 @@
+"""Training of the reference models that ship with the package. Not part of the package itself."""

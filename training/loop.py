@@ -1,0 +1,180 @@
+"""One training loop for all reference models: resumable, reproducible, with an exponential moving average."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+LossFunction = Callable[[int, torch.Generator], Tensor]
+"""``loss(step, generator)``: everything random comes from the generator, so a step is the same after a restart."""
+
+
+@dataclass
+class Plan:
+    """How long, how fast and where to."""
+
+    out: Path
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int = 0
+    warmup: int = 200
+    ema: float = 0.999
+    weight_decay: float = 1e-4
+    save_every: int = 500
+
+
+def arguments(description: str, *, steps: int, batch: int, learning_rate: float) -> argparse.ArgumentParser:
+    """The options that all training commands share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; an existing one is continued")
+    parser.add_argument("--export", type=Path, help="write the finished model (EMA weights) to this folder")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def plan_from(options: argparse.Namespace) -> Plan:
+    """The plan that parsed `arguments` ask for; also sets the number of threads."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    return Plan(options.out, options.steps, options.batch, options.learning_rate, options.seed)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Module:
+    """Train `model` for `plan.steps` steps from wherever `plan.out` stands; returns the EMA weights in `model`."""
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    step, seconds = _restore(plan, parameters, ema, optimizer)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    model.train()
+    begun, average = time.monotonic() - seconds, None
+    with Progress(*columns, refresh_per_second=0.5) as progress:
+        task = progress.add_task(plan.out.name, total=plan.steps, completed=step, note="")
+        while step < plan.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate * _schedule(step, plan)
+            generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+            loss = loss_function(step, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            step += 1
+            _update_ema(ema, parameters, min(plan.ema, (1 + step) / (10 + step)))
+            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+            progress.update(task, advance=1, note=f"loss {average:.4f}")
+            if step % plan.save_every == 0 or step == plan.steps:
+                _save(plan, step, time.monotonic() - begun, average, parameters, ema, optimizer)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(ema[name])
+    return model.eval()
+
+
+def load_ema(model: nn.Module, out: Path) -> nn.Module:
+    """Put the EMA weights of the newest checkpoint in `out` into `model`."""
+    tensors = load_file(out / "checkpoint.safetensors")
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensors[f"ema.{name}"])
+    return model.eval()
+
+
+def _schedule(step: int, plan: Plan) -> float:
+    """Linear warm-up, then cosine to zero at the last step."""
+    if step < plan.warmup:
+        return (step + 1) / plan.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - plan.warmup) / max(1, plan.steps - plan.warmup)))
+
+
+@torch.no_grad()
+def _update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
+    torch._foreach_lerp_(list(ema.values()), [p.data for p in parameters.values()], 1 - decay)
+
+
+def _save(
+    plan: Plan,
+    step: int,
+    seconds: float,
+    loss: float,
+    parameters: dict[str, nn.Parameter],
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    plan.out.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": parameter.data for name, parameter in parameters.items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    state_line = json.dumps({"step": step, "seconds": round(seconds), "loss": loss, "steps": plan.steps})
+    target = plan.out / "checkpoint.safetensors"
+    save_file(tensors, target.with_suffix(".tmp"), metadata={"state": state_line})
+    os.replace(target.with_suffix(".tmp"), target)
+    with (plan.out / "log.jsonl").open("a") as log:
+        log.write(state_line + "\n")
+
+
+def _restore(
+    plan: Plan, parameters: dict[str, nn.Parameter], ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    target = plan.out / "checkpoint.safetensors"
+    if not target.exists():
+        return 0, 0.0
+    state = state_of(plan.out)
+    tensors = load_file(target)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"model.{name}"])
+        ema[name].copy_(tensors[f"ema.{name}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state["step"])),
+            "exp_avg": torch.empty_like(parameter).copy_(tensors[f"m.{name}"]),
+            "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"v.{name}"]),
+        }
+    return state["step"], state["seconds"]
+
+
+def state_of(out: Path) -> dict[str, float]:
+    """Step, seconds spent and loss of the newest checkpoint in `out`."""
+    from safetensors import safe_open
+
+    with safe_open(out / "checkpoint.safetensors", "pt") as file:
+        return json.loads(file.metadata()["state"])
+
+
+def export_half(pipeline: object, folder: Path, card: Iterable[str]) -> None:
+    """Save a diffusers pipeline in fp16 with its model card, replacing `folder` in one step."""
+    import shutil
+
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    pipeline.to(torch_dtype=torch.float16)  # type: ignore[attr-defined]
+    pipeline.save_pretrained(draft)  # type: ignore[attr-defined]
+    (draft / "README.md").write_text("\n".join(card) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft.rename(folder)

@@ -1,0 +1,99 @@
+"""Autoencoders of the two latent models: Fashion-MNIST 32x32x1 -> 8x8x4, emoji 64x64x3 -> 16x16x4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from training.data import COLOURS, emoji, fashion_mnist, on_colour, to_float
+from training.loop import arguments, autocast, device, load_ema, plan_from, train
+
+KL_WEIGHT = 1e-4
+PRESETS = {
+    "fashion": {"channels": 1, "sample_size": 32, "block_out_channels": (16, 32, 64)},
+    "emoji": {"channels": 3, "sample_size": 64, "block_out_channels": (16, 32, 64)},
+}
+
+
+def build(kind: str) -> AutoencoderKL:
+    preset = PRESETS[kind]
+    channels = preset["channels"]
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=preset["block_out_channels"],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=preset["sample_size"],
+        mid_block_add_attention=False,
+    )
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 and squared error, and L1 between horizontal and vertical differences, which keeps edges sharp."""
+
+    def differences(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.diff(dim=-1), x.diff(dim=-2)
+
+    edges = sum(F.l1_loss(a, b) for a, b in zip(differences(output), differences(target), strict=True))
+    return F.l1_loss(output, target) + F.mse_loss(output, target) + edges
+
+
+def pictures_of(kind: str, data: Path):
+    """A function ``(batch, generator) -> float32 [batch, C, H, W]`` of training pictures."""
+    if kind == "fashion":
+        fashion, _ = fashion_mnist(data, "train")
+        return lambda batch, generator: to_float(fashion[torch.randint(len(fashion), (batch,), generator=generator)])
+    rgba = emoji(data).rgba
+    colours = list(COLOURS)
+
+    def draw(batch: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(rgba), (batch,), generator=generator)
+        colour = torch.randint(len(colours), (batch,), generator=generator).tolist()
+        return torch.cat([on_colour(rgba[i : i + 1], colours[c]) for i, c in zip(chosen.tolist(), colour, strict=True)])
+
+    return draw
+
+
+def load(kind: str, out: Path) -> AutoencoderKL:
+    """The newest EMA weights, with the scaling factor that gives latents unit variance."""
+    return load_ema(build(kind), out)
+
+
+@torch.no_grad()
+def set_scaling(model: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+    """Set ``config.scaling_factor`` to one over the standard deviation of the latents of `pictures`."""
+    latents = torch.cat([model.encode(part).latent_dist.mean for part in pictures.split(100)])
+    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return model
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", steps=3000, batch=32, learning_rate=1.5e-3)
+    parser.add_argument("--kind", choices=PRESETS, required=True)
+    options = parser.parse_args()
+    plan = plan_from(options)
+    model = build(options.kind).to(device(), memory_format=torch.channels_last)
+    draw = pictures_of(options.kind, options.data)
+
+    def loss(_step: int, generator: torch.Generator) -> Tensor:
+        target = draw(plan.batch, generator).to(device(), memory_format=torch.channels_last)
+        with autocast():
+            posterior = model.encode(target).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device())
+            output = model.decode(posterior.mean + posterior.std * noise).sample
+        divergence = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float())
+        return reconstruction_loss(output.float(), target) + KL_WEIGHT * divergence.mean()
+
+    train(plan, model, loss)
+
+
+if __name__ == "__main__":
+    main()
