@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from training.loop import state_of
 
 SOURCES = {
@@ -10,14 +12,21 @@ SOURCES = {
 }
 
 
-def lines(name: str, summary: str, source: str, options: object) -> list[str]:
-    """The card as lines of Markdown; figures measured on the finished model stand in ``docs/zoo.md``."""
-    state = state_of(options.out)  # type: ignore[attr-defined]
+def card(name: str, summary: str, source: str, options: argparse.Namespace) -> str:
+    """The card as Markdown.
+
+    Args:
+        summary: what the model is, in a sentence or two.
+        source: a key of `SOURCES`.
+    """
+    state = state_of(options.out)
+    autoencoder = " --vae VAE_RUN" if "vae" in options else ""
     command = (
-        f"python -m training.{name.replace('-', '_')} --data DATA --out RUN --export FOLDER "
-        f"--steps {state['steps']} --batch {options.batch} --seed {options.seed}"  # type: ignore[attr-defined]
+        f"python -m training.{name.replace('-', '_')} "
+        f"--data DATA{autoencoder} --out RUN --export FOLDER "
+        f"--steps {state['step']} --batch {options.batch} --learning-rate {options.learning_rate} --seed {options.seed}"
     )
-    return [
+    lines = [
         "---",
         "license: apache-2.0",
         "library_name: diffusers",
@@ -26,12 +35,13 @@ def lines(name: str, summary: str, source: str, options: object) -> list[str]:
         "",
         summary.strip(),
         "",
-        "A small reference model of stepquant, meant for trying and testing quantization, not for making pictures.",
+        "A small reference model of stepquant: something real and quick to quantize, not a tool for making pictures.",
         "",
         f"- **Data:** {SOURCES[source]}.",
         f"- **Command:** `{command}`",
-        f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, "  # type: ignore[attr-defined]
-        f"{state['seconds'] / 60:.0f} minutes on one or two threads of a 2-core AVX-512 CPU, bf16 autocast.",
-        f"- **Weights:** exponential moving average, fp16; final training loss {state['loss']:.4f}.",
+        f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, in "
+        f"{state['seconds'] / 60:.0f} minutes on one thread of a busy 2-core AVX-512 CPU, bf16 autocast, AdamW.",
+        f"- **Weights:** exponential moving average, fp16; training loss {state['loss']:.4f} at the end.",
         "- **Licence of the weights:** Apache-2.0.",
     ]
+    return "\n".join(lines) + "\n"

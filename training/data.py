@@ -27,7 +27,7 @@ COLOURS = {
 }
 """Background colours by the name that a prompt uses."""
 
-EMOJI_GROUPS = ("Animals & Nature", "Food & Drink", "Smileys & Emotion", "Activities")
+EMOJI_GROUPS = ("Animals & Nature", "Food & Drink", "Activities")
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",

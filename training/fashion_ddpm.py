@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from training import card
+from training.card import card
 from training.data import fashion_mnist, to_float
 from training.diffusion import denoising_loss
 from training.loop import arguments, device, export_half, load_ema, plan_from, train
@@ -33,25 +35,26 @@ def scheduler() -> DDIMScheduler:
 def main() -> None:
     options = arguments(__doc__ or "", steps=5000, batch=32, learning_rate=8e-4).parse_args()
     plan = plan_from(options)
-    model = build().to(device(), memory_format=torch.channels_last)
+    model = build().to(device())
     pictures, _ = fashion_mnist(options.data, "train")
     alphas = scheduler().alphas_cumprod
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
-        clean = to_float(pictures[chosen]).to(device(), memory_format=torch.channels_last)
+        clean = to_float(pictures[chosen]).to(device())
         return denoising_loss(lambda x, t: model(x, t, return_dict=False)[0], clean, alphas, generator)
 
-    train(plan, model, loss)
+    if not options.export_only:
+        train(plan, model, loss)
     if options.export:
         export(options)
 
 
-def export(options: object) -> None:
+def export(options: argparse.Namespace) -> None:
     """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
-    model = load_ema(build(), options.out)  # type: ignore[attr-defined]
-    lines = card.lines("fashion-ddpm", __doc__ or "", "fashion-mnist", options)
-    export_half(DDIMPipeline(model, scheduler()), options.export, lines)  # type: ignore[attr-defined]
+    model = load_ema(build(), options.out)
+    text = card("fashion-ddpm", __doc__ or "", "fashion-mnist", options)
+    export_half(DDIMPipeline(model, scheduler()), options.export, {"README.md": text})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.data import COLOURS, emoji, fashion_mnist, on_colour, to_float
@@ -46,7 +49,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target) + F.mse_loss(output, target) + edges
 
 
-def pictures_of(kind: str, data: Path):
+def pictures_of(kind: str, data: Path) -> Callable[[int, torch.Generator], Tensor]:
     """A function ``(batch, generator) -> float32 [batch, C, H, W]`` of training pictures."""
     if kind == "fashion":
         fashion, _ = fashion_mnist(data, "train")
@@ -62,17 +65,44 @@ def pictures_of(kind: str, data: Path):
     return draw
 
 
-def load(kind: str, out: Path) -> AutoencoderKL:
-    """The newest EMA weights, with the scaling factor that gives latents unit variance."""
-    return load_ema(build(kind), out)
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option by which a latent model names its trained autoencoder."""
+    parser.add_argument("--vae", type=Path, required=True, help="the autoencoder's --out folder")
 
 
 @torch.no_grad()
-def set_scaling(model: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
-    """Set ``config.scaling_factor`` to one over the standard deviation of the latents of `pictures`."""
-    latents = torch.cat([model.encode(part).latent_dist.mean for part in pictures.split(100)])
-    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    return model
+def prepared(kind: str, run: Path, pictures: Tensor, cache: Path) -> tuple[AutoencoderKL, Tensor]:
+    """The trained autoencoder of `run`, and the latents of `pictures` with zero mean and unit variance per channel.
+
+    The normalisation is folded into the two 1x1 convolutions around the latent, so that the scaling factor is 1 and a
+    pipeline needs no shift. Encoding is done once: delete the file `cache` when the autoencoder has changed.
+
+    Args:
+        pictures: float32 [N, C, H, W] in [-1, 1].
+        cache: safetensors with ``latents`` [N, 4, h, w], ``mean`` [4] and ``std`` [4].
+    """
+    model = load_ema(build(kind), run).to(device())
+    if not cache.exists():
+        raw = torch.cat([model.encode(part.to(device())).latent_dist.mean.cpu() for part in pictures.split(200)])
+        mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
+        latents = (raw - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents, "mean": mean, "std": std}, cache)
+    stored = load_file(cache)
+    fold_normalisation(model, stored["mean"].to(device()), stored["std"].to(device()))
+    return model.cpu(), stored["latents"]
+
+
+@torch.no_grad()
+def fold_normalisation(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Let `model` encode to ``(z - mean) / std`` and decode from it; `mean` and `std` are float [latent channels]."""
+    encode, decode, count = model.quant_conv, model.post_quant_conv, len(mean)
+    encode.weight[:count] /= std.view(-1, 1, 1, 1)
+    encode.bias[:count] = (encode.bias[:count] - mean) / std
+    encode.bias[count:] -= 2 * std.log()  # the second half is the logarithm of the variance
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std.view(1, -1, 1, 1)
+    model.register_to_config(scaling_factor=1.0, force_upcast=False)
 
 
 def main() -> None:
@@ -80,11 +110,11 @@ def main() -> None:
     parser.add_argument("--kind", choices=PRESETS, required=True)
     options = parser.parse_args()
     plan = plan_from(options)
-    model = build(options.kind).to(device(), memory_format=torch.channels_last)
+    model = build(options.kind).to(device())
     draw = pictures_of(options.kind, options.data)
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
-        target = draw(plan.batch, generator).to(device(), memory_format=torch.channels_last)
+        target = draw(plan.batch, generator).to(device())
         with autocast():
             posterior = model.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device())

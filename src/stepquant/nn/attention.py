@@ -31,6 +31,17 @@ class AttentionProcessor(nn.Module):
         """Quantize operand `name` of `OPERANDS`; x: [B, heads, N, d], or [B, heads, N, M] for the probabilities."""
         return x
 
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        # `Attention` passes a processor only those arguments that it finds in this signature.
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
     def forward(
         self,
         attn: Any,
@@ -38,7 +49,6 @@ class AttentionProcessor(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        **_unused: Any,
     ) -> Tensor:
         residual = hidden_states
         if attn.spatial_norm is not None:

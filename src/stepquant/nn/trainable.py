@@ -21,7 +21,7 @@ from stepquant.numerics.ranges import RangeMethod
 class TrainableLayer(nn.Module):
     """A linear or convolution under calibration: ``y = layer(activation(x); weight(W))``.
 
-    `quantizing` off makes it the full-precision layer again.
+    `quantizing_weight` off leaves the weight in full precision; activation quantizers are switched one by one.
     """
 
     def __init__(
@@ -29,14 +29,12 @@ class TrainableLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.inner, self.weight_quantizer, self.activation_quantizer = inner, weight, activation
-        self.quantizing = True
+        self.quantizing_weight = True
 
     def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        if not self.quantizing:
-            return self.inner(x)
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
-        weight = self.weight_quantizer(self.inner.weight)
+        weight = self.weight_quantizer(self.inner.weight) if self.quantizing_weight else self.inner.weight
         if isinstance(self.inner, nn.Linear):
             return F.linear(x, weight, self.inner.bias)
         conv = self.inner
@@ -63,10 +61,9 @@ class TrainableAttention(AttentionProcessor):
     def __init__(self, quantizers: dict[str, ActivationQuantizer]) -> None:
         super().__init__()
         self.quantizers = nn.ModuleDict(quantizers)
-        self.quantizing = True
 
     def operand(self, name: str, x: Tensor) -> Tensor:
-        return self.quantizers[name](x) if self.quantizing and name in self.quantizers else x
+        return self.quantizers[name](x) if name in self.quantizers else x
 
     def freeze(self) -> QuantizedAttention:
         """What calibration found, as it ships."""

@@ -1,0 +1,46 @@
+"""Recipes: a paper each, as one page composed of the shared stages."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from stepquant.errors import StepquantError
+from stepquant.recipes.job import Job, Recipe
+from stepquant.recipes.minmax import minmax
+from stepquant.recipes.q_diffusion import q_diffusion
+
+RECIPES: dict[str, Recipe] = {"minmax": minmax, "q-diffusion": q_diffusion}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe called `name`; raises `StepquantError` naming those there are."""
+    if name not in RECIPES:
+        raise StepquantError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def summary(name: str) -> str:
+    """One line on what a recipe does."""
+    return (inspect.getdoc(find_recipe(name)) or "").partition("\n")[0]
+
+
+def hyperparameters(name: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's hyperparameters: its defaults, overridden by `given`.
+
+    Raises:
+        StepquantError: if `given` names one that the recipe does not have, or has a value of the wrong kind.
+    """
+    parameters = inspect.signature(find_recipe(name)).parameters.values()
+    values = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    for key, value in (given or {}).items():
+        if key not in values:
+            known = ", ".join(values) or "none"
+            raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
+        if isinstance(values[key], int | float) and (not isinstance(value, int | float) or value < 0):
+            raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
+        values[key] = value
+    return values
+
+
+__all__ = ["RECIPES", "Job", "Recipe", "find_recipe", "hyperparameters", "summary"]

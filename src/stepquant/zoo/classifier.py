@@ -48,11 +48,16 @@ class FashionClassifier(nn.Module):
         """Write ``config.json`` and fp16 ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n")
-        save_file({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> FashionClassifier:
         """Read what `save_pretrained` wrote, in float32."""
         model = cls(**json.loads((folder / "config.json").read_text()))
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
+        model.load_state_dict(
+            {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        )
         return model.eval()

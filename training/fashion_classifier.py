@@ -18,13 +18,13 @@ from training.loop import arguments, autocast, device, plan_from, train
 def main() -> None:
     options = arguments(__doc__ or "", steps=3000, batch=128, learning_rate=2e-3).parse_args()
     plan = plan_from(options)
-    model = FashionClassifier().to(device(), memory_format=torch.channels_last)
+    model = FashionClassifier().to(device())
     pictures, labels = fashion_mnist(options.data, "train")
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        batch = to_float(pictures[chosen]).roll(shift, dims=(2, 3)).to(device(), memory_format=torch.channels_last)
+        batch = to_float(pictures[chosen]).roll(shift, dims=(2, 3)).to(device())
         with autocast():
             logits = model(batch)
         return F.cross_entropy(logits.float(), labels[chosen].to(device()), label_smoothing=0.05)

@@ -1,0 +1,158 @@
+"""Put quantizers on every layer and attention of a copy of the denoiser, and take what they learned off again."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.models import ModelDescription
+from stepquant.nn.attention import OPERANDS
+from stepquant.nn.clock import StepClock
+from stepquant.nn.deploy import Quantization
+from stepquant.nn.quantizers import ActivationQuantizer
+from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
+from stepquant.numerics.ranges import RangeMethod
+from stepquant.progress import Progress
+
+
+@dataclass(frozen=True)
+class Instrumented:
+    """A copy of a denoiser whose layers carry quantizers.
+
+    Attributes:
+        model: the copy; runs like the original. Activation quantizers start switched off, weights start rounded to
+            nearest.
+        clock: attached to `model`.
+        layers: name -> layer under calibration; names are those of the original model.
+        attentions: name of an `Attention` -> its processor.
+    """
+
+    model: nn.Module
+    clock: StepClock
+    layers: dict[str, TrainableLayer]
+    attentions: dict[str, TrainableAttention]
+
+    def activation_quantizers(self, block: str | None = None) -> Iterator[ActivationQuantizer]:
+        """All activation quantizers, or those inside one block."""
+        root = self.model if block is None else self.model.get_submodule(block)
+        for module in root.modules():
+            if isinstance(module, ActivationQuantizer):
+                yield module
+
+    def layers_in(self, block: str) -> dict[str, TrainableLayer]:
+        """The layers inside one block, which may itself be a layer."""
+        return {name: layer for name, layer in self.layers.items() if name == block or name.startswith(f"{block}.")}
+
+    def attentions_in(self, block: str) -> dict[str, TrainableAttention]:
+        """The attentions inside one block, which may itself be an attention."""
+        return {
+            name: attention
+            for name, attention in self.attentions.items()
+            if name == block or name.startswith(f"{block}.")
+        }
+
+    def freeze(self) -> Quantization:
+        """The integers and tables, as they ship."""
+        return Quantization(
+            self.clock.timesteps,
+            {name: layer.freeze() for name, layer in self.layers.items()},
+            {name: attention.freeze() for name, attention in self.attentions.items() if attention.quantizers},
+        )
+
+
+def instrument(
+    denoiser: nn.Module,
+    description: ModelDescription,
+    spec: QuantSpec,
+    *,
+    timesteps: torch.Tensor | None = None,
+    weight_range: RangeMethod = "least-error",
+    progress: Progress | None = None,
+) -> Instrumented:
+    """Copy `denoiser` and put quantizers on it.
+
+    Args:
+        timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
+        weight_range: how weight ranges are found.
+
+    Raises:
+        StepquantError: if an exception of the spec matches no layer.
+    """
+    for pattern in spec.exceptions:
+        if not any(re.search(pattern, name) for name in description.layers):
+            raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
+    model = copy.deepcopy(denoiser).requires_grad_(False).eval()
+    clock = StepClock(timesteps)
+    rows = len(clock.timesteps)
+    layers: dict[str, TrainableLayer] = {}
+    with (progress or Progress()).task("Searching weight ranges", len(description.layers)) as advance:
+        for name in description.layers:
+            bits = spec.layer_bits(name, first_or_last=name in (description.first, description.last))
+            advance(1)
+            if bits.is_float:
+                continue
+            layers[name] = wrap(
+                model.get_submodule(name),
+                bits.weight,
+                None if bits.activation == FLOAT_BITS else bits.activation,
+                clock,
+                split=description.skip_splits.get(name) if spec.split_skips else None,
+                group_size=spec.group_size,
+                rows=rows,
+                weight_range=weight_range,
+            )
+    attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    for name, attention in attentions.items():
+        model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
+    clock.attach(model)
+    return Instrumented(model, clock, layers, attentions)
+
+
+def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> TrainableAttention:
+    """Query, key and value take the bits of the layer that makes them; the probabilities take the spec's."""
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for operand in OPERANDS:
+        projection = name if operand == "probability" else f"{name}.to_{operand[0]}"
+        bits = spec.layer_bits(projection).activation
+        if operand == "probability" and bits != FLOAT_BITS:
+            bits = spec.softmax_bits
+        if bits != FLOAT_BITS:
+            quantizers[operand] = ActivationQuantizer(bits, clock, rows=rows, unsigned=operand == "probability")
+    return TrainableAttention(quantizers)
+
+
+@torch.no_grad()
+def calibrate_ranges(
+    instrumented: Instrumented,
+    samples: CalibrationSet,
+    method: RangeMethod,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Observe every activation of the full-precision network on the samples, then set all ranges and switch them on."""
+    quantizers = list(instrumented.activation_quantizers())
+    for layer in instrumented.layers.values():
+        layer.quantizing_weight = False
+    for quantizer in quantizers:
+        quantizer.observing = True
+    with progress.task("Observing activations", len(samples)) as advance:
+        for chosen in samples.batches(batch_size):
+            instrumented.model(**samples.arguments(chosen))
+            advance(chosen.stop - chosen.start)
+    with progress.task("Searching activation ranges", len(quantizers)) as advance:
+        for quantizer in quantizers:
+            quantizer.set_range(method)
+            advance(1)
+    for layer in instrumented.layers.values():
+        layer.quantizing_weight = True

@@ -1,0 +1,34 @@
+"""Which denoising steps the calibration samples come from. Step 0 is the first the sampler takes, at pure noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepquantError
+
+
+def uniform_steps(samples: int, steps: int, generator: torch.Generator) -> Tensor:
+    """As many samples from every step as from any other (Q-Diffusion, arXiv 2302.04304): int64 [samples], shuffled."""
+    _check(samples, steps)
+    spread = torch.arange(samples) % steps
+    if samples < steps:
+        spread = torch.linspace(0, steps - 1, samples).round().long()
+    return spread[torch.randperm(samples, generator=generator)]
+
+
+def normal_steps(
+    samples: int, steps: int, generator: torch.Generator, mean: float = 0.4, deviation: float = 0.4
+) -> Tensor:
+    """Steps at normally distributed timesteps, ``t ~ N(mean T, (deviation T)^2)`` clamped to [0, T] (PTQ4DM, PQD).
+
+    Small timesteps are near the picture, that is at the *last* steps of the sampler. Returns int64 [samples].
+    """
+    _check(samples, steps)
+    time = (mean + deviation * torch.randn(samples, generator=generator)).clamp(0, 1)
+    return ((1 - time) * (steps - 1)).round().long()
+
+
+def _check(samples: int, steps: int) -> None:
+    if samples < 1 or steps < 1:
+        raise StepquantError(f"calibration with {samples} samples over {steps} steps: both must be at least 1.")

@@ -1,0 +1,164 @@
+"""Calibration samples: what the denoiser is fed while the full-precision pipeline draws pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+from stepquant.pipelines import Request, draw
+from stepquant.progress import Progress
+
+
+class Calibration(BaseModel):
+    """How calibration samples are collected.
+
+    Attributes:
+        samples: inputs of the denoiser to keep.
+        steps: denoising steps of the trajectories they come from.
+        trajectories: pictures drawn for it; None means up to 64, and never more than samples.
+        batch_size: pictures drawn at a time, and samples passed through the model at a time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: PositiveInt = 256
+    steps: PositiveInt = 50
+    trajectories: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+
+    @property
+    def pictures(self) -> int:
+        return min(self.samples, self.trajectories or 64)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Inputs of the denoiser, one a sample.
+
+    Attributes:
+        tensors: argument name -> [N, ...]; ``timestep`` is among them; a dotted name is an entry of a dictionary
+            argument (``added_cond_kwargs.time_ids``). Arguments that are no tensors stay at their defaults.
+        steps: int64 [N], the sampler's step that each sample was seen at.
+    """
+
+    tensors: dict[str, Tensor]
+    steps: Tensor
+
+    def __len__(self) -> int:
+        return self.steps.shape[0]
+
+    def arguments(self, chosen: slice | Tensor) -> dict[str, Any]:
+        """Keyword arguments of the denoiser for some of the samples."""
+        arguments: dict[str, Any] = {}
+        for name, tensor in self.tensors.items():
+            outer, _, inner = name.partition(".")
+            if inner:
+                arguments[outer] = {**arguments.get(outer, {}), inner: tensor[chosen]}
+            else:
+                arguments[name] = tensor[chosen]
+        return arguments
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices that cover all samples in order."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+
+def collect(
+    pipeline: Any,
+    denoiser: nn.Module,
+    request: Request,
+    steps: Tensor,
+    calibration: Calibration,
+    seed: int,
+    progress: Progress,
+) -> CalibrationSet:
+    """Run the pipeline and keep what the denoiser sees at the wanted steps.
+
+    Sample i comes from trajectory ``i mod pictures`` at its step. Where the pipeline runs conditional and
+    unconditional halves in one batch, samples alternate between the two.
+
+    Args:
+        steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
+
+    Raises:
+        StepquantError: if the sampler takes fewer calls than the steps asked for.
+    """
+    pictures = calibration.pictures
+    rows: list[dict[str, Tensor]] = [{} for _ in range(len(steps))]
+    with progress.task("Collecting calibration samples", pictures * request.steps) as advance:
+        for start in range(0, pictures, calibration.batch_size):
+            indices = range(start, min(start + calibration.batch_size, pictures))
+            wanted: dict[int, list[int]] = defaultdict(list)
+            for sample, step in enumerate(steps.tolist()):
+                if sample % pictures in indices:
+                    wanted[step].append(sample)
+            recorder = _Recorder(denoiser, wanted, start, pictures, len(indices), rows)
+            try:
+                draw(pipeline, request, indices, seed, decode=False, on_step=partial(advance, len(indices)))
+            finally:
+                recorder.remove()
+    missing = [sample for sample, row in enumerate(rows) if not row]
+    if missing:
+        raise StepquantError(
+            f"{len(missing)} calibration samples were never seen: the sampler took fewer than {request.steps} steps; "
+            "ask for fewer steps."
+        )
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return CalibrationSet(tensors, steps)
+
+
+class _Recorder:
+    """A hook on the denoiser that copies the wanted rows of its arguments; steps are counted by changes of timestep."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        wanted: dict[int, list[int]],
+        start: int,
+        pictures: int,
+        batch: int,
+        rows: list[dict[str, Tensor]],
+    ) -> None:
+        self.signature = inspect.signature(denoiser.forward)
+        self.wanted, self.start, self.pictures, self.batch = wanted, start, pictures, batch
+        self.rows = rows
+        self.step = -1
+        self.time: float | None = None
+        self.remove = denoiser.register_forward_pre_hook(self._read, with_kwargs=True).remove
+
+    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        sample = next(value for value in arguments.values() if isinstance(value, Tensor))
+        time = torch.as_tensor(arguments["timestep"]).reshape(-1)
+        if self.time is None or float(time[0]) != self.time:
+            self.step, self.time = self.step + 1, float(time[0])
+        arguments["timestep"] = time.expand(sample.shape[0]) if time.numel() == 1 else time
+        flat = {name: value for key, value in arguments.items() for name, value in _flatten(key, value)}
+        per_sample = {
+            name: value
+            for name, value in flat.items()
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == sample.shape[0]
+        }
+        halves = sample.shape[0] // self.batch
+        for wanted in self.wanted.get(self.step, ()):
+            half = (wanted // self.pictures) % halves
+            row = half * self.batch + wanted % self.pictures - self.start
+            self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
+
+
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield f"{name}.{key}", entry
+    else:
+        yield name, value

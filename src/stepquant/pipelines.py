@@ -1,0 +1,170 @@
+"""Driving any diffusers pipeline the same way: what it is conditioned on, and how to draw pictures from it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepquantError
+
+Kind = Literal["unconditional", "class", "text"]
+
+
+def kind_of(pipeline: Any) -> Kind:
+    """What a pipeline's pictures are conditioned on, read off the signature of its call."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt" in parameters:
+        return "text"
+    return "class" if "class_labels" in parameters else "unconditional"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw.
+
+    Attributes:
+        conditions: a prompt or a class label for each picture (used in turn); empty for an unconditional model.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance; None leaves it to the pipeline.
+    """
+
+    conditions: tuple[str | int, ...] = ()
+    steps: int = 50
+    guidance: float | None = None
+
+    def condition(self, index: int) -> str | int:
+        return self.conditions[index % len(self.conditions)]
+
+
+def make_request(
+    pipeline: Any,
+    steps: int,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    guidance: float | None = None,
+) -> Request:
+    """A request that fits the pipeline; without prompts or labels, its own examples are drawn in turn.
+
+    Raises:
+        StepquantError: for a prompt to a model that takes none, a label that does not exist, fewer than one step.
+    """
+    kind = kind_of(pipeline)
+    name = type(pipeline).__name__
+    if steps < 1:
+        raise StepquantError(f"steps are {steps}: expected at least 1.")
+    if prompts is not None and kind != "text":
+        raise StepquantError(f"a prompt was given, but {name} is {_described(kind)}: leave the prompt out.")
+    if labels is not None and kind != "class":
+        raise StepquantError(f"a label was given, but {name} is {_described(kind)}: leave the label out.")
+    if kind == "class":
+        known = _labels(pipeline)
+        for label in labels or ():
+            if label not in known:
+                raise StepquantError(f"label {label} does not exist: expected {known[0]} to {known[-1]}.")
+        return Request(tuple(labels or known), steps, guidance)
+    if kind == "text":
+        return Request(tuple(prompts or default_prompts(pipeline)), steps, guidance)
+    return Request((), steps, guidance)
+
+
+def _described(kind: Kind) -> str:
+    what = {"unconditional": "unconditional", "class": "conditioned on class labels", "text": "conditioned on text"}
+    return what[kind]
+
+
+def _labels(pipeline: Any) -> list[int]:
+    named = getattr(pipeline, "labels", None)
+    return sorted(set(named.values())) if named else list(range(pipeline.transformer.config.num_embeds_ada_norm))
+
+
+def default_prompts(pipeline: Any) -> list[str]:
+    """The prompts a model was shipped with (``prompts.txt`` in its folder), or a general list."""
+    own = Path(str(getattr(pipeline.config, "_name_or_path", ""))) / "prompts.txt"
+    source = own if own.is_file() else Path(__file__).with_name("prompts.txt")
+    return read_prompts(source)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; blank lines are skipped. Raises `StepquantError` if there is none."""
+    try:
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StepquantError(f"prompts file {path} cannot be read: {error}.") from None
+    if not prompts:
+        raise StepquantError(f"prompts file {path} holds no prompt: write one a line.")
+    return prompts
+
+
+def draw(
+    pipeline: Any,
+    request: Request,
+    indices: Sequence[int],
+    seed: int,
+    *,
+    decode: bool = True,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Draw the pictures of the given indices: float32 [N, C, H, W] in [-1, 1].
+
+    Picture i starts from the noise of seed + i and has the request's i-th condition, so it does not depend on the
+    batch it is drawn in.
+
+    Args:
+        decode: whether latents are decoded; a pipeline without an autoencoder ignores it.
+        on_step: called after each denoising step.
+    """
+    kind = kind_of(pipeline)
+    arguments: dict[str, Any] = {
+        "num_inference_steps": request.steps,
+        "generator": [torch.Generator().manual_seed(seed + index) for index in indices],
+        "output_type": "np",
+    }
+    if request.guidance is not None and kind != "unconditional":
+        arguments["guidance_scale"] = request.guidance
+    if kind == "unconditional":
+        arguments["batch_size"] = len(indices)
+    elif kind == "class":
+        arguments["class_labels"] = [request.condition(index) for index in indices]
+    else:
+        arguments["prompt"] = [request.condition(index) for index in indices]
+        if not decode:
+            arguments["output_type"] = "latent"
+    handle = _after_each_step(pipeline, on_step)
+    try:
+        with torch.no_grad():
+            pictures = pipeline(**arguments).images
+    finally:
+        handle()
+    if isinstance(pictures, Tensor):
+        return pictures
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def _after_each_step(pipeline: Any, on_step: Callable[[], None] | None) -> Callable[[], None]:
+    """Silence the pipeline's own bar and report its steps instead; returns what undoes that."""
+    previous = getattr(pipeline, "_progress_bar_config", None)
+    pipeline.set_progress_bar_config(disable=True)
+    original = pipeline.scheduler.step
+
+    @functools.wraps(original)  # pipelines read the signature to see what a scheduler accepts
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if on_step is not None:
+            on_step()
+        return result
+
+    pipeline.scheduler.step = step
+
+    def undo() -> None:
+        del pipeline.scheduler.step
+        pipeline._progress_bar_config = previous if previous is not None else {}
+
+    return undo

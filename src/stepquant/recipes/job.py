@@ -1,0 +1,109 @@
+"""What a recipe is given: the model, what to make of it, and the stages that all recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
+from stepquant.calibration.trajectories import Calibration, CalibrationSet, collect
+from stepquant.config import QuantSpec
+from stepquant.models import ModelDescription, describe
+from stepquant.numerics.ranges import RangeMethod
+from stepquant.pipelines import Request
+from stepquant.progress import Progress
+from stepquant.reconstruction.blocks import Settings, reconstruct
+from stepquant.workspace import Workspace, digest, tensors_digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization of one pipeline.
+
+    Attributes:
+        pipeline: the full-precision diffusers pipeline; never modified.
+        denoiser: its UNet or transformer.
+        spec: bits and exceptions.
+        calibration: how many samples, over how many steps.
+        request: the conditions that calibration pictures are drawn with.
+        seed: of everything random.
+        workspace: keeps finished stages.
+        progress: is told how far the work is.
+    """
+
+    pipeline: Any
+    denoiser: nn.Module
+    spec: QuantSpec
+    calibration: Calibration
+    request: Request
+    seed: int
+    workspace: Workspace
+    progress: Progress = field(default_factory=Progress)
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        return describe(self.denoiser)
+
+    @cached_property
+    def key(self) -> str:
+        """Stands for all inputs of the job: stages kept under it are valid for the same inputs only."""
+        return digest(
+            [
+                tensors_digest(dict(self.denoiser.state_dict())),
+                self.spec.model_dump(),
+                self.calibration.model_dump(),
+                [list(self.request.conditions), self.request.steps, self.request.guidance],
+                type(self.pipeline.scheduler).__name__,
+                {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
+                self.seed,
+            ]
+        )
+
+    def generator(self) -> torch.Generator:
+        """A generator seeded by the job."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def collect(self, steps: Tensor) -> CalibrationSet:
+        """Calibration samples at the wanted sampler steps, int64 [N]; kept in the workspace."""
+        stage = f"samples-{digest([self.key, steps.tolist()])[:16]}"
+        stored = self.workspace.load(stage)
+        if stored is not None:
+            return CalibrationSet({name: stored[name] for name in stored if name != "steps"}, stored["steps"])
+        samples = collect(self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress)
+        self.workspace.save(stage, samples.tensors | {"steps": samples.steps})
+        return samples
+
+    def instrument(self, weight_range: RangeMethod, *, split_skips: bool = False) -> Instrumented:
+        """A copy of the denoiser with quantizers; `split_skips` is for a spec that leaves it to the recipe."""
+        spec = self.spec
+        if spec.split_skips is None:
+            spec = spec.model_copy(update={"split_skips": split_skips})
+        return instrument(self.denoiser, self.description, spec, weight_range=weight_range, progress=self.progress)
+
+    def calibrate_ranges(self, instrumented: Instrumented, samples: CalibrationSet, method: RangeMethod) -> None:
+        """Set all activation ranges from what the full-precision network does on the samples."""
+        calibrate_ranges(instrumented, samples, method, self.calibration.batch_size, self.progress)
+
+    def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
+        """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""
+        reconstruct(
+            self.denoiser,
+            instrumented,
+            self.description.blocks,
+            samples,
+            settings,
+            workspace=self.workspace,
+            key=digest([self.key, tensors_digest(samples.tensors)]),
+            seed=self.seed,
+            batch_size=self.calibration.batch_size,
+            progress=self.progress,
+        )
+
+
+Recipe = Callable[..., Instrumented]
+"""``recipe(job, **hyperparameters)``: returns the denoiser's copy with everything settled."""

@@ -1,0 +1,176 @@
+"""Block reconstruction: learn rounding and activation scales so that each block puts out what it should."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.numerics.ranges import RangeMethod
+from stepquant.numerics.rounding import annealed_beta
+from stepquant.progress import Progress
+from stepquant.reconstruction.objectives import Objective, block_error
+from stepquant.reconstruction.replay import BlockInputs, Replay, main_tensor
+from stepquant.workspace import Workspace, digest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a block is reconstructed.
+
+    Attributes:
+        iterations: optimizer steps a block.
+        batch_size: samples a step.
+        rounding_rate: learning rate of the AdaRound variables (Adam, cosine to 0).
+        scale_rate: learning rate of the logarithm of each activation scale, so relative to its size.
+        drop_probability: QDrop's probability that an element stays in full precision.
+        rounding_weight: weight of the rounding regulariser, relative to the block's error before learning. Errors and
+            regulariser are both measured in units of their start (1 each), so that one value serves all layers.
+        activation_range: how activation ranges are found before learning.
+    """
+
+    iterations: int = 500
+    batch_size: int = 16
+    rounding_rate: float = 3e-2
+    scale_rate: float = 2e-3
+    drop_probability: float = 0.5
+    rounding_weight: float = 0.1
+    activation_range: RangeMethod = "least-error"
+
+
+def reconstruct(
+    full_precision: nn.Module,
+    instrumented: Instrumented,
+    blocks: tuple[str, ...],
+    samples: CalibrationSet,
+    settings: Settings,
+    *,
+    workspace: Workspace,
+    key: str,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    objective: Objective = block_error,
+) -> None:
+    """Reconstruct `blocks` in order, each on what the quantized blocks before it put out.
+
+    A finished block is kept in the workspace; an interrupted run loses at most the block it was in.
+
+    Args:
+        full_precision: the original denoiser, the source of targets; each of its blocks runs once over the samples.
+        instrumented: the copy to learn on; afterwards its quantizers are settled.
+        key: stands for everything that the result depends on besides `settings` and `seed`.
+        batch_size: samples passed through the networks at a time (memory, not the result, depends on it).
+    """
+    key = digest([key, asdict(settings), seed, list(blocks)])[:16]
+    original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"))
+    quantized = Replay(instrumented.model, samples, batch_size, workspace.scratch("quantized"))
+    timesteps = samples.tensors["timestep"]
+    with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
+        for index, block in enumerate(blocks):
+            clean = original.inputs(block)
+            original.run(block, clean)
+            inputs = quantized.inputs(block)
+            stage = f"block-{key}-{index:03d}"
+            stored = workspace.load(stage)
+            if stored is None:
+                _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed * 100_003 + index)
+                    target = original.output(block)
+                    _learn(instrumented, block, inputs, clean, target, timesteps, settings, objective, advance)
+                workspace.save(stage, _block_state(instrumented, block))
+            else:
+                _restore(instrumented, block, stored)
+                advance(settings.iterations)
+            quantized.run(block, inputs)
+
+
+def _initialise_ranges(
+    instrumented: Instrumented,
+    block: str,
+    inputs: BlockInputs,
+    settings: Settings,
+    samples: CalibrationSet,
+    batch_size: int,
+) -> None:
+    """Find the ranges of the block's activations on what really reaches them."""
+    quantizers = list(instrumented.activation_quantizers(block))
+    for quantizer in quantizers:
+        quantizer.observing = True
+    with torch.no_grad():
+        for chosen in samples.batches(batch_size):
+            args, kwargs = inputs.at(chosen)
+            instrumented.clock.set(samples.tensors["timestep"][chosen])
+            instrumented.model.get_submodule(block)(*args, **kwargs)
+    for quantizer in quantizers:
+        quantizer.set_range(settings.activation_range)
+
+
+def _learn(
+    instrumented: Instrumented,
+    block: str,
+    inputs: BlockInputs,
+    clean: BlockInputs,
+    target: Tensor,
+    timesteps: Tensor,
+    settings: Settings,
+    objective: Objective,
+    advance: Any,
+) -> None:
+    module = instrumented.model.get_submodule(block)
+    layers = list(instrumented.layers_in(block).values())
+    quantizers = list(instrumented.activation_quantizers(block))
+    if not layers or settings.iterations == 0:
+        advance(settings.iterations)
+        return
+    roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in layers]
+    weights = sum(rounding.numel() for rounding in roundings)
+    groups: list[dict[str, Any]] = [{"params": roundings, "lr": settings.rounding_rate}]
+    if quantizers:
+        groups.append({"params": [quantizer.learn() for quantizer in quantizers], "lr": settings.scale_rate})
+    for quantizer in quantizers:
+        quantizer.drop_probability = settings.drop_probability
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
+    unit: Tensor | None = None
+    for iteration in range(settings.iterations):
+        chosen = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),))
+        instrumented.clock.set(timesteps[chosen])
+        args, kwargs = inputs.mixed(clean, chosen, settings.drop_probability)
+        error = objective(main_tensor(module(*args, **kwargs)), target[chosen])
+        unit = error.detach().clamp(min=1e-12) if unit is None else unit
+        beta = annealed_beta(iteration / settings.iterations)
+        regularizer = sum(layer.weight_quantizer.regularizer(beta) for layer in layers) / weights
+        optimizer.zero_grad(set_to_none=True)
+        (error / unit + settings.rounding_weight * regularizer).backward()
+        optimizer.step()
+        schedule.step()
+        advance(1)
+    for layer in layers:
+        layer.weight_quantizer.settle(layer.inner.weight)
+    for quantizer in quantizers:
+        quantizer.settle()
+        quantizer.drop_probability = 0.0
+
+
+def _block_state(instrumented: Instrumented, block: str) -> dict[str, Tensor]:
+    """What was learned in one block, by name."""
+    state: dict[str, Tensor] = {}
+    for name, layer in instrumented.layers_in(block).items():
+        state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.inner.weight)
+    for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
+        state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
+    return state
+
+
+def _restore(instrumented: Instrumented, block: str, state: dict[str, Tensor]) -> None:
+    for name, layer in instrumented.layers_in(block).items():
+        layer.weight_quantizer.decided = state[f"{name}.codes"]
+    for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
+        quantizer.scale, quantizer.zero_point = state[f"{index}.scale"], state[f"{index}.zero_point"]
+        quantizer.enabled = True

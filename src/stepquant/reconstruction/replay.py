@@ -1,0 +1,153 @@
+"""Walk a denoiser block by block over the calibration samples, every block run exactly once.
+
+To feed block k, the denoiser's own forward runs with the finished blocks answering from memory: only the glue between
+blocks (concatenations, residuals, reshapes) is computed again. Works for any model whose description lists its blocks
+in execution order. Outputs are kept in files mapped into memory, so that they need not fit into it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stepquant.calibration.trajectories import CalibrationSet
+
+
+class BlockInputs:
+    """The arguments that one block is called with, for all N samples: a tree whose tensors are [N, ...]."""
+
+    def __init__(self, leaves: list[Any], structure: Any, samples: int) -> None:
+        self.leaves, self.structure, self.samples = leaves, structure, samples
+
+    def at(self, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments for some of the samples."""
+        return pytree.tree_unflatten([self._pick(leaf, chosen) for leaf in self.leaves], self.structure)
+
+    def mixed(self, other: BlockInputs, chosen: Tensor, probability: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `at`, but each floating element comes from `other` with the given probability (QDrop)."""
+        leaves = []
+        for mine, theirs in zip(self.leaves, other.leaves, strict=True):
+            leaf = self._pick(mine, chosen)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                swap = torch.rand_like(leaf) < probability
+                leaf = torch.where(swap, self._pick(theirs, chosen), leaf)
+            leaves.append(leaf)
+        return pytree.tree_unflatten(leaves, self.structure)
+
+    def _pick(self, leaf: Any, chosen: slice | Tensor) -> Any:
+        is_per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
+        return leaf[chosen] if is_per_sample else leaf
+
+
+class Replay:
+    """One denoiser and the outputs of its finished blocks.
+
+    Args:
+        model: the denoiser.
+        samples: its inputs.
+        batch_size: samples passed through at a time.
+        scratch: an empty folder for the files behind the outputs.
+    """
+
+    def __init__(self, model: nn.Module, samples: CalibrationSet, batch_size: int, scratch: Path) -> None:
+        self.model, self.samples, self.batch_size, self.scratch = model, samples, batch_size, scratch
+        self._outputs: dict[str, tuple[list[Any], Any]] = {}
+
+    @torch.no_grad()
+    def inputs(self, block: str) -> BlockInputs:
+        """What `block` is called with, given the recorded outputs of the blocks before it."""
+        target = self.model.get_submodule(block)
+        stubs = {name: self.model.get_submodule(name) for name in self._outputs}
+        position = {"chosen": slice(0, 0)}
+        parts: list[list[Any]] = []
+        structure: Any = None
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached(args, kwargs)
+
+        def answer(name: str) -> Any:
+            def forward(*_args: Any, **_kwargs: Any) -> Any:
+                leaves, tree = self._outputs[name]
+                chosen = position["chosen"]
+                return pytree.tree_unflatten(
+                    [leaf[chosen].clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
+                )
+
+            return forward
+
+        try:
+            for name, module in stubs.items():
+                module.forward = answer(name)
+            target.forward = stop
+            for chosen in self.samples.batches(self.batch_size):
+                position["chosen"] = chosen
+                try:
+                    self.model(**self.samples.arguments(chosen))
+                except _Reached as reached:
+                    leaves, structure = pytree.tree_flatten((reached.args_, reached.kwargs_))
+                    parts.append(leaves)
+        finally:
+            for module in (target, *stubs.values()):
+                module.__dict__.pop("forward", None)
+        if len(parts) == 0:
+            raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
+        sizes = [chosen.stop - chosen.start for chosen in self.samples.batches(self.batch_size)]
+        return BlockInputs([_join(leaf, sizes) for leaf in zip(*parts, strict=True)], structure, len(self.samples))
+
+    @torch.no_grad()
+    def run(self, block: str, inputs: BlockInputs) -> Tensor:
+        """Run `block` on all its inputs and remember its output; returns the output's main tensor, [N, ...]."""
+        module = self.model.get_submodule(block)
+        leaves: list[Any] = []
+        tree: Any = None
+        for chosen in self.samples.batches(self.batch_size):
+            args, kwargs = inputs.at(chosen)
+            produced, tree = pytree.tree_flatten(module(*args, **kwargs))
+            if not leaves:
+                leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]
+            for kept, leaf in zip(leaves, produced, strict=True):
+                if isinstance(leaf, Tensor):
+                    kept[chosen] = leaf
+        self._outputs[block] = (leaves, tree)
+        return main_tensor(pytree.tree_unflatten(leaves, tree))
+
+    def output(self, block: str) -> Tensor:
+        """The main tensor of a finished block's output, [N, ...]."""
+        leaves, tree = self._outputs[block]
+        return main_tensor(pytree.tree_unflatten(leaves, tree))
+
+    def _allocate(self, name: str, like: Any) -> Any:
+        if not isinstance(like, Tensor):
+            return like
+        shape = (len(self.samples), *like.shape[1:])
+        count = torch.Size(shape).numel()
+        path = self.scratch / f"{name}.bin"
+        return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).reshape(shape)
+
+
+def main_tensor(output: Any) -> Tensor:
+    """The tensor that a block's output stands for: itself, or the first of a tuple."""
+    return output if isinstance(output, Tensor) else main_tensor(output[0])
+
+
+class _Reached(Exception):
+    """The block that was waited for has been called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_, self.kwargs_ = args, kwargs
+
+
+def _join(parts: tuple[Any, ...], sizes: list[int]) -> Any:
+    first = parts[0]
+    if (
+        isinstance(first, Tensor)
+        and first.dim() > 0
+        and all(part.shape[0] == size for part, size in zip(parts, sizes, strict=True))
+    ):
+        return torch.cat(parts)
+    return first

@@ -1,0 +1,132 @@
+"""Where long work keeps what it has finished, so that starting again continues instead of beginning anew."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepquant.errors import StepquantError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk and rename it into place: whole, or not there.
+
+    Raises:
+        StepquantError: if the disk is full, read-only or not writable.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: Exception) -> StepquantError:
+    """The sentence for a failed write."""
+    code = getattr(error, "errno", None)
+    if code == errno.ENOSPC or "No space left" in str(error):
+        return StepquantError(f"no space left on the disk while writing {path}: free some and run the command again.")
+    reason = os.strerror(code) if code else str(error)
+    return StepquantError(f"cannot write {path}: {reason}; choose a folder that can be written.")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value in its canonical form, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+class Workspace:
+    """A folder of finished stages, each a safetensors file under a key made of the stage's name and its inputs.
+
+    A stage file that is damaged counts as absent: the stage is computed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: TextIO | None = None
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a finished stage, or None."""
+        path = self.folder / f"{key}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                recorded = (file.metadata() or {}).get("digest")
+        except (OSError, SafetensorError):
+            return None
+        return tensors if recorded == tensors_digest(tensors) else None
+
+    def save(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a finished stage, atomically."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"digest": tensors_digest(tensors)}
+        write_atomic(self.folder / f"{key}.safetensors", lambda path: save_file(tensors, path, metadata))
+
+    def scratch(self, name: str) -> Path:
+        """An empty folder for files that need not survive."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        return folder
+
+    def __enter__(self) -> Workspace:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StepquantError(
+                f"another process is working in {self.folder}: wait for it, or give another output folder."
+            ) from None
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def remove(self) -> None:
+        """Delete everything in it; the work it held is done and kept elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""``emoji-ldm``: a text-to-image latent diffusion model of Fluent emoji on coloured backgrounds.
+
+A Stable Diffusion pipeline in small: the text encoder is trained together with the denoiser. The prompt is
+``NAME on COLOUR``, or just ``NAME`` for a white background.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from training import vae
+from training.card import card
+from training.data import COLOURS, Emoji, emoji, is_held_out, on_colour, prompt
+from training.diffusion import denoising_loss
+from training.loop import arguments, device, export_half, load_ema, plan_from, train
+from training.text import build_text_encoder, build_tokenizer
+
+DROPPED = 0.1
+EXAMPLES = (
+    "red apple", "tomato on blue", "panda on green", "shark on teal", "sunflower on purple", "pizza", "tiger on white",
+    "strawberry on grey", "frog on orange", "soccer ball on green", "fox on blue", "whale on pink", "doughnut on teal",
+    "carrot on black", "penguin on yellow", "cactus on pink", "octopus on grey", "wrapped gift on brown", "lemon",
+    "basketball on black", "koala on red", "watermelon on yellow", "rose on black", "elephant on orange", "tulip",
+    "hamburger on purple", "crab on teal", "trophy on blue", "broccoli on red", "owl on white", "cherries",
+    "zebra on green",
+)  # fmt: skip
+"""Default prompts for sampling and calibration, one emoji each."""
+
+
+class TextToNoise(nn.Module):
+    """Text encoder and denoiser as one trainable module."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text = build_text_encoder(tokenizer)
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(48, 96, 160),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=(3, 3, 5),  # despite its name this is the number of heads
+            cross_attention_dim=self.text.config.hidden_size,
+            norm_num_groups=16,
+        )
+
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        """Noise of float [B, 4, 16, 16] at int64 timesteps [B], given int64 tokens [B, length]."""
+        return self.unet(noisy, timestep, self.text(tokens)[0], return_dict=False)[0]
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def tokenizer_for(data: Emoji) -> CLIPTokenizer:
+    return build_tokenizer([prompt(name, colour) for name in data.names for colour in COLOURS])
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", steps=5000, batch=32, learning_rate=1e-3)
+    vae.add_argument(parser)
+    options = parser.parse_args()
+    plan = plan_from(options)
+    data = emoji(options.data)
+    tokenizer = tokenizer_for(data)
+    pairs = [
+        (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
+    ]
+    pictures = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    autoencoder, latents = vae.prepared("emoji", options.vae, pictures, options.out / "latents.safetensors")
+
+    def tokens_of(prompts: list[str]) -> Tensor:
+        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    tokens, empty = tokens_of([prompt(data.names[index], colour) for index, colour in pairs]), tokens_of([""])
+    model = TextToNoise(tokenizer).to(device())
+    alphas = scheduler().alphas_cumprod
+
+    def loss(_step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
+        dropped = torch.rand(plan.batch, 1, generator=generator) < DROPPED
+        words = torch.where(dropped, empty, tokens[chosen]).to(device())
+        return denoising_loss(lambda x, t: model(x, t, words), latents[chosen].to(device()), alphas, generator)
+
+    if not options.export_only:
+        train(plan, model, loss)
+    if options.export:
+        export(autoencoder, tokenizer, options)
+
+
+def export(autoencoder: nn.Module, tokenizer: CLIPTokenizer, options: argparse.Namespace) -> None:
+    """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
+    model = load_ema(TextToNoise(tokenizer), options.out)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=model.text,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    files = {
+        "README.md": card("emoji-ldm", __doc__ or "", "fluent-emoji", options),
+        "prompts.txt": "\n".join(EXAMPLES) + "\n",
+    }
+    export_half(pipeline, options.export, files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The tokenizer and text encoder of ``emoji-ldm``, both small enough to be trained from the captions alone."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+LENGTH = 16
+"""Tokens of a prompt, start and end included."""
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer(captions: Iterable[str], vocabulary: int = 1200) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair vocabulary is learnt from `captions`, with every letter and digit as a word."""
+    pattern = CLIPTokenizer()._tokenizer
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
+    learner.normalizer, learner.pre_tokenizer = pattern.normalizer, pattern.pre_tokenizer
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START, END],
+        initial_alphabet=ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator([*captions, *string.ascii_lowercase, *string.digits], trainer)
+    model = json.loads(learner.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], model_max_length=LENGTH
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 128) -> CLIPTextModel:
+    """Two CLIP layers; hidden states float [B, 16, width]."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
