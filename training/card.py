@@ -29,11 +29,11 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
     lines = [
         "---",
         "license: apache-2.0",
-        "library_name: diffusers",
+        f"library_name: {'pytorch' if name == 'fashion-classifier' else 'diffusers'}",
         "---",
         f"# {name}",
         "",
-        summary.strip(),
+        summary.strip().replace("``", "`"),
         "",
         "A small reference model of stepquant: something real and quick to quantize, not a tool for making pictures.",
         "",

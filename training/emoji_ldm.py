@@ -18,7 +18,7 @@ from training.card import card
 from training.data import COLOURS, Emoji, emoji, is_held_out, on_colour, prompt
 from training.diffusion import denoising_loss
 from training.loop import arguments, device, export_half, load_ema, plan_from, train
-from training.text import build_text_encoder, build_tokenizer
+from training.text import build_text_encoder, build_tokenizer, classic_files
 
 DROPPED = 0.1
 EXAMPLES = (
@@ -119,6 +119,7 @@ def export(autoencoder: nn.Module, tokenizer: CLIPTokenizer, options: argparse.N
     files = {
         "README.md": card("emoji-ldm", __doc__ or "", "fluent-emoji", options),
         "prompts.txt": "\n".join(EXAMPLES) + "\n",
+        **{f"tokenizer/{name}": content for name, content in classic_files(tokenizer).items()},
     }
     export_half(pipeline, options.export, files)
 

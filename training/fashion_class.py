@@ -24,6 +24,7 @@ def build() -> DiTTransformer2DModel:
         num_attention_heads=6,
         attention_head_dim=32,
         in_channels=4,
+        out_channels=4,
         num_layers=6,
         sample_size=8,
         patch_size=1,

@@ -71,7 +71,9 @@ def autocast() -> torch.autocast:
 def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Module:
     """Train `model` for `plan.steps` steps from wherever `plan.out` stands; returns the EMA weights in `model`."""
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+    )
     ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     step, seconds = _restore(plan, parameters, ema, optimizer)
     note = TextColumn("{task.fields[note]}")
@@ -183,6 +185,9 @@ def export_half(pipeline: DiffusionPipeline, folder: Path, files: dict[str, str]
     shutil.rmtree(draft, ignore_errors=True)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(draft)
+    for config in draft.glob("*/config.json"):
+        # transformers loads in the dtype named here where diffusers loads in float32: one pipeline wants one dtype.
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for name, content in files.items():
         (draft / name).write_text(content)
     shutil.rmtree(folder, ignore_errors=True)

@@ -36,6 +36,13 @@ def build_tokenizer(captions: Iterable[str], vocabulary: int = 1200) -> CLIPToke
     )
 
 
+def classic_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
+    """``vocab.json`` and ``merges.txt``, which transformers 4 reads where version 5 reads ``tokenizer.json``."""
+    model = json.loads(tokenizer._tokenizer.to_str())["model"]
+    merges = "\n".join(" ".join(merge) for merge in model["merges"])
+    return {"vocab.json": json.dumps(model["vocab"]), "merges.txt": f"#version: 0.2\n{merges}\n"}
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 128) -> CLIPTextModel:
     """Two CLIP layers; hidden states float [B, 16, width]."""
     return CLIPTextModel(

@@ -1,3 +1,9 @@
 """stepquant: quantize diffusion models step by step and run them in integers."""
 
-__version__ = "0.1.0"
+from stepquant.api import load, quantize, save
+from stepquant.calibration.trajectories import Calibration
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.version import __version__
+
+__all__ = ["Calibration", "QuantSpec", "StepquantError", "__version__", "load", "quantize", "save"]

@@ -57,6 +57,9 @@ class QuantSpec(BaseModel):
         exceptions: regular expressions over module names -> bits, ``{"mid_block": "w8a8"}``; the first that is
             found in a name (``re.search``) wins, and beats `first_last_bits`.
         first_last_bits: least number of bits of the first and the last layer, weight and activation.
+        first_input_bits: bits of the first layer's activation, which is the sampler's own state x_t. It has 1 to 16
+            channels, so integers there save nothing, while 8 bits cost more quality than all other activations
+            together (``docs/quality.md``): floating point by default.
         softmax_bits: bits of the attention probabilities (unsigned, zero point 0).
         split_skips: quantize the two halves of a skip concatenation apart (Q-Diffusion, arXiv 2302.04304);
             ``None`` leaves it to the recipe.
@@ -68,6 +71,7 @@ class QuantSpec(BaseModel):
     bits: str
     exceptions: dict[str, str] = Field(default_factory=dict)
     first_last_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = 8
+    first_input_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = FLOAT_BITS
     softmax_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = 8
     split_skips: bool | None = None
     group_size: Annotated[int, Field(ge=8)] | None = None
@@ -87,7 +91,7 @@ class QuantSpec(BaseModel):
                 raise StepquantError(f"exception {pattern!r} is no regular expression: {error}.") from None
         return {pattern: _checked_bits(bits) for pattern, bits in value.items()}
 
-    @field_validator("first_last_bits", "softmax_bits")
+    @field_validator("first_last_bits", "first_input_bits", "softmax_bits")
     @classmethod
     def _integer_or_float(cls, value: int) -> int:
         if 8 < value < FLOAT_BITS:
@@ -116,16 +120,18 @@ class QuantSpec(BaseModel):
     def default_bits(self) -> LayerBits:
         return LayerBits.parse(self.bits)
 
-    def layer_bits(self, name: str, *, first_or_last: bool = False) -> LayerBits:
+    def layer_bits(self, name: str, *, first: bool = False, last: bool = False) -> LayerBits:
         """Bits of the layer called `name` (its dotted module path in the denoiser)."""
         for pattern, exception in self.exceptions.items():
             if re.search(pattern, name):
                 return LayerBits.parse(exception)
         bits = self.default_bits
-        if first_or_last and not bits.is_float:
-            at_least = self.first_last_bits
-            bits = LayerBits(max(bits.weight, at_least), max(bits.activation, at_least))
-        return bits
+        if bits.is_float or not (first or last):
+            return bits
+        weight, activation = max(bits.weight, self.first_last_bits), max(bits.activation, self.first_last_bits)
+        if weight == FLOAT_BITS:
+            return LayerBits(FLOAT_BITS, FLOAT_BITS)
+        return LayerBits(weight, self.first_input_bits if first else activation)
 
     def __str__(self) -> str:
         return self.bits

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import StepquantError
+from stepquant.progress import Progress
 
 Kind = Literal["unconditional", "class", "text"]
+
+BATCH_SIZE = 16
+"""Pictures drawn at a time, unless told otherwise."""
 
 
 def kind_of(pipeline: Any) -> Kind:
@@ -146,6 +150,34 @@ def draw(
     if isinstance(pictures, Tensor):
         return pictures
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def draw_many(
+    pipeline: Any,
+    request: Request,
+    count: int,
+    seed: int,
+    progress: Progress,
+    description: str,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """Draw pictures 0 to count - 1 in batches: float32 [count, C, H, W] in [-1, 1]; see `draw`.
+
+    Raises:
+        StepquantError: if fewer than one picture is asked for.
+    """
+    if count < 1:
+        raise StepquantError(f"count is {count}: expected at least 1 picture.")
+    pictures = []
+    with progress.task(description, count * request.steps) as advance:
+        for indices in batches(count, batch_size):
+            pictures.append(draw(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices))))
+    return torch.cat(pictures)
+
+
+def batches(count: int, size: int = BATCH_SIZE) -> list[range]:
+    """0 to count - 1 in consecutive ranges of at most `size`."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _after_each_step(pipeline: Any, on_step: Callable[[], None] | None) -> Callable[[], None]:

@@ -95,7 +95,7 @@ def instrument(
     layers: dict[str, TrainableLayer] = {}
     with (progress or Progress()).task("Searching weight ranges", len(description.layers)) as advance:
         for name in description.layers:
-            bits = spec.layer_bits(name, first_or_last=name in (description.first, description.last))
+            bits = spec.layer_bits(name, first=name == description.first, last=name == description.last)
             advance(1)
             if bits.is_float:
                 continue

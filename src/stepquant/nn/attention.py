@@ -8,12 +8,14 @@ subclasses only say what happens to the four operands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
+from stepquant.nn.layers import keep_dtypes
 from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
 
@@ -126,6 +128,9 @@ class QuantizedAttentionProcessor(AttentionProcessor):
             if table is not None:
                 table.check()
         return QuantizedAttention(**tables)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:
+        return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         if name not in self.bits:

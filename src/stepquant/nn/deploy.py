@@ -115,29 +115,34 @@ def install(model: nn.Module, quantization: Quantization) -> StepClock:
     return clock
 
 
-def install_empty(model: nn.Module, structure: Structure | dict[str, Any]) -> StepClock:
+def install_empty(model: nn.Module, structure: Structure | dict[str, Any], device: str = "cpu") -> StepClock:
     """Replace the layers named by `structure` with empty quantized ones, to be filled from a state dict.
+
+    On ``device="meta"`` nothing is allocated: fill with ``load_state_dict(..., assign=True)``.
 
     Raises:
         StepquantError: if `structure` is malformed, or names a layer that `model` does not have or of another kind.
     """
     structure = Structure.parse(structure)
     clock = StepClock(torch.tensor(structure.timesteps, dtype=torch.float32))
-    for name, layer_format in structure.layers.items():
-        module = _submodule(model, name)
-        quantized: QuantizedModule
-        if isinstance(module, nn.Linear):
-            quantized = QuantizedLinear.like(module, layer_format, clock)
-        elif isinstance(module, nn.Conv2d) and can_quantize(module):
-            quantized = QuantizedConv2d.like(module, layer_format, clock)
-        else:
-            raise StepquantError(f"layer {name!r} is a {type(module).__name__}, expected a linear or a convolution.")
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized)
-    for name, operands in structure.attentions.items():
-        bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
-        rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
-        _submodule(model, name).set_processor(QuantizedAttentionProcessor(bits, rows, clock))
+    with torch.device(device):
+        for name, layer_format in structure.layers.items():
+            module = _submodule(model, name)
+            quantized: QuantizedModule
+            if isinstance(module, nn.Linear):
+                quantized = QuantizedLinear.like(module, layer_format, clock)
+            elif isinstance(module, nn.Conv2d) and can_quantize(module):
+                quantized = QuantizedConv2d.like(module, layer_format, clock)
+            else:
+                raise StepquantError(
+                    f"layer {name!r} is a {type(module).__name__}, expected a linear or a convolution."
+                )
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized)
+        for name, operands in structure.attentions.items():
+            bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
+            rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
+            _submodule(model, name).set_processor(QuantizedAttentionProcessor(bits, rows, clock))
     clock.attach(model)
     return clock
 

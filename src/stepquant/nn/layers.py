@@ -8,7 +8,8 @@ filled from a file later. A runtime (``stepquant.runtime``) reads `QuantizedModu
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -18,6 +19,8 @@ from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.packing import pack, packed_bytes, unpack
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 MOST_ROWS = 100_000
@@ -58,7 +61,13 @@ class LayerFormat(BaseModel):
 
 
 class Kernel(nn.Module):
-    """Executes one layer: ``forward(x, row) -> y``. x is float [B, ...]; row is the clock's, int64 [] or [B]."""
+    """Executes one layer: ``forward(x, row) -> y``. x is float [B, ...]; row is the clock's, int64 [] or [B].
+
+    A kernel is never changed once built, so copies of a model share it.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
+        return self
 
 
 class QuantizedModule(nn.Module):
@@ -123,10 +132,23 @@ class QuantizedModule(nn.Module):
             activation.check()
         return QuantizedLayer(weight, self.bias, activation)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        return keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
+
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         if self.kernel is None:
             raise RuntimeError("no kernel installed: call stepquant.runtime.prepare(model) first")
         return self.kernel(x, self.clock.row)
+
+
+def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:
+    """Let `apply` move the buffers of a module, but not round them: ``model.half()`` must leave scale tables alone."""
+    before = dict(module.named_buffers(recurse=False))
+    result = apply()
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.dtype != before[name].dtype:
+            setattr(module, name, before[name].to(buffer.device))
+    return result
 
 
 class QuantizedLinear(QuantizedModule):

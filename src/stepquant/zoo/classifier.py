@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepquant.errors import StepquantError
+
 
 class FashionClassifier(nn.Module):
-    """A small residual-free CNN; pictures are float32 [B, 1, 32, 32] in [-1, 1].
+    """A small residual CNN; pictures are float32 [B, 1, 32, 32] in [-1, 1].
 
     Args:
         width: channels of the first stage; the features have ``2 * width`` dimensions.
@@ -20,25 +22,19 @@ class FashionClassifier(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.width = width
-
-        def stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 3, stride, 1), nn.GroupNorm(8, channels_out), nn.SiLU()
-            )
-
-        self.body = nn.Sequential(
-            stage(1, width, 1),
-            stage(width, 2 * width, 2),
-            stage(2 * width, 2 * width, 1),
-            stage(2 * width, 4 * width, 2),
-            stage(4 * width, 4 * width, 1),
+        self.stem = _convolution(1, width, kernel=5, stride=2)
+        self.stages = nn.ModuleList(
+            [_Stage(width, width), _Stage(width, 2 * width), _Stage(2 * width, 4 * width)],
         )
         self.project = nn.Linear(4 * width, 2 * width)
         self.head = nn.Linear(2 * width, 10)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Penultimate features, float [B, 2 * width]."""
-        return torch.nn.functional.silu(self.project(self.body(pictures).mean(dim=(2, 3))))
+        """Penultimate features, float [B, 2 * width], not negative."""
+        hidden = F.relu(self.stem(pictures))
+        for index, stage in enumerate(self.stages):
+            hidden = stage(F.max_pool2d(hidden, 2) if index else hidden)
+        return F.relu(self.project(hidden.mean(dim=(2, 3))))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Logits of the ten classes, float [B, 10]."""
@@ -48,16 +44,41 @@ class FashionClassifier(nn.Module):
         """Write ``config.json`` and fp16 ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n")
-        save_file(
-            {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()},
-            folder / "model.safetensors",
-        )
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
+        save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> FashionClassifier:
-        """Read what `save_pretrained` wrote, in float32."""
+    def from_pretrained(cls, folder: Path | str) -> FashionClassifier:
+        """Read what `save_pretrained` wrote, in float32 and evaluation mode.
+
+        Raises:
+            StepquantError: where `folder` holds no classifier.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise StepquantError(
+                f"{folder} holds no classifier: config.json and model.safetensors are expected; "
+                "give the folder of zoo model fashion-classifier."
+            )
         model = cls(**json.loads((folder / "config.json").read_text()))
-        model.load_state_dict(
-            {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-        )
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        model.load_state_dict(tensors)  # batch normalisation fills in its count of batches, which is not stored
         return model.eval()
+
+
+class _Stage(nn.Module):
+    """A convolution that changes the width, then a residual one; float [B, C, H, W], same height and width."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.widen = _convolution(channels_in, channels_out)
+        self.refine = _convolution(channels_out, channels_out)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = F.relu(self.widen(hidden))
+        return F.relu(hidden + self.refine(hidden))
+
+
+def _convolution(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out))

@@ -1,0 +1,33 @@
+# make demo: quantize the smallest reference model, draw with it, and compare.   make test, make lint: for changing it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+
+.PHONY: install demo test lint
+
+install: $(VENV)/installed
+
+# torch goes first and alone: everything after it is resolved around the build that is already there.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 --overwrite
+	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check src tests training
+	$(BIN)/ruff format --check src tests training
+	$(BIN)/mypy

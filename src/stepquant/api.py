@@ -1,0 +1,152 @@
+"""The library's face: quantize a pipeline, save it, load it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from stepquant.calibration.trajectories import Calibration
+from stepquant.checkpoint import load_pipeline, save_pipeline
+from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.models import denoiser_name
+from stepquant.nn.deploy import Quantization, install, quantized_modules
+from stepquant.pipelines import make_request
+from stepquant.progress import Progress
+from stepquant.recipes import Job, find_recipe, hyperparameters
+from stepquant.runtime import prepare
+from stepquant.version import __version__
+from stepquant.workspace import Workspace
+
+
+def quantize(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    *,
+    recipe: str = "q-diffusion",
+    calibration: Calibration | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    workspace: Path | str | None = None,
+    progress: Progress | None = None,
+    backend: str = "auto",
+    source: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """Quantize the denoiser of a diffusers pipeline; returns a new pipeline of the same class that runs in integers.
+
+    The given pipeline is not changed; the new one shares its other components. Its ``save_pretrained(folder)`` writes
+    a checkpoint that `load` reads.
+
+    Args:
+        pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
+        spec: bits such as ``"w4a8"``, or a `QuantSpec`.
+        recipe: name of a recipe (``stepquant.recipes.RECIPES``).
+        calibration: how many samples, over how many steps.
+        prompts: calibrate on these; by default the model's own examples.
+        guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
+        seed: same seed, same machine, same versions: same integers.
+        workspace: folder that keeps finished stages, so that the same call continues after an interruption; by
+            default a temporary one.
+        progress: is told how far the work is.
+        backend: the runtime (``stepquant.runtime.BACKENDS``).
+        source: what to call the model in the provenance; by default where it was loaded from.
+        arguments: hyperparameters of the recipe.
+
+    Raises:
+        StepquantError: for a spec, recipe or pipeline that does not work, in one sentence.
+    """
+    spec = QuantSpec.parse(spec)
+    calibration = calibration or Calibration()
+    values = hyperparameters(recipe, arguments)
+    component = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, component)
+    if quantized_modules(denoiser):
+        raise StepquantError("the pipeline is quantized already: give the full-precision one.")
+    if spec.default_bits.is_float:
+        raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    request = make_request(pipeline, calibration.steps, prompts=prompts, guidance=guidance)
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
+        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress())
+        instrumented = find_recipe(recipe)(job, **values)
+        quantization = instrumented.freeze()
+    provenance = {
+        "source": source or str(getattr(pipeline.config, "_name_or_path", "")) or type(pipeline).__name__,
+        "recipe": recipe,
+        "arguments": values,
+        "spec": spec.model_dump(mode="json"),
+        "calibration": calibration.model_dump(mode="json"),
+        "guidance": guidance,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    return assemble(pipeline, quantization, spec, provenance, backend)
+
+
+def assemble(
+    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: str = "auto"
+) -> Any:
+    """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
+    component = denoiser_name(pipeline)
+    denoiser = copy.deepcopy(getattr(pipeline, component)).eval().requires_grad_(False)
+    install(denoiser, quantization)
+    denoiser.register_to_config(
+        quantization_config={
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "spec": spec.model_dump(mode="json"),
+            "structure": quantization.structure(),
+        }
+    )
+    prepare(denoiser, backend)
+    quantized = copy.copy(pipeline)
+    quantized.register_modules(**{component: denoiser})
+    quantized.save_pretrained = functools.partial(_save, quantized, component, provenance)
+    return quantized
+
+
+def save(pipeline: Any, folder: Path | str, *, overwrite: bool = False) -> None:
+    """Write a pipeline that `quantize` or `load` returned; the same as its ``save_pretrained``.
+
+    Raises:
+        StepquantError: if the pipeline is not quantized, or the folder exists and may not be replaced.
+    """
+    if not isinstance(getattr(pipeline, "save_pretrained", None), functools.partial):
+        raise StepquantError("the pipeline is not quantized by stepquant: quantize it first.")
+    pipeline.save_pretrained(folder, overwrite=overwrite)
+
+
+def load(folder: Path | str, *, backend: str = "auto") -> Any:
+    """The quantized pipeline in `folder`, verified and ready to run.
+
+    Raises:
+        StepquantError: for a folder that is foreign, damaged, or of a newer format.
+    """
+    pipeline, manifest = load_pipeline(folder, backend)
+    pipeline.save_pretrained = functools.partial(_save, pipeline, manifest.component, manifest.provenance)
+    return pipeline
+
+
+def _save(
+    pipeline: Any, component: str, provenance: dict[str, Any], folder: Path | str, *, overwrite: bool = False
+) -> None:
+    save_pipeline(pipeline, folder, component, provenance, overwrite=overwrite)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "stepquant": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "diffusers": diffusers.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }

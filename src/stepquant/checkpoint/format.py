@@ -1,0 +1,157 @@
+"""What a quantized pipeline looks like on disk: the diffusers folder layout, and ``stepquant.json`` at its root.
+
+    model_index.json, scheduler/, vae/, ...            as diffusers writes them
+    unet/ or transformer/
+        config.json                                    with a `quantization_config`
+        diffusion_pytorch_model.safetensors            packed integers, tables, and the parameters left in float
+    stepquant.json                                     `Manifest`: provenance, and size and SHA-256 of every other file
+
+Nothing in it depends on the time or the machine: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stepquant.errors import StepquantError
+from stepquant.workspace import digest
+
+FORMAT_VERSION = 1
+MANIFEST = "stepquant.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+QUANT_METHOD = "stepquant"
+LARGEST_JSON = 16 << 20
+"""Bytes; a JSON file beyond this is refused unread."""
+
+
+class FileRecord(BaseModel):
+    """Size and SHA-256 of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(BaseModel):
+    """Where a quantized pipeline comes from, and what its files must be.
+
+    Attributes:
+        format_version: of this layout; a reader refuses a newer one.
+        component: name of the quantized denoiser in the pipeline.
+        provenance: recipe with its arguments, spec, calibration, seed, source model, versions of the libraries.
+        files: relative path -> record, for every file of the folder but this one.
+        digest: SHA-256 over all of the above in canonical JSON.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: int
+    component: str
+    provenance: dict[str, Any]
+    files: dict[str, FileRecord]
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        return digest(self.model_dump(mode="json", exclude={"digest"}))
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its digest filled in."""
+        return self.model_copy(update={"digest": self.computed_digest()})
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder claims to be a quantized pipeline."""
+    return (folder / MANIFEST).is_file()
+
+
+def record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; raises `StepquantError` for anything else."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise StepquantError(f"{path} is larger than any file of its kind: the checkpoint is damaged.")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StepquantError(f"{path} is missing: the checkpoint is incomplete, copy or quantize it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StepquantError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from None
+    if not isinstance(value, dict):
+        raise StepquantError(f"{path} holds no JSON object: the checkpoint is damaged.")
+    return value
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a quantized pipeline, its own digest checked.
+
+    Raises:
+        StepquantError: if there is none, it is malformed, or it was written by a newer format.
+    """
+    if not is_checkpoint(folder):
+        raise StepquantError(f"{folder} holds no {MANIFEST}: it was not written by stepquant.")
+    raw = read_json(folder / MANIFEST)
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StepquantError(
+            f"{folder} has format version {version}, this stepquant reads up to {FORMAT_VERSION}: upgrade stepquant."
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise StepquantError(f"{folder / MANIFEST} is malformed at {where}: the checkpoint is damaged.") from None
+    if manifest.computed_digest() != manifest.digest:
+        raise StepquantError(f"{folder / MANIFEST} does not match its own digest: the checkpoint is damaged.")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Check every file against the manifest before anything in it is believed.
+
+    Raises:
+        StepquantError: naming the first file that is missing, changed, unlisted in a component's folder, or outside.
+    """
+    for name, expected in manifest.files.items():
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name or str(relative) != name:
+            raise StepquantError(f"{folder / MANIFEST} lists {name!r}, which lies outside the folder: not loaded.")
+        path = folder / relative
+        if any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder) and part != folder):
+            raise StepquantError(f"{path} is a symbolic link, which a checkpoint must not hold: not loaded.")
+        if not path.is_file():
+            raise StepquantError(f"{path} is missing: the checkpoint is incomplete, copy or quantize it again.")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise StepquantError(f"{path} has {size} bytes, expected {expected.bytes}: truncated, copy it again.")
+        if record(path) != expected:
+            raise StepquantError(f"{path} does not match its SHA-256: the checkpoint is damaged, copy it again.")
+    listed = {folder / name for name in manifest.files}
+    for path in folder.glob("*/**/*"):
+        if path.is_file() and path not in listed:
+            raise StepquantError(f"{path} is not part of the checkpoint: remove it, then load again.")
+
+
+def check_no_custom_code(folder: Path) -> None:
+    """Refuse a pipeline folder whose ``model_index.json`` asks for classes outside diffusers and transformers."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise StepquantError(f"{folder} names a pipeline with code of its own: not loaded.")
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        if len(value) == 2 and value[0] not in ("diffusers", "transformers", None):
+            raise StepquantError(f"{folder}: component {name!r} comes from {value[0]!r}, code of its own: not loaded.")

@@ -1,0 +1,91 @@
+"""Write a quantized pipeline: whole, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, is_checkpoint, record
+from stepquant.errors import StepquantError
+from stepquant.nn.deploy import quantized_modules
+from stepquant.workspace import cannot_write, sync
+
+
+def save_pipeline(
+    pipeline: Any, out: Path | str, component: str, provenance: dict[str, Any], *, overwrite: bool = False
+) -> Manifest:
+    """Write `pipeline`, whose denoiser is quantized, to the folder `out`; returns the manifest written.
+
+    The folder appears under its name only when it is complete; one that it replaces is removed after that.
+
+    Raises:
+        StepquantError: if `out` exists and may not be replaced, or cannot be written.
+    """
+    out = Path(out)
+    check_out(out, overwrite=overwrite)
+    draft = out.with_name(f".{out.name}.draft")
+    previous = out.with_name(f".{out.name}.previous")
+    denoiser = getattr(pipeline, component)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        type(pipeline).save_pretrained(pipeline, draft, safe_serialization=True)
+        for path in (draft / component).glob("*.safetensors*"):
+            path.unlink()
+        save_file(narrow_tensors(denoiser), draft / component / WEIGHTS, metadata={"format": "pt"})
+        files = {
+            path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
+        }
+        manifest = Manifest(
+            format_version=FORMAT_VERSION, component=component, provenance=provenance, files=files
+        ).sealed()
+        (draft / MANIFEST).write_text(manifest.to_json())
+        for path in draft.rglob("*"):
+            sync(path)
+        sync(draft)
+        if out.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            out.rename(previous)
+        draft.rename(out)
+        sync(out.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if previous.exists() and not out.exists():
+            previous.rename(out)
+        raise cannot_write(out, error) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return manifest
+
+
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that exists, unless it is to be overwritten; never touches it."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise StepquantError(f"{out} exists and is no folder: choose another name for the output.")
+    if not out.exists() or overwrite or not any(out.iterdir()):
+        return
+    whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
+    raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
+
+
+def narrow_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The state dict as stored: what quantization made as it is, other floats in fp16 wherever that loses nothing."""
+    made = tuple(f"{name}." for name in quantized_modules(denoiser))
+    state = {}
+    for name, tensor in denoiser.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        keep = name.startswith(made) or ".processor." in name or tensor.dtype != torch.float32
+        state[name] = tensor if keep else narrow(tensor)
+    return state
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """A float32 tensor in fp16 if that holds every value exactly, else as it is."""
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor

@@ -1,0 +1,94 @@
+"""``stepquant evaluate``: a quantized model against its origin, as a table and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stepquant.cli.options import Backend, Guidance, Prompts, Seed, Steps, at_least_one, check_writable_file, progress
+
+if TYPE_CHECKING:
+    from stepquant.evaluation import EvaluationResult
+
+PICTURES_SHOWN = 16
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by stepquant quantize.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="Its full-precision origin.")],
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write pictures of both, side by side, to this file.")] = None,
+    count: Annotated[int, typer.Option(help="Pictures.")] = 128,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    backend: Backend = "auto",
+) -> None:
+    """Compare a quantized model with its full-precision origin."""
+    from stepquant import evaluation
+    from stepquant.pictures import picture_format, save_picture, side_by_side
+    from stepquant.pipelines import read_prompts
+    from stepquant.workspace import write_atomic
+
+    at_least_one("count", count)
+    at_least_one("steps", steps)
+    if grid is not None:
+        picture_format(grid)
+    for path in (json, grid):
+        if path is not None:
+            check_writable_file(path)
+    evaluated = evaluation.evaluate(
+        folder,
+        against,
+        count=count,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        prompts=read_prompts(prompts) if prompts else None,
+        backend=backend,
+        progress=progress(),
+    )
+    result = evaluated.result
+    Console(soft_wrap=True).print(_table(result))
+    if json is not None:
+        write_atomic(json, lambda draft: draft.write_text(result.model_dump_json(indent=2) + "\n"))
+        typer.echo(f"figures: {json}")
+    if grid is not None:
+        shown = slice(0, PICTURES_SHOWN)
+        captions = ("full precision", "quantized")
+        save_picture(side_by_side(evaluated.full_precision[shown], evaluated.quantized[shown], captions), grid)
+        typer.echo(f"pictures, full precision beside quantized: {grid}")
+
+
+def _table(result: EvaluationResult) -> Table:
+    table = Table(title=f"{result.count} pictures, {result.steps} steps, seed {result.seed}", title_justify="left")
+    table.add_column("")
+    table.add_column("full precision", justify="right")
+    table.add_column("quantized", justify="right")
+    table.add_row("PSNR to full precision", "", f"{result.psnr_db:.2f} dB")
+    table.add_row("PSNR of the worst picture", "", f"{result.psnr_db_lowest:.2f} dB")
+    table.add_row("SSIM to full precision", "", f"{result.ssim:.4f}")
+    errors = result.step_error
+    table.add_row("error of a step, first / last", "", f"{errors[0]:.2%} / {errors[-1]:.2%}")
+    table.add_row("error of a step, largest", "", f"{max(errors):.2%}")
+    if result.frechet_classifier is not None and result.frechet_classifier_fp32 is not None:
+        distances = (f"{result.frechet_classifier_fp32:.3f}", f"{result.frechet_classifier:.3f}")
+        table.add_row("Frechet distance to the data (classifier)", *distances)
+    elif result.frechet_note:
+        table.caption = f"no Frechet distance: {result.frechet_note}"
+    size = (f"{result.denoiser_bytes_fp32 / 1e6:.2f} MB", f"{result.denoiser_bytes / 1e6:.2f} MB")
+    table.add_row("denoiser", *size)
+    ratio = result.denoiser_bytes / result.denoiser_bytes_fp32
+    table.add_row("    of float32", "", f"{ratio:.3f}x")
+    table.add_row(
+        "peak memory", f"{result.peak_memory_bytes_fp32 / 1e6:.0f} MB", f"{result.peak_memory_bytes / 1e6:.0f} MB"
+    )
+    times = (f"{result.seconds_per_step_fp32 * 1e3:.1f} ms", f"{result.seconds_per_step * 1e3:.1f} ms")
+    table.add_row(f"time of a step, batch of {result.batch_size}", *times)
+    table.add_row("    speed", "", f"{result.speedup:.2f}x")
+    return table

@@ -1,0 +1,92 @@
+"""``stepquant inspect``: what a model is made of, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
+) -> None:
+    """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
+    from stepquant.evaluation.cost import folder_bytes
+    from stepquant.loading import is_quantized, locate, resolve_pipeline
+    from stepquant.models import denoiser_name
+    from stepquant.pipelines import kind_of
+
+    folder = locate(model)
+    pipeline = resolve_pipeline(model)
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    console = Console(soft_wrap=True)
+    quantized = is_quantized(folder)
+    console.print(_quantized_table(denoiser) if quantized else _float_table(denoiser))
+    typer.echo(
+        f"pipeline: {type(pipeline).__name__}, {kind_of(pipeline)}; scheduler {type(pipeline.scheduler).__name__}"
+    )
+    typer.echo(f"denoiser: {type(denoiser).__name__}, {folder_bytes(folder / name) / 1e6:.2f} MB on disk")
+    if quantized:
+        for key, value in _settings(denoiser).items():
+            typer.echo(f"{key}: {value}")
+
+
+def _float_table(denoiser: Any) -> Table:
+    """Layers of a full-precision denoiser, by block."""
+    from stepquant.models import describe
+
+    description = describe(denoiser)
+    table = Table(title=f"{description.family}: {len(description.blocks)} blocks, {len(description.layers)} layers")
+    for column in ("block", "layer", "kind", "weight", "notes"):
+        table.add_column(column, overflow="fold")
+    for layer in description.layers:
+        block = next(block for block in description.blocks if f"{layer}.".startswith(f"{block}."))
+        module = denoiser.get_submodule(layer)
+        notes = []
+        if layer in (description.first, description.last):
+            notes.append("first" if layer == description.first else "last")
+        if layer in description.time_layers:
+            notes.append("time alone")
+        if layer in description.skip_splits:
+            notes.append(f"skip from channel {description.skip_splits[layer]}")
+        kind = type(module).__name__
+        table.add_row(block, layer.removeprefix(f"{block}."), kind, _shape(module.weight.shape), ", ".join(notes))
+    return table
+
+
+def _quantized_table(denoiser: Any) -> Table:
+    """Layers and attentions of a quantized denoiser."""
+    from stepquant.nn.attention import QuantizedAttentionProcessor
+    from stepquant.nn.deploy import quantized_modules
+
+    layers = quantized_modules(denoiser)
+    table = Table(title=f"{len(layers)} quantized layers")
+    for column in ("layer", "kind", "weight", "bits", "groups", "table rows"):
+        table.add_column(column, overflow="fold")
+    for name, module in layers.items():
+        layer = module.layer_format
+        activation = layer.activation_bits
+        bits = f"w{layer.weight_bits}a{16 if activation is None else activation}"
+        rows = "" if activation is None else str(layer.activation_rows)
+        groups = str(len(layer.weight_groups))
+        table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows)
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, QuantizedAttentionProcessor):
+            bits = ", ".join(f"{operand} {count}" for operand, count in processor.bits.items())
+            table.add_row(name, "attention", "", bits, "", "")
+    return table
+
+
+def _settings(denoiser: Any) -> dict[str, Any]:
+    """What the checkpoint says about its making: spec, recipe and so on."""
+    config = denoiser.config.get("quantization_config") or {}
+    shown = {key: value for key, value in dict(config).items() if key != "structure"}
+    return {key: value for key, value in shown.items() if not isinstance(value, dict) or len(str(value)) < 500}
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(str(size) for size in shape)

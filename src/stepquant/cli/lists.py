@@ -1,0 +1,26 @@
+"""``stepquant recipes`` and ``stepquant zoo``: what there is to choose from."""
+
+from __future__ import annotations
+
+import typer
+
+
+def recipes() -> None:
+    """List the recipes and their hyperparameters."""
+    from stepquant.recipes import RECIPES, hyperparameters, summary
+
+    for name in RECIPES:
+        typer.echo(f"{name}: {summary(name)}")
+        values = hyperparameters(name)
+        if values:
+            typer.echo("    " + ", ".join(f"{key}={value}" for key, value in values.items()))
+
+
+def zoo() -> None:
+    """List the reference models that ship with stepquant."""
+    from stepquant import zoo as models
+
+    for name in models.names():
+        lines = [line for line in models.card(name).splitlines() if line and not line.startswith("#")]
+        megabytes = sum(file.stat().st_size for file in models.path(name).rglob("*") if file.is_file()) / 1e6
+        typer.echo(f"zoo:{name} ({megabytes:.1f} MB)\n    {lines[0].replace('``', '')}")

@@ -1,0 +1,88 @@
+"""The ``stepquant`` command: parse, call the library, draw progress, say in one line what went wrong."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from stepquant import __version__
+from stepquant.cli.evaluate import evaluate
+from stepquant.cli.inspect import inspect
+from stepquant.cli.lists import recipes, zoo
+from stepquant.cli.quantize import quantize
+from stepquant.cli.sample import sample
+from stepquant.errors import StepquantError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with a user's error told in one line and no traceback."""
+
+    @functools.wraps(command)  # typer reads the signature
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except StepquantError as error:
+            _say(str(error))
+            raise typer.Exit(USAGE_ERROR) from None
+        except KeyboardInterrupt:
+            _say("interrupted; what is finished is kept, run the same command again to continue.")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _say(message: str) -> None:
+    typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
+
+
+for command in (quantize, sample, evaluate, inspect, recipes, zoo):
+    app.command()(_one_line(command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stepquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize diffusion models, per denoising step, and run them in integers."""
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 bad input (one line on standard error), 130 interrupted."""
+    _quieten()
+    app()
+
+
+def _quieten() -> None:
+    """Keep other libraries' notices and bars off standard error; both read these before they are first imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(bars, "1")
+    warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What several commands share: their common options, and checks made before long work begins."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from stepquant.cli.progress import RichProgress
+from stepquant.errors import StepquantError
+from stepquant.workspace import cannot_write
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, reference or onednn.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the model's own.")]
+Prompts = Annotated[Path | None, typer.Option(help="File with a prompt a line; default: the model's own prompts.")]
+
+MEGABYTE = 1_000_000
+
+
+def progress() -> RichProgress:
+    """Progress on standard error, so that standard output holds results alone."""
+    return RichProgress(Console(stderr=True, soft_wrap=True))
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Raise `StepquantError` unless `value` is a count of something."""
+    if value < 1:
+        raise StepquantError(f"{name} is {value}: expected at least 1.")
+
+
+def check_writable_file(path: Path) -> None:
+    """Raise `StepquantError` unless a file can be written at `path`; makes the folder it lies in."""
+    if path.is_dir():
+        raise StepquantError(f"cannot write {path}: it is a folder; give a file name.")
+    check_writable_folder(path.parent)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Raise `StepquantError` unless files can be written in `folder`; makes the folder."""
+    probe = folder / ".stepquant-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file is really written: permissions do not tell about read-only disks, nor bind the administrator.
+        probe.write_bytes(b"")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        probe.unlink(missing_ok=True) if folder.is_dir() else None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise `StepquantError` unless the disk that holds `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StepquantError(
+            f"not enough disk space in {folder}: about {needed / MEGABYTE:.0f} MB are needed, "
+            f"{free / MEGABYTE:.0f} MB are free; make room or choose another folder."
+        )

@@ -1,0 +1,91 @@
+"""``stepquant quantize``: from a pipeline to a small checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.options import Model, Prompts, Seed, at_least_one, check_space, check_writable_folder, progress
+from stepquant.errors import StepquantError
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: Annotated[str, typer.Option(help="How to quantize, see: stepquant recipes.")] = "q-diffusion",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w8a8, w4a8, w4a16.")] = "w8a8",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the calibration trajectories.")] = 50,
+    iterations: Annotated[int | None, typer.Option(help="Iterations a block, for recipes that learn.")] = None,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    exception: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX=BITS", help="Other bits for some layers; may be repeated.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
+) -> None:
+    """Quantize a diffusion model and write it as a diffusers folder.
+
+    Interrupted, the same command continues where it stopped.
+    """
+    import stepquant
+    from stepquant.config import QuantSpec
+    from stepquant.loading import resolve_pipeline
+    from stepquant.pipelines import read_prompts
+    from stepquant.recipes import hyperparameters
+
+    at_least_one("samples", samples)
+    at_least_one("steps", steps)
+    arguments: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
+    hyperparameters(recipe, arguments)
+    spec = QuantSpec.parse({"bits": bits, "exceptions": _exceptions(exception or [])})
+    lines = read_prompts(prompts) if prompts else None
+    check_out(out, overwrite)
+    check_writable_folder(out.parent)
+    pipeline = resolve_pipeline(model)
+    check_space(out.parent, _parameter_bytes(pipeline))
+
+    workspace = out.with_name(f".{out.name}.work")
+    report = progress()
+    quantized = stepquant.quantize(
+        pipeline,
+        spec,
+        recipe=recipe,
+        calibration=stepquant.Calibration(samples=samples, steps=steps),
+        seed=seed,
+        prompts=lines,
+        workspace=workspace,
+        progress=report,
+        **arguments,
+    )
+    stepquant.save(quantized, out, overwrite=overwrite)
+    shutil.rmtree(workspace, ignore_errors=True)
+    typer.echo(f"{model} quantized to {spec} with {recipe}: {out}")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise `StepquantError` where writing `out` would lose something that the user did not give up."""
+    if out.exists() and not out.is_dir():
+        raise StepquantError(f"{out} is a file: give a folder to write.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise StepquantError(f"{out} exists and is not empty: give another folder, or --overwrite to replace it.")
+
+
+def _exceptions(given: list[str]) -> dict[str, str]:
+    """``["mid_block=w8a8"]`` -> ``{"mid_block": "w8a8"}``; the expression may hold ``=`` itself."""
+    exceptions = {}
+    for text in given:
+        pattern, equals, bits = text.rpartition("=")
+        if not equals or not pattern:
+            raise StepquantError(f"exception {text!r} is not understood: write it as REGEX=BITS, as in mid_block=w8a8.")
+        exceptions[pattern] = bits
+    return exceptions
+
+
+def _parameter_bytes(pipeline: Any) -> int:
+    """Bytes of all weights as they are loaded: more than the checkpoint and the kept stages take together."""
+    models = [part for part in pipeline.components.values() if hasattr(part, "parameters")]
+    return sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())

@@ -1,0 +1,39 @@
+"""``stepquant sample``: a grid of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import Backend, Guidance, Seed, Steps, at_least_one, check_writable_file, progress
+
+
+def sample(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
+    out: Annotated[Path, typer.Option(help="The picture grid to write.")] = Path("grid.png"),
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a text-to-image model; may be repeated.")] = None,
+    label: Annotated[
+        list[int] | None, typer.Option(help="Label of a class-conditional model; may be repeated.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Pictures.")] = 16,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    backend: Backend = "auto",
+) -> None:
+    """Draw pictures and write them as one grid."""
+    from stepquant.loading import resolve_pipeline
+    from stepquant.pictures import grid, picture_format, save_picture
+    from stepquant.pipelines import draw_many, make_request
+
+    at_least_one("count", count)
+    at_least_one("steps", steps)
+    picture_format(out)
+    check_writable_file(out)
+    pipeline = resolve_pipeline(model, backend)
+    request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
+    pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing")
+    save_picture(grid(pictures), out)
+    typer.echo(f"{count} pictures in {steps} steps, seed {seed}: {out}")

@@ -1,0 +1,199 @@
+"""A quantized pipeline against its full-precision origin: fidelity, distribution and cost, as one record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from stepquant import zoo
+from stepquant.errors import StepquantError
+from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
+from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
+from stepquant.evaluation.fidelity import Shadow, psnr, ssim
+from stepquant.loading import ZOO_PREFIX, resolve_pipeline
+from stepquant.models import denoiser_name
+from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, kind_of, make_request
+from stepquant.progress import Progress
+from stepquant.zoo.classifier import FashionClassifier
+
+
+class EvaluationResult(BaseModel):
+    """The figures of one evaluation.
+
+    Attributes:
+        psnr_db: mean over pictures of each one's PSNR to the full-precision picture of the same noise, dB; peak-to-peak
+            2, each at most 100.
+        psnr_db_lowest: of the worst picture.
+        ssim: mean structural similarity to the same pictures.
+        step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory.
+        frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None where there is
+            no classifier for the data, or too few pictures. Not an FID.
+        frechet_classifier_fp32: the same of the full-precision pictures.
+        frechet_note: why the two are None.
+        denoiser_bytes: all files of the quantized denoiser.
+        denoiser_bytes_fp32: the origin's parameters in float32.
+        peak_memory_bytes: highest resident memory of a process that loads the quantized model and draws one batch.
+        peak_memory_bytes_fp32: the same of the origin.
+        seconds_per_step: median time of the quantized denoiser in one step of one batch.
+        seconds_per_step_fp32: the same of the origin, measured alternately in the same run.
+        speedup: seconds_per_step_fp32 / seconds_per_step.
+        count, steps, seed, guidance, batch_size: what was drawn; picture i starts from the noise of seed + i.
+        threads: CPU threads of torch.
+        versions: of the packages that the figures depend on.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    against: str
+    psnr_db: float
+    psnr_db_lowest: float
+    ssim: float
+    step_error: list[float]
+    frechet_classifier: float | None
+    frechet_classifier_fp32: float | None
+    frechet_note: str | None
+    denoiser_bytes: int
+    denoiser_bytes_fp32: int
+    peak_memory_bytes: int
+    peak_memory_bytes_fp32: int
+    seconds_per_step: float
+    seconds_per_step_fp32: float
+    speedup: float
+    count: int
+    steps: int
+    seed: int
+    guidance: float | None
+    batch_size: int
+    threads: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures, and the pictures they were taken from: float32 [count, C, H, W] in [-1, 1]."""
+
+    result: EvaluationResult
+    full_precision: Tensor
+    quantized: Tensor
+
+
+def evaluate(
+    folder: Path,
+    against: str,
+    *,
+    count: int = 128,
+    steps: int = 50,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Draw the same pictures with both pipelines and compare them.
+
+    Args:
+        folder: a quantized pipeline.
+        against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
+
+    Raises:
+        StepquantError: if one of them cannot be loaded, or `folder` is not made from `against`.
+    """
+    progress = progress or Progress()
+    if count < 1:
+        raise StepquantError(f"count is {count}: expected at least 1 picture.")
+    quantized, original = resolve_pipeline(str(folder), backend), resolve_pipeline(against)
+    denoiser = _check_same(folder, quantized, against, original)
+    request = make_request(original, steps, prompts=prompts, guidance=guidance)
+
+    shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
+    reference = _draw_shadowed(original, request, count, seed, shadow, progress)
+    pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized")
+    decibels = psnr(pictures, reference)
+    seconds_fp32, seconds = shadow.seconds
+    classifier, note = _classifier(against, count)
+    batch_size = min(count, BATCH_SIZE)
+    with progress.task("Measuring memory", 2) as advance:
+        memory = peak_memory_bytes(str(folder), batch_size, backend)
+        advance(1)
+        memory_fp32 = peak_memory_bytes(against, batch_size)
+        advance(1)
+    result = EvaluationResult(
+        model=str(folder),
+        against=against,
+        psnr_db=float(decibels.mean()),
+        psnr_db_lowest=float(decibels.min()),
+        ssim=ssim(pictures, reference),
+        step_error=shadow.step_error,
+        frechet_classifier=_frechet(pictures, classifier),
+        frechet_classifier_fp32=_frechet(reference, classifier),
+        frechet_note=note,
+        denoiser_bytes=folder_bytes(folder / denoiser),
+        denoiser_bytes_fp32=float32_bytes(getattr(original, denoiser)),
+        peak_memory_bytes=memory,
+        peak_memory_bytes_fp32=memory_fp32,
+        seconds_per_step=seconds,
+        seconds_per_step_fp32=seconds_fp32,
+        speedup=seconds_fp32 / seconds,
+        count=count,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        batch_size=batch_size,
+        threads=torch.get_num_threads(),
+        versions={name: version(name) for name in ("stepquant", "torch", "diffusers")},
+    )
+    return Evaluation(result, reference, pictures)
+
+
+def _draw_shadowed(
+    pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress
+) -> Tensor:
+    pictures = []
+    with progress.task("Drawing full precision, comparing each step", count * request.steps) as advance:
+        for indices in batches(count):
+            with shadow:
+                pictures.append(draw(pipeline, request, indices, seed, on_step=partial(advance, len(indices))))
+    return torch.cat(pictures)
+
+
+def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> str:
+    """Name of the denoiser in both pipelines; raises `StepquantError` where one cannot be made from the other."""
+    denoiser = denoiser_name(original)
+    same = denoiser_name(quantized) == denoiser and kind_of(quantized) == kind_of(original)
+    if same:
+        ours, theirs = (getattr(pipeline, denoiser).config for pipeline in (quantized, original))
+        same = all(ours.get(key) == theirs.get(key) for key in ("sample_size", "in_channels", "out_channels"))
+    if not same:
+        raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of pictures.")
+    return denoiser
+
+
+def _classifier(against: str, count: int) -> tuple[Path | None, str | None]:
+    """Folder of the feature extractor for the pictures of `against`, or None and the reason."""
+    name = against.removeprefix(ZOO_PREFIX)
+    folder = zoo.classifier_path(name) if against.startswith(ZOO_PREFIX) else None
+    if folder is None:
+        return None, f"there is no classifier for the data of {against}"
+    dimensions = load_statistics(folder / "statistics.safetensors").mean.shape[0]
+    if count <= dimensions:
+        return None, f"{count} pictures are too few for features of {dimensions} dimensions: draw more"
+    return folder, None
+
+
+def _frechet(pictures: Tensor, classifier: Path | None) -> float | None:
+    if classifier is None:
+        return None
+    extractor = FashionClassifier.from_pretrained(classifier)
+    grey = pictures.mean(dim=1, keepdim=True)
+    with torch.no_grad():
+        features = torch.cat([extractor.features(part) for part in grey.split(64)])
+    return frechet_distance(gaussian_statistics(features), load_statistics(classifier / "statistics.safetensors"))

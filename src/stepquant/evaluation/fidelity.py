@@ -1,0 +1,103 @@
+"""How close a quantized pipeline is to its full-precision origin: finished pictures, and each denoising step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+PEAK_TO_PEAK = 2.0
+"""Pictures are in [-1, 1]."""
+HIGHEST_PSNR = 100.0
+"""dB at which PSNR is capped, so that identical pictures (infinite dB) leave the mean a number."""
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, dB, float64 [N]; at most `HIGHEST_PSNR`.
+
+    ``10 log10(4 / mean((x - y)^2))``; both are float [N, C, H, W] in [-1, 1].
+    """
+    error = (pictures.double() - reference.double()).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(PEAK_TO_PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
+
+
+def ssim(pictures: Tensor, reference: Tensor) -> float:
+    """Structural similarity, mean over pictures (Wang et al. 2004, Gaussian window of 11); float [N, C, H, W]."""
+    value = structural_similarity_index_measure(pictures.double(), reference.double(), data_range=PEAK_TO_PEAK)
+    assert isinstance(value, Tensor)
+    return float(value)
+
+
+@dataclass
+class Shadow:
+    """Runs the quantized denoiser beside the full-precision one, on the same inputs, while the latter draws pictures.
+
+    The trajectory stays the full-precision one. Because the two alternate, a machine that is busy with something else
+    slows both alike, and the ratio of their times stays meaningful.
+
+    Used as a context manager around the drawing of one batch; a step is a run of calls with the same timestep.
+    """
+
+    reference: nn.Module
+    quantized: nn.Module
+    _error: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    _norm: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    _seconds: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def step_error(self) -> list[float]:
+        """Relative L2 error of the output at each step: ``|q(x_t) - f(x_t)| / |f(x_t)|`` over all pictures."""
+        return [(self._error[step] / self._norm[step]) ** 0.5 if self._norm[step] else 0.0 for step in self._error]
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Median seconds of the denoiser's work in one step of one batch: full precision, quantized."""
+        reference, quantized = zip(*self._seconds, strict=True)
+        return median(reference), median(quantized)
+
+    def __enter__(self) -> Shadow:
+        self._step, self._time = -1, None
+        before = self.reference.register_forward_pre_hook(self._start, with_kwargs=True)
+        after = self.reference.register_forward_hook(self._compare, with_kwargs=True)
+        self._hooks = (before, after)
+        self._batch: list[tuple[float, float]] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        # A last, smaller batch would be faster for no merit of the model.
+        if not self._seconds or self._rows == self._first_rows:
+            self._first_rows = self._rows
+            self._seconds += self._batch
+
+    def _start(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._started = time.perf_counter()
+
+    def _compare(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        reference_seconds = time.perf_counter() - self._started
+        started = time.perf_counter()
+        quantized = _sample(self.quantized(*args, **kwargs))
+        quantized_seconds = time.perf_counter() - started
+
+        reference = _sample(output)
+        moment = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
+        if moment != self._time:
+            self._step, self._time = self._step + 1, moment
+            self._batch.append((0.0, 0.0))
+        earlier = self._batch[-1]
+        self._batch[-1] = (earlier[0] + reference_seconds, earlier[1] + quantized_seconds)
+        self._rows = reference.shape[0]
+        self._error[self._step] += float((quantized.double() - reference.double()).square().sum())
+        self._norm[self._step] += float(reference.double().square().sum())
+
+
+def _sample(output: Any) -> Tensor:
+    """The tensor in what a denoiser returned: an output object or a tuple."""
+    return output[0]

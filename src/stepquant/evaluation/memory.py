@@ -1,0 +1,23 @@
+"""``python -m stepquant.evaluation.memory MODEL BATCH BACKEND``: prints the peak memory of drawing, for `cost`."""
+
+from __future__ import annotations
+
+import sys
+
+from stepquant.evaluation.cost import own_peak_bytes
+from stepquant.loading import resolve_pipeline
+from stepquant.pipelines import draw, make_request
+
+STEPS = 2
+"""The second step shows what stays allocated after the first."""
+
+
+def main(model: str, batch_size: str, backend: str) -> None:
+    """Draw one batch and print the bytes."""
+    pipeline = resolve_pipeline(model, backend)
+    draw(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
+    print(own_peak_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,112 @@
+"""From what a user calls a model to a pipeline in memory: a folder, a hub id, ``zoo:NAME``, or a quantized folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepquant import zoo
+from stepquant.errors import StepquantError
+from stepquant.models import DENOISERS, denoiser_name
+
+ZOO_PREFIX = "zoo:"
+
+
+def resolve_pipeline(model: str, backend: str = "auto") -> Any:
+    """The pipeline that `model` names: full precision in float32, or quantized with its kernels installed.
+
+    Args:
+        model: a diffusers folder, a folder written by stepquant, ``zoo:NAME``, or the id of a model on the hub.
+        backend: the runtime of a quantized model, see `stepquant.runtime`.
+
+    Raises:
+        StepquantError: if there is no such model, it is damaged, needs code of its own, or has weights that are not
+            finite.
+    """
+    folder = locate(model)
+    if is_quantized(folder):
+        from stepquant.checkpoint import load_pipeline
+
+        return load_pipeline(folder, backend)[0]
+    _check_index(folder)
+    try:
+        # Weights in another format than safetensors are never read: they may hold code.
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # from_pretrained documents none of what a damaged folder makes it raise
+        raise StepquantError(f"pipeline {model} cannot be loaded: {_first_line(error)}") from None
+    check_finite(getattr(pipeline, denoiser_name(pipeline)), model)
+    return pipeline
+
+
+def locate(model: str) -> Path:
+    """The local folder of a model; one on the hub is downloaded. Raises `StepquantError` if there is none."""
+    if model.startswith(ZOO_PREFIX):
+        return zoo.path(model.removeprefix(ZOO_PREFIX))
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise StepquantError(f"{model} is no diffusers pipeline: the folder has no model_index.json.")
+        return folder
+    if folder.exists():
+        raise StepquantError(f"{model} is a file: expected the folder of a diffusers pipeline.")
+    if model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"):
+        raise StepquantError(
+            f"there is no model {model!r}: expected a diffusers folder, a hub id such as owner/name, "
+            f"or one of {', '.join(ZOO_PREFIX + name for name in zoo.names())}."
+        )
+    try:
+        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+    except Exception as error:  # network, hub and file errors come in many classes
+        raise StepquantError(
+            f"{model!r} is no folder here, and could not be fetched from the hub: {_first_line(error)}"
+        ) from None
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the denoiser in a pipeline's folder says that stepquant wrote it."""
+    for denoiser in DENOISERS:
+        try:
+            config = json.loads((folder / denoiser / "config.json").read_text())
+            if config["quantization_config"]["quant_method"] == "stepquant":
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
+
+
+def check_finite(denoiser: nn.Module, model: str) -> None:
+    """Raise `StepquantError` naming the first weight of the denoiser that holds NaN or infinity."""
+    for name, tensor in denoiser.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise StepquantError(f"weight {name} of {model} holds NaN or infinity: get an undamaged copy of the model.")
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a ``model_index.json`` that is damaged, or names code that neither diffusers nor transformers has."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
+        libraries = {key: value[0] for key, value in index.items() if isinstance(value, list) and key[0] != "_"}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise StepquantError(
+            f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks."
+        )
+    for component, library in libraries.items():
+        known = library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
+        if not known or any((folder / component).glob("*.py")):
+            raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") + "." if lines else f"{type(error).__name__}."

@@ -1,0 +1,112 @@
+"""int8 on the CPU: convolution and linear through the oneDNN int8 kernels that ship with torch.
+
+Activations are unsigned 8-bit codes with a zero point, weights signed 8-bit, accumulators 32-bit; scale and bias are
+applied in the kernel. The activation scale is a tensor, so a per-step scale costs an index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.numerics.affine import largest_code
+from stepquant.runtime.segments import channel_dim, segments_of
+
+
+def supported() -> str | None:
+    """None if this machine runs the kernels, else the reason why not."""
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN int8 kernels"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith(("AVX512", "AVX2", "AMX")):
+        return f"the processor ({capability}) has no vector int8 instructions"
+    return None
+
+
+def can_run(module: QuantizedModule) -> bool:
+    """Whether a layer has an integer kernel here: quantized activations, and no channel groups of a convolution."""
+    if module.layer_format.activation_bits is None:
+        return False
+    return not (isinstance(module, QuantizedConv2d) and module.groups > 1)
+
+
+class OneDnnKernel(Kernel):
+    """One linear or convolution; a segment of channels with a scale of its own is a call of its own."""
+
+    inverse: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        assert layer.activation is not None
+        self.dim = channel_dim(module)
+        self.top = largest_code(layer.activation.bits)
+        self.static = layer.activation.scale.shape[0] == 1
+        self.geometry = None
+        if isinstance(module, QuantizedConv2d):
+            self.geometry = [list(module.stride), list(module.padding), list(module.dilation)]
+        self.register_buffer("scale", layer.activation.scale.clone(), persistent=False)
+        self.register_buffer("inverse", layer.activation.scale.reciprocal(), persistent=False)
+        self.register_buffer("zero_point", layer.activation.zero_point.int(), persistent=False)
+        self.spans: list[tuple[int, int, int]] = []
+        self.weights: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.bias = layer.bias
+        for segment in segments_of(layer):
+            self.spans.append((segment.start, segment.stop, segment.group))
+            self.weights.append((self._pack(segment.weight, segment.scale), segment.scale, _zeros(segment.scale)))
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        if self.geometry is None:
+            return torch.ops.onednn.qlinear_prepack(weight, None)
+        return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.geometry, 1, None)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        if self.static or row.dim() == 0:
+            return self._run(x, 0 if self.static else int(row))
+        # Samples of several steps in one batch: one call for each step among them.
+        rows = row.repeat_interleave(x.shape[0] // row.shape[0])
+        y: Tensor | None = None
+        for step in rows.unique().tolist():
+            chosen = (rows == step).nonzero().squeeze(1)
+            part = self._run(x[chosen], step)
+            if y is None:
+                y = part.new_empty(x.shape[0], *part.shape[1:])
+            y[chosen] = part
+        assert y is not None
+        return y
+
+    def codes(self, x: Tensor, row: int, group: int) -> Tensor:
+        """uint8 codes of x, as `numerics.affine.quantize` defines them."""
+        steps = x * self.inverse[row, group]
+        return steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top).to(torch.uint8)
+
+    def _run(self, x: Tensor, row: int) -> Tensor:
+        dtype, x = x.dtype, x.float()
+        y: Tensor | None = None
+        for (start, stop, group), weight in zip(self.spans, self.weights, strict=True):
+            part = x if len(self.spans) == 1 else x.narrow(self.dim, start, stop - start)
+            codes = self.codes(part, row, group)
+            product = self._multiply(codes, row, group, weight, self.bias if y is None else None)
+            y = product if y is None else y.add_(product)
+        assert y is not None
+        return y.to(dtype)
+
+    def _multiply(
+        self, codes: Tensor, row: int, group: int, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        scale, zero_point = self.scale[row, group : group + 1], self.zero_point[row, group : group + 1]
+        end: Any = (1.0, 0, torch.float32, "none", [], "")
+        if self.geometry is None:
+            return torch.ops.onednn.qlinear_pointwise.tensor(codes, scale, zero_point, *weight, bias, *end)
+        return torch.ops.onednn.qconv2d_pointwise.tensor(
+            codes, scale, zero_point, *weight, bias, *self.geometry, 1, *end
+        )
+
+
+def _zeros(scale: Tensor) -> Tensor:
+    return torch.zeros(scale.shape[0], dtype=torch.int64)

@@ -1,0 +1,84 @@
+"""The reference runtime: simulated, with exact integer semantics. Slow, simple, and the standard for every kernel.
+
+Integers are held in floating point. An accumulator whose worst case stays below 2^24 is exact in float32, any other is
+computed in float64 (exact below 2^53, which no layer reaches); so accumulators equal those of integer kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepquant.nn.attention import per_sample
+from stepquant.nn.layers import Kernel, QuantizedModule
+from stepquant.numerics.affine import quantize
+from stepquant.runtime.segments import Apply, along_channels, bound, channel_dim, linear_map, segments_of
+
+EXACT_IN_FLOAT32 = 1 << 24
+
+
+class WeightOnlyKernel(Kernel):
+    """A layer whose activation stays floating point: the dequantized weight in the dtype of x."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        self.apply_map: Apply = linear_map(module)
+        self.register_buffer("weight", layer.weight.dequantize(), persistent=False)
+        bias = None if layer.bias is None else along_channels(layer.bias, module).clone()
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        y = self.apply_map(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class ReferenceKernel(Kernel):
+    """Quantize, accumulate integers exactly, scale: ``y = sum over groups of acc * (s_x * s_w) + bias``."""
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        assert layer.activation is not None
+        self.module = (module,)  # in a tuple, so that the layer does not become its own grandchild
+        self.table = layer.activation
+        self.bias = layer.bias
+        self.apply_map: Apply = linear_map(module)
+        self.dim = channel_dim(module)
+        self.segments = segments_of(layer)
+
+    def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
+        """Exact integer sums of each segment: float32 or float64 tensors of the output's shape."""
+        scale, zero_point = self.table.at(row)
+        sums = []
+        for segment in self.segments:
+            part = x.narrow(self.dim, segment.start, segment.stop - segment.start).float()
+            s, z = (_broadcast(values[..., segment.group], part) for values in (scale, zero_point))
+            codes = quantize(part, s, z, self.table.bits) - z
+            exact = bound(segment.weight, self.table.bits) < EXACT_IN_FLOAT32
+            dtype = torch.float32 if exact else torch.float64
+            sums.append(self.apply_map(codes.to(dtype), segment.weight.to(dtype)))
+        return sums
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        scale, _ = self.table.at(row)
+        (module,) = self.module
+        y: Tensor | None = None
+        for segment, total in zip(self.segments, self.accumulators(x, row), strict=True):
+            product = scale[..., segment.group, None] * segment.scale
+            if product.dim() == 2:
+                product = product.repeat_interleave(total.shape[0] // product.shape[0], dim=0)
+            part = total.float() * along_channels(product, module)
+            y = part if y is None else y + part
+        assert y is not None
+        if self.bias is not None:
+            y = y + along_channels(self.bias, module)
+        return y.to(x.dtype)
+
+
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    """A scalar, or [B] repeated to the samples of x and shaped to broadcast against it."""
+    return values if values.dim() == 0 else per_sample(values[:, None], x)

@@ -1,0 +1,76 @@
+"""Where a layer's input channels are cut so that each piece has one weight scale a channel and one activation scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.nn.layers import QuantizedConv2d, QuantizedModule
+from stepquant.nn.tables import QuantizedLayer
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""``apply(x, weight) -> y``: the layer's linear map, without bias."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Input channels [start, stop) with their integer weight.
+
+    Attributes:
+        weight: int8 [out, stop - start, *kernel].
+        scale: float32 [out], of the weight.
+        group: index of the activation group, the column of the activation table.
+    """
+
+    start: int
+    stop: int
+    weight: Tensor
+    scale: Tensor
+    group: int
+
+
+def segments_of(layer: QuantizedLayer) -> list[Segment]:
+    """The refinement of weight groups and activation groups, in order of channels."""
+    weight = layer.weight
+    channels = weight.codes.shape[1]
+    activation_sizes = layer.activation.group_sizes if layer.activation is not None else ()
+    weight_ends = list(accumulate(weight.group_sizes))
+    activation_ends = list(accumulate(activation_sizes or (channels,)))
+    integers = weight.integers()
+    segments, start = [], 0
+    for stop in sorted({*weight_ends, *activation_ends}):
+        row = next(index for index, end in enumerate(weight_ends) if stop <= end)
+        group = next(index for index, end in enumerate(activation_ends) if stop <= end)
+        segments.append(Segment(start, stop, integers[:, start:stop].contiguous(), weight.scale[row], group))
+        start = stop
+    return segments
+
+
+def linear_map(module: QuantizedModule) -> Apply:
+    """The layer's own linear or convolution, on whatever dtype it is given."""
+    if not isinstance(module, QuantizedConv2d):
+        return F.linear
+    stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
+    return lambda x, weight: F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+def channel_dim(module: QuantizedModule) -> int:
+    """Dimension of the input that holds the channels."""
+    return 1 if isinstance(module, QuantizedConv2d) else -1
+
+
+def along_channels(values: Tensor, module: QuantizedModule) -> Tensor:
+    """float [out] or [B, out] shaped to broadcast against the layer's output."""
+    if isinstance(module, QuantizedConv2d):
+        return values.reshape(*values.shape, 1, 1) if values.dim() == 2 else values.reshape(1, -1, 1, 1)
+    return values.unsqueeze(1) if values.dim() == 2 else values
+
+
+def bound(weight: Tensor, bits: int) -> int:
+    """Largest absolute value an accumulator of these integer weights and `bits`-bit activations can reach."""
+    return int(weight.flatten(1).to(torch.int64).abs().sum(dim=1).max()) * ((1 << bits) - 1)

@@ -1,0 +1,145 @@
+"""Small pipelines of each kind, built from config with random weights: real classes, a fraction of a second a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+torch.set_num_threads(2)
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@pytest.fixture(scope="session")
+def unconditional_pipeline() -> DDIMPipeline:
+    """Unconditional pixels, [1, 16, 16]; never modify it, copy it."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )
+    return DDIMPipeline(unet.eval(), DDIMScheduler())
+
+
+@pytest.fixture(scope="session")
+def class_pipeline() -> DiTPipeline:
+    """Ten classes and guidance, [3, 16, 16] through an autoencoder; never modify it, copy it."""
+    torch.manual_seed(1)
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_embeds_ada_norm=1000,
+    )
+    names = {str(label): f"class {label}" for label in range(10)}
+    return DiTPipeline(transformer.eval(), _autoencoder(), DDIMScheduler(), id2label=names)
+
+
+@pytest.fixture(scope="session")
+def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    """Stable Diffusion in miniature, [3, 16, 16]; never modify it, copy it."""
+    torch.manual_seed(2)
+    tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return StableDiffusionPipeline(
+        vae=_autoencoder(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def unconditional_folder(unconditional_pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`unconditional_pipeline` as a diffusers folder; never modify it, copy it."""
+    return _saved(unconditional_pipeline, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def class_folder(class_pipeline: DiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`class_pipeline` as a diffusers folder; never modify it, copy it."""
+    return _saved(class_pipeline, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def text_folder(text_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`text_pipeline` as a diffusers folder; never modify it, copy it."""
+    return _saved(text_pipeline, tmp_path_factory)
+
+
+def _saved(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _autoencoder() -> AutoencoderKL:
+    """4 latent channels at half the resolution of a 3-channel picture."""
+    return AutoencoderKL(
+        sample_size=16,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    ).eval()
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer that knows single letters only."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [START, END, *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)

@@ -1,0 +1,98 @@
+"""Measure a finished reference model and add the figures, and a grid of samples, to its folder.
+
+``python -m training.measure fashion-class --models src/stepquant/zoo/models --grid grid.png``
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
+from stepquant.zoo.classifier import FashionClassifier
+from training.data import FASHION_CLASSES
+from training.loop import device
+
+STEPS = 50
+HEADING = "\n## Measured\n\n"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=("fashion-ddpm", "fashion-class", "emoji-ldm"))
+    parser.add_argument("--models", type=Path, required=True, help="folder with the exported models")
+    parser.add_argument("--grid", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.models / options.name
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(device())
+    pipeline.set_progress_bar_config(disable=True)
+    sentences = []
+    for guidance in options.guidance:
+        pictures, labels = sample(pipeline, options.count, guidance, options.seed)
+        if options.name != "emoji-ldm":
+            sentences += judge(options.models / "fashion-classifier", pictures, labels, guidance)
+    save_grid(pictures, options.grid)
+    card = folder / "README.md"
+    text = card.read_text().split(HEADING)[0]
+    card.write_text(text + HEADING + "".join(f"- {sentence}\n" for sentence in sentences) if sentences else text)
+    print("\n".join(sentences))
+
+
+def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Pictures float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count] if they have any."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = type(pipeline).__name__
+    prompts = (Path(pipeline.config._name_or_path) / "prompts.txt").read_text().split("\n") if "Stable" in kind else []
+    labels = torch.arange(count) % len(FASHION_CLASSES)
+    parts = []
+    for chosen in torch.arange(count).split(50):
+        common = {"num_inference_steps": STEPS, "generator": generator, "output_type": "np"}
+        if kind == "DiTPipeline":
+            result = pipeline(labels[chosen].tolist(), guidance_scale=guidance, **common)
+        elif kind == "DDIMPipeline":
+            result = pipeline(batch_size=len(chosen), **common)
+        else:
+            result = pipeline([prompts[i % (len(prompts) - 1)] for i in chosen], guidance_scale=guidance, **common)
+        parts.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
+    return torch.cat(parts), labels if kind == "DiTPipeline" else None
+
+
+def judge(classifier: Path, pictures: Tensor, labels: Tensor | None, guidance: float) -> list[str]:
+    """What the Fashion-MNIST classifier makes of `pictures`, as sentences for the card."""
+    model = FashionClassifier.from_pretrained(classifier)
+    features = model.features(pictures * 2 - 1)
+    distance = frechet_distance(gaussian_statistics(features), load_statistics(classifier / "statistics.safetensors"))
+    count = f"{len(pictures)} samples of {STEPS} DDIM steps"
+    scale = "" if labels is None else f" at guidance scale {guidance:g}"
+    sentences = [f"Frechet distance in the features of `fashion-classifier`, {count}{scale}: {distance:.2f}."]
+    if labels is not None:
+        agreement = (model.head(features).argmax(1) == labels).float().mean().item()
+        sentences.append(
+            f"`fashion-classifier` sees the class that was asked for in {agreement:.1%} of {count}{scale}."
+        )
+    return sentences
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int = 10, enlarge: int = 2) -> None:
+    """The first 100 of `pictures` as one PNG."""
+    shown = pictures[: min(100, len(pictures) // columns * columns)].clamp(0, 1)
+    channels, size = shown.shape[1], shown.shape[-1]
+    rows = shown.reshape(-1, columns, channels, size, size).permute(0, 3, 1, 4, 2)
+    array = (rows.reshape(-1, columns * size, channels) * 255).round().byte().numpy()
+    image = Image.fromarray(array[..., 0] if channels == 1 else array)
+    image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST).save(path)
+
+
+if __name__ == "__main__":
+    main()
