@@ -1,4 +1,4 @@
-"""Small pipelines of each kind, built from config with random weights: real classes, a fraction of a second a picture."""
+"""Small pipelines of each kind, built from config with random weights; real classes, and quick."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import zoo
+from stepquant.checkpoint import is_checkpoint, load_pipeline
 from stepquant.errors import StepquantError
-from stepquant.models import DENOISERS, denoiser_name
+from stepquant.models import denoiser_name
 
 ZOO_PREFIX = "zoo:"
 
@@ -30,9 +31,7 @@ def resolve_pipeline(model: str, backend: str = "auto") -> Any:
             finite.
     """
     folder = locate(model)
-    if is_quantized(folder):
-        from stepquant.checkpoint import load_pipeline
-
+    if is_checkpoint(folder):
         return load_pipeline(folder, backend)[0]
     _check_index(folder)
     try:
@@ -68,18 +67,6 @@ def locate(model: str) -> Path:
         raise StepquantError(
             f"{model!r} is no folder here, and could not be fetched from the hub: {_first_line(error)}"
         ) from None
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether the denoiser in a pipeline's folder says that stepquant wrote it."""
-    for denoiser in DENOISERS:
-        try:
-            config = json.loads((folder / denoiser / "config.json").read_text())
-            if config["quantization_config"]["quant_method"] == "stepquant":
-                return True
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return False
 
 
 def check_finite(denoiser: nn.Module, model: str) -> None:

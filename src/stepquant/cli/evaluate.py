@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from stepquant.cli.options import Backend, Guidance, Prompts, Seed, Steps, at_least_one, check_writable_file, progress
+from stepquant.cli.options import (
+    Backend,
+    Guidance,
+    Prompts,
+    Seed,
+    Steps,
+    at_least_one,
+    check_writable_file,
+    console,
+    progress,
+)
 
 if TYPE_CHECKING:
     from stepquant.evaluation import EvaluationResult
@@ -54,7 +63,7 @@ def evaluate(
         progress=progress(),
     )
     result = evaluated.result
-    Console(soft_wrap=True).print(_table(result))
+    console().print(_table(result))
     if json is not None:
         write_atomic(json, lambda draft: draft.write_text(result.model_dump_json(indent=2) + "\n"))
         typer.echo(f"figures: {json}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from stepquant.cli.options import console
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
 ) -> None:
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
-    from stepquant.evaluation.cost import folder_bytes
-    from stepquant.loading import is_quantized, locate, resolve_pipeline
+    from stepquant.checkpoint import is_checkpoint, read_manifest
+    from stepquant.evaluation.cost import float32_bytes, folder_bytes
+    from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines import kind_of
 
@@ -22,16 +25,19 @@ def inspect(
     pipeline = resolve_pipeline(model)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
-    console = Console(soft_wrap=True)
-    quantized = is_quantized(folder)
-    console.print(_quantized_table(denoiser) if quantized else _float_table(denoiser))
-    typer.echo(
-        f"pipeline: {type(pipeline).__name__}, {kind_of(pipeline)}; scheduler {type(pipeline.scheduler).__name__}"
-    )
-    typer.echo(f"denoiser: {type(denoiser).__name__}, {folder_bytes(folder / name) / 1e6:.2f} MB on disk")
+    quantized = is_checkpoint(folder)
+    console().print(_quantized_table(denoiser) if quantized else _float_table(denoiser))
+    stored = folder_bytes(folder / name) / 1e6
+    lines = {
+        "pipeline": f"{type(pipeline).__name__}, {kind_of(pipeline)}, {type(pipeline.scheduler).__name__}",
+        "denoiser": f"{type(denoiser).__name__}, {stored:.2f} MB on disk",
+    }
     if quantized:
-        for key, value in _settings(denoiser).items():
-            typer.echo(f"{key}: {value}")
+        lines |= {key: json.dumps(value) for key, value in read_manifest(folder).provenance.items()}
+    else:
+        lines["denoiser"] += f", {float32_bytes(denoiser) / 1e6:.2f} MB in float32"
+    for key, value in lines.items():
+        typer.echo(f"{key}: {value}")
 
 
 def _float_table(denoiser: Any) -> Table:
@@ -79,13 +85,6 @@ def _quantized_table(denoiser: Any) -> Table:
             bits = ", ".join(f"{operand} {count}" for operand, count in processor.bits.items())
             table.add_row(name, "attention", "", bits, "", "")
     return table
-
-
-def _settings(denoiser: Any) -> dict[str, Any]:
-    """What the checkpoint says about its making: spec, recipe and so on."""
-    config = denoiser.config.get("quantization_config") or {}
-    shown = {key: value for key, value in dict(config).items() if key != "structure"}
-    return {key: value for key, value in shown.items() if not isinstance(value, dict) or len(str(value)) < 500}
 
 
 def _shape(shape: Any) -> str:

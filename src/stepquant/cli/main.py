@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import diffusers
+import transformers
 import typer
 
 from stepquant import __version__
@@ -76,11 +77,10 @@ def main() -> None:
 
 
 def _quieten() -> None:
-    """Keep other libraries' notices and bars off standard error; both read these before they are first imported."""
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-        os.environ.setdefault(bars, "1")
+    """Keep other libraries' notices and bars off standard error."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     warnings.filterwarnings("ignore")
 
 

@@ -20,12 +20,19 @@ Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, r
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File with a prompt a line; default: the model's own prompts.")]
 
+WIDTH = 160
 MEGABYTE = 1_000_000
 
 
 def progress() -> RichProgress:
     """Progress on standard error, so that standard output holds results alone."""
-    return RichProgress(Console(stderr=True, soft_wrap=True))
+    return RichProgress(Console(stderr=True))
+
+
+def console() -> Console:
+    """Standard output for tables; into a file or a pipe they are written wide, not folded."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=WIDTH)
 
 
 def at_least_one(name: str, value: int) -> None:
@@ -51,7 +58,8 @@ def check_writable_folder(folder: Path) -> None:
     except OSError as error:
         raise cannot_write(folder, error) from None
     finally:
-        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        if folder.is_dir():
+            probe.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -32,6 +32,7 @@ def quantize(
     Interrupted, the same command continues where it stopped.
     """
     import stepquant
+    from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.loading import resolve_pipeline
     from stepquant.pipelines import read_prompts
@@ -43,13 +44,12 @@ def quantize(
     hyperparameters(recipe, arguments)
     spec = QuantSpec.parse({"bits": bits, "exceptions": _exceptions(exception or [])})
     lines = read_prompts(prompts) if prompts else None
-    check_out(out, overwrite)
+    check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
     pipeline = resolve_pipeline(model)
     check_space(out.parent, _parameter_bytes(pipeline))
 
     workspace = out.with_name(f".{out.name}.work")
-    report = progress()
     quantized = stepquant.quantize(
         pipeline,
         spec,
@@ -58,20 +58,13 @@ def quantize(
         seed=seed,
         prompts=lines,
         workspace=workspace,
-        progress=report,
+        progress=progress(),
+        source=model,
         **arguments,
     )
     stepquant.save(quantized, out, overwrite=overwrite)
     shutil.rmtree(workspace, ignore_errors=True)
     typer.echo(f"{model} quantized to {spec} with {recipe}: {out}")
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise `StepquantError` where writing `out` would lose something that the user did not give up."""
-    if out.exists() and not out.is_dir():
-        raise StepquantError(f"{out} is a file: give a folder to write.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise StepquantError(f"{out} exists and is not empty: give another folder, or --overwrite to replace it.")
 
 
 def _exceptions(given: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -41,14 +42,14 @@ class Shadow:
     The trajectory stays the full-precision one. Because the two alternate, a machine that is busy with something else
     slows both alike, and the ratio of their times stays meaningful.
 
-    Used as a context manager around the drawing of one batch; a step is a run of calls with the same timestep.
+    A context manager around the drawing of each batch; a step is a run of calls with the same timestep.
     """
 
     reference: nn.Module
     quantized: nn.Module
     _error: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     _norm: dict[int, float] = field(default_factory=lambda: defaultdict(float))
-    _seconds: list[tuple[float, float]] = field(default_factory=list)
+    _seconds: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def step_error(self) -> list[float]:
@@ -58,42 +59,36 @@ class Shadow:
     @property
     def seconds(self) -> tuple[float, float]:
         """Median seconds of the denoiser's work in one step of one batch: full precision, quantized."""
-        reference, quantized = zip(*self._seconds, strict=True)
+        # Of the largest batch: a last, smaller one would be faster for no merit of the model.
+        reference, quantized = zip(*self._seconds[max(self._seconds)], strict=True)
         return median(reference), median(quantized)
 
     def __enter__(self) -> Shadow:
-        self._step, self._time = -1, None
+        self._step, self._moment = -1, math.nan
         before = self.reference.register_forward_pre_hook(self._start, with_kwargs=True)
         after = self.reference.register_forward_hook(self._compare, with_kwargs=True)
         self._hooks = (before, after)
-        self._batch: list[tuple[float, float]] = []
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        # A last, smaller batch would be faster for no merit of the model.
-        if not self._seconds or self._rows == self._first_rows:
-            self._first_rows = self._rows
-            self._seconds += self._batch
 
     def _start(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._started = time.perf_counter()
 
     def _compare(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        reference_seconds = time.perf_counter() - self._started
-        started = time.perf_counter()
+        finished = time.perf_counter()
         quantized = _sample(self.quantized(*args, **kwargs))
-        quantized_seconds = time.perf_counter() - started
+        seconds = (finished - self._started, time.perf_counter() - finished)
 
         reference = _sample(output)
+        times = self._seconds[reference.shape[0]]
         moment = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
-        if moment != self._time:
-            self._step, self._time = self._step + 1, moment
-            self._batch.append((0.0, 0.0))
-        earlier = self._batch[-1]
-        self._batch[-1] = (earlier[0] + reference_seconds, earlier[1] + quantized_seconds)
-        self._rows = reference.shape[0]
+        if moment != self._moment:
+            self._step, self._moment = self._step + 1, moment
+            times.append((0.0, 0.0))
+        times[-1] = (times[-1][0] + seconds[0], times[-1][1] + seconds[1])
         self._error[self._step] += float((quantized.double() - reference.double()).square().sum())
         self._norm[self._step] += float(reference.double().square().sum())
 

@@ -39,10 +39,15 @@ class StepClock:
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""
-        parameters = list(inspect.signature(denoiser.forward).parameters)
-        position = parameters.index("timestep")
+        position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
+        return denoiser.register_forward_pre_hook(_ReadTimestep(self, position), with_kwargs=True)
 
-        def read(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.set(kwargs["timestep"] if "timestep" in kwargs else args[position])
 
-        return denoiser.register_forward_pre_hook(read, with_kwargs=True)
+class _ReadTimestep:
+    """The hook. An object and not a closure, so that a deep copy of the model gets a hook on the copy's clock."""
+
+    def __init__(self, clock: StepClock, position: int) -> None:
+        self.clock, self.position = clock, position
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clock.set(kwargs["timestep"] if "timestep" in kwargs else args[self.position])

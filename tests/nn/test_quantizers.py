@@ -1,0 +1,89 @@
+import torch
+
+from stepquant.nn.clock import StepClock
+from stepquant.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from stepquant.numerics.affine import fake_quantize
+
+
+def test_a_static_table_spans_all_that_was_observed():
+    quantizer = ActivationQuantizer(8, StepClock())
+    quantizer.observing = True
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer(x), x), "passes through until it has a range"
+    quantizer(2 * x)
+    quantizer.set_range("minmax")
+    table = quantizer.table()
+    table.check()
+    scale, zero_point = table.scale.item(), table.zero_point.item()
+    assert abs(-zero_point * scale - 2 * x.min()) <= scale
+    assert abs((255 - zero_point) * scale - 2 * x.max()) <= scale
+    assert torch.equal(quantizer(x), fake_quantize(x, table.scale[0], table.zero_point[0].float(), 8))
+
+
+def test_each_step_has_its_own_row_and_unseen_steps_take_the_nearest():
+    clock = StepClock(torch.tensor([0.0, 10.0, 20.0]))
+    quantizer = ActivationQuantizer(8, clock, rows=3)
+    quantizer.observing = True
+    clock.set(torch.tensor([0, 10]))
+    x = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-4, 4, 50)])
+    quantizer(x)
+    quantizer.set_range("minmax")
+    scale = quantizer.table().scale[:, 0]
+    assert torch.allclose(scale, torch.tensor([2 / 255, 8 / 255, 8 / 255]))
+    mixed = quantizer(x)
+    for time, row in ((0, 0), (10, 1)):
+        clock.set(time)
+        assert torch.equal(quantizer(x[row : row + 1]), mixed[row : row + 1])
+
+
+def test_channel_groups_are_quantized_apart():
+    quantizer = ActivationQuantizer(4, StepClock(), channel_dim=1, group_sizes=(2, 3))
+    quantizer.observing = True
+    sizes = torch.tensor([1, 1, 9, 9, 9.0]).view(1, 5, 1, 1)
+    x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1)) * sizes
+    quantizer(x)
+    quantizer.set_range("minmax")
+    table = quantizer.table()
+    assert table.group_sizes == (2, 3) and table.scale.shape == (1, 2)
+    for group, channels in enumerate((slice(0, 2), slice(2, 5))):
+        expected = fake_quantize(x[:, channels], table.scale[0, group], table.zero_point[0, group].float(), 4)
+        assert torch.equal(quantizer(x)[:, channels], expected)
+
+
+def test_learning_a_scale_moves_it_and_settles_there():
+    quantizer = ActivationQuantizer(2, StepClock())
+    quantizer.observing = True
+    x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2))
+    quantizer(x)
+    quantizer.set_range("minmax")
+    optimizer = torch.optim.Adam([quantizer.learn()], lr=0.02)
+    errors = []
+    for _ in range(100):
+        error = (quantizer(x) - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    before = quantizer(x).detach()
+    quantizer.settle()
+    assert errors[-1] < 0.7 * errors[0]
+    assert torch.allclose(quantizer(x), before)
+
+
+def test_weight_codes_agree_with_the_simulated_weight_nearest_and_learned():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 8, 3, 3, generator=generator)
+    for bits in (4, 6, 8):
+        quantizer = WeightQuantizer(weight, bits, (3, 5), "minmax")
+        for _ in range(2):
+            scale, zero_point = (quantizer._like(v, weight) for v in (quantizer.scale, quantizer.zero_point))
+            codes = quantizer.codes(weight)
+            assert torch.allclose((codes.float() - zero_point) * scale, quantizer(weight))
+            rounding = quantizer.learn(weight)
+            low, high = (0 - zero_point) * scale, ((1 << bits) - 1 - zero_point) * scale
+            start = torch.maximum(torch.minimum(weight, high), low)
+            assert torch.allclose(quantizer(weight), start, atol=1e-5), "the soft weight starts at the unrounded one"
+            rounding.data = torch.randn(rounding.shape, generator=generator)
+            quantizer.settle(weight)
+        if bits == 8:
+            assert bool((quantizer.zero_point == 128).all())
