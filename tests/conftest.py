@@ -110,7 +110,12 @@ def unconditional_folder(unconditional_pipeline: DDIMPipeline, tmp_path_factory:
 @pytest.fixture(scope="session")
 def class_folder(class_pipeline: DiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`class_pipeline` as a diffusers folder; never modify it, copy it."""
-    return _saved(class_pipeline, tmp_path_factory)
+    folder = _saved(class_pipeline, tmp_path_factory)
+    # diffusers reads the names of the classes from the index, but does not write them there.
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(label): name for name, label in class_pipeline.labels.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.fixture(scope="session")

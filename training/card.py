@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from training.loop import state_of
+from training.loop import plans_of, state_of
 
 SOURCES = {
     "fashion-mnist": "Fashion-MNIST (Zalando SE), 60,000 training pictures padded to 32x32; MIT licence",
@@ -26,6 +26,8 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         f"--data DATA{autoencoder} --out RUN --export FOLDER "
         f"--steps {state['step']} --batch {options.batch} --learning-rate {options.learning_rate} --seed {options.seed}"
     )
+    plans = plans_of(options.out)
+    changed = ", ".join(f"{total} until step {last}" for total, last in plans)
     lines = [
         "---",
         "license: apache-2.0",
@@ -40,7 +42,9 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         f"- **Data:** {SOURCES[source]}.",
         f"- **Command:** `{command}`",
         f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, in "
-        f"{state['seconds'] / 60:.0f} minutes on one thread of a busy 2-core AVX-512 CPU, bf16 autocast, AdamW.",
+        f"{state['seconds'] / 60:.0f} minutes of wall time on one thread of a busy 2-core AVX-512 CPU, "
+        "bf16 autocast, AdamW.",
+        *([f"- **Plan:** the total behind the cosine learning rate was changed: {changed}."] if len(plans) > 1 else []),
         f"- **Weights:** exponential moving average, fp16; training loss {state['loss']:.4f} at the end.",
         "- **Licence of the weights:** Apache-2.0.",
     ]

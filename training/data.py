@@ -83,5 +83,5 @@ def prompt(name: str, colour: str) -> str:
 
 
 def is_held_out(index: int, colour: str) -> bool:
-    """One in eight (emoji, colour) pairs is never trained on, so that a recombined prompt can be shown."""
+    """About one in eight (emoji, colour) pairs is never trained on: a prompt to recombine. White always is."""
     return colour != "white" and (index * 7 + list(COLOURS).index(colour)) % 8 == 0

@@ -22,12 +22,13 @@ from training.text import build_text_encoder, build_tokenizer, classic_files
 
 DROPPED = 0.1
 EXAMPLES = (
-    "red apple", "tomato on blue", "panda on green", "shark on teal", "sunflower on purple", "pizza", "tiger on white",
-    "strawberry on grey", "frog on orange", "soccer ball on green", "fox on blue", "whale on pink", "doughnut on teal",
-    "carrot on black", "penguin on yellow", "cactus on pink", "octopus on grey", "wrapped gift on brown", "lemon",
-    "basketball on black", "koala on red", "watermelon on yellow", "rose on black", "elephant on orange", "tulip",
-    "hamburger on purple", "crab on teal", "trophy on blue", "broccoli on red", "owl on white", "cherries",
-    "zebra on green",
+    "red apple", "tomato on blue", "panda on green", "shark on teal", "sunflower on purple", "pizza", "tiger", "lemon",
+    "strawberry on grey", "fox on blue", "whale on pink", "carrot on black", "soccer ball on green", "tulip",
+    "owl", "cherries",
+    # held out: the emoji was seen, and the colour, but not together
+    "penguin on yellow", "octopus on teal", "koala on green", "watermelon on blue", "rose on blue", "elephant on green",
+    "trophy on purple", "zebra on orange", "banana on red", "butterfly on grey", "balloon on green", "cactus on grey",
+    "pineapple on orange", "doughnut on blue", "hamburger on red", "basketball on teal",
 )  # fmt: skip
 """Default prompts for sampling and calibration, one emoji each."""
 

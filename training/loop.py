@@ -166,7 +166,7 @@ def _restore(
         parameter.data.copy_(tensors[f"model.{name}"])
         ema[name].copy_(tensors[f"ema.{name}"])
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(state["step"])),
+            "step": torch.tensor(float(state["step"]), device=parameter.device),
             "exp_avg": torch.empty_like(parameter).copy_(tensors[f"m.{name}"]),
             "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"v.{name}"]),
         }
@@ -177,6 +177,12 @@ def state_of(out: Path) -> dict[str, float]:
     """Step, seconds spent and loss of the newest checkpoint in `out`."""
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         return json.loads(file.metadata()["state"])
+
+
+def plans_of(out: Path) -> list[tuple[int, int]]:
+    """``(total, last step under that total)`` for each total number of steps that the run in `out` was planned with."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return list({line["steps"]: (line["steps"], line["step"]) for line in lines}.values())
 
 
 def export_half(pipeline: DiffusionPipeline, folder: Path, files: dict[str, str]) -> None:
@@ -190,5 +196,8 @@ def export_half(pipeline: DiffusionPipeline, folder: Path, files: dict[str, str]
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for name, content in files.items():
         (draft / name).write_text(content)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(old)
     draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

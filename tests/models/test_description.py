@@ -60,25 +60,23 @@ def test_time_layers_see_the_timestep_alone(name, request):
     assert fixed - by_class == set(description.time_layers)
 
 
-def test_skip_splits_are_where_the_concatenation_is(unconditional_pipeline, text_pipeline):
-    for pipeline in (unconditional_pipeline, text_pipeline):
-        model = pipeline.unet
-        original, widths = torch.cat, []
+@pytest.mark.parametrize("name", ["unconditional_pipeline", "text_pipeline"])
+def test_skip_splits_are_where_the_concatenation_is(name, request, monkeypatch):
+    pipeline = request.getfixturevalue(name)
+    original, widths = torch.cat, []
 
-        def spy(tensors, dim=0, **kwargs):
-            if dim == 1 and len(tensors) == 2 and tensors[0].dim() == 4:
-                widths.append((tensors[0].shape[1], tensors[1].shape[1]))
-            return original(tensors, dim=dim, **kwargs)
+    def spy(tensors, dim=0, **kwargs):
+        if dim == 1 and len(tensors) == 2 and tensors[0].dim() == 4:
+            widths.append((tensors[0].shape[1], tensors[1].shape[1]))
+        return original(tensors, dim=dim, **kwargs)
 
-        torch.cat = spy
-        try:
-            call(pipeline)
-        finally:
-            torch.cat = original
-        description = describe(model)
-        conv1 = {name: split for name, split in description.skip_splits.items() if name.endswith("conv1")}
-        found = [(split, model.get_submodule(name).in_channels - split) for name, split in conv1.items()]
-        assert found == widths and widths
+    monkeypatch.setattr(torch, "cat", spy)
+    call(pipeline)
+    monkeypatch.undo()
+    splits = describe(pipeline.unet).skip_splits
+    conv1 = {name: split for name, split in splits.items() if name.endswith("conv1")}
+    found = [(split, pipeline.unet.get_submodule(name).in_channels - split) for name, split in conv1.items()]
+    assert found == widths and widths
 
 
 def test_an_unknown_denoiser_is_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def save_pipeline(
         type(pipeline).save_pretrained(pipeline, draft, safe_serialization=True)
         for path in (draft / component).glob("*.safetensors*"):
             path.unlink()
+        _forget_origin(draft)
         save_file(narrow_tensors(denoiser), draft / component / WEIGHTS, metadata={"format": "pt"})
         files = {
             path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
@@ -72,6 +74,14 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         return
     whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
     raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take out of the configurations where a model was loaded from: a path of one machine, and different each time."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def narrow_tensors(denoiser: nn.Module) -> dict[str, Tensor]:

@@ -68,11 +68,11 @@ def root(
     ] = False,
 ) -> None:
     """Quantize diffusion models, per denoising step, and run them in integers."""
+    _quieten()
 
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 bad input (one line on standard error), 130 interrupted."""
-    _quieten()
     app()
 
 

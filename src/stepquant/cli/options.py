@@ -67,6 +67,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StepquantError(
-            f"not enough disk space in {folder}: about {needed / MEGABYTE:.0f} MB are needed, "
-            f"{free / MEGABYTE:.0f} MB are free; make room or choose another folder."
+            f"not enough disk space in {folder}: about {needed / MEGABYTE:.1f} MB are needed, "
+            f"{free / MEGABYTE:.1f} MB are free; make room or choose another folder."
         )

@@ -1,5 +1,5 @@
 """What quantization changed: against full precision, against the data, and in cost."""
 
-from stepquant.evaluation.evaluate import Evaluation, EvaluationResult, evaluate
+from stepquant.evaluation.compare import Evaluation, EvaluationResult, evaluate
 
 __all__ = ["Evaluation", "EvaluationResult", "evaluate"]

@@ -142,7 +142,10 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
         for name, operands in structure.attentions.items():
             bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
             rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
-            _submodule(model, name).set_processor(QuantizedAttentionProcessor(bits, rows, clock))
+            attention = _submodule(model, name)
+            if not hasattr(attention, "set_processor"):
+                raise StepquantError(f"{name!r} is a {type(attention).__name__}, expected an attention.")
+            attention.set_processor(QuantizedAttentionProcessor(bits, rows, clock))
     clock.attach(model)
     return clock
 

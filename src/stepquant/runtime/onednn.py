@@ -6,6 +6,7 @@ applied in the kernel. The activation scale is a tensor, so a per-step scale cos
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,20 +16,38 @@ from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.segments import channel_dim, segments_of
 
+MOST_INPUTS = (1 << 31) // (255 * 128)
+"""Products of a code and a weight that an int32 accumulator holds in the worst case."""
+
 
 def supported() -> str | None:
-    """None if this machine runs the kernels, else the reason why not."""
-    if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
+    """None if this machine runs the kernels, and exactly; else the reason why not."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN int8 kernels"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not capability.startswith(("AVX512", "AVX2", "AMX")):
-        return f"the processor ({capability}) has no vector int8 instructions"
-    return None
+    try:
+        exact = _probe()
+    except RuntimeError as error:
+        return f"oneDNN refused an int8 product ({str(error).splitlines()[0]})"
+    return None if exact else "the processor has no VNNI instructions, without which int8 products saturate"
+
+
+def _probe() -> bool:
+    """Whether the largest products come out exactly: older instructions add pairs of them in 16 bits, and saturate."""
+    size = 64
+    codes = torch.full((size, size), largest_code(8), dtype=torch.uint8)
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
+    scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise.tensor(
+        codes, scale, zero_point, weight, torch.ones(size), _zeros(scale.expand(size)), None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return bool((y == size * largest_code(8) * 127).all())
 
 
 def can_run(module: QuantizedModule) -> bool:
-    """Whether a layer has an integer kernel here: quantized activations, and no channel groups of a convolution."""
-    if module.layer_format.activation_bits is None:
+    """Whether a layer has an integer kernel here: quantized activations, no channel groups of a convolution, and
+    few enough inputs that a 32-bit accumulator cannot overflow."""
+    if module.layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
         return False
     return not (isinstance(module, QuantizedConv2d) and module.groups > 1)
 
@@ -83,7 +102,9 @@ class OneDnnKernel(Kernel):
     def codes(self, x: Tensor, row: int, group: int) -> Tensor:
         """uint8 codes of x, as `numerics.affine.quantize` defines them."""
         steps = x * self.inverse[row, group]
-        return steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top).to(torch.uint8)
+        steps = steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top)
+        # torch converts float to uint8 one element at a time; by way of int16 both conversions run in vectors.
+        return steps.to(torch.int16).to(torch.uint8)
 
     def _run(self, x: Tensor, row: int) -> Tensor:
         dtype, x = x.dtype, x.float()

@@ -28,12 +28,12 @@ class WeightOnlyKernel(Kernel):
         layer = module.layer()
         self.apply_map: Apply = linear_map(module)
         self.register_buffer("weight", layer.weight.dequantize(), persistent=False)
-        bias = None if layer.bias is None else along_channels(layer.bias, module).clone()
-        self.register_buffer("bias", bias, persistent=False)
+        self.dim = channel_dim(module)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.clone(), persistent=False)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         y = self.apply_map(x, self.weight.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim()).to(x.dtype)
 
 
 class ReferenceKernel(Kernel):
@@ -43,7 +43,6 @@ class ReferenceKernel(Kernel):
         super().__init__()
         layer = module.layer()
         assert layer.activation is not None
-        self.module = (module,)  # in a tuple, so that the layer does not become its own grandchild
         self.table = layer.activation
         self.bias = layer.bias
         self.apply_map: Apply = linear_map(module)
@@ -55,7 +54,8 @@ class ReferenceKernel(Kernel):
         scale, zero_point = self.table.at(row)
         sums = []
         for segment in self.segments:
-            part = x.narrow(self.dim, segment.start, segment.stop - segment.start).float()
+            single = len(self.segments) == 1
+            part = (x if single else x.narrow(self.dim, segment.start, segment.stop - segment.start)).float()
             s, z = (_broadcast(values[..., segment.group], part) for values in (scale, zero_point))
             codes = quantize(part, s, z, self.table.bits) - z
             exact = bound(segment.weight, self.table.bits) < EXACT_IN_FLOAT32
@@ -65,17 +65,16 @@ class ReferenceKernel(Kernel):
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, _ = self.table.at(row)
-        (module,) = self.module
         y: Tensor | None = None
         for segment, total in zip(self.segments, self.accumulators(x, row), strict=True):
             product = scale[..., segment.group, None] * segment.scale
             if product.dim() == 2:
                 product = product.repeat_interleave(total.shape[0] // product.shape[0], dim=0)
-            part = total.float() * along_channels(product, module)
+            part = total.float() * along_channels(product, self.dim, total.dim())
             y = part if y is None else y + part
         assert y is not None
         if self.bias is not None:
-            y = y + along_channels(self.bias, module)
+            y = y + along_channels(self.bias, self.dim, y.dim())
         return y.to(x.dtype)
 
 

@@ -64,11 +64,13 @@ def channel_dim(module: QuantizedModule) -> int:
     return 1 if isinstance(module, QuantizedConv2d) else -1
 
 
-def along_channels(values: Tensor, module: QuantizedModule) -> Tensor:
-    """float [out] or [B, out] shaped to broadcast against the layer's output."""
-    if isinstance(module, QuantizedConv2d):
-        return values.reshape(*values.shape, 1, 1) if values.dim() == 2 else values.reshape(1, -1, 1, 1)
-    return values.unsqueeze(1) if values.dim() == 2 else values
+def along_channels(values: Tensor, dim: int, output_dims: int) -> Tensor:
+    """float [out], or [B, out] for a batch, shaped to broadcast against an output with channels at `dim`."""
+    shape = [1] * output_dims
+    shape[dim] = values.shape[-1]
+    if values.dim() == 2:
+        shape[0] = values.shape[0]
+    return values.reshape(shape)
 
 
 def bound(weight: Tensor, bits: int) -> int:

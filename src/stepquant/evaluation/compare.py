@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +25,10 @@ from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, k
 from stepquant.progress import Progress
 from stepquant.zoo.classifier import FashionClassifier
 
+SHADOWED = 32
+"""Pictures, at least, that each step is compared on; the error of a step is a mean over so many values that more of
+them would only cost time."""
+
 
 class EvaluationResult(BaseModel):
     """The figures of one evaluation.
@@ -33,7 +38,8 @@ class EvaluationResult(BaseModel):
             2, each at most 100.
         psnr_db_lowest: of the worst picture.
         ssim: mean structural similarity to the same pictures.
-        step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory.
+        step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory, over
+            the first pictures (at least 32, if as many are drawn).
         frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None where there is
             no classifier for the data, or too few pictures. Not an FID.
         frechet_classifier_fp32: the same of the full-precision pictures.
@@ -158,9 +164,9 @@ def _draw_shadowed(
     pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress
 ) -> Tensor:
     pictures = []
-    with progress.task("Drawing full precision, comparing each step", count * request.steps) as advance:
+    with progress.task("Drawing full precision", count * request.steps) as advance:
         for indices in batches(count):
-            with shadow:
+            with shadow if indices.start < SHADOWED else nullcontext():
                 pictures.append(draw(pipeline, request, indices, seed, on_step=partial(advance, len(indices))))
     return torch.cat(pictures)
 

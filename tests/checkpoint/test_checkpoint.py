@@ -1,0 +1,261 @@
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+import stepquant
+from stepquant.api import assemble
+from stepquant.checkpoint.format import MANIFEST, WEIGHTS, Manifest, read_manifest, record
+from stepquant.checkpoint.write import narrow
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.models import denoiser_name, describe
+from stepquant.nn.clock import StepClock
+from stepquant.nn.deploy import Quantization
+from stepquant.nn.trainable import wrap
+from stepquant.pipelines import draw, make_request
+
+SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def quantized(unconditional_pipeline):
+    return stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
+
+
+@pytest.fixture(scope="module")
+def saved(quantized, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    quantized.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    """A copy of the saved folder to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def reseal(folder: Path) -> None:
+    """What an attacker can do: make all records and the digest fit the files as they are."""
+    manifest = read_manifest_unchecked(folder)
+    files = {path.relative_to(folder).as_posix(): record(path) for path in folder.rglob("*") if path.is_file()}
+    files.pop(MANIFEST)
+    sealed = manifest.model_copy(update={"files": files}).sealed()
+    (folder / MANIFEST).write_text(sealed.to_json())
+
+
+def read_manifest_unchecked(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("name", ["unconditional_pipeline", "class_pipeline", "text_pipeline"])
+def test_what_was_saved_is_what_was_measured(name, request, tmp_path):
+    pipeline = request.getfixturevalue(name)
+    quantized = stepquant.quantize(pipeline, "w4a8", recipe="minmax", calibration=SMALL)
+    quantized.save_pretrained(tmp_path / "a")
+    loaded = stepquant.load(tmp_path / "a")
+    assert type(loaded) is type(pipeline)
+    component = denoiser_name(pipeline)
+    before, after = (getattr(p, component).state_dict() for p in (quantized, loaded))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    wanted = make_request(pipeline, 2)
+    assert torch.equal(draw(quantized, wanted, range(2), 0), draw(loaded, wanted, range(2), 0))
+    loaded.save_pretrained(tmp_path / "b")
+    for path in sorted((tmp_path / "a").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path
+
+
+@pytest.mark.parametrize("bits, most", [("w4a8", 0.16), ("w8a8", 0.28)])
+def test_files_are_small(bits, most, tmp_path):
+    """All overhead included, of a denoiser of over 10 M parameters."""
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(64, 128, 256), layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count > 10_000_000
+    spec, description, clock = QuantSpec.parse(bits), describe(model), StepClock()
+    layers = {}
+    for name in description.layers:
+        width = spec.layer_bits(name, first=name == description.first, last=name == description.last).weight
+        split = description.skip_splits.get(name)
+        layer = wrap(model.get_submodule(name), width, 8, clock, split=split, weight_range="minmax")
+        layers[name] = layer.freeze()
+    pipeline = assemble(DDIMPipeline(model, DDIMScheduler()), Quantization(clock.timesteps, layers), spec, {})
+    pipeline.save_pretrained(tmp_path / "model")
+    size = sum(path.stat().st_size for path in (tmp_path / "model" / "unet").iterdir())
+    assert size <= most * 4 * count
+    stepquant.load(tmp_path / "model")
+
+
+def test_weights_on_disk_are_packed_and_floats_as_narrow_as_they_can_be(saved, quantized):
+    tensors = load_file(saved / "unet" / WEIGHTS)
+    codes = tensors["mid_block.resnets.0.conv1.weight_packed"]
+    assert codes.dtype == torch.uint8 and codes.numel() == 16 * 16 * 9 // 2
+    assert narrow(torch.tensor([0.5, 1024.0])).dtype == torch.float16
+    assert narrow(torch.tensor([0.1])).dtype == torch.float32
+    assert narrow(torch.tensor([1e30])).dtype == torch.float32
+
+
+def test_a_hundred_random_damages_are_all_refused(copied):
+    chance = random.Random(0)
+    files = [path for path in sorted(copied.rglob("*")) if path.is_file()]
+    for _ in range(100):
+        path = chance.choice(files)
+        good = path.read_bytes()
+        at = chance.randrange(len(good))
+        bad = good[:at] if chance.random() < 0.3 else good[:at] + bytes([good[at] ^ (1 << chance.randrange(8))]) + good[at + 1 :]
+        path.write_bytes(bad)
+        try:
+            if json_equal(good, bad):
+                continue
+            with pytest.raises(StepquantError) as caught:
+                stepquant.load(copied)
+            assert "\n" not in str(caught.value)
+        finally:
+            path.write_bytes(good)
+    stepquant.load(copied)
+
+
+def json_equal(good: bytes, bad: bytes) -> bool:
+    """Damage to the manifest's white space changes nothing that it says."""
+    try:
+        return json.loads(good) == json.loads(bad)
+    except ValueError:
+        return False
+
+
+def test_missing_foreign_and_newer_are_told_apart(copied, tmp_path):
+    with pytest.raises(StepquantError, match="no folder"):
+        stepquant.load(tmp_path / "nothing")
+    with pytest.raises(StepquantError, match="not written by stepquant"):
+        stepquant.load(tmp_path)
+    raw = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps(raw | {"format_version": 99}))
+    with pytest.raises(StepquantError, match="upgrade stepquant"):
+        stepquant.load(copied)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "unet/../../outside", "unet//config.json"])
+def test_paths_out_of_the_folder_are_refused(copied, name):
+    manifest = read_manifest(copied)
+    files = dict(manifest.files) | {name: next(iter(manifest.files.values()))}
+    (copied / MANIFEST).write_text(manifest.model_copy(update={"files": files}).sealed().to_json())
+    with pytest.raises(StepquantError, match="outside the folder"):
+        stepquant.load(copied)
+
+
+def test_symbolic_links_and_stray_files_are_refused(copied, tmp_path):
+    shutil.move(copied / "unet" / WEIGHTS, tmp_path / "elsewhere")
+    (copied / "unet" / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StepquantError, match="symbolic link"):
+        stepquant.load(copied)
+    (copied / "unet" / WEIGHTS).unlink()
+    shutil.move(tmp_path / "elsewhere", copied / "unet" / WEIGHTS)
+    (copied / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(StepquantError, match="not part of the checkpoint"):
+        stepquant.load(copied)
+
+
+def change_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / "unet" / WEIGHTS)
+    reseal(folder)
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    change(config)
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    reseal(folder)
+
+
+LAYER = "mid_block.resnets.0.conv1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t[f"{LAYER}.weight_scale"].fill_(float("nan")),
+        lambda t: t[f"{LAYER}.input_scale"].zero_(),
+        lambda t: t[f"{LAYER}.weight_zero_point"].fill_(200),
+        lambda t: t[f"{LAYER}.bias"].fill_(float("inf")),
+        lambda t: t["conv_norm_out.weight"].fill_(float("nan")),
+        lambda t: t.pop(f"{LAYER}.weight_packed"),
+        lambda t: t.update({"extra": torch.zeros(1)}),
+        lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(5, dtype=torch.uint8)}),
+        lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()}),
+        lambda t: t.update({"mid_block.attentions.0.processor.query_scale": torch.tensor([[-1.0]])}),
+    ],
+)
+def test_bad_values_are_refused_even_under_a_valid_digest(copied, change):
+    change_weights(copied, change)
+    with pytest.raises(StepquantError, match="damaged"):
+        stepquant.load(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("quantization_config"),
+        lambda c: c.update(_class_name="AutoencoderKL"),
+        lambda c: c.update(_class_name="os.system"),
+        lambda c: c.update(block_out_channels=[-8, 16]),
+        lambda c: c.update(block_out_channels=[1 << 20, 1 << 20]),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_bits=-4),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_groups=[1 << 40]),
+        lambda c: c["quantization_config"]["structure"]["layers"].update({"no.such": {"weight_bits": 4, "weight_groups": [1]}}),
+        lambda c: c["quantization_config"]["structure"]["attentions"].update({"conv_in": {}}),
+        lambda c: c["quantization_config"]["structure"].update(timesteps=[1.0, 0.0]),
+    ],
+)  # fmt: skip
+def test_bad_configurations_are_refused_even_under_a_valid_digest(copied, change):
+    change_config(copied, change)
+    with pytest.raises(StepquantError) as caught:
+        stepquant.load(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_code_of_the_folder_is_run(copied):
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | {"unet": ["evil_module", "Model"]}))
+    reseal(copied)
+    with pytest.raises(StepquantError, match="code of its own"):
+        stepquant.load(copied)
+
+
+def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    for folder in (foreign, copied):
+        with pytest.raises(StepquantError, match="--overwrite"):
+            quantized.save_pretrained(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StepquantError, match="no folder"):
+        quantized.save_pretrained(tmp_path / "file", overwrite=True)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stepquant.checkpoint.write.save_file", full)
+    with pytest.raises(StepquantError, match="no space left"):
+        quantized.save_pretrained(copied, overwrite=True)
+    with pytest.raises(StepquantError, match="no space left"):
+        quantized.save_pretrained(tmp_path / "new")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file", "foreign"]
+    stepquant.load(copied)
+    quantized.save_pretrained(copied, overwrite=True)
+    stepquant.load(copied)

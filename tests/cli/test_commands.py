@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from stepquant import __version__, zoo
+from stepquant.cli.main import app
+from stepquant.recipes import RECIPES
+
+
+def _run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def quantized(unconditional_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "model"
+    small = ("--samples", 4, "--steps", 2)
+    said = _run(
+        "quantize",
+        unconditional_folder,
+        "--recipe",
+        "minmax",
+        "--bits",
+        "w4a8",
+        *small,
+        "--exception",
+        "mid_block=w8a8",
+        "--out",
+        out,
+    )
+    assert str(out) in said
+    assert [path.name for path in out.parent.iterdir()] == ["model"], "the workspace is still there"
+    return out
+
+
+def test_inspect_shows_spec_and_bits(quantized):
+    said = _run("inspect", quantized)
+    rows = {cells[1]: cells[4] for line in said.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 4}
+    assert rows["mid_block.resnets.0.conv1"] == "w8a8"
+    assert rows["down_blocks.0.resnets.0.conv1"] == "w4a8"
+    assert '"bits": "w4a8"' in said
+    assert 'recipe: "minmax"' in said
+
+
+@pytest.mark.parametrize(("kind", "family"), [("unconditional", "conv_in"), ("class", "transformer_blocks.1")])
+def test_inspect_shows_a_full_precision_model(kind, family, request):
+    said = _run("inspect", request.getfixturevalue(f"{kind}_folder"))
+    assert family in said
+    assert "time alone" in said
+    assert "MB in float32" in said
+
+
+def test_sample_writes_a_grid(quantized, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    _run("sample", quantized, "--count", 3, "--steps", 2, "--out", out)
+    with Image.open(out) as picture:
+        assert picture.size == (130, 130)
+
+
+@pytest.mark.parametrize(("kind", "condition"), [("class", ("--label", 3)), ("text", ("--prompt", "a b"))])
+def test_sample_takes_conditions(kind, condition, request, tmp_path):
+    out = tmp_path / "grid.png"
+    folder = request.getfixturevalue(f"{kind}_folder")
+    _run("sample", folder, *condition, "--count", 1, "--steps", 1, "--guidance", 2, "--out", out)
+    assert out.is_file()
+
+
+def test_evaluate_writes_figures_and_pictures(quantized, unconditional_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepquant.evaluation.compare.peak_memory_bytes", lambda *_: 1)
+    figures, grid = tmp_path / "figures.json", tmp_path / "grid.png"
+    said = _run(
+        "evaluate",
+        quantized,
+        "--against",
+        unconditional_folder,
+        "--count",
+        2,
+        "--steps",
+        2,
+        "--json",
+        figures,
+        "--grid",
+        grid,
+    )
+    assert str(figures) in said
+    assert str(grid) in said
+    assert "PSNR" in said
+    values = json.loads(figures.read_text())
+    asked = {
+        "psnr_db",
+        "ssim",
+        "step_error",
+        "frechet_classifier",
+        "denoiser_bytes",
+        "denoiser_bytes_fp32",
+        "peak_memory_bytes",
+        "seconds_per_step",
+        "count",
+        "seed",
+    }
+    assert asked <= set(values)
+    assert grid.is_file()
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    result = CliRunner().invoke(app, ["sample", str(folder), "--out", str(tmp_path / "grid.png")])
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_lists():
+    said = _run("recipes")
+    assert all(f"{name}: " in said for name in RECIPES)
+    said = _run("zoo")
+    assert all(f"zoo:{name} " in said for name in zoo.names())
+
+
+def test_the_program_itself(tmp_path):
+    """In a process of its own: nothing but the line on standard error, whatever other libraries would like to say."""
+    program = [sys.executable, "-m", "stepquant.cli.main"]
+    process = subprocess.run(
+        [*program, "sample", "zoo:fashion-ddpm", "--prompt", "a", "--out", tmp_path / "a.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("stepquant: a prompt was given")
+    assert process.stderr.count("\n") == 1
+    assert process.stdout == ""
+    process = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
+    assert process.stdout == f"stepquant {__version__}\n"

@@ -1,0 +1,105 @@
+"""What a user can get wrong: one line on standard error that says what was expected, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from stepquant.cli import options, quantize
+from stepquant.cli.main import app
+
+
+def _fails(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("stepquant: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["zoo:nope"], "no model 'nope'"),
+        (["no-such-folder"], "no model 'no-such-folder'"),
+        (["zoo:fashion-ddpm", "--recipe", "magic"], "unknown recipe 'magic'"),
+        (["zoo:fashion-ddpm", "--bits", "w5a99"], "activation bits"),
+        (["zoo:fashion-ddpm", "--bits", "four"], "not understood"),
+        (["zoo:fashion-ddpm", "--samples", "0"], "samples is 0"),
+        (["zoo:fashion-ddpm", "--steps", "-1"], "steps is -1"),
+        (["zoo:fashion-ddpm", "--exception", "mid_block"], "REGEX=BITS"),
+        (["zoo:fashion-ddpm", "--exception", "(=w8a8"], "no regular expression"),
+        (["zoo:fashion-ddpm", "--recipe", "minmax", "--iterations", "5"], "no hyperparameter 'iterations'"),
+        (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
+    ],
+)
+def test_quantize(arguments, message, tmp_path):
+    assert message in _fails("quantize", *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("unconditional", ["--prompt", "a"], "unconditional"),
+        ("unconditional", ["--label", 1], "unconditional"),
+        ("class", ["--label", 10], "label 10 does not exist"),
+        ("class", ["--prompt", "a"], "class labels"),
+        ("text", ["--label", 1], "conditioned on text"),
+        ("unconditional", ["--count", 0], "count is 0"),
+        ("unconditional", ["--steps", 0], "steps is 0"),
+        ("unconditional", ["--out", "grid.xyz"], "ends in .png"),
+    ],
+)
+def test_sample(kind, arguments, message, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in _fails("sample", request.getfixturevalue(f"{kind}_folder"), *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    for command in (["sample"], ["inspect"], ["quantize", "--out", tmp_path / "out"]):
+        assert "no model_index.json" in _fails(*command, tmp_path)
+
+
+def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
+    folder = shutil.copytree(unconditional_folder, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] = float("inf")
+    save_file(tensors, weights)
+    assert "conv_out.bias" in _fails("quantize", folder, "--out", tmp_path / "out")
+
+
+def test_an_output_folder_with_something_in_it_is_kept(unconditional_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in _fails("quantize", unconditional_folder, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(unconditional_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "out"
+    assert "cannot write" in _fails("quantize", unconditional_folder, "--out", inside)
+    assert "cannot write" in _fails("sample", unconditional_folder, "--out", inside / "grid.png")
+    assert "it is a folder" in _fails("evaluate", tmp_path, "--against", "zoo:fashion-ddpm", "--json", tmp_path)
+
+
+def test_a_full_disk_is_told_before_the_work(unconditional_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(options.shutil, "disk_usage", lambda _: usage)
+    assert "not enough disk space" in _fails("quantize", unconditional_folder, "--out", tmp_path / "out")
+
+
+def test_an_interruption_says_how_to_continue(tmp_path, monkeypatch):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "at_least_one", interrupted)
+    result = CliRunner().invoke(app, ["quantize", "zoo:fashion-ddpm", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 130
+    assert "run the same command again" in result.stderr

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
+from stepquant.pipelines import draw, make_request
+
+
+def test_psnr_is_taken_of_each_picture_over_a_range_of_two():
+    reference = torch.zeros(2, 1, 4, 4)
+    pictures = torch.stack([torch.full((1, 4, 4), 0.02), torch.full((1, 4, 4), -0.2)])
+    expected = [20 * math.log10(2 / 0.02), 20 * math.log10(2 / 0.2)]
+    assert psnr(pictures, reference).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_identical_pictures_have_the_highest_psnr():
+    pictures = torch.rand(3, 1, 4, 4)
+    assert psnr(pictures, pictures).tolist() == [HIGHEST_PSNR] * 3
+
+
+def test_ssim_is_one_for_identical_pictures_and_falls_with_noise():
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    noise = torch.randn(2, 3, 16, 16, generator=generator)
+    values = [ssim(pictures + amount * noise, pictures) for amount in (0.0, 0.1, 0.5)]
+    assert values[0] == pytest.approx(1)
+    assert values[0] > values[1] > values[2]
+
+
+class _Scaled(nn.Module):
+    """A denoiser whose output is off by a known factor."""
+
+    def __init__(self, denoiser: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.denoiser, self.factor, self.calls = denoiser, factor, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return (self.denoiser(*args, **kwargs)[0] * self.factor,)
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
+def test_step_error_of_a_known_distortion(kind, request):
+    pipeline = request.getfixturevalue(f"{kind}_pipeline")
+    component = "transformer" if kind == "class" else "unet"
+    denoiser = getattr(pipeline, component)
+    distorted = _Scaled(copy.deepcopy(denoiser), 1.25)
+    wanted = make_request(pipeline, 3, prompts=["a b"] if kind == "text" else None)
+    alone = draw(pipeline, wanted, range(2), 0)
+
+    shadow = Shadow(denoiser, distorted)
+    for batch in (range(2), range(2, 3)):
+        with shadow:
+            drawn = draw(pipeline, wanted, batch, 0)
+        if batch.start == 0:
+            assert torch.equal(drawn, alone), "the trajectory is no longer the full-precision one"
+    assert shadow.step_error == pytest.approx([0.25] * 3, rel=1e-4)
+    assert all(seconds > 0 for seconds in shadow.seconds)
+
+    draw(pipeline, wanted, range(2), 0)
+    assert distorted.calls == 6, "the shadow ran outside its context"

@@ -1,0 +1,307 @@
+"""The runtimes against plain int64 arithmetic, and against each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+from stepquant.nn.clock import StepClock
+from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
+from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
+from stepquant.numerics.affine import quantize
+from stepquant.runtime import fallbacks, onednn, prepare
+from stepquant.runtime.onednn import OneDnnKernel
+from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
+
+STEPS = 3
+CONVOLUTIONS = {
+    "3x3": dict(inputs=7, outputs=5, kernel=3, padding=1),
+    "stride": dict(inputs=8, outputs=9, kernel=3, padding=1, stride=2),
+    "1x1": dict(inputs=16, outputs=3, kernel=1),
+    "wide padding": dict(inputs=3, outputs=4, kernel=3, padding=(2, 1)),
+    "dilation": dict(inputs=5, outputs=6, kernel=3, padding=2, dilation=2),
+    "5x3": dict(inputs=6, outputs=6, kernel=(5, 3), padding=(2, 1)),
+}
+SPLITS = {"one": ((), ()), "activation": ((), (3, 4)), "both": ((2, 5), (3, 4)), "weight": ((4, 3), ())}
+
+needs_onednn = pytest.mark.skipif(onednn.supported() is not None, reason=str(onednn.supported()))
+
+
+def fill(
+    module: QuantizedModule, weight_groups: tuple[int, ...], groups: tuple[int, ...], bits: tuple[int, int | None]
+) -> QuantizedModule:
+    """Random codes and tables; zero points off the middle, so that padding with the wrong code would show."""
+    weight_bits, activation_bits = bits
+    shape = module.weight_shape
+    weight_shape = (len(weight_groups), shape[0])
+    zero_point = torch.randint(0, 1 << weight_bits, weight_shape) if weight_bits < 8 else torch.full(weight_shape, 128)
+    weight = QuantizedWeight(
+        torch.randint(0, 1 << weight_bits, shape).byte(),
+        torch.rand(weight_shape) * 0.01 + 0.001,
+        zero_point.byte(),
+        weight_bits,
+        weight_groups,
+    )
+    activation = None
+    if activation_bits is not None:
+        table_shape = (STEPS, max(1, len(groups)))
+        scale = (torch.rand(table_shape) + 0.5) * 4 / (1 << activation_bits)
+        zero_points = torch.randint(1, 1 << activation_bits, table_shape).byte()
+        activation = ActivationTable(scale, zero_points, activation_bits, groups)
+    bias = torch.randn(shape[0]) if module.bias is not None else None
+    module.fill(QuantizedLayer(weight, bias, activation))
+    return module
+
+
+def format_of(inputs: int, weight_groups, groups, bits) -> LayerFormat:
+    return LayerFormat(
+        weight_bits=bits[0],
+        weight_groups=weight_groups or (inputs,),
+        activation_bits=bits[1],
+        activation_groups=groups if bits[1] is not None else (),
+        activation_rows=STEPS if bits[1] is not None else 1,
+    )
+
+
+def clock() -> StepClock:
+    return StepClock(torch.arange(STEPS).float())
+
+
+def convolution(
+    inputs, outputs, kernel, padding=0, stride=1, dilation=1, groups=1, split=((), ()), bits=(8, 8), bias=True
+) -> QuantizedConv2d:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    layer_format = format_of(inputs // groups, *split, bits)
+    module = QuantizedConv2d.like(plain, layer_format, clock())
+    return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
+
+
+def linear(inputs=7, outputs=5, split=((), ()), bits=(8, 8), bias=True) -> QuantizedLinear:
+    torch.manual_seed(0)
+    layer_format = format_of(inputs, *split, bits)
+    module = QuantizedLinear.like(nn.Linear(inputs, outputs, bias), layer_format, clock())
+    return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
+
+
+def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Accumulators (int64, by segment) and output (float64) of each sample, in plain integer arithmetic."""
+    layer = module.layer()
+    weight_of = [g for g, size in enumerate(layer.weight.group_sizes) for _ in range(size)]
+    sizes = layer.activation.group_sizes or (len(weight_of) * getattr(module, "groups", 1),)
+    input_of = [g for g, size in enumerate(sizes) for _ in range(size)]
+    codes = layer.weight.codes.long()
+    pairs = sorted(set(zip(weight_of, input_of, strict=False)))
+    sums = []
+    total = 0.0
+    for w_group, x_group in pairs:
+        mine = torch.tensor([p == (w_group, x_group) for p in zip(weight_of, input_of, strict=False)])
+        by_output = (-1,) + (1,) * (codes.dim() - 1)
+        weight = codes - layer.weight.zero_point[w_group].long().reshape(by_output)
+        weight = weight * mine.reshape(1, -1, *(1,) * (codes.dim() - 2))
+        outputs = []
+        for sample, row in zip(x, rows, strict=True):
+            scale, zero = layer.activation.scale[row, x_group], layer.activation.zero_point[row, x_group].long()
+            top = (1 << layer.activation.bits) - 1
+            integers = ((sample * (1 / scale)).round().long() + zero).clamp(0, top) - zero
+            outputs.append(multiply(module, integers, weight))
+        sums.append(torch.stack(outputs))
+        by_channel = (1, -1, 1, 1) if codes.dim() == 4 else (-1,)
+        by_sample = (-1,) + (1,) * (x.dim() - 1)
+        x_scale = layer.activation.scale[rows, x_group].double().reshape(by_sample)
+        total = total + sums[-1] * x_scale * layer.weight.scale[w_group].double().reshape(by_channel)
+    if layer.bias is not None:
+        total = total + layer.bias.double().reshape(by_channel)
+    return sums, total
+
+
+def multiply(module: QuantizedModule, integers: Tensor, weight: Tensor) -> Tensor:
+    """int64 linear, or int64 convolution of one sample by explicit windows."""
+    if not isinstance(module, QuantizedConv2d):
+        return (integers[..., None, :] * weight).sum(-1)
+    (ph, pw), (sh, sw), (dh, dw), groups = module.padding, module.stride, module.dilation, module.groups
+    padded = F.pad(integers, (pw, pw, ph, ph))
+    kh, kw = weight.shape[2:]
+    height = (padded.shape[1] - dh * (kh - 1) - 1) // sh + 1
+    width = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
+    out = torch.zeros(groups, weight.shape[0] // groups, height, width, dtype=torch.int64)
+    padded, weight = padded.unflatten(0, (groups, -1)), weight.unflatten(0, (groups, -1))
+    for i in range(kh):
+        for j in range(kw):
+            window = padded[
+                :, :, i * dh : i * dh + (height - 1) * sh + 1 : sh, j * dw : j * dw + (width - 1) * sw + 1 : sw
+            ]
+            out += (window[:, None] * weight[:, :, :, i, j, None, None]).sum(2)
+    return out.flatten(0, 1)
+
+
+def check(module: QuantizedModule, x: Tensor, row: Tensor) -> None:
+    """Reference accumulators bit for bit; outputs of both runtimes to float32 rounding of the largest output."""
+    rows = [int(row)] * len(x) if row.dim() == 0 else row.tolist()
+    sums, expected = plain(module, x, rows)
+    reference = ReferenceKernel(module)
+    for found, exact in zip(reference.accumulators(x, row), sums, strict=True):
+        assert torch.equal(found.long(), exact)
+    tolerance = 2e-6 * float(expected.abs().max())
+    assert (reference(x, row).double() - expected).abs().max() <= tolerance
+    if onednn.supported() is None and onednn.can_run(module):
+        assert (OneDnnKernel(module)(x, row).double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("row", [torch.tensor(2), torch.tensor([0, 2, 1, 2])], ids=["one step", "mixed steps"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name, row):
+    module = convolution(**CONVOLUTIONS[name])
+    check(module, torch.randn(4, module.in_channels, 9, 7), row)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_split_channels_of_a_convolution(split, layout):
+    module = convolution(7, 6, 3, padding=1, split=SPLITS[split])
+    check(module, torch.randn(3, 7, 6, 5).to(memory_format=layout), torch.tensor([1, 0, 1]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("shape", [(4, 7), (4, 5, 7), (4, 2, 3, 7)])
+def test_linears(split, shape):
+    check(linear(split=SPLITS[split]), torch.randn(shape), torch.tensor([2, 2, 0, 1]))
+
+
+@pytest.mark.parametrize("bits", [(weight, activation) for weight in range(2, 9) for activation in (2, 5, 8)])
+def test_all_bits(bits):
+    check(linear(bits=bits, bias=False), torch.randn(6, 7) * 3, torch.tensor(1))
+    check(convolution(4, 5, 3, padding=1, bits=bits, bias=False), torch.randn(2, 4, 5, 5) * 3, torch.tensor(1))
+
+
+def test_grouped_convolution():
+    check(convolution(6, 4, 3, padding=1, groups=2), torch.randn(2, 6, 5, 5), torch.tensor(0))
+
+
+def test_accumulators_beyond_float32_are_exact():
+    module = linear(inputs=3000, outputs=2)
+    module.weight_packed.fill_(255)
+    module.input_zero_point.zero_()
+    module.input_scale.fill_(1.0)
+    x = torch.full((1, 3000), 255.0)
+    x[0, 0] = 254.0
+    (sums,) = ReferenceKernel(module).accumulators(x, torch.tensor(0))
+    assert sums.long().tolist() == [[127 * (255 * 3000 - 1)] * 2]
+
+
+@needs_onednn
+def test_onednn_accumulators_are_exact():
+    """With scales of 1 the output is the accumulator, an integer that float32 holds."""
+    module = convolution(40, 16, 3, padding=1, bias=False)
+    module.weight_scale.fill_(1.0)
+    module.input_scale.fill_(1.0)
+    x = torch.randint(-300, 300, (2, 40, 6, 6)).float()
+    y = OneDnnKernel(module)(x, torch.tensor(1))
+    (sums,), _ = plain(module, x, [1, 1])
+    assert float(sums.abs().max()) < 1 << 24
+    assert torch.equal(y.long(), sums)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bits", [3, 8])
+def test_codes_are_those_of_the_definition(bits):
+    """Ties, and values far off the grid, included."""
+    module = linear(bits=(8, bits))
+    module.input_scale.fill_(0.25)
+    kernel = OneDnnKernel(module)
+    x = torch.cat([torch.arange(-1000, 1000) * 0.125, torch.randn(1000), torch.tensor([1e9, -1e9, 1e30])])
+    for row in range(STEPS):
+        expected = quantize(x, module.input_scale[row, 0], module.input_zero_point[row, 0], bits)
+        assert torch.equal(kernel.codes(x, row, 0).float(), expected)
+
+
+@needs_onednn
+def test_codes_keep_channels_last():
+    module = convolution(8, 4, 3, padding=1)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    codes = OneDnnKernel(module).codes(x, 0, 0)
+    assert codes.dtype == torch.uint8 and codes.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weight_only_layer():
+    module = convolution(4, 5, 3, padding=1, bits=(4, None))
+    x = torch.randn(2, 4, 6, 6)
+    expected = F.conv2d(x, module.layer().weight.dequantize(), module.bias, padding=1)
+    torch.testing.assert_close(WeightOnlyKernel(module)(x, torch.tensor(0)), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_output_has_the_dtype_of_the_input(backend, dtype):
+    model = nn.Sequential(convolution(4, 5, 3), convolution(5, 4, 3, bits=(4, None)))
+    prepare(model, backend)
+    x = torch.randn(1, 4, 8, 8).to(dtype)
+    wide = model(x.float())
+    model.to(dtype)
+    y = model(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), wide, atol=0.03 * float(wide.abs().max()), rtol=0)
+
+
+@needs_onednn
+def test_fallbacks_are_named():
+    model = nn.ModuleDict(
+        {
+            "plain": convolution(4, 4, 3),
+            "grouped": convolution(4, 4, 3, groups=2),
+            "weights": linear(bits=(8, None)),
+        }
+    )
+    assert prepare(model) == "onednn"
+    assert fallbacks(model) == ["grouped", "weights"]
+    assert isinstance(model["grouped"].kernel, ReferenceKernel)
+
+
+def test_kernels_stay_out_of_the_state_dict():
+    model = nn.Sequential(convolution(4, 4, 3), linear())
+    before = set(model.state_dict())
+    prepare(model)
+    assert set(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("onednn", marks=needs_onednn)])
+def test_copies_and_threads(backend):
+    """Two copies, each with its own clock and step, at the same time."""
+    models = [nn.Sequential(convolution(4, 4, 3, padding=1), convolution(4, 4, 3, padding=1))]
+    prepare(models[0], backend)
+    models.append(copy.deepcopy(models[0]))
+    for step, model in enumerate(models):
+        for layer in model:
+            layer.clock.set(step)
+    x = torch.randn(2, 4, 8, 8)
+    alone = [model(x) for model in models]
+    assert not torch.equal(*alone)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for found, expected in zip(pool.map(lambda model: model(x), models), alone, strict=True):
+                assert torch.equal(found, expected)
+
+
+def test_unknown_backend():
+    with pytest.raises(StepquantError, match=r"unknown backend 'tpu'.*onednn"):
+        prepare(nn.Sequential(), "tpu")
+
+
+def test_unsupported_backend(monkeypatch):
+    monkeypatch.setattr(onednn, "supported", lambda: "no such instructions")
+    with pytest.raises(StepquantError, match="no such instructions"):
+        prepare(nn.Sequential(), "onednn")
+    assert prepare(nn.Sequential(), "auto") == "reference"
+
+
+def test_int32_never_overflows():
+    module = linear(inputs=4)
+    module.weight_shape = (1, math.ceil((1 << 31) / (255 * 128)) + 1)
+    assert not onednn.can_run(module)

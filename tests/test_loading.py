@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepquant.errors import StepquantError
+from stepquant.loading import resolve_pipeline
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(unconditional_folder, tmp_path):
+    return shutil.copytree(unconditional_folder, tmp_path / "model")
+
+
+def test_a_folder_loads_in_float32(folder):
+    half = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(half, folder / WEIGHTS)
+    unet = resolve_pipeline(str(folder)).unet
+    assert {weight.dtype for weight in unet.parameters()} == {torch.float32}
+
+
+def _no_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def _damaged_index(folder):
+    (folder / "model_index.json").write_text("{")
+
+
+def _unknown_class(folder):
+    _change_index(folder, _class_name="NoSuchPipeline")
+
+
+def _own_class(folder):
+    _change_index(folder, _class_name=["pipeline", "MyPipeline"])
+
+
+def _own_component(folder):
+    _change_index(folder, unet=["my_unet", "MyUNet"])
+
+
+def _own_code(folder):
+    (folder / "unet" / "unet.py").write_text("raise SystemExit")
+
+
+def _truncated(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def _no_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def _nan(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _change_index(folder, **changes):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_index, "no model_index.json"),
+        (_damaged_index, "is damaged"),
+        (_unknown_class, "NoSuchPipeline"),
+        (_own_class, "pipeline class"),
+        (_own_component, "unet .* code of its own"),
+        (_own_code, "unet .* code of its own"),
+        (_truncated, "cannot be loaded"),
+        (_no_weights, "cannot be loaded"),
+        (_nan, "conv_in.weight .* NaN"),
+    ],
+)
+def test_damage_is_told_in_one_sentence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(StepquantError, match=message) as caught:
+        resolve_pipeline(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nothing-here", "./a/b", "/no/such", "a/b/c"])
+def test_what_is_neither_folder_nor_hub_id(name):
+    with pytest.raises(StepquantError, match=r"there is no model .* zoo:fashion-ddpm"):
+        resolve_pipeline(name)
+
+
+def test_a_file_is_no_pipeline(folder):
+    with pytest.raises(StepquantError, match="is a file"):
+        resolve_pipeline(str(folder / "model_index.json"))
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host\nmore of it")
+
+    monkeypatch.setattr("stepquant.loading.DiffusionPipeline.download", unreachable)
+    with pytest.raises(StepquantError, match=r"'owner/name' .* hub: no route to host\.$"):
+        resolve_pipeline("owner/name")

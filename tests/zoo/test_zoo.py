@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepquant import zoo
+from stepquant.errors import StepquantError
+from stepquant.evaluation.distribution import load_statistics
+from stepquant.loading import resolve_pipeline
+from stepquant.pipelines import draw, make_request
+from stepquant.zoo.classifier import FashionClassifier
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(StepquantError, match=r"no model 'nope'.*fashion-ddpm"):
+        zoo.path("nope")
+    with pytest.raises(StepquantError):
+        zoo.path("fashion-classifier")  # a feature extractor, no pipeline
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_each_model_draws_and_has_a_card(name):
+    pipeline = resolve_pipeline(f"zoo:{name}")
+    assert {
+        weight.dtype
+        for part in pipeline.components.values()
+        if hasattr(part, "parameters")
+        for weight in part.parameters()
+    } == {torch.float32}
+    pictures = draw(pipeline, make_request(pipeline, 2), range(1), 0)
+    assert bool(torch.isfinite(pictures).all())
+    assert f"# {name}" in zoo.card(name)
+    assert not zoo.card(name).startswith("---")
+
+
+@pytest.mark.parametrize("name", sorted(zoo.CLASSIFIERS))
+def test_each_classifier_matches_its_statistics(name):
+    folder = zoo.classifier_path(name)
+    features = FashionClassifier.from_pretrained(folder).features(torch.zeros(1, 1, 32, 32))
+    statistics = load_statistics(folder / "statistics.safetensors")
+    assert statistics.mean.shape == features.shape[1:]
+    assert statistics.covariance.shape == (features.shape[1],) * 2
+    assert zoo.classifier_path("emoji-ldm") is None
