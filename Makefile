@@ -21,13 +21,14 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 --overwrite
+	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 \
+		--samples 128 --steps 20 --iterations 100 --overwrite
 	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check src tests training
-	$(BIN)/ruff format --check src tests training
+	$(BIN)/ruff check src tests training benchmarks
+	$(BIN)/ruff format --check src tests training benchmarks
 	$(BIN)/mypy

@@ -11,7 +11,7 @@ import argparse
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import vae
 from training.card import card
@@ -73,7 +73,7 @@ def tokenizer_for(data: Emoji) -> CLIPTokenizer:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=5000, batch=32, learning_rate=1e-3)
+    parser = arguments(__doc__ or "", steps=4000, batch=32, learning_rate=1e-3)
     vae.add_argument(parser)
     options = parser.parse_args()
     plan = plan_from(options)
@@ -90,6 +90,9 @@ def main() -> None:
 
     tokens, empty = tokens_of([prompt(data.names[index], colour) for index, colour in pairs]), tokens_of([""])
     model = TextToNoise(tokenizer).to(device())
+    if options.init:
+        model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.init, subfolder="unet").state_dict())
+        model.text.load_state_dict(CLIPTextModel.from_pretrained(options.init, subfolder="text_encoder").state_dict())
     alphas = scheduler().alphas_cumprod
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
@@ -122,7 +125,7 @@ def export(autoencoder: nn.Module, tokenizer: CLIPTokenizer, options: argparse.N
         "prompts.txt": "\n".join(EXAMPLES) + "\n",
         **{f"tokenizer/{name}": content for name, content in classic_files(tokenizer).items()},
     }
-    export_half(pipeline, options.export, files)
+    export_half(pipeline, options, files)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,15 @@ def scheduler() -> DDIMScheduler:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=2600, batch=64, learning_rate=1e-3)
+    parser = arguments(__doc__ or "", steps=2600, batch=32, learning_rate=8e-4)
     vae.add_argument(parser)
     options = parser.parse_args()
     plan = plan_from(options)
     pictures, labels = fashion_mnist(options.data, "train")
     autoencoder, latents = vae.prepared("fashion", options.vae, to_float(pictures), options.out / "latents.safetensors")
     model = build().to(device())
+    if options.init:
+        model.load_state_dict(DiTTransformer2DModel.from_pretrained(options.init, subfolder="transformer").state_dict())
     alphas = scheduler().alphas_cumprod
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +81,7 @@ def export(autoencoder: nn.Module, options: argparse.Namespace) -> None:
     pipeline = DiTPipeline(model, autoencoder, scheduler(), id2label=names)
     pipeline.register_to_config(id2label=names)
     text = card("fashion-class", __doc__ or "", "fashion-mnist", options)
-    export_half(pipeline, options.export, {"README.md": text})
+    export_half(pipeline, options, {"README.md": text})
 
 
 def _zero(layer: nn.Linear) -> None:

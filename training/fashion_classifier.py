@@ -19,9 +19,11 @@ SETTLING = 100
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", steps=4700, batch=128, learning_rate=3e-3).parse_args()
+    options = arguments(__doc__ or "", steps=3500, batch=128, learning_rate=3e-3).parse_args()
     plan = plan_from(options)
     model = FashionClassifier().to(device())
+    if options.init:
+        model.load_state_dict(FashionClassifier.from_pretrained(options.init).state_dict())
     pictures, labels = fashion_mnist(options.data, "train")
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:

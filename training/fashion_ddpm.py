@@ -33,9 +33,11 @@ def scheduler() -> DDIMScheduler:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", steps=5000, batch=32, learning_rate=8e-4).parse_args()
+    options = arguments(__doc__ or "", steps=3000, batch=32, learning_rate=8e-4).parse_args()
     plan = plan_from(options)
     model = build().to(device())
+    if options.init:
+        model.load_state_dict(UNet2DModel.from_pretrained(options.init, subfolder="unet").state_dict())
     pictures, _ = fashion_mnist(options.data, "train")
     alphas = scheduler().alphas_cumprod
 
@@ -54,7 +56,7 @@ def export(options: argparse.Namespace) -> None:
     """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
     model = load_ema(build(), options.out)
     text = card("fashion-ddpm", __doc__ or "", "fashion-mnist", options)
-    export_half(DDIMPipeline(model, scheduler()), options.export, {"README.md": text})
+    export_half(DDIMPipeline(model, scheduler()), options, {"README.md": text})
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def arguments(description: str, *, steps: int, batch: int, learning_rate: float)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; an existing one is continued")
     parser.add_argument("--export", type=Path, help="write the finished model (EMA weights) to this folder")
+    parser.add_argument("--init", type=Path, help="folder of an exported model to start a new run from")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint without training")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
@@ -185,10 +186,14 @@ def plans_of(out: Path) -> list[tuple[int, int]]:
     return list({line["steps"]: (line["steps"], line["step"]) for line in lines}.values())
 
 
-def export_half(pipeline: DiffusionPipeline, folder: Path, files: dict[str, str]) -> None:
-    """Save a diffusers pipeline in fp16 with extra text `files` (name to content), replacing `folder` in one step."""
-    draft = folder.with_name(folder.name + ".draft")
+def export_half(pipeline: DiffusionPipeline, options: argparse.Namespace, files: dict[str, str]) -> None:
+    """Save a diffusers pipeline in fp16 with extra text `files` (name to content) as ``options.export``.
+
+    It is written into the run's folder first and then moved, so that nobody meets a folder half written.
+    """
+    draft, previous = options.out / "export", options.out / "previous"
     shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(draft)
     for config in draft.glob("*/config.json"):
@@ -196,8 +201,6 @@ def export_half(pipeline: DiffusionPipeline, folder: Path, files: dict[str, str]
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for name, content in files.items():
         (draft / name).write_text(content)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if options.export.exists():
+        shutil.move(options.export, previous)
+    shutil.move(draft, options.export)

@@ -67,7 +67,7 @@ def pictures_of(kind: str, data: Path) -> Callable[[int, torch.Generator], Tenso
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """The option by which a latent model names its trained autoencoder."""
-    parser.add_argument("--vae", type=Path, required=True, help="the autoencoder's --out folder")
+    parser.add_argument("--vae", type=Path, required=True, help="--out folder of the autoencoder, or an exported model")
 
 
 @torch.no_grad()
@@ -78,10 +78,14 @@ def prepared(kind: str, run: Path, pictures: Tensor, cache: Path) -> tuple[Autoe
     pipeline needs no shift. Encoding is done once: delete the file `cache` when the autoencoder has changed.
 
     Args:
+        run: ``--out`` folder of its training, or the folder of an exported pipeline.
         pictures: float32 [N, C, H, W] in [-1, 1].
         cache: safetensors with ``latents`` [N, 4, h, w], ``mean`` [4] and ``std`` [4].
     """
-    model = load_ema(build(kind), run).to(device())
+    trained = (run / "checkpoint.safetensors").exists()
+    model = (load_ema(build(kind), run) if trained else AutoencoderKL.from_pretrained(run, subfolder="vae")).to(
+        device()
+    )
     if not cache.exists():
         raw = torch.cat([model.encode(part.to(device())).latent_dist.mean.cpu() for part in pictures.split(200)])
         mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
@@ -106,11 +110,13 @@ def fold_normalisation(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=3000, batch=32, learning_rate=1.5e-3)
+    parser = arguments(__doc__ or "", steps=2000, batch=16, learning_rate=1.5e-3)
     parser.add_argument("--kind", choices=PRESETS, required=True)
     options = parser.parse_args()
     plan = plan_from(options)
     model = build(options.kind).to(device())
+    if options.init:
+        model.load_state_dict(AutoencoderKL.from_pretrained(options.init, subfolder="vae").state_dict())
     draw = pictures_of(options.kind, options.data)
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:

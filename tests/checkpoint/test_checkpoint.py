@@ -114,7 +114,11 @@ def test_a_hundred_random_damages_are_all_refused(copied):
         path = chance.choice(files)
         good = path.read_bytes()
         at = chance.randrange(len(good))
-        bad = good[:at] if chance.random() < 0.3 else good[:at] + bytes([good[at] ^ (1 << chance.randrange(8))]) + good[at + 1 :]
+        bad = (
+            good[:at]
+            if chance.random() < 0.3
+            else good[:at] + bytes([good[at] ^ (1 << chance.randrange(8))]) + good[at + 1 :]
+        )
         path.write_bytes(bad)
         try:
             if json_equal(good, bad):

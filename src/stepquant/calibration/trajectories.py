@@ -17,6 +17,9 @@ from stepquant.errors import StepquantError
 from stepquant.pipelines import Request, draw
 from stepquant.progress import Progress
 
+NOISE_OFFSET = 1_000_000_000
+"""Added to the seed of calibration pictures, so that none starts from the noise of a picture that is evaluated."""
+
 
 class Calibration(BaseModel):
     """How calibration samples are collected.
@@ -104,7 +107,14 @@ def collect(
                     wanted[step].append(sample)
             recorder = _Recorder(denoiser, wanted, start, pictures, len(indices), rows)
             try:
-                draw(pipeline, request, indices, seed, decode=False, on_step=partial(advance, len(indices)))
+                draw(
+                    pipeline,
+                    request,
+                    indices,
+                    seed + NOISE_OFFSET,
+                    decode=False,
+                    on_step=partial(advance, len(indices)),
+                )
             finally:
                 recorder.remove()
     missing = [sample for sample, row in enumerate(rows) if not row]

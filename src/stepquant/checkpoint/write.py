@@ -39,6 +39,7 @@ def save_pipeline(
         type(pipeline).save_pretrained(pipeline, draft, safe_serialization=True)
         for path in (draft / component).glob("*.safetensors*"):
             path.unlink()
+        _complete(pipeline, draft)
         _forget_origin(draft)
         save_file(narrow_tensors(denoiser), draft / component / WEIGHTS, metadata={"format": "pt"})
         files = {
@@ -76,12 +77,27 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
     raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
 
 
+def _complete(pipeline: Any, folder: Path) -> None:
+    """Add what diffusers reads but does not write: the names of classes. And a model's example prompts."""
+    labels = getattr(pipeline, "labels", None)
+    if labels:
+        index = json.loads((folder / "model_index.json").read_text())
+        names: dict[int, list[str]] = {}
+        for name, label in labels.items():
+            names.setdefault(label, []).append(name)
+        index["id2label"] = {str(label): ", ".join(names[label]) for label in sorted(names)}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    prompts = Path(str(pipeline.config.get("_name_or_path", ""))) / "prompts.txt"
+    if prompts.is_file():
+        shutil.copyfile(prompts, folder / "prompts.txt")
+
+
 def _forget_origin(folder: Path) -> None:
     """Take out of the configurations where a model was loaded from: a path of one machine, and different each time."""
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def narrow_tensors(denoiser: nn.Module) -> dict[str, Tensor]:

@@ -163,7 +163,9 @@ class WeightQuantizer(nn.Module):
         weight: float [out, in, *kernel], the full-precision weight.
         bits: 2 to 8; the grid is symmetric at 8 bits and affine below (see `QuantizedWeight`).
         group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
-        method: how the range is found.
+        method: how the range is found. At 8 bits it is min-max whatever is asked for: the least error there clips the
+            largest weights, which shrinks a layer's gain at every step alike and costs more than it saves
+            (``docs/quality.md``).
     """
 
     scale: Tensor
@@ -176,7 +178,7 @@ class WeightQuantizer(nn.Module):
         scales, zero_points = [], []
         for group in weight.detach().float().split(group_sizes, dim=1):
             values = group.flatten(1)
-            low, high = find_range(values, bits, method, symmetric=bits == 8)
+            low, high = find_range(values, bits, "minmax" if bits == 8 else method, symmetric=bits == 8)
             scale, zero_point = affine_from_range(low, high, bits, symmetric=bits == 8)
             scales.append(scale)
             zero_points.append(zero_point)

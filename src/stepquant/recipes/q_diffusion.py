@@ -19,7 +19,7 @@ def q_diffusion(
     iterations: int = 500,
     batch_size: int = 16,
     rounding_rate: float = 3e-2,
-    scale_rate: float = 2e-3,
+    scale_rate: float = 1e-3,
     drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:

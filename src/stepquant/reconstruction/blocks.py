@@ -17,6 +17,10 @@ from stepquant.reconstruction.objectives import Objective, block_error
 from stepquant.reconstruction.replay import BlockInputs, Replay, main_tensor
 from stepquant.workspace import Workspace, digest
 
+LEARN_ROUNDING_BELOW = 8
+"""Bits. At 8, rounding to nearest leaves so little error that learning adds more than it removes in any budget tried
+(``docs/quality.md``); the weights of such layers are only rounded to nearest."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,7 +40,7 @@ class Settings:
     iterations: int = 500
     batch_size: int = 16
     rounding_rate: float = 3e-2
-    scale_rate: float = 2e-3
+    scale_rate: float = 1e-3
     drop_probability: float = 0.5
     rounding_weight: float = 0.1
     activation_range: RangeMethod = "least-error"
@@ -122,19 +126,24 @@ def _learn(
     objective: Objective,
     advance: Any,
 ) -> None:
+    if settings.iterations == 0:
+        return
     module = instrumented.model.get_submodule(block)
     layers = list(instrumented.layers_in(block).values())
     quantizers = list(instrumented.activation_quantizers(block))
-    if not layers or settings.iterations == 0:
-        advance(settings.iterations)
-        return
-    roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in layers]
-    weights = sum(rounding.numel() for rounding in roundings)
-    groups: list[dict[str, Any]] = [{"params": roundings, "lr": settings.rounding_rate}]
+    coarse = [layer for layer in layers if layer.weight_quantizer.bits < LEARN_ROUNDING_BELOW]
+    roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in coarse]
+    weights = max(1, sum(rounding.numel() for rounding in roundings))
+    groups: list[dict[str, Any]] = []
+    if roundings:
+        groups.append({"params": roundings, "lr": settings.rounding_rate})
     if quantizers:
         groups.append({"params": [quantizer.learn() for quantizer in quantizers], "lr": settings.scale_rate})
     for quantizer in quantizers:
         quantizer.drop_probability = settings.drop_probability
+    if not groups:
+        advance(settings.iterations)
+        return
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
     unit: Tensor | None = None
@@ -145,13 +154,15 @@ def _learn(
         error = objective(main_tensor(module(*args, **kwargs)), target[chosen])
         unit = error.detach().clamp(min=1e-12) if unit is None else unit
         beta = annealed_beta(iteration / settings.iterations)
-        regularizer = sum(layer.weight_quantizer.regularizer(beta) for layer in layers) / weights
+        loss = error / unit
+        for layer in coarse:
+            loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
-        (error / unit + settings.rounding_weight * regularizer).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
         advance(1)
-    for layer in layers:
+    for layer in coarse:
         layer.weight_quantizer.settle(layer.inner.weight)
     for quantizer in quantizers:
         quantizer.settle()

@@ -1,0 +1,149 @@
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import stepquant
+from stepquant import zoo
+from stepquant.calibration.selection import uniform_steps
+from stepquant.calibration.trajectories import Calibration, collect
+from stepquant.loading import resolve_pipeline
+from stepquant.models import denoiser_name, describe
+from stepquant.nn.deploy import quantized_modules
+from stepquant.pipelines import make_request
+from stepquant.progress import Progress
+from stepquant.reconstruction.replay import Replay, main_tensor
+
+PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
+
+
+def samples_of(pipeline, count=6, batch_size=4):
+    steps = uniform_steps(count, 3, torch.Generator().manual_seed(0))
+    calibration = Calibration(samples=count, steps=3, batch_size=batch_size)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    return denoiser, collect(pipeline, denoiser, make_request(pipeline, 3), steps, calibration, 0, Progress())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_replayed_inputs_and_outputs_are_those_of_the_whole_network(name, request, tmp_path):
+    denoiser, samples = samples_of(request.getfixturevalue(name))
+    seen: dict[str, tuple] = {}
+    blocks = describe(denoiser).blocks
+    handles = []
+    for block in blocks:
+
+        def keep(_module, args, kwargs, output, block=block):
+            seen[block] = (args, kwargs, main_tensor(output))
+
+        handles.append(denoiser.get_submodule(block).register_forward_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        denoiser(**samples.arguments(slice(0, len(samples))))
+    for handle in handles:
+        handle.remove()
+    replay = Replay(denoiser, samples, 4, tmp_path)
+    for block in blocks:
+        inputs = replay.inputs(block)
+        args, kwargs = inputs.at(slice(0, len(samples)))
+        expected_args, expected_kwargs, expected = seen[block]
+        for got, wanted in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
+            if isinstance(wanted, torch.Tensor):
+                assert torch.allclose(got, wanted, atol=1e-5), block
+        assert torch.allclose(replay.run(block, inputs), expected, atol=1e-5), block
+    assert all("forward" not in denoiser.get_submodule(block).__dict__ for block in blocks)
+
+
+def test_guided_sampling_gives_samples_with_and_without_the_condition(class_pipeline):
+    _, samples = samples_of(class_pipeline, count=12, batch_size=2)
+    labels = samples.tensors["class_labels"].tolist()
+    assert 1000 in labels and any(label < 10 for label in labels)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class StopAfter(Progress):
+    def __init__(self, iterations: int) -> None:
+        self.left = iterations
+
+    @contextmanager
+    def task(self, description: str, total: int):
+        def advance(n: int) -> None:
+            if description.startswith("Reconstructing"):
+                self.left -= n
+                if self.left < 0:
+                    raise Stop
+
+        yield advance
+
+
+def quantize(pipeline, workspace, progress=None, **arguments):
+    calibration = stepquant.Calibration(samples=8, steps=4, batch_size=arguments.pop("batch_size", 4))
+    return stepquant.quantize(
+        pipeline, "w4a8", recipe="q-diffusion", calibration=calibration, workspace=workspace, progress=progress,
+        iterations=3, **arguments,
+    )  # fmt: skip
+
+
+def test_a_killed_run_continues_and_ends_in_the_same_bytes(unconditional_pipeline, tmp_path):
+    whole = quantize(unconditional_pipeline, tmp_path / "whole")
+    with pytest.raises(Stop):
+        quantize(unconditional_pipeline, tmp_path / "killed", StopAfter(40))
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("block-*")}
+    assert len(finished) >= 10, "blocks finished before the kill are kept"
+    continued = quantize(unconditional_pipeline, tmp_path / "killed")
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    for pipeline, folder in ((whole, "a"), (continued, "b")):
+        pipeline.save_pretrained(tmp_path / folder)
+    for path in sorted((tmp_path / "a").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path
+
+
+def test_a_damaged_stage_is_computed_again(unconditional_pipeline, tmp_path):
+    first = quantize(unconditional_pipeline, tmp_path)
+    stage = sorted(tmp_path.glob("block-*"))[3]
+    stage.write_bytes(stage.read_bytes()[:-20])
+    second = quantize(unconditional_pipeline, tmp_path)
+    states = [pipeline.unet.state_dict() for pipeline in (first, second)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_second_process_is_kept_out(unconditional_pipeline, tmp_path):
+    from stepquant.workspace import Workspace
+
+    with Workspace(tmp_path), pytest.raises(stepquant.StepquantError, match="another process"):
+        quantize(unconditional_pipeline, tmp_path)
+
+
+def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
+    before = copy.deepcopy(unconditional_pipeline.unet.state_dict())
+    hooks = len(unconditional_pipeline.unet._forward_pre_hooks)
+    quantize(unconditional_pipeline, tmp_path)
+    after = unconditional_pipeline.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert len(unconditional_pipeline.unet._forward_pre_hooks) == hooks
+    assert not quantized_modules(unconditional_pipeline.unet)
+
+
+@pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")
+def test_learning_beats_its_own_start_on_a_real_model():
+    """Error of the network's output along held-out trajectories: q-diffusion learned, not learned, and minmax."""
+    pipeline = resolve_pipeline("zoo:fashion-ddpm")
+    denoiser, held_out = samples_of(pipeline, count=8, batch_size=8)
+    arguments = held_out.arguments(slice(0, 8))
+    calibration = stepquant.Calibration(samples=32, steps=10, trajectories=16)
+    with torch.no_grad():
+        target = denoiser(**arguments).sample
+
+    def error(recipe, **settings):
+        quantized = stepquant.quantize(
+            pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, backend="reference", **settings
+        )
+        with torch.no_grad():
+            return float((quantized.unet(**arguments).sample - target).square().mean())
+
+    nearest, untrained = error("minmax"), error("q-diffusion", iterations=0)
+    learned = error("q-diffusion", iterations=40)
+    assert learned < 0.9 * untrained < nearest
