@@ -1,0 +1,60 @@
+import pytest
+
+import stepquant
+from stepquant.errors import StepquantError
+from stepquant.nn.deploy import quantized_modules
+from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
+
+SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+
+
+def test_every_recipe_has_a_line_and_defaults():
+    for name in RECIPES:
+        assert summary(name).endswith(".")
+        assert hyperparameters(name) == hyperparameters(name, {})
+
+
+def test_unknown_recipes_and_hyperparameters_are_named():
+    with pytest.raises(StepquantError, match="expected one of minmax"):
+        find_recipe("magic")
+    with pytest.raises(StepquantError, match="no hyperparameter 'iterations'"):
+        hyperparameters("minmax", {"iterations": 3})
+    with pytest.raises(StepquantError, match="expected a number"):
+        hyperparameters("q-diffusion", {"iterations": -1})
+
+
+def test_the_spec_reaches_the_layers(unconditional_pipeline):
+    spec = {"bits": "w4a8", "exceptions": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
+    quantized = stepquant.quantize(unconditional_pipeline, spec, recipe="minmax", calibration=SMALL)
+    layers = {name: module.layer_format for name, module in quantized_modules(quantized.unet).items()}
+    assert layers["mid_block.resnets.0.conv1"].weight_bits == 8
+    assert layers["down_blocks.0.resnets.0.conv1"].weight_bits == 4
+    assert layers["down_blocks.1.resnets.0.conv2"].weight_groups == (8, 8)
+    assert (layers["conv_in"].weight_bits, layers["conv_in"].activation_bits) == (8, None)
+    assert (layers["conv_out"].weight_bits, layers["conv_out"].activation_bits) == (8, 8)
+    assert not any(name.startswith("time_embedding") for name in layers)
+
+
+def test_q_diffusion_splits_skips_unless_told_not_to(unconditional_pipeline):
+    for given, groups in ((None, 2), (False, 1)):
+        spec = {"bits": "w4a8", "split_skips": given}
+        quantized = stepquant.quantize(unconditional_pipeline, spec, calibration=SMALL, iterations=0)
+        layer = quantized_modules(quantized.unet)["up_blocks.0.resnets.0.conv1"].layer_format
+        assert len(layer.weight_groups) == groups
+
+
+def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
+    quantized = stepquant.quantize(text_pipeline, "w4a16", recipe="minmax", calibration=SMALL)
+    assert all(module.layer_format.activation_bits is None for module in quantized_modules(quantized.unet).values())
+
+
+def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline):
+    with pytest.raises(StepquantError, match="nothing to quantize"):
+        stepquant.quantize(unconditional_pipeline, "w16a16")
+    with pytest.raises(StepquantError, match="matches none"):
+        stepquant.quantize(unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL)
+    with pytest.raises(StepquantError, match="leave the prompt out"):
+        stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
+    quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
+    with pytest.raises(StepquantError, match="quantized already"):
+        stepquant.quantize(quantized, "w4a8")
