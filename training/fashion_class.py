@@ -1,4 +1,7 @@
-"""``fashion-class``: a class-conditional latent diffusion transformer (DiT) on Fashion-MNIST, with guidance."""
+"""``fashion-class``: a class-conditional latent diffusion transformer (DiT) on Fashion-MNIST.
+
+Guidance 4 with 50 DDIM steps suits it; the labels are the ten class names.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
     with pytest.raises(StepquantError, match="nothing to quantize"):
         stepquant.quantize(unconditional_pipeline, "w16a16")
     with pytest.raises(StepquantError, match="matches none"):
-        stepquant.quantize(unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL)
+        stepquant.quantize(
+            unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL
+        )
     with pytest.raises(StepquantError, match="leave the prompt out"):
         stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)

@@ -8,10 +8,11 @@ import stepquant
 from stepquant import zoo
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.trajectories import Calibration, collect
+from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import make_request
+from stepquant.pipelines import draw, make_request
 from stepquant.progress import Progress
 from stepquant.reconstruction.replay import Replay, main_tensor
 
@@ -128,22 +129,26 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 
 
 @pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")
-def test_learning_beats_its_own_start_on_a_real_model():
-    """Error of the network's output along held-out trajectories: q-diffusion learned, not learned, and minmax."""
+def test_learning_beats_its_own_start_and_minmax_on_a_real_model():
+    """Held-out noise: the output's error falls by learning, and pictures are closer than the baseline's."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
-    denoiser, held_out = samples_of(pipeline, count=8, batch_size=8)
-    arguments = held_out.arguments(slice(0, 8))
-    calibration = stepquant.Calibration(samples=32, steps=10, trajectories=16)
+    denoiser, held_out = samples_of(pipeline, count=24, batch_size=24)
+    arguments, request = held_out.arguments(slice(0, 24)), make_request(pipeline, 20)
+    calibration = stepquant.Calibration(samples=48, steps=10, trajectories=16)
     with torch.no_grad():
         target = denoiser(**arguments).sample
+    pictures = draw(pipeline, request, range(8), 7)
 
-    def error(recipe, **settings):
-        quantized = stepquant.quantize(
-            pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, backend="reference", **settings
-        )
+    def quantized(recipe, **settings):
+        return stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, **settings)
+
+    def error(candidate):
         with torch.no_grad():
-            return float((quantized.unet(**arguments).sample - target).square().mean())
+            return float((candidate.unet(**arguments).sample - target).square().mean())
 
-    nearest, untrained = error("minmax"), error("q-diffusion", iterations=0)
-    learned = error("q-diffusion", iterations=40)
-    assert learned < 0.9 * untrained < nearest
+    def decibels(candidate):
+        return float(psnr(draw(candidate, request, range(8), 7), pictures).mean())
+
+    learned = quantized("q-diffusion", iterations=30)
+    assert error(learned) < 0.95 * error(quantized("q-diffusion", iterations=0))
+    assert decibels(learned) > decibels(quantized("minmax")) + 1.5

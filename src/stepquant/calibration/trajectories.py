@@ -161,7 +161,7 @@ class _Recorder:
         }
         halves = sample.shape[0] // self.batch
         for wanted in self.wanted.get(self.step, ()):
-            half = (wanted // self.pictures) % halves
+            half = (wanted + wanted // self.pictures) % halves
             row = half * self.batch + wanted % self.pictures - self.start
             self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
 
