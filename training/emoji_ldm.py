@@ -8,6 +8,7 @@ half of ``prompts.txt`` are pairs of emoji and colour that were held out of the 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -69,8 +70,20 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def tokenizer_for(data: Emoji) -> CLIPTokenizer:
-    return build_tokenizer([prompt(name, colour) for name in data.names for colour in COLOURS])
+def tokenizer_for(data: Emoji, out: Path, init: Path | None) -> CLIPTokenizer:
+    """The vocabulary of the run, kept in its folder from the first step on; a new run takes over that of `init`.
+
+    Learning breaks ties between equally frequent pairs differently in every process, so it must happen only once.
+    """
+    kept = out / "tokenizer"
+    if kept.is_dir():
+        return CLIPTokenizer.from_pretrained(kept)
+    if init is not None:
+        tokenizer = CLIPTokenizer.from_pretrained(init / "tokenizer")
+    else:
+        tokenizer = build_tokenizer([prompt(name, colour) for name in data.names for colour in COLOURS])
+    tokenizer.save_pretrained(kept)
+    return tokenizer
 
 
 def main() -> None:
@@ -79,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = plan_from(options)
     data = emoji(options.data)
-    tokenizer = tokenizer_for(data)
+    tokenizer = tokenizer_for(data, options.out, options.init)
     pairs = [
         (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
     ]
