@@ -17,26 +17,17 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from stepquant import zoo
 from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import Quantization, install
+from stepquant.nn.deploy import Quantization, install, replace_module
 from stepquant.nn.layers import can_quantize
 from stepquant.nn.trainable import TrainableLayer, wrap
 from stepquant.runtime import prepare
 
 
 def small_unet() -> UNet2DModel:
-    """Grey pictures at 32x32, 32 to 128 channels."""
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=8,
-    )
+    """The network of ``zoo:fashion-ddpm``: grey pictures at 32x32, 32 to 128 channels."""
+    return UNet2DModel.from_config(UNet2DModel.load_config(zoo.path("fashion-ddpm"), subfolder="unet"))
 
 
 def cifar_unet() -> UNet2DModel:
@@ -64,8 +55,7 @@ def quantized(model: UNet2DModel, x: Tensor) -> nn.Module:
     for name, module in model.named_modules():
         if can_quantize(module):
             layer = wrap(observed.get_submodule(name), 8, 8, clock, weight_range="minmax")
-            parent, _, child = name.rpartition(".")
-            setattr(observed.get_submodule(parent), child, layer)
+            replace_module(observed, name, layer)
             assert layer.activation_quantizer is not None
             layer.activation_quantizer.observing = True
             layers[name] = layer

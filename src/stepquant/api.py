@@ -111,7 +111,7 @@ def assemble(
     prepare(denoiser, backend)
     quantized = copy.copy(pipeline)
     quantized.register_modules(**{component: denoiser})
-    quantized.save_pretrained = functools.partial(_save, quantized, component, provenance)
+    quantized.save_pretrained = functools.partial(save_pipeline, quantized, component, provenance)
     return quantized
 
 
@@ -133,14 +133,8 @@ def load(folder: Path | str, *, backend: str = "auto") -> Any:
         StepquantError: for a folder that is foreign, damaged, or of a newer format.
     """
     pipeline, manifest = load_pipeline(folder, backend)
-    pipeline.save_pretrained = functools.partial(_save, pipeline, manifest.component, manifest.provenance)
+    pipeline.save_pretrained = functools.partial(save_pipeline, pipeline, manifest.component, manifest.provenance)
     return pipeline
-
-
-def _save(
-    pipeline: Any, component: str, provenance: dict[str, Any], folder: Path | str, *, overwrite: bool = False
-) -> None:
-    save_pipeline(pipeline, folder, component, provenance, overwrite=overwrite)
 
 
 def _versions() -> dict[str, str]:

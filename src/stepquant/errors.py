@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how it quotes others."""
 
 
 class StepquantError(Exception):
@@ -6,3 +6,8 @@ class StepquantError(Exception):
 
     The command prints the message alone and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another exception's message, without its full stop, to be quoted in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")

@@ -13,7 +13,7 @@ from torch import nn
 
 from stepquant import zoo
 from stepquant.checkpoint import is_checkpoint, load_pipeline
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
 
 ZOO_PREFIX = "zoo:"
@@ -40,7 +40,7 @@ def resolve_pipeline(model: str, backend: str = "auto") -> Any:
             folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # from_pretrained documents none of what a damaged folder makes it raise
-        raise StepquantError(f"pipeline {model} cannot be loaded: {_first_line(error)}") from None
+        raise StepquantError(f"pipeline {model} cannot be loaded: {first_line(error)}.") from None
     check_finite(getattr(pipeline, denoiser_name(pipeline)), model)
     return pipeline
 
@@ -65,7 +65,7 @@ def locate(model: str) -> Path:
         return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except Exception as error:  # network, hub and file errors come in many classes
         raise StepquantError(
-            f"{model!r} is no folder here, and could not be fetched from the hub: {_first_line(error)}"
+            f"{model!r} is no folder here, and could not be fetched from the hub: {first_line(error)}."
         ) from None
 
 
@@ -92,8 +92,3 @@ def _check_index(folder: Path) -> None:
         known = library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
         if not known or any((folder / component).glob("*.py")):
             raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .") + "." if lines else f"{type(error).__name__}."

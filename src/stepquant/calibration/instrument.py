@@ -16,7 +16,7 @@ from stepquant.errors import StepquantError
 from stepquant.models import ModelDescription
 from stepquant.nn.attention import OPERANDS
 from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import Quantization
+from stepquant.nn.deploy import Quantization, replace_module
 from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
 from stepquant.numerics.ranges import RangeMethod
@@ -50,14 +50,6 @@ class Instrumented:
     def layers_in(self, block: str) -> dict[str, TrainableLayer]:
         """The layers inside one block, which may itself be a layer."""
         return {name: layer for name, layer in self.layers.items() if name == block or name.startswith(f"{block}.")}
-
-    def attentions_in(self, block: str) -> dict[str, TrainableAttention]:
-        """The attentions inside one block, which may itself be an attention."""
-        return {
-            name: attention
-            for name, attention in self.attentions.items()
-            if name == block or name.startswith(f"{block}.")
-        }
 
     def freeze(self) -> Quantization:
         """The integers and tables, as they ship."""
@@ -111,8 +103,7 @@ def instrument(
             )
     attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        replace_module(model, name, layer)
     for name, attention in attentions.items():
         model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
     clock.attach(model)

@@ -20,10 +20,10 @@ from stepquant.checkpoint.format import (
     read_manifest,
     verify,
 )
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 from stepquant.models import DENOISERS, FAMILIES
 from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.deploy import install_empty, quantized_modules
+from stepquant.nn.deploy import install_empty
 from stepquant.runtime import prepare
 
 
@@ -54,7 +54,7 @@ def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manif
             **{manifest.component: denoiser},
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {_one_line(error)}.") from None
+        raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {first_line(error)}.") from None
     return pipeline, manifest
 
 
@@ -72,12 +72,11 @@ def load_denoiser(folder: Path) -> nn.Module:
         with init_empty_weights():
             model = cls.from_config(config)
     except Exception as error:  # a damaged configuration can fail in any way inside the model's constructor
-        raise StepquantError(f"{folder}/config.json does not describe a {name}: {_one_line(error)}.") from None
+        raise StepquantError(f"{folder}/config.json does not describe a {name}: {first_line(error)}.") from None
     install_empty(model, quantization.get("structure") or {}, device="meta")
     _fill(model, folder / WEIGHTS)
     model.register_to_config(quantization_config=quantization)
-    for module in quantized_modules(model).values():
-        module.layer()
+    # Layers check themselves when their kernels are built; tables of attentions are read at run time only.
     for module in model.modules():
         if isinstance(module, QuantizedAttentionProcessor):
             module.attention()
@@ -101,7 +100,7 @@ def _fill(model: nn.Module, path: Path) -> None:
                     raise StepquantError(f"{path}: tensor {name!r} has another shape than the model: damaged.")
                 tensors[name] = _checked(path, name, file.get_tensor(name), like)
     except (OSError, SafetensorError) as error:
-        raise StepquantError(f"{path} cannot be read ({_one_line(error)}): the checkpoint is damaged.") from None
+        raise StepquantError(f"{path} cannot be read ({first_line(error)}): the checkpoint is damaged.") from None
     model.load_state_dict(tensors, assign=True)
 
 
@@ -112,7 +111,3 @@ def _checked(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     if like.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
         raise StepquantError(f"{path}: tensor {name!r} holds a value that is no finite number: damaged.")
     return tensor
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -19,7 +19,7 @@ from stepquant.workspace import cannot_write, sync
 
 
 def save_pipeline(
-    pipeline: Any, out: Path | str, component: str, provenance: dict[str, Any], *, overwrite: bool = False
+    pipeline: Any, component: str, provenance: dict[str, Any], out: Path | str, *, overwrite: bool = False
 ) -> Manifest:
     """Write `pipeline`, whose denoiser is quantized, to the folder `out`; returns the manifest written.
 

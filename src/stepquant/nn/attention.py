@@ -104,18 +104,12 @@ class QuantizedAttentionProcessor(AttentionProcessor):
             self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
             self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
 
-    @classmethod
-    def of(cls, attention: QuantizedAttention, clock: StepClock) -> QuantizedAttentionProcessor:
-        tables = {name: table for name in OPERANDS if (table := getattr(attention, name)) is not None}
-        processor = cls(
-            {name: table.bits for name, table in tables.items()},
-            {name: table.scale.shape[0] for name, table in tables.items()},
-            clock,
-        )
-        for name, table in tables.items():
-            setattr(processor, f"{name}_scale", table.scale.clone())
-            setattr(processor, f"{name}_zero_point", table.zero_point.clone())
-        return processor
+    def fill(self, attention: QuantizedAttention) -> None:
+        """Copy the tables of `attention`, whose operands, bits and rows must be this processor's."""
+        for name in self.bits:
+            table = getattr(attention, name)
+            setattr(self, f"{name}_scale", table.scale.clone())
+            setattr(self, f"{name}_zero_point", table.zero_point.clone())
 
     def table(self, name: str) -> ActivationTable:
         """The grid of operand `name`, one of `bits`."""

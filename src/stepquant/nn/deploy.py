@@ -111,7 +111,9 @@ def install(model: nn.Module, quantization: Quantization) -> StepClock:
         assert isinstance(module, QuantizedModule)
         module.fill(layer)
     for name, attention in quantization.attentions.items():
-        _submodule(model, name).set_processor(QuantizedAttentionProcessor.of(attention, clock))
+        processor = model.get_submodule(name).processor
+        assert isinstance(processor, QuantizedAttentionProcessor)
+        processor.fill(attention)
     return clock
 
 
@@ -137,8 +139,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
                 raise StepquantError(
                     f"layer {name!r} is a {type(module).__name__}, expected a linear or a convolution."
                 )
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized)
+            replace_module(model, name, quantized)
         for name, operands in structure.attentions.items():
             bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
             rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
@@ -148,6 +149,12 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             attention.set_processor(QuantizedAttentionProcessor(bits, rows, clock))
     clock.attach(model)
     return clock
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that the dotted `name` has in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:

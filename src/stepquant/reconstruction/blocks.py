@@ -77,7 +77,7 @@ def reconstruct(
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
             clean = original.inputs(block)
-            original.run(block, clean)
+            target = original.run(block, clean)
             inputs = quantized.inputs(block)
             stage = f"block-{key}-{index:03d}"
             stored = workspace.load(stage)
@@ -85,7 +85,6 @@ def reconstruct(
                 _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed * 100_003 + index)
-                    target = original.output(block)
                     _learn(instrumented, block, inputs, clean, target, timesteps, settings, objective, advance)
                 workspace.save(stage, _block_state(instrumented, block))
             else:

@@ -115,11 +115,6 @@ class Replay:
         self._outputs[block] = (leaves, tree)
         return main_tensor(pytree.tree_unflatten(leaves, tree))
 
-    def output(self, block: str) -> Tensor:
-        """The main tensor of a finished block's output, [N, ...]."""
-        leaves, tree = self._outputs[block]
-        return main_tensor(pytree.tree_unflatten(leaves, tree))
-
     def _allocate(self, name: str, like: Any) -> Any:
         if not isinstance(like, Tensor):
             return like

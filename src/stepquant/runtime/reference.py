@@ -48,19 +48,21 @@ class ReferenceKernel(Kernel):
         self.apply_map: Apply = linear_map(module)
         self.dim = channel_dim(module)
         self.segments = segments_of(layer)
+        self.weights = [segment.weight.to(self._exact_dtype(segment.weight)) for segment in self.segments]
+
+    def _exact_dtype(self, weight: Tensor) -> torch.dtype:
+        return torch.float32 if bound(weight, self.table.bits) < EXACT_IN_FLOAT32 else torch.float64
 
     def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
         """Exact integer sums of each segment: float32 or float64 tensors of the output's shape."""
         scale, zero_point = self.table.at(row)
         sums = []
-        for segment in self.segments:
-            single = len(self.segments) == 1
+        single = len(self.segments) == 1
+        for segment, weight in zip(self.segments, self.weights, strict=True):
             part = (x if single else x.narrow(self.dim, segment.start, segment.stop - segment.start)).float()
             s, z = (_broadcast(values[..., segment.group], part) for values in (scale, zero_point))
             codes = quantize(part, s, z, self.table.bits) - z
-            exact = bound(segment.weight, self.table.bits) < EXACT_IN_FLOAT32
-            dtype = torch.float32 if exact else torch.float64
-            sums.append(self.apply_map(codes.to(dtype), segment.weight.to(dtype)))
+            sums.append(self.apply_map(codes.to(weight.dtype), weight))
         return sums
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
