@@ -56,7 +56,7 @@ def test_learning_a_scale_moves_it_and_settles_there():
     x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2))
     quantizer(x)
     quantizer.set_range("minmax")
-    optimizer = torch.optim.Adam([quantizer.learn()], lr=0.02)
+    optimizer = torch.optim.Adam(quantizer.learn(), lr=0.02)
     errors = []
     for _ in range(100):
         error = (quantizer(x) - x).square().mean()

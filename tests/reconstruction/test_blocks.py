@@ -11,10 +11,11 @@ from stepquant.calibration.trajectories import Calibration, collect
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
+from stepquant.models.description import main_tensor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 from stepquant.progress import Progress
-from stepquant.reconstruction.replay import Replay, main_tensor
+from stepquant.reconstruction.replay import Replay
 
 PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 
@@ -50,7 +51,7 @@ def test_replayed_inputs_and_outputs_are_those_of_the_whole_network(name, reques
         for got, wanted in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
             if isinstance(wanted, torch.Tensor):
                 assert torch.allclose(got, wanted, atol=1e-5), block
-        assert torch.allclose(replay.run(block, inputs), expected, atol=1e-5), block
+        assert torch.allclose(replay.run(block, inputs)[0], expected, atol=1e-5), block
     assert all("forward" not in denoiser.get_submodule(block).__dict__ for block in blocks)
 
 
@@ -130,7 +131,7 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 
 @pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")
 def test_learning_beats_its_own_start_and_minmax_on_a_real_model():
-    """Held-out noise: the output's error falls by learning, and pictures are closer than the baseline's."""
+    """Held-out noise: the output's error falls by learning, and pictures are far closer than the baseline's."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
     denoiser, held_out = samples_of(pipeline, count=24, batch_size=24)
     arguments, request = held_out.arguments(slice(0, 24)), make_request(pipeline, 20)
@@ -150,5 +151,5 @@ def test_learning_beats_its_own_start_and_minmax_on_a_real_model():
         return float(psnr(draw(candidate, request, range(8), 7), pictures).mean())
 
     learned = quantized("q-diffusion", iterations=30)
-    assert error(learned) < 0.95 * error(quantized("q-diffusion", iterations=0))
-    assert decibels(learned) > decibels(quantized("minmax")) + 1.5
+    assert error(learned) < error(quantized("q-diffusion", iterations=0))
+    assert decibels(learned) > decibels(quantized("minmax")) + 5

@@ -130,11 +130,19 @@ def calibrate_ranges(
     method: RangeMethod,
     batch_size: int,
     progress: Progress,
+    *,
+    per_row: bool = True,
+    quantized_weights: bool = False,
 ) -> None:
-    """Observe every activation of the full-precision network on the samples, then set all ranges and switch them on."""
+    """Observe every activation of the network on the samples, then set all ranges and switch them on.
+
+    Args:
+        per_row: a range for every table row; else one for all.
+        quantized_weights: observe what the quantized weights make of the samples, not the full-precision ones.
+    """
     quantizers = list(instrumented.activation_quantizers())
     for layer in instrumented.layers.values():
-        layer.quantizing_weight = False
+        layer.quantizing_weight = quantized_weights
     for quantizer in quantizers:
         quantizer.observing = True
     with progress.task("Observing activations", len(samples)) as advance:
@@ -143,7 +151,7 @@ def calibrate_ranges(
             advance(chosen.stop - chosen.start)
     with progress.task("Searching activation ranges", len(quantizers)) as advance:
         for quantizer in quantizers:
-            quantizer.set_range(method)
+            quantizer.set_range(method, per_row=per_row)
             advance(1)
     for layer in instrumented.layers.values():
         layer.quantizing_weight = True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.nn.layers import can_quantize
@@ -22,6 +23,7 @@ class ModelDescription:
         first, last: the layer that reads the noisy sample, and the one that writes the output.
         time_layers: layers whose input depends on the timestep alone.
         attentions: modules of the `Attention` interface of diffusers.
+        middle: the module whose output, float [B, C, H, W] or [B, N, C], says most about what is being drawn.
         skip_splits: layer behind a skip concatenation -> number of its input channels that come from the trunk; the
             rest come from the skip.
     """
@@ -33,6 +35,7 @@ class ModelDescription:
     last: str
     time_layers: frozenset[str]
     attentions: tuple[str, ...]
+    middle: str
     skip_splits: dict[str, int]
 
 
@@ -47,6 +50,7 @@ def describe_blocks(
     first: str,
     last: str,
     time_layers: list[str],
+    middle: str,
     skip_splits: dict[str, int] | None = None,
 ) -> ModelDescription:
     """Complete a description from its blocks: list their layers and attentions, and check that nothing is left out.
@@ -78,5 +82,11 @@ def describe_blocks(
         last=last,
         time_layers=frozenset(time_layers),
         attentions=tuple(attentions),
+        middle=middle,
         skip_splits=dict(skip_splits or {}),
     )
+
+
+def main_tensor(output: Any) -> Tensor:
+    """The tensor that a block's output stands for: itself, or the first of a tuple."""
+    return output if isinstance(output, Tensor) else main_tensor(output[0])

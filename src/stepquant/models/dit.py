@@ -25,4 +25,5 @@ def describe_dit(model: Any) -> ModelDescription:
         first="pos_embed.proj",
         last="proj_out_2",
         time_layers=time_layers,
+        middle=transformer_blocks[len(transformer_blocks) // 2],
     )

@@ -36,6 +36,7 @@ def describe_unet(model: Any) -> ModelDescription:
         first="conv_in",
         last="conv_out",
         time_layers=time_layers,
+        middle="mid_block" if model.mid_block is not None else f"down_blocks.{len(model.down_blocks) - 1}",
         skip_splits=_skip_splits(model),
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
+from stepquant.nn.intervals import IntervalGenerator, TableGain
 from stepquant.nn.tables import ActivationTable, expand_groups
 from stepquant.numerics.affine import affine_from_range, largest_code
 from stepquant.numerics.ranges import RangeMethod, find_range
@@ -18,6 +19,9 @@ from stepquant.numerics.rounding import (
     rectified_sigmoid,
     rounding_regularizer,
 )
+
+CELL = 0.49
+"""Half the width of the cell of a code that a weight under finetuning starts in, in steps; 0.5 would be its edge."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -60,7 +64,7 @@ class ActivationQuantizer(nn.Module):
         shape = (rows, max(1, len(group_sizes)))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape))
-        self.log_gain: nn.Parameter | None = None
+        self.gain: TableGain | IntervalGenerator | None = None
         self._samples: list[tuple[int, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,23 +79,36 @@ class ActivationQuantizer(nn.Module):
             return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
         return quantized
 
-    def current_scale(self) -> Tensor:
-        """float32 [R, S]. While learning, the start times ``exp(log_gain)``: steps are relative to the scale's size."""
-        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+    def current_scale(self, row: Tensor | None = None) -> Tensor:
+        """float32 [R, S], or [S] or [B, S] at a row of shape [] or [B]; while learning, times the learned gain."""
+        scale = self.scale if row is None else self.scale[row]
+        if self.gain is None:
+            return scale
+        every = torch.arange(self.rows, device=scale.device)
+        return scale * self.gain(every if row is None else row)
 
-    def learn(self) -> nn.Parameter:
-        """Make the scale learnable and return its parameter, the logarithm of a gain on the present scale."""
-        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
-        return self.log_gain
+    def learn(self, *, over_time: bool = False) -> list[nn.Parameter]:
+        """Make the scale learnable, as a gain on the present one that starts at 1; returns its parameters.
+
+        Args:
+            over_time: learn a smooth function of the timestep (TDQ) instead of a free gain for each table row.
+        """
+        groups = self.scale.shape[1]
+        self.gain = IntervalGenerator(self.clock.timesteps, groups) if over_time else TableGain(self.rows, groups)
+        self.gain.to(self.scale.device)
+        return list(self.gain.parameters())
 
     def settle(self) -> None:
-        """Stop learning: keep the scale reached."""
-        self.scale = self.current_scale().detach()
-        self.log_gain = None
+        """Stop learning: tabulate the scale reached."""
+        with torch.no_grad():
+            if self.gain is not None:
+                self.gain.eval()
+            self.scale = self.current_scale()
+        self.gain = None
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         row = self.clock.row if self.rows > 1 else torch.zeros((), dtype=torch.long)
-        values = (self.current_scale()[row], self.zero_point[row])
+        values = (self.current_scale(row), self.zero_point[row])
         scale, zero_point = (self._broadcast(value, x) for value in values)
         return scale, zero_point
 
@@ -119,14 +136,17 @@ class ActivationQuantizer(nn.Module):
                 (row, torch.stack([_thin(sample[index].detach(), self.OBSERVED_VALUES) for sample in samples]))
             )
 
-    def set_range(self, method: RangeMethod) -> None:
+    def set_range(self, method: RangeMethod, *, per_row: bool = True) -> None:
         """Search the range of what was observed, row by row, switch the quantizer on and forget the observations.
 
         A table row that no sample fell on takes the grid of the nearest row that has one.
+
+        Args:
+            per_row: False: one range over the observations of all rows, the same in each.
         """
         seen: dict[int, list[Tensor]] = {}
         for row, kept in self._samples:
-            seen.setdefault(row, []).append(kept)
+            seen.setdefault(row if per_row else 0, []).append(kept)
         if not seen:
             raise RuntimeError("set_range: nothing was observed")
         scale, zero_point = torch.empty_like(self.scale), torch.empty_like(self.zero_point)
@@ -138,11 +158,9 @@ class ActivationQuantizer(nn.Module):
             stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
             low, high = find_range(values[:, ::stride], self.bits, method, low=low, high=high)
             scale[row], zero_point[row] = affine_from_range(low, high, self.bits)
-        filled = sorted(seen)
-        for row in range(self.rows):
-            nearest = min(filled, key=lambda other: abs(other - row))
-            scale[row], zero_point[row] = scale[nearest], zero_point[nearest]
-        self.scale, self.zero_point = scale, zero_point
+        filled = torch.tensor(sorted(seen))
+        nearest = filled[(torch.arange(self.rows)[:, None] - filled).abs().argmin(dim=1)]
+        self.scale, self.zero_point = scale[nearest], zero_point[nearest]
         self.enabled, self.observing = True, False
         self._samples.clear()
 
@@ -185,10 +203,16 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("scale", torch.stack(scales))
         self.register_buffer("zero_point", torch.stack(zero_points))
         self.decided: Tensor | None = None
+        self.start: Tensor | None = None
+        self.shift: nn.Parameter | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
         top = largest_code(self.bits)
+        if self.shift is not None:
+            steps = self._moved()
+            codes = steps + (steps.round().clamp(0, top) - steps).detach()  # straight through
+            return (codes - zero_point) * scale
         if self.rounding is not None:
             floor = torch.floor(weight.detach() / scale) + zero_point
             return ((floor + rectified_sigmoid(self.rounding)).clamp(0, top) - zero_point) * scale
@@ -202,20 +226,35 @@ class WeightQuantizer(nn.Module):
         self.rounding = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
         return self.rounding
 
+    def finetune(self, weight: Tensor) -> nn.Parameter:
+        """Let the weight itself move, through the rounding: returns its shift, in steps of the grid.
+
+        It starts at the codes decided so far: each weight lies where it really is within the cell of its code, or at
+        the cell's edge if AdaRound rounded it away from the nearest code (QuEST, arXiv 2402.03666: the rounding
+        direction is held). The scale stays.
+        """
+        codes = self.codes(weight).to(weight.dtype)
+        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        self.start = torch.clamp(weight.detach() / scale + zero_point, codes - CELL, codes + CELL)
+        self.shift = nn.Parameter(torch.zeros_like(weight))
+        return self.shift
+
     def regularizer(self, beta: float) -> Tensor:
         """AdaRound's regulariser of the variables that `learn` returned."""
         assert self.rounding is not None
         return rounding_regularizer(self.rounding, beta)
 
     def settle(self, weight: Tensor) -> None:
-        """Stop learning: every weight takes the code its variable leans to (up where v >= 0)."""
-        if self.rounding is not None:
+        """Stop learning: every weight takes the code its variable leans to (up where v >= 0), or its shift led to."""
+        if self.rounding is not None or self.shift is not None:
             self.decided = self.codes(weight)
-            self.rounding = None
+            self.rounding = self.shift = self.start = None
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """uint8 codes, hard-rounded."""
+        if self.shift is not None:
+            return self._moved().round().clamp(0, largest_code(self.bits)).to(torch.uint8)
         if self.rounding is None and self.decided is not None:
             return self.decided
         scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
@@ -224,6 +263,11 @@ class WeightQuantizer(nn.Module):
         else:
             steps = torch.round(weight * scale.reciprocal())
         return (steps + zero_point).clamp(0, largest_code(self.bits)).to(torch.uint8)
+
+    def _moved(self) -> Tensor:
+        """The weight under finetuning, in steps of its grid and not rounded."""
+        assert self.start is not None and self.shift is not None
+        return self.start + self.shift
 
     def _like(self, values: Tensor, weight: Tensor) -> Tensor:
         expanded = expand_groups(values, self.group_sizes).t()

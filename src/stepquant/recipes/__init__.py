@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 from stepquant.errors import StepquantError
+from stepquant.recipes.eda_dm import eda_dm
 from stepquant.recipes.job import Job, Recipe
 from stepquant.recipes.minmax import minmax
+from stepquant.recipes.pqd import pqd
+from stepquant.recipes.ptq4dm import ptq4dm
 from stepquant.recipes.q_diffusion import q_diffusion
+from stepquant.recipes.quest import quest
+from stepquant.recipes.tdq import tdq
+from stepquant.recipes.tfmq import tfmq
 
-RECIPES: dict[str, Recipe] = {"minmax": minmax, "q-diffusion": q_diffusion}
+RECIPES: dict[str, Recipe] = {
+    "minmax": minmax,
+    "ptq4dm": ptq4dm,
+    "q-diffusion": q_diffusion,
+    "pqd": pqd,
+    "tdq": tdq,
+    "eda-dm": eda_dm,
+    "tfmq": tfmq,
+    "quest": quest,
+}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -31,6 +46,7 @@ def hyperparameters(name: str, given: dict[str, Any] | None = None) -> dict[str,
     Raises:
         StepquantError: if `given` names one that the recipe does not have, or has a value of the wrong kind.
     """
+    hints = get_type_hints(find_recipe(name))
     parameters = inspect.signature(find_recipe(name)).parameters.values()
     values = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     for key, value in (given or {}).items():
@@ -39,6 +55,9 @@ def hyperparameters(name: str, given: dict[str, Any] | None = None) -> dict[str,
             raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
         if isinstance(values[key], int | float) and (not isinstance(value, int | float) or value < 0):
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
+        choices = hints[key].__args__ if get_origin(hints[key]) is Literal else None
+        if choices is not None and value not in choices:
+            raise StepquantError(f"{key} of recipe {name} is {value!r}: expected one of {', '.join(choices)}.")
         values[key] = value
     return values
 

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.density import dense_and_diverse_steps, step_features
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
-from stepquant.calibration.trajectories import Calibration, CalibrationSet, collect
+from stepquant.calibration.trajectories import NOISE_OFFSET, Calibration, CalibrationSet, collect
 from stepquant.config import QuantSpec
 from stepquant.models import ModelDescription, describe
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
 from stepquant.progress import Progress
 from stepquant.reconstruction.blocks import Settings, reconstruct
+from stepquant.reconstruction.network import Finetuning, finetune
 from stepquant.workspace import Workspace, digest, tensors_digest
 
 
@@ -78,16 +80,77 @@ class Job:
         self.workspace.save(stage, samples.tensors | {"steps": samples.steps})
         return samples
 
-    def instrument(self, weight_range: RangeMethod, *, split_skips: bool = False) -> Instrumented:
-        """A copy of the denoiser with quantizers; `split_skips` is for a spec that leaves it to the recipe."""
+    def dense_and_diverse_steps(self, diversity_weight: float) -> Tensor:
+        """The steps that EDA-DM's TDAC selects for the calibration samples: int64 [N]; kept in the workspace."""
+        stage = f"steps-{digest([self.key, diversity_weight])[:16]}"
+        stored = self.workspace.load(stage)
+        if stored is not None:
+            return stored["steps"]
+        pictures = min(self.calibration.pictures, self.calibration.batch_size)
+        middle = self.denoiser.get_submodule(self.description.middle)
+        seed = self.seed + NOISE_OFFSET
+        features = step_features(self.pipeline, middle, self.request, pictures, seed, self.progress)
+        steps = dense_and_diverse_steps(features, self.calibration.samples, self.generator(), diversity_weight)
+        self.workspace.save(stage, {"steps": steps})
+        return steps
+
+    def instrument(
+        self, weight_range: RangeMethod, *, split_skips: bool = False, timesteps: Tensor | None = None
+    ) -> Instrumented:
+        """A copy of the denoiser with quantizers.
+
+        Args:
+            split_skips: for a spec that leaves it to the recipe.
+            timesteps: float [R], of the rows that activation tables get; None for static scales.
+        """
         spec = self.spec
         if spec.split_skips is None:
             spec = spec.model_copy(update={"split_skips": split_skips})
-        return instrument(self.denoiser, self.description, spec, weight_range=weight_range, progress=self.progress)
+        return instrument(
+            self.denoiser,
+            self.description,
+            spec,
+            timesteps=timesteps,
+            weight_range=weight_range,
+            progress=self.progress,
+        )
 
-    def calibrate_ranges(self, instrumented: Instrumented, samples: CalibrationSet, method: RangeMethod) -> None:
-        """Set all activation ranges from what the full-precision network does on the samples."""
-        calibrate_ranges(instrumented, samples, method, self.calibration.batch_size, self.progress)
+    def calibrate_ranges(
+        self,
+        instrumented: Instrumented,
+        samples: CalibrationSet,
+        method: RangeMethod,
+        *,
+        per_row: bool = True,
+        quantized_weights: bool = False,
+    ) -> None:
+        """Set all activation ranges from what the network does on the samples; see `calibrate_ranges`."""
+        calibrate_ranges(
+            instrumented,
+            samples,
+            method,
+            self.calibration.batch_size,
+            self.progress,
+            per_row=per_row,
+            quantized_weights=quantized_weights,
+        )
+
+    def training_timesteps(self) -> Tensor:
+        """Every timestep that the model was trained at: float [T]."""
+        return torch.arange(int(self.pipeline.scheduler.config.num_train_timesteps)).float()
+
+    def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
+        """Train weights and scales network-wise against the full-precision denoiser; kept in the workspace."""
+        finetune(
+            self.denoiser,
+            instrumented,
+            samples,
+            settings,
+            workspace=self.workspace,
+            key=digest([self.key, tensors_digest(samples.tensors)]),
+            seed=self.seed,
+            progress=self.progress,
+        )
 
     def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
         """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""

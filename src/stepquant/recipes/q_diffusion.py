@@ -10,7 +10,7 @@ from __future__ import annotations
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Settings
+from stepquant.reconstruction.blocks import Rounding, Settings
 
 
 def q_diffusion(
@@ -18,6 +18,7 @@ def q_diffusion(
     *,
     iterations: int = 500,
     batch_size: int = 16,
+    rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     drop_probability: float = 0.5,
@@ -37,6 +38,7 @@ def q_diffusion(
     settings = Settings(
         iterations=iterations,
         batch_size=batch_size,
+        rounding=rounding,
         rounding_rate=rounding_rate,
         scale_rate=scale_rate,
         drop_probability=drop_probability,

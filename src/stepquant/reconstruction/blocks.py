@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.models.description import main_tensor
+from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.numerics.rounding import annealed_beta
 from stepquant.progress import Progress
-from stepquant.reconstruction.objectives import Objective, block_error
-from stepquant.reconstruction.replay import BlockInputs, Replay, main_tensor
+from stepquant.reconstruction.compensation import compensate
+from stepquant.reconstruction.objectives import LayerOutputs, error
+from stepquant.reconstruction.replay import BlockInputs, Replay
 from stepquant.workspace import Workspace, digest
 
 LEARN_ROUNDING_BELOW = 8
-"""Bits. At 8, rounding to nearest leaves so little error that learning adds more than it removes in any budget tried
-(``docs/quality.md``); the weights of such layers are only rounded to nearest."""
+"""Bits. At 8, rounding to nearest leaves so little error that compensation or learning adds more than it removes in any
+budget tried (``docs/quality.md``); the weights of such layers are only rounded to nearest."""
+
+OverTime = Literal["table", "generator"]
+Rounding = Literal["compensated", "adaround"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,14 @@ class Settings:
         rounding_weight: weight of the rounding regulariser, relative to the block's error before learning. Errors and
             regulariser are both measured in units of their start (1 each), so that one value serves all layers.
         activation_range: how activation ranges are found before learning.
+        learn_scales: whether activations are quantized and their scales learned; else weights alone are reconstructed,
+            and activations stay in full precision until `Job.calibrate_ranges`.
+        over_time: how scales depend on the table row, where tables have more than one: a ``"table"`` of ranges found
+            and gains learned row by row, or one range for all rows and a ``"generator"`` (TDQ) that bends it.
+        rounding: how weights are rounded: ``"compensated"``, in closed form before scales are learned
+            (`stepquant.reconstruction.compensation`), or ``"adaround"``, learned together with the scales.
+        block_weight: weight of the error of the block's output.
+        layer_weight: weight of the summed errors of its layers' outputs, all but the last (EDA-DM's beta).
     """
 
     iterations: int = 500
@@ -44,6 +58,11 @@ class Settings:
     drop_probability: float = 0.5
     rounding_weight: float = 0.1
     activation_range: RangeMethod = "least-error"
+    learn_scales: bool = True
+    over_time: OverTime = "table"
+    rounding: Rounding = "compensated"
+    block_weight: float = 1.0
+    layer_weight: float = 0.0
 
 
 def reconstruct(
@@ -58,7 +77,6 @@ def reconstruct(
     seed: int,
     batch_size: int,
     progress: Progress,
-    objective: Objective = block_error,
 ) -> None:
     """Reconstruct `blocks` in order, each on what the quantized blocks before it put out.
 
@@ -77,20 +95,32 @@ def reconstruct(
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
             clean = original.inputs(block)
-            target = original.run(block, clean)
+            layers = list(instrumented.layers_in(block))[:-1] if settings.layer_weight else []
+            target, layer_targets = original.run(block, clean, record=layers)
             inputs = quantized.inputs(block)
             stage = f"block-{key}-{index:03d}"
             stored = workspace.load(stage)
             if stored is None:
-                _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
+                if settings.learn_scales:
+                    _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
+                if settings.rounding == "compensated":
+                    coarse = _coarse_layers(instrumented, block)
+                    compensate(full_precision, instrumented, block, coarse, clean, inputs, samples, batch_size)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed * 100_003 + index)
-                    _learn(instrumented, block, inputs, clean, target, timesteps, settings, objective, advance)
+                    targets = LayerOutputs(target, layer_targets)
+                    _learn(instrumented, block, inputs, clean, targets, timesteps, settings, advance)
                 workspace.save(stage, _block_state(instrumented, block))
             else:
-                _restore(instrumented, block, stored)
+                _restore(instrumented, block, stored, settings)
                 advance(settings.iterations)
             quantized.run(block, inputs)
+
+
+def _coarse_layers(instrumented: Instrumented, block: str) -> dict[str, TrainableLayer]:
+    """The layers of a block whose rounding is worth more than rounding to nearest."""
+    layers = instrumented.layers_in(block).items()
+    return {name: layer for name, layer in layers if layer.weight_quantizer.bits < LEARN_ROUNDING_BELOW}
 
 
 def _initialise_ranges(
@@ -111,7 +141,7 @@ def _initialise_ranges(
             instrumented.clock.set(samples.tensors["timestep"][chosen])
             instrumented.model.get_submodule(block)(*args, **kwargs)
     for quantizer in quantizers:
-        quantizer.set_range(settings.activation_range)
+        quantizer.set_range(settings.activation_range, per_row=settings.over_time == "table")
 
 
 def _learn(
@@ -119,25 +149,25 @@ def _learn(
     block: str,
     inputs: BlockInputs,
     clean: BlockInputs,
-    target: Tensor,
+    targets: LayerOutputs,
     timesteps: Tensor,
     settings: Settings,
-    objective: Objective,
     advance: Any,
 ) -> None:
     if settings.iterations == 0:
         return
     module = instrumented.model.get_submodule(block)
-    layers = list(instrumented.layers_in(block).values())
-    quantizers = list(instrumented.activation_quantizers(block))
-    coarse = [layer for layer in layers if layer.weight_quantizer.bits < LEARN_ROUNDING_BELOW]
+    quantizers = list(instrumented.activation_quantizers(block)) if settings.learn_scales else []
+    coarse = list(_coarse_layers(instrumented, block).values()) if settings.rounding == "adaround" else []
     roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in coarse]
     weights = max(1, sum(rounding.numel() for rounding in roundings))
     groups: list[dict[str, Any]] = []
     if roundings:
         groups.append({"params": roundings, "lr": settings.rounding_rate})
     if quantizers:
-        groups.append({"params": [quantizer.learn() for quantizer in quantizers], "lr": settings.scale_rate})
+        over_time = settings.over_time == "generator"
+        gains = [parameter for quantizer in quantizers for parameter in quantizer.learn(over_time=over_time)]
+        groups.append({"params": gains, "lr": settings.scale_rate})
     for quantizer in quantizers:
         quantizer.drop_probability = settings.drop_probability
     if not groups:
@@ -146,14 +176,17 @@ def _learn(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
     unit: Tensor | None = None
+    learned = {name: instrumented.layers[name] for name in targets.layers}
     for iteration in range(settings.iterations):
         chosen = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),))
         instrumented.clock.set(timesteps[chosen])
         args, kwargs = inputs.mixed(clean, chosen, settings.drop_probability)
-        error = objective(main_tensor(module(*args, **kwargs)), target[chosen])
-        unit = error.detach().clamp(min=1e-12) if unit is None else unit
+        with LayerOutputs.recorded(learned) as layer_outputs:
+            outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
+        missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)
+        unit = missed.detach().clamp(min=1e-12) if unit is None else unit
         beta = annealed_beta(iteration / settings.iterations)
-        loss = error / unit
+        loss = missed / unit
         for layer in coarse:
             loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
@@ -178,9 +211,9 @@ def _block_state(instrumented: Instrumented, block: str) -> dict[str, Tensor]:
     return state
 
 
-def _restore(instrumented: Instrumented, block: str, state: dict[str, Tensor]) -> None:
+def _restore(instrumented: Instrumented, block: str, state: dict[str, Tensor], settings: Settings) -> None:
     for name, layer in instrumented.layers_in(block).items():
         layer.weight_quantizer.decided = state[f"{name}.codes"]
     for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
         quantizer.scale, quantizer.zero_point = state[f"{index}.scale"], state[f"{index}.zero_point"]
-        quantizer.enabled = True
+        quantizer.enabled = settings.learn_scales

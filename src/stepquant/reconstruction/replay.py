@@ -7,6 +7,7 @@ in execution order. Outputs are kept in files mapped into memory, so that they n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.models.description import main_tensor
+from stepquant.reconstruction.objectives import LayerOutputs
 
 
 class BlockInputs:
@@ -99,21 +102,30 @@ class Replay:
         return BlockInputs([_join(leaf, sizes) for leaf in zip(*parts, strict=True)], structure, len(self.samples))
 
     @torch.no_grad()
-    def run(self, block: str, inputs: BlockInputs) -> Tensor:
-        """Run `block` on all its inputs and remember its output; returns the output's main tensor, [N, ...]."""
+    def run(self, block: str, inputs: BlockInputs, record: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run `block` on all its inputs and remember its output.
+
+        Returns:
+            The output's main tensor, [N, ...], and those of the layers named in `record`.
+        """
         module = self.model.get_submodule(block)
         leaves: list[Any] = []
+        kept: dict[str, Tensor] = {}
         tree: Any = None
         for chosen in self.samples.batches(self.batch_size):
             args, kwargs = inputs.at(chosen)
-            produced, tree = pytree.tree_flatten(module(*args, **kwargs))
+            with LayerOutputs.recorded({name: self.model.get_submodule(name) for name in record}) as layers:
+                produced, tree = pytree.tree_flatten(module(*args, **kwargs))
             if not leaves:
                 leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]
-            for kept, leaf in zip(leaves, produced, strict=True):
+                kept = {name: self._allocate(f"layer-{index}", layers[name]) for index, name in enumerate(record)}
+            for memory, leaf in zip(
+                leaves + list(kept.values()), produced + [layers[name] for name in record], strict=True
+            ):
                 if isinstance(leaf, Tensor):
-                    kept[chosen] = leaf
+                    memory[chosen] = leaf
         self._outputs[block] = (leaves, tree)
-        return main_tensor(pytree.tree_unflatten(leaves, tree))
+        return main_tensor(pytree.tree_unflatten(leaves, tree)), kept
 
     def _allocate(self, name: str, like: Any) -> Any:
         if not isinstance(like, Tensor):
@@ -122,11 +134,6 @@ class Replay:
         count = torch.Size(shape).numel()
         path = self.scratch / f"{name}.bin"
         return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).reshape(shape)
-
-
-def main_tensor(output: Any) -> Tensor:
-    """The tensor that a block's output stands for: itself, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else main_tensor(output[0])
 
 
 class _Reached(Exception):

@@ -1,0 +1,91 @@
+"""Compensate a block's weights for rounding, and for what quantization did to their inputs, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.nn.tables import expand_groups
+from stepquant.nn.trainable import TrainableLayer
+from stepquant.numerics.affine import largest_code
+from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows
+from stepquant.reconstruction.replay import BlockInputs
+
+
+@torch.no_grad()
+def compensate(
+    full_precision: nn.Module,
+    instrumented: Instrumented,
+    block: str,
+    layers: dict[str, TrainableLayer],
+    clean: BlockInputs,
+    inputs: BlockInputs,
+    samples: CalibrationSet,
+    batch_size: int,
+) -> None:
+    """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
+
+    Layer after layer, in their order inside the block: the least-squares weight from the layer's quantized input to its
+    full-precision output, then GPTQ's greedy rounding of that. Depthwise and grouped convolutions are left as they are.
+
+    Args:
+        full_precision: the original denoiser.
+        layers: those of the block to compensate, by name and in order.
+        clean, inputs: of the block, in full precision and as the quantized blocks before it make them.
+    """
+    dense = {name: layer for name, layer in layers.items() if _is_dense(layer.inner)}
+    for layer in dense.values():
+        layer.quantizing_weight = False
+    for name, layer in dense.items():
+        size = layer.inner.weight[0].numel()
+        moments, cross = torch.zeros(size, size), torch.zeros(size, size)
+        original = full_precision.get_submodule(name)
+        for chosen in samples.batches(batch_size):
+            with _input_of(original) as wanted:
+                args, kwargs = clean.at(chosen)
+                full_precision.get_submodule(block)(*args, **kwargs)
+            with _input_of(layer) as seen:
+                args, kwargs = inputs.at(chosen)
+                instrumented.clock.set(samples.tensors["timestep"][chosen])
+                instrumented.model.get_submodule(block)(*args, **kwargs)
+                quantizer = layer.activation_quantizer
+                given = seen[0] if quantizer is None else quantizer(seen[0])
+            rows = input_rows(given, layer.inner)
+            moments += rows.t() @ rows
+            cross += input_rows(wanted[0], layer.inner).t() @ rows
+        _compensate_layer(layer, moments, cross)
+        layer.quantizing_weight = True
+
+
+def _compensate_layer(layer: TrainableLayer, moments: Tensor, cross: Tensor) -> None:
+    weight, quantizer = layer.inner.weight, layer.weight_quantizer
+    flat = weight.flatten(1)
+    kernel = flat.shape[1] // weight.shape[1]
+    scale, zero_point = (
+        expand_groups(values, quantizer.group_sizes).t().repeat_interleave(kernel, dim=1).expand_as(flat)
+        for values in (quantizer.scale, quantizer.zero_point)
+    )
+    aligned = aligned_weight(flat, moments, cross)
+    compensated = compensated_weight(aligned, moments, scale, zero_point, quantizer.bits)
+    codes = (torch.round(compensated / scale) + zero_point).clamp(0, largest_code(quantizer.bits))
+    quantizer.decided = codes.to(torch.uint8).view_as(weight)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+@contextmanager
+def _input_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a layer is given while the context lasts."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
