@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint study
 
 install: $(VENV)/installed
 
@@ -28,7 +28,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+# Hours on two cores; can be stopped and started again.
+study: $(VENV)/installed
+	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml
+	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml --table
+
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check src tests training benchmarks
-	$(BIN)/ruff format --check src tests training benchmarks
+	$(BIN)/ruff check src tests training benchmarks examples
+	$(BIN)/ruff format --check src tests training benchmarks examples
 	$(BIN)/mypy

@@ -22,7 +22,7 @@ from stepquant.models import denoiser_name
 from stepquant.nn.deploy import Quantization, install, quantized_modules
 from stepquant.pipelines import make_request
 from stepquant.progress import Progress
-from stepquant.recipes import Job, find_recipe, hyperparameters
+from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.runtime import prepare
 from stepquant.version import __version__
 from stepquant.workspace import Workspace
@@ -32,7 +32,7 @@ def quantize(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
     *,
-    recipe: str = "q-diffusion",
+    recipe: str | Recipe = "q-diffusion",
     calibration: Calibration | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
@@ -51,7 +51,8 @@ def quantize(
     Args:
         pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
-        recipe: name of a recipe (``stepquant.recipes.RECIPES``).
+        recipe: name of a recipe (``stepquant.recipes.RECIPES``), or a function of your own that is one: it takes a
+            `Job`, and its hyperparameters as keyword-only arguments.
         calibration: how many samples, over how many steps.
         prompts: calibrate on these; by default the model's own examples.
         guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
@@ -82,7 +83,7 @@ def quantize(
         quantization = instrumented.freeze()
     provenance = {
         "source": source or str(getattr(pipeline.config, "_name_or_path", "")) or type(pipeline).__name__,
-        "recipe": recipe,
+        "recipe": name_of(recipe),
         "arguments": values,
         "spec": spec.model_dump(mode="json"),
         "calibration": calibration.model_dump(mode="json"),

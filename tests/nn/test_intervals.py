@@ -5,7 +5,7 @@ import torch
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import IntervalGenerator, time_features
 from stepquant.nn.quantizers import ActivationQuantizer
-from stepquant.numerics.affine import fake_quantize
+from stepquant.numerics.affine import fake_quantize, scale_at
 
 
 def test_features_are_the_papers():
@@ -68,3 +68,22 @@ def test_a_batch_of_mixed_steps_equals_each_alone():
         for index, row in enumerate(rows.tolist()):
             clock.set(row)
             assert torch.allclose(quantizer(x[row : row + 1]), together[index : index + 1], atol=1e-6)
+
+
+def test_a_generator_starts_near_the_ranges_found_step_by_step():
+    _clock, quantizer, _x = moving_quantizer()
+    torch.manual_seed(0)
+    quantizer.learn(over_time=True)
+    quantizer.settle()
+    scale = quantizer.table().scale[:, 0]
+    assert float(scale[95] / scale[5]) > 3  # the spread of x grows from 0.68 to 3.8
+    roughness = scale.diff().abs().sum() / (scale[-1] - scale[0]).abs()
+    assert float(roughness) < 1.5, "smooth: a free table of one sample a step would jitter"
+
+
+def test_the_scale_at_a_zero_point_holds_the_range():
+    zero_point = torch.tensor([0.0, 5.0, 15.0])
+    low, high = torch.tensor([0.0, -1.0, -3.0]), torch.tensor([2.0, 4.0, 0.0])
+    scale = scale_at(zero_point, low, high, 4)
+    assert bool((-zero_point * scale <= low + 1e-6).all()) and bool(((15 - zero_point) * scale >= high - 1e-6).all())
+    assert torch.allclose(scale, torch.tensor([2 / 15, 0.4, 0.2]))

@@ -1,8 +1,10 @@
 import pytest
+import torch
 
 import stepquant
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import quantized_modules
+from stepquant.pipelines import draw, make_request
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
 
 SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
@@ -60,3 +62,63 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     with pytest.raises(StepquantError, match="quantized already"):
         stepquant.quantize(quantized, "w4a8")
+
+
+QUICK = {"iterations": 2, "time_iterations": 2, "rounding_iterations": 2}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", ["unconditional_pipeline", "class_pipeline", "text_pipeline"])
+def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, request, tmp_path):
+    pipeline = request.getfixturevalue(kind)
+    arguments = {key: value for key, value in QUICK.items() if key in hyperparameters(name)}
+    if name == "quest" and kind == "unconditional_pipeline":
+        arguments["critical"] = "attention"
+    quantized = stepquant.quantize(pipeline, "w4a4", recipe=name, calibration=SMALL, **arguments)
+    stepquant.save(quantized, tmp_path / "out")
+    loaded = stepquant.load(tmp_path / "out")
+    request_ = make_request(pipeline, 3)  # other steps than those calibrated
+    pictures = [draw(candidate, request_, range(2), 3) for candidate in (quantized, loaded)]
+    assert torch.isfinite(pictures[0]).all() and torch.equal(*pictures)
+
+
+def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
+    def rows(**arguments):
+        quantized = stepquant.quantize(
+            unconditional_pipeline, "w4a8", recipe="tdq", calibration=SMALL, iterations=2, **arguments
+        )
+        layers = [module.layer() for module in quantized_modules(quantized.unet).values()]
+        return {layer.activation.scale.shape[0] for layer in layers if layer.activation is not None}
+
+    assert rows() == {unconditional_pipeline.scheduler.config.num_train_timesteps}
+    assert rows(intervals="static") == {1}
+
+
+def test_a_choice_that_does_not_exist_is_refused():
+    with pytest.raises(StepquantError, match="expected one of generator, table, static"):
+        hyperparameters("tdq", {"intervals": "magic"})
+
+
+def test_exact_time_leaves_the_time_layers_alone(unconditional_pipeline):
+    quantized = stepquant.quantize(
+        unconditional_pipeline, {"bits": "w4a8", "exact_time": True}, recipe="minmax", calibration=SMALL
+    )
+    names = set(quantized_modules(quantized.unet))
+    assert names and not any("time_emb" in name for name in names)
+    time = torch.tensor([400])
+    embedding = unconditional_pipeline.unet.time_proj(time)
+    expected = unconditional_pipeline.unet.time_embedding(embedding)
+    assert torch.equal(quantized.unet.time_embedding(embedding), expected)
+
+
+def test_a_function_of_ones_own_is_a_recipe(unconditional_pipeline, tmp_path):
+    def mine(job, *, strength: float = 1.0):
+        """Mine."""
+        assert strength == 2.0
+        return RECIPES["minmax"](job)
+
+    quantized = stepquant.quantize(unconditional_pipeline, "w8a8", recipe=mine, calibration=SMALL, strength=2.0)
+    stepquant.save(quantized, tmp_path / "out")
+    assert '"mine"' in (tmp_path / "out" / "stepquant.json").read_text()
+    with pytest.raises(StepquantError, match="recipe mine has no hyperparameter 'power'"):
+        stepquant.quantize(unconditional_pipeline, "w8a8", recipe=mine, calibration=SMALL, power=1)

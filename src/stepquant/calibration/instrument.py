@@ -89,7 +89,7 @@ def instrument(
         for name in description.layers:
             bits = spec.layer_bits(name, first=name == description.first, last=name == description.last)
             advance(1)
-            if bits.is_float:
+            if bits.is_float or (spec.exact_time and name in description.time_layers):
                 continue
             layers[name] = wrap(
                 model.get_submodule(name),

@@ -25,6 +25,9 @@ def quantize(
     exception: Annotated[
         list[str] | None, typer.Option(metavar="REGEX=BITS", help="Other bits for some layers; may be repeated.")
     ] = None,
+    exact_time: Annotated[
+        bool, typer.Option("--exact-time", help="Leave the layers that depend on the timestep alone in floating point.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Quantize a diffusion model and write it as a diffusers folder.
@@ -42,7 +45,7 @@ def quantize(
     at_least_one("steps", steps)
     arguments: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
     hyperparameters(recipe, arguments)
-    spec = QuantSpec.parse({"bits": bits, "exceptions": _exceptions(exception or [])})
+    spec = QuantSpec.parse({"bits": bits, "exceptions": _exceptions(exception or []), "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 LONGEST_PERIOD = 10_000.0
 """t_max of the Fourier features (TDQ, section 3.3)."""
 
+TURNS = 1.0
+"""Turns of the fastest feature over the table. The paper's turns every six timesteps: trained on every timestep its
+network learns to ignore that, trained on the twenty or fifty steps of a sampler it puts noise between them."""
+
 DROPOUT = 0.2
 """Of the last hidden layer, while learning (TDQ, public code)."""
 
@@ -47,7 +51,8 @@ class IntervalGenerator(nn.Module):
 
     ``gain(t) = softplus(MLP(features(t)) + softplus^-1(1))``. Times the static scale it is the paper's interval; the
     gain form makes learning rates independent of the activation's size. The last layer starts at zero, so learning
-    starts exactly at the static scale. Evaluated at every table row when it settles, and then dropped.
+    starts exactly at the static scale, unless `fit` gives it a better start. Evaluated at every table row when it
+    settles, and then dropped.
 
     Args:
         timesteps: float [R], of the table rows.
@@ -59,7 +64,8 @@ class IntervalGenerator(nn.Module):
 
     def __init__(self, timesteps: Tensor, groups: int, width: int = 64) -> None:
         super().__init__()
-        self.register_buffer("features", time_features(timesteps))
+        span = float((timesteps.max() - timesteps.min()).clamp(min=1))
+        self.register_buffer("features", time_features(timesteps * (TURNS * 2 * math.pi / span)))
         layers: list[nn.Module] = []
         size = self.features.shape[1]
         for _ in range(3):
@@ -73,6 +79,38 @@ class IntervalGenerator(nn.Module):
         nn.init.constant_(last.bias, math.log(math.expm1(1.0)))
         self.layers = nn.Sequential(*layers, nn.Dropout(DROPOUT), last)
 
+    @torch.no_grad()
+    def fit(self, rows: Tensor, gains: Tensor, ridge: float = 1.0) -> None:
+        """Start near given gains: ridge regression of the last layer on what the hidden layers make of every row.
+
+        Rows between the given ones count as well, with gains interpolated linearly: the fastest features take any
+        value between two calibrated steps, and would put noise there.
+
+        Args:
+            rows: int64 [K], ascending.
+            gains: float [K, groups], positive.
+            ridge: added to the diagonal; draws the gain to its mean over the rows.
+        """
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        hidden = self.layers[:-2](self.features)
+        target = torch.log(torch.expm1(_interpolated(rows, gains, len(hidden))))
+        middle, level = hidden.mean(dim=0), target.mean(dim=0)
+        centred = hidden - middle
+        normal = centred.t() @ centred + ridge * torch.eye(hidden.shape[1], device=hidden.device)
+        last.weight.copy_(torch.linalg.solve(normal, centred.t() @ (target - level)).t())
+        last.bias.copy_(level - last.weight @ middle)
+
     def forward(self, row: Tensor) -> Tensor:
         """float32 [groups] or [B, groups] at rows int64 [] or [B]."""
         return nn.functional.softplus(self.layers(self.features[row]))
+
+
+def _interpolated(rows: Tensor, values: Tensor, count: int) -> Tensor:
+    """Values at rows 0 to count - 1: linear between the given rows, constant outside. [K, G] -> [count, G]."""
+    every = torch.arange(count, device=rows.device)
+    above = torch.searchsorted(rows, every).clamp(max=len(rows) - 1)
+    below = (above - 1).clamp(min=0)
+    width = (rows[above] - rows[below]).clamp(min=1)
+    share = ((every - rows[below]) / width).clamp(0, 1)[:, None]
+    return torch.lerp(values[below], values[above], share)

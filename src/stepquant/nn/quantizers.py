@@ -11,7 +11,7 @@ from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import IntervalGenerator, TableGain
 from stepquant.nn.tables import ActivationTable, expand_groups
-from stepquant.numerics.affine import affine_from_range, largest_code
+from stepquant.numerics.affine import affine_from_range, largest_code, scale_at
 from stepquant.numerics.ranges import RangeMethod, find_range
 from stepquant.numerics.rounding import (
     inverse_rectified_sigmoid,
@@ -19,6 +19,9 @@ from stepquant.numerics.rounding import (
     rectified_sigmoid,
     rounding_regularizer,
 )
+
+GAIN_LIMITS = (0.1, 10.0)
+"""What the range of a single step, from few samples, may be relative to that of all steps."""
 
 CELL = 0.49
 """Half the width of the cell of a code that a weight under finetuning starts in, in steps; 0.5 would be its edge."""
@@ -65,6 +68,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape))
         self.gain: TableGain | IntervalGenerator | None = None
+        self.found_gain: tuple[Tensor, Tensor] | None = None
         self._samples: list[tuple[int, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,6 +100,8 @@ class ActivationQuantizer(nn.Module):
         groups = self.scale.shape[1]
         self.gain = IntervalGenerator(self.clock.timesteps, groups) if over_time else TableGain(self.rows, groups)
         self.gain.to(self.scale.device)
+        if isinstance(self.gain, IntervalGenerator) and self.found_gain is not None:
+            self.gain.fit(*self.found_gain)
         return list(self.gain.parameters())
 
     def settle(self) -> None:
@@ -142,27 +148,35 @@ class ActivationQuantizer(nn.Module):
         A table row that no sample fell on takes the grid of the nearest row that has one.
 
         Args:
-            per_row: False: one range over the observations of all rows, the same in each.
+            per_row: False: one range over the observations of all rows, the same in each. Those of the single rows
+                are only remembered, as where a generator starts (`learn`).
         """
-        seen: dict[int, list[Tensor]] = {}
-        for row, kept in self._samples:
-            seen.setdefault(row if per_row else 0, []).append(kept)
-        if not seen:
+        if not self._samples:
             raise RuntimeError("set_range: nothing was observed")
-        scale, zero_point = torch.empty_like(self.scale), torch.empty_like(self.zero_point)
-        for row, parts in seen.items():
-            values = torch.cat(parts, dim=1).float()
-            low, high = values.aminmax(dim=1)
-            if self.unsigned:
-                low = torch.zeros_like(low)
-            stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
-            low, high = find_range(values[:, ::stride], self.bits, method, low=low, high=high)
-            scale[row], zero_point[row] = affine_from_range(low, high, self.bits)
-        filled = torch.tensor(sorted(seen))
-        nearest = filled[(torch.arange(self.rows)[:, None] - filled).abs().argmin(dim=1)]
-        self.scale, self.zero_point = scale[nearest], zero_point[nearest]
+        rows = sorted({row for row, _ in self._samples})
+        if per_row:
+            grids = [affine_from_range(*self._search(method, row), self.bits) for row in rows]
+            filled = torch.tensor(rows)
+            nearest = (torch.arange(self.rows)[:, None] - filled).abs().argmin(dim=1)
+            self.scale, self.zero_point = (torch.stack(values)[nearest] for values in zip(*grids, strict=True))
+        else:
+            scale, zero_point = affine_from_range(*self._search(method), self.bits)
+            self.scale, self.zero_point = scale.expand(self.rows, -1).clone(), zero_point.expand(self.rows, -1).clone()
+            if self.rows > 1:
+                found = torch.stack([scale_at(zero_point, *self._search(method, row), self.bits) for row in rows])
+                self.found_gain = torch.tensor(rows), (found / scale).clamp(*GAIN_LIMITS)
         self.enabled, self.observing = True, False
         self._samples.clear()
+
+    def _search(self, method: RangeMethod, row: int | None = None) -> tuple[Tensor, Tensor]:
+        """The range of what was observed, of one row or of all: float [S] twice."""
+        parts = [kept for other, kept in self._samples if row is None or other == row]
+        values = torch.cat(parts, dim=1).float()
+        low, high = values.aminmax(dim=1)
+        if self.unsigned:
+            low = torch.zeros_like(low)
+        stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
+        return find_range(values[:, ::stride], self.bits, method, low=low, high=high)
 
     def table(self) -> ActivationTable:
         """The learned grid as it ships."""

@@ -28,11 +28,18 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`; raises `StepquantError` naming those there are."""
-    if name not in RECIPES:
-        raise StepquantError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}.")
-    return RECIPES[name]
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name, or the function itself; raises `StepquantError` naming those there are."""
+    if callable(recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise StepquantError(f"unknown recipe {recipe!r}: expected one of {', '.join(RECIPES)}.")
+    return RECIPES[recipe]
+
+
+def name_of(recipe: str | Recipe) -> str:
+    """What to call a recipe."""
+    return recipe if isinstance(recipe, str) else getattr(recipe, "__name__", type(recipe).__name__)
 
 
 def summary(name: str) -> str:
@@ -40,14 +47,15 @@ def summary(name: str) -> str:
     return (inspect.getdoc(find_recipe(name)) or "").partition("\n")[0]
 
 
-def hyperparameters(name: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+def hyperparameters(recipe: str | Recipe, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """A recipe's hyperparameters: its defaults, overridden by `given`.
 
     Raises:
         StepquantError: if `given` names one that the recipe does not have, or has a value of the wrong kind.
     """
-    hints = get_type_hints(find_recipe(name))
-    parameters = inspect.signature(find_recipe(name)).parameters.values()
+    function, name = find_recipe(recipe), name_of(recipe)
+    hints = get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
     values = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     for key, value in (given or {}).items():
         if key not in values:
@@ -55,11 +63,11 @@ def hyperparameters(name: str, given: dict[str, Any] | None = None) -> dict[str,
             raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
         if isinstance(values[key], int | float) and (not isinstance(value, int | float) or value < 0):
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
-        choices = hints[key].__args__ if get_origin(hints[key]) is Literal else None
+        choices = hints[key].__args__ if get_origin(hints.get(key)) is Literal else None
         if choices is not None and value not in choices:
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected one of {', '.join(choices)}.")
         values[key] = value
     return values
 
 
-__all__ = ["RECIPES", "Job", "Recipe", "find_recipe", "hyperparameters", "summary"]
+__all__ = ["RECIPES", "Job", "Recipe", "find_recipe", "hyperparameters", "name_of", "summary"]

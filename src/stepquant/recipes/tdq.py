@@ -2,8 +2,10 @@
 
 The paper's post-training variant keeps the weights; `rounding_rate=0` does the same. By default weights are
 reconstructed with the intervals, so that recipes can be compared at equal effort. Open in the paper, and chosen here:
-128 Fourier features; weights per output channel, where the public code has one scale a tensor; grids are affine with
-the zero point of the static range, which covers the paper's signed, unsigned and shifted grids alike.
+128 Fourier features; generators start at a regression through the ranges found step by step and not at the static
+range, which a few hundred iterations would hardly leave; weights have a scale per output channel, where the public code
+has one a tensor; grids are affine with the zero point of the static range, which covers the paper's signed, unsigned
+and shifted grids alike.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ def tdq(
     batch_size: int = 16,
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
-    scale_rate: float = 1e-3,
+    scale_rate: float = 1e-4,
     drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """A small network turns the timestep into each activation's interval; tabulated once it is trained.
 
     1. Collect samples of all steps (PTQ4DM's set).
-    2. Every activation gets a generator that starts at the static range of least error (section 3.3).
+    2. Every activation gets a generator that starts near the ranges of least error (section 3.3).
     3. Train the generators through the quantizers' straight-through gradients, block by block, together with rounding.
     4. Tabulate at every timestep of training and drop the networks: inference indexes a table once a step, with any
        sampler (section 3.4).

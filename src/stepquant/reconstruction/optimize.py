@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,17 +38,16 @@ def optimize(
         return
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    rates = [group["lr"] for group in optimizer.param_groups]
     with progress.task(description, iterations) as advance:
         done = _restore(workspace, stage, parameters, optimizer)
-        for _ in range(done):
-            schedule.step()
         advance(done)
         for iteration in range(done, iterations):
             optimizer.zero_grad(set_to_none=True)
             loss(iteration).backward()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
             optimizer.step()
-            schedule.step()
             advance(1)
             if (iteration + 1) % SAVE_EVERY == 0 or iteration + 1 == iterations:
                 workspace.save(stage, _state(iteration + 1, parameters, optimizer))
