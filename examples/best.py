@@ -12,17 +12,17 @@ from stepquant.reconstruction.blocks import Settings
 from stepquant.reconstruction.network import Finetuning
 
 
-def best(job: stepquant.recipes.Job, *, iterations: int = 50, alignment: int = 200, rate: float = 5e-3) -> Instrumented:
-    """Dense and diverse samples, intervals over time, compensated rounding, every weight and scale aligned."""
+def best(job: stepquant.recipes.Job, *, iterations: int = 50, rate: float = 5e-3) -> Instrumented:
+    """Dense and diverse samples, a scale a step, compensated rounding; then critical layers and all scales aligned."""
     samples = job.collect(job.dense_and_diverse_steps(diversity_weight=1.0))
     timesteps = samples.tensors["timestep"].float().unique()
     model = job.instrument(weight_range="least-error", split_skips=True, timesteps=timesteps)
-    job.reconstruct(model, samples, Settings(iterations=iterations, over_time="table", drop_probability=0.0))
-    everything = tuple(model.layers)
+    job.reconstruct(model, samples, Settings(iterations=0))
+    critical = tuple(name for name in model.layers if name in job.description.time_layers or ".to_" in name)
     job.finetune(
         model,
         samples,
-        Finetuning(weights=everything, aligned=(), iterations=alignment, weight_rate=rate, scale_rate=rate),
+        Finetuning(weights=critical, aligned=critical, iterations=iterations, global_weight=2.0, weight_rate=rate),
     )
     return model
 

@@ -5,7 +5,7 @@ import torch
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import IntervalGenerator, time_features
 from stepquant.nn.quantizers import ActivationQuantizer
-from stepquant.numerics.affine import fake_quantize, scale_at
+from stepquant.numerics.affine import fake_quantize
 
 
 def test_features_are_the_papers():
@@ -79,11 +79,3 @@ def test_a_generator_starts_near_the_ranges_found_step_by_step():
     assert float(scale[95] / scale[5]) > 3  # the spread of x grows from 0.68 to 3.8
     roughness = scale.diff().abs().sum() / (scale[-1] - scale[0]).abs()
     assert float(roughness) < 1.5, "smooth: a free table of one sample a step would jitter"
-
-
-def test_the_scale_at_a_zero_point_holds_the_range():
-    zero_point = torch.tensor([0.0, 5.0, 15.0])
-    low, high = torch.tensor([0.0, -1.0, -3.0]), torch.tensor([2.0, 4.0, 0.0])
-    scale = scale_at(zero_point, low, high, 4)
-    assert bool((-zero_point * scale <= low + 1e-6).all()) and bool(((15 - zero_point) * scale >= high - 1e-6).all())
-    assert torch.allclose(scale, torch.tensor([2 / 15, 0.4, 0.2]))

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from stepquant.numerics.affine import affine_from_range, fake_quantize
-from stepquant.numerics.ranges import find_range, least_error_range, minmax_range, percentile_range
+from stepquant.numerics.ranges import find_range, least_error_gain, least_error_range, minmax_range, percentile_range
 
 
 def plain_search(x: np.ndarray, bits: int) -> tuple[float, float]:
@@ -56,3 +56,18 @@ def test_true_ends_of_a_sample_are_used():
     low, high = find_range(sample, 8, "minmax", low=torch.tensor([-3.0]), high=torch.tensor([4.0]))
     assert (low.item(), high.item()) == (-3, 4)
     assert minmax_range(sample)[1].item() == 0.5
+
+
+def test_the_gain_found_beats_its_neighbours():
+    torch.manual_seed(0)
+    values = torch.randn(3, 2000) * torch.tensor([0.5, 1.0, 2.0])[:, None]
+    scale, zero_point = torch.full((3,), 0.3), torch.full((3,), 8.0)
+    gain = least_error_gain(values, scale, zero_point, 4)
+    assert bool((gain.diff() > 0).all()), "wider values take a wider grid"
+
+    def error(candidate):
+        rounded = fake_quantize(values, (scale * candidate)[:, None], zero_point[:, None], 4)
+        return (rounded - values).abs().pow(2.4).mean(dim=1)
+
+    for factor in (0.5, 0.75, 1.0, 1.33, 2.0):
+        assert bool((error(gain) <= 1.02 * error(gain * factor)).all())

@@ -11,17 +11,14 @@ from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import IntervalGenerator, TableGain
 from stepquant.nn.tables import ActivationTable, expand_groups
-from stepquant.numerics.affine import affine_from_range, largest_code, scale_at
-from stepquant.numerics.ranges import RangeMethod, find_range
+from stepquant.numerics.affine import affine_from_range, largest_code
+from stepquant.numerics.ranges import RangeMethod, find_range, least_error_gain
 from stepquant.numerics.rounding import (
     inverse_rectified_sigmoid,
     learned_quantize,
     rectified_sigmoid,
     rounding_regularizer,
 )
-
-GAIN_LIMITS = (0.1, 10.0)
-"""What the range of a single step, from few samples, may be relative to that of all steps."""
 
 CELL = 0.49
 """Half the width of the cell of a code that a weight under finetuning starts in, in steps; 0.5 would be its edge."""
@@ -163,15 +160,19 @@ class ActivationQuantizer(nn.Module):
             scale, zero_point = affine_from_range(*self._search(method), self.bits)
             self.scale, self.zero_point = scale.expand(self.rows, -1).clone(), zero_point.expand(self.rows, -1).clone()
             if self.rows > 1:
-                found = torch.stack([scale_at(zero_point, *self._search(method, row), self.bits) for row in rows])
-                self.found_gain = torch.tensor(rows), (found / scale).clamp(*GAIN_LIMITS)
+                gains = [least_error_gain(self._observed(row), scale, zero_point, self.bits) for row in rows]
+                self.found_gain = torch.tensor(rows), torch.stack(gains)
         self.enabled, self.observing = True, False
         self._samples.clear()
 
+    def _observed(self, row: int | None = None) -> Tensor:
+        """What was observed, of one row or of all: float [S, n]."""
+        parts = [kept for other, kept in self._samples if row is None or other == row]
+        return torch.cat(parts, dim=1).float()
+
     def _search(self, method: RangeMethod, row: int | None = None) -> tuple[Tensor, Tensor]:
         """The range of what was observed, of one row or of all: float [S] twice."""
-        parts = [kept for other, kept in self._samples if row is None or other == row]
-        values = torch.cat(parts, dim=1).float()
+        values = self._observed(row)
         low, high = values.aminmax(dim=1)
         if self.unsigned:
             low = torch.zeros_like(low)

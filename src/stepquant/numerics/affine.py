@@ -56,10 +56,3 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool =
     top = largest_code(bits)
     scale = ((high - low) / top).clamp(min=SMALLEST_SCALE)
     return scale, torch.round(-low / scale).clamp(0, top)
-
-
-def scale_at(zero_point: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The least scale whose grid holds [low, high] when the zero point is given; all float tensors of one shape."""
-    below, above = zero_point, largest_code(bits) - zero_point
-    sides = [torch.where(steps > 0, end / steps.clamp(min=1), 0) for end, steps in ((-low, below), (high, above))]
-    return torch.maximum(*sides).clamp(min=SMALLEST_SCALE)
