@@ -61,7 +61,8 @@ def quantize(
             default a temporary one.
         progress: is told how far the work is.
         backend: the runtime (``stepquant.runtime.BACKENDS``).
-        source: what to call the model in the provenance; by default where it was loaded from.
+        source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
+            path, which says nothing on another machine.
         arguments: hyperparameters of the recipe.
 
     Raises:
@@ -82,7 +83,7 @@ def quantize(
         instrumented = find_recipe(recipe)(job, **values)
         quantization = instrumented.freeze()
     provenance = {
-        "source": source or str(getattr(pipeline.config, "_name_or_path", "")) or type(pipeline).__name__,
+        "source": source or _source_of(pipeline),
         "recipe": name_of(recipe),
         "arguments": values,
         "spec": spec.model_dump(mode="json"),
@@ -136,6 +137,11 @@ def load(folder: Path | str, *, backend: str = "auto") -> Any:
     pipeline, manifest = load_pipeline(folder, backend)
     pipeline.save_pretrained = functools.partial(save_pipeline, pipeline, manifest.component, manifest.provenance)
     return pipeline
+
+
+def _source_of(pipeline: Any) -> str:
+    given = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
+    return Path(given).name if Path(given).is_dir() else given
 
 
 def _versions() -> dict[str, str]:

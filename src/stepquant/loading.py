@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import zoo
 from stepquant.checkpoint import is_checkpoint, load_pipeline
+from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
 
@@ -33,7 +32,7 @@ def resolve_pipeline(model: str, backend: str = "auto") -> Any:
     folder = locate(model)
     if is_checkpoint(folder):
         return load_pipeline(folder, backend)[0]
-    _check_index(folder)
+    check_index(folder)
     try:
         # Weights in another format than safetensors are never read: they may hold code.
         pipeline = DiffusionPipeline.from_pretrained(
@@ -74,21 +73,3 @@ def check_finite(denoiser: nn.Module, model: str) -> None:
     for name, tensor in denoiser.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise StepquantError(f"weight {name} of {model} holds NaN or infinity: get an undamaged copy of the model.")
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse a ``model_index.json`` that is damaged, or names code that neither diffusers nor transformers has."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index["_class_name"]
-        libraries = {key: value[0] for key, value in index.items() if isinstance(value, list) and key[0] != "_"}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
-    if not isinstance(name, str) or not hasattr(diffusers, name):
-        raise StepquantError(
-            f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks."
-        )
-    for component, library in libraries.items():
-        known = library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
-        if not known or any((folder / component).glob("*.py")):
-            raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")

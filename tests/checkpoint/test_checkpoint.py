@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
 import stepquant
 from stepquant.api import assemble
@@ -269,3 +271,25 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     stepquant.load(copied)
     quantized.save_pretrained(copied, overwrite=True)
     stepquant.load(copied)
+
+
+def test_a_pipeline_with_a_safety_checker_loads_again(text_pipeline, tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=8))
+    extractor = CLIPImageProcessor(crop_size=8, size=8)
+    pipeline = StableDiffusionPipeline(
+        **(text_pipeline.components | {"safety_checker": checker, "feature_extractor": extractor})
+    )
+    quantized = stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL)
+    quantized.save_pretrained(tmp_path / "model")
+    loaded = stepquant.load(tmp_path / "model")
+    assert isinstance(loaded.safety_checker, StableDiffusionSafetyChecker)
+
+
+def test_the_source_recorded_names_no_path_of_the_machine(unconditional_folder, tmp_path):
+    pipeline = DDIMPipeline.from_pretrained(unconditional_folder)
+    stepquant.save(stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL), tmp_path / "out")
+    assert read_manifest(tmp_path / "out").provenance["source"] == unconditional_folder.name
+    assert str(unconditional_folder.parent) not in (tmp_path / "out" / MANIFEST).read_text()

@@ -143,15 +143,3 @@ def verify(folder: Path, manifest: Manifest) -> None:
     for path in folder.glob("*/**/*"):
         if path.is_file() and path not in listed:
             raise StepquantError(f"{path} is not part of the checkpoint: remove it, then load again.")
-
-
-def check_no_custom_code(folder: Path) -> None:
-    """Refuse a pipeline folder whose ``model_index.json`` asks for classes outside diffusers and transformers."""
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index.get("_class_name"), str):
-        raise StepquantError(f"{folder} names a pipeline with code of its own: not loaded.")
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue
-        if len(value) == 2 and value[0] not in ("diffusers", "transformers", None):
-            raise StepquantError(f"{folder}: component {name!r} comes from {value[0]!r}, code of its own: not loaded.")

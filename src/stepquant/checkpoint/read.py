@@ -15,11 +15,11 @@ from stepquant.checkpoint.format import (
     QUANT_METHOD,
     WEIGHTS,
     Manifest,
-    check_no_custom_code,
     read_json,
     read_manifest,
     verify,
 )
+from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import DENOISERS, FAMILIES
 from stepquant.nn.attention import QuantizedAttentionProcessor
@@ -40,7 +40,7 @@ def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manif
         raise StepquantError(f"{folder} is no folder: give one that `stepquant quantize` wrote.")
     manifest = read_manifest(folder)
     verify(folder, manifest)
-    check_no_custom_code(folder)
+    check_index(folder)
     if manifest.component not in DENOISERS:
         raise StepquantError(f"{folder} names {manifest.component!r} as its denoiser: the checkpoint is damaged.")
     denoiser = load_denoiser(folder / manifest.component)

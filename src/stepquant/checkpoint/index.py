@@ -1,0 +1,35 @@
+"""The ``model_index.json`` of a pipeline folder: checked before diffusers is let near the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+
+from stepquant.errors import StepquantError
+
+
+def check_index(folder: Path) -> None:
+    """Refuse an index that is damaged, or names code that neither diffusers nor transformers has.
+
+    Components may come from diffusers, from one of its pipelines (a safety checker does), or from transformers.
+
+    Raises:
+        StepquantError: naming what is wrong.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
+        libraries = {key: value[0] for key, value in index.items() if isinstance(value, list) and key[0] != "_"}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise StepquantError(
+            f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks; "
+            "code of its own is not run."
+        )
+    for component, library in libraries.items():
+        known = library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
+        if not known or any((folder / component).glob("*.py")):
+            raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")
