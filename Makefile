@@ -31,7 +31,9 @@ test: $(VENV)/installed-dev
 # Hours on two cores; can be stopped and started again.
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml
+	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml
 	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml --table
+	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml --table
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests training benchmarks examples

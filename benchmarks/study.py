@@ -3,7 +3,8 @@
     python benchmarks/study.py benchmarks/studies/papers.toml            # run what is missing
     python benchmarks/study.py benchmarks/studies/papers.toml --table    # what there is, as Markdown
 
-A cell is a model, a recipe, bits and a seed. Its line goes to ``benchmarks/results/STUDY.jsonl``; a cell that is there
+A cell is a model, a recipe with its hyperparameters (under its own name, or under another with ``recipe = ...`` among
+them), bits and a seed. Its line goes to ``benchmarks/results/STUDY.jsonl``; a cell that is there
 already is skipped, so a study can be stopped at any time, and two processes can share one (`--models`).
 """
 
@@ -68,8 +69,8 @@ def run(study: dict[str, Any], models: list[str], results: Path) -> None:
         for model in models:
             reference = None
             for bits in study["bits"]:
-                for recipe, arguments in study["recipes"].items():
-                    cell = {"model": model, "bits": bits, "recipe": recipe, "seed": seed, "arguments": arguments}
+                for label, arguments in study["recipes"].items():
+                    cell = {"model": model, "bits": bits, "recipe": label, "seed": seed, "arguments": arguments}
                     if any(cell.items() <= line.items() for line in read(results)):
                         continue
                     guidance = study["guidance"].get(model)
@@ -78,11 +79,10 @@ def run(study: dict[str, Any], models: list[str], results: Path) -> None:
                     quantized = stepquant.quantize(
                         reference.pipeline,
                         bits,
-                        recipe=recipe,
                         calibration=stepquant.Calibration(**study["calibration"]),
                         guidance=guidance,
                         seed=seed,
-                        **arguments,
+                        **{"recipe": label, **arguments},
                     )
                     seconds = time.monotonic() - start
                     decibels = psnr(reference.draw(quantized), reference.pictures)
@@ -96,7 +96,7 @@ def run(study: dict[str, Any], models: list[str], results: Path) -> None:
                     }
                     with results.open("a") as file:
                         file.write(json.dumps(cell) + "\n")
-                    print(f"{model:14} {bits} {recipe:12} {cell['psnr_db']:6.2f} dB {seconds:5.0f} s", flush=True)
+                    print(f"{model:14} {bits} {label:24} {cell['psnr_db']:6.2f} dB {seconds:5.0f} s", flush=True)
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -110,10 +110,10 @@ def table(study: dict[str, Any], results: Path) -> str:
     for model in study["models"]:
         out += [f"| {model} | " + " | ".join(bits.upper() for bits in study["bits"]) + " |"]
         out += ["|---" * (1 + len(study["bits"])) + "|"]
-        for recipe, arguments in study["recipes"].items():
-            row = [f"`{recipe}`"]
+        for label, arguments in study["recipes"].items():
+            row = [f"`{label}`"]
             for bits in study["bits"]:
-                cell = {"model": model, "bits": bits, "recipe": recipe, "arguments": arguments}
+                cell = {"model": model, "bits": bits, "recipe": label, "arguments": arguments}
                 values = [line["psnr_db"] for line in lines if cell.items() <= line.items()]
                 text = f"{statistics.mean(values):.2f}" if values else ""
                 row.append(text + (f" ± {statistics.stdev(values):.2f} ({len(values)})" if len(values) > 1 else ""))

@@ -7,7 +7,10 @@ of `q-diffusion`, so that the two recipes differ in their two ideas alone.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.selection import normal_steps, uniform_steps
 from stepquant.recipes.job import Job
 from stepquant.reconstruction.blocks import Rounding, Settings
 
@@ -15,7 +18,9 @@ from stepquant.reconstruction.blocks import Rounding, Settings
 def eda_dm(
     job: Job,
     *,
+    selection: Literal["density-diversity", "uniform", "normal"] = "density-diversity",
     diversity_weight: float = 1.0,
+    block_weight: float = 1.0,
     layer_weight: float = 0.8,
     iterations: int = 500,
     batch_size: int = 16,
@@ -32,8 +37,16 @@ def eda_dm(
     2. Weights: per output channel, the range of least ``|w - w'|^2.4``; skip connections split.
     3. FBR (section 3.3): each block against the outputs of its layers too,
        ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales together, under QDrop.
+
+    The paper's ablations: another `selection`, ``layer_weight=0`` (the block only), ``block_weight=0`` (layers only).
     """
-    samples = job.collect(job.dense_and_diverse_steps(diversity_weight))
+    count, steps = job.calibration.samples, job.request.steps
+    if selection == "density-diversity":
+        chosen = job.dense_and_diverse_steps(diversity_weight)
+    else:
+        select = uniform_steps if selection == "uniform" else normal_steps
+        chosen = select(count, steps, job.generator())
+    samples = job.collect(chosen)
     model = job.instrument(weight_range="least-error", split_skips=True)
     settings = Settings(
         iterations=iterations,
@@ -43,6 +56,7 @@ def eda_dm(
         scale_rate=scale_rate,
         drop_probability=drop_probability,
         rounding_weight=rounding_weight,
+        block_weight=block_weight,
         layer_weight=layer_weight,
     )
     job.reconstruct(model, samples, settings)
