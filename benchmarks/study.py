@@ -128,11 +128,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--bits", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     study = tomllib.loads(options.study.read_text())
     for name in ("bits", "seeds"):
         study[name] = getattr(options, name) or study[name]
+    if options.recipes:
+        study["recipes"] = {name: study["recipes"][name] for name in options.recipes}
     RESULTS.mkdir(exist_ok=True)
     results = RESULTS / f"{options.study.stem}.jsonl"
     if options.table:

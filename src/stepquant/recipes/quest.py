@@ -40,8 +40,8 @@ def quest(
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     rounding_weight: float = 0.1,
-    weight_rate: float = 5e-3,
-    scale_rate: float = 5e-3,
+    weight_rate: float = 1e-3,
+    scale_rate: float = 1e-3,
     global_weight: float = 2.0,
 ) -> Instrumented:
     """One activation scale a step; then train the time-embedding layers, and after them the critical ones.
