@@ -22,7 +22,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 \
-		--samples 128 --steps 20 --iterations 100 --overwrite
+		--samples 128 --steps 50 --iterations 60 --overwrite
 	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
 
 test: $(VENV)/installed-dev

@@ -1,7 +1,8 @@
 """`eda-dm`: EDA-DM (Liu et al., arXiv 2401.04585): select samples by density and diversity, reconstruct finely.
 
-What differs from the public code: the radius of the density adapts to the model; the rounding regulariser stays, since
-cutting soft values at the end leaves a gap between what was optimised and what ships; rates and iterations are those
+What differs from the public code: the radius of the density adapts to the model; weights are compensated in
+closed form by default, and with ``rounding="adaround"`` the rounding regulariser stays, since cutting soft values at the end
+leaves a gap between what was optimised and what ships; rates and iterations are those
 of `q-diffusion`, so that the two recipes differ in their two ideas alone.
 """
 
@@ -36,7 +37,7 @@ def eda_dm(
        diversity of the features in the middle of the network.
     2. Weights: per output channel, the range of least ``|w - w'|^2.4``; skip connections split.
     3. FBR (section 3.3): each block against the outputs of its layers too,
-       ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales together, under QDrop.
+       ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales, under QDrop.
 
     The paper's ablations: another `selection`, ``layer_weight=0`` (the block only), ``block_weight=0`` (layers only).
     """

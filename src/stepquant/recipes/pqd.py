@@ -34,7 +34,8 @@ def pqd(
        with the empty condition as well.
     2. Their timesteps are ``t ~ N(mean T, (deviation T)^2)``.
     3. Activation ranges of least error over the samples, weighted by their timesteps' share.
-    4. Rounding and activation scales learned together under QDrop, each block on the quantized network's own inputs.
+    4. Weights rounded and activation scales learned under QDrop, each block on the quantized network's own inputs;
+       ``rounding="adaround"`` learns both together, as QDrop does.
     5. VAE and text encoder of a latent model stay as they are.
     """
     steps = normal_steps(job.calibration.samples, job.request.steps, job.generator(), mean, deviation)

@@ -1,8 +1,8 @@
 """`q-diffusion`: Q-Diffusion (Li et al., ICCV 2023, arXiv 2302.04304), the usual baseline of the four papers.
 
-Hyperparameters that differ from the authors' public settings, and why: they take 20,000 iterations a block at a
-learning rate of 1e-3 for rounding; the default here is a budget that two cores finish in minutes, with a rate that
-makes up for it. Scales learn relative to their size. Ask for more with `iterations`.
+What differs from the authors' public settings, and why: they learn rounding (AdaRound) for 20,000 iterations a block. In the
+minutes that two cores are given here that hardly differs from rounding to nearest, so weights are compensated in closed
+form by default (``docs/quality.md``); ``rounding="adaround"`` learns them. Scales learn relative to their size.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def q_diffusion(
     1. Collect samples at evenly spread timesteps: neighbouring steps are alike, all of them matter (section 4.1).
     2. Split the layers behind skip concatenations: trunk and skip have ranges of their own (section 4.2).
     3. Weights: per output channel, the range of least ``|w - w'|^2.4``; then, block by block on the quantized
-       network's own inputs: activation ranges likewise, and rounding (AdaRound) and activation scales learned together
-       under QDrop (sections 3 and 4.3).
+       network's own inputs: activation ranges likewise, weights rounded, activation scales learned under QDrop
+       (sections 3 and 4.3).
     """
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)

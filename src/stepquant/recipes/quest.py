@@ -47,7 +47,8 @@ def quest(
     """One activation scale a step; then train the time-embedding layers, and after them the critical ones.
 
     1. Collect samples at evenly spread steps.
-    2. Weights: AdaRound block by block while activations are in full precision; their scales stay from here on.
+    2. Weights: rounded block by block while activations are in full precision (``rounding="adaround"`` for the paper's
+       way); their scales stay from here on.
     3. Activations: a range for each calibrated step, or one shared by all (the paper's text has one, its code one a
        step).
     4. Temporal layer alignment (section 4.2): weights, biases and activation scales of the layers that depend on the
