@@ -1,8 +1,8 @@
 """`q-diffusion`: Q-Diffusion (Li et al., ICCV 2023, arXiv 2302.04304), the usual baseline of the four papers.
 
-What differs from the authors' public settings, and why: they learn rounding (AdaRound) for 20,000 iterations a block. In the
-minutes that two cores are given here that hardly differs from rounding to nearest, so weights are compensated in closed
-form by default (``docs/quality.md``); ``rounding="adaround"`` learns them. Scales learn relative to their size.
+What differs from the authors' public settings, and why: they learn rounding (AdaRound) for 20,000 iterations a block.
+In the minutes that two cores are given here that hardly differs from rounding to nearest, so weights are compensated in
+closed form by default (``docs/quality.md``); ``rounding="adaround"`` learns them. Scales learn relative to their size.
 """
 
 from __future__ import annotations

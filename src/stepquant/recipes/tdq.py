@@ -1,8 +1,7 @@
 """`tdq`: TDQ (So et al., NeurIPS 2023, arXiv 2306.02316): activation intervals as a function of the timestep.
 
 The paper's post-training variant keeps the weights as they are; here they are rounded as in the other recipes, so that
-these can be compared at equal effort. Open in the paper, and chosen here:
-128 Fourier features; generators start at a regression through the ranges found step by step and not at the static
+these can be compared at equal effort. Open in the paper, and chosen here: 128 Fourier features; generators start at a regression through the ranges found step by step and not at the static
 range, which a few hundred iterations would hardly leave; weights have a scale per output channel, where the public code
 has one a tensor; grids are affine with the zero point of the static range, which covers the paper's signed, unsigned
 and shifted grids alike.
@@ -34,7 +33,8 @@ def tdq(
 
     1. Collect samples of all steps (PTQ4DM's set).
     2. Every activation gets a generator that starts near the ranges of least error (section 3.3).
-    3. Train the generators through the quantizers' straight-through gradients, block by block, after its weights are rounded.
+    3. Train the generators through the quantizers' straight-through gradients, block by block, each after its weights
+       are rounded.
     4. Tabulate at every timestep of training and drop the networks: inference indexes a table once a step, with any
        sampler (section 3.4).
 
