@@ -45,7 +45,7 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, in "
         f"{state['seconds'] / 60:.0f} minutes of wall time on one thread of a busy 2-core AVX-512 CPU, "
         "bf16 autocast, AdamW.",
-        *(["- **Start:** the weights that were shipped before, of a shorter run of the same command."] if start else []),
+        *(["- **Start:** weights shipped before, of a shorter run of the same command."] if start else []),
         *([f"- **Plan:** the total behind the cosine learning rate was changed: {changed}."] if len(plans) > 1 else []),
         f"- **Weights:** exponential moving average, fp16; training loss {state['loss']:.4f} at the end.",
         "- **Licence of the weights:** Apache-2.0.",

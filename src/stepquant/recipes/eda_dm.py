@@ -1,9 +1,9 @@
 """`eda-dm`: EDA-DM (Liu et al., arXiv 2401.04585): select samples by density and diversity, reconstruct finely.
 
 What differs from the public code: the radius of the density adapts to the model; weights are compensated in closed form
-by default, and with ``rounding="adaround"`` the rounding regulariser stays, since cutting soft values at the end leaves a
-gap between what was optimised and what ships; rates and iterations are those of `q-diffusion`, so that the two recipes
-differ in their two ideas alone.
+by default, and with ``rounding="adaround"`` the rounding regulariser stays, since cutting soft values at the end leaves
+a gap between what was optimised and what ships; rates and iterations are those of `q-diffusion`, so that the recipes
+differ in the two ideas alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`tdq`: TDQ (So et al., NeurIPS 2023, arXiv 2306.02316): activation intervals as a function of the timestep.
 
 The paper's post-training variant keeps the weights as they are; here they are rounded as in the other recipes, so that
-these can be compared at equal effort. Open in the paper, and chosen here: 128 Fourier features; generators start at a regression through the ranges found step by step and not at the static
-range, which a few hundred iterations would hardly leave; weights have a scale per output channel, where the public code
-has one a tensor; grids are affine with the zero point of the static range, which covers the paper's signed, unsigned
-and shifted grids alike.
+these can be compared at equal effort. Open in the paper, and chosen here: 128 Fourier features; generators start at a
+regression through the ranges found step by step and not at the static range, which a few hundred iterations would
+hardly leave; weights have a scale per output channel, where the public code has one a tensor; grids are affine with the
+zero point of the static range, which covers the paper's signed, unsigned and shifted grids alike.
 """
 
 from __future__ import annotations
