@@ -28,6 +28,43 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+# Hours on two cores; can be stopped and started again. Each job is a process with one thread.
+STUDIES := papers ablations
+study: $(VENV)/installed-dev
+	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --jobs $$(nproc); done
+	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --table \
+		--figure out/$$study.png; done
+
+lint: for changing it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+
+.PHONY: install demo test lint study
+
+install: $(VENV)/installed
+
+# torch goes first and alone: everything after it is resolved around the build that is already there.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 \
+		--samples 128 --steps 50 --iterations 60 --overwrite
+	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
 # Hours on two cores; can be stopped and started again.
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml

@@ -38,6 +38,7 @@ def quantize(
     guidance: float | None = None,
     seed: int = 0,
     workspace: Path | str | None = None,
+    cache: Path | str | None = None,
     progress: Progress | None = None,
     backend: str = "auto",
     source: str | None = None,
@@ -59,6 +60,8 @@ def quantize(
         seed: same seed, same machine, same versions: same integers.
         workspace: folder that keeps finished stages, so that the same call continues after an interruption; by
             default a temporary one.
+        cache: folder of calibration samples that several calls, also at the same time, share: those of the same model,
+            conditions and seed are collected once, whatever the bits. By default they lie in the workspace.
         progress: is told how far the work is.
         backend: the runtime (``stepquant.runtime.BACKENDS``).
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
@@ -79,7 +82,8 @@ def quantize(
         raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
     request = make_request(pipeline, calibration.steps, prompts=prompts, guidance=guidance)
     with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
-        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress())
+        shared = Workspace(Path(cache)) if cache else None  # not entered: its stages are whole files, nothing to lock
+        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared)
         instrumented = find_recipe(recipe)(job, **values)
         quantization = instrumented.freeze()
     provenance = {

@@ -20,6 +20,9 @@ from stepquant.progress import Progress
 NOISE_OFFSET = 1_000_000_000
 """Added to the seed of calibration pictures, so that none starts from the noise of a picture that is evaluated."""
 
+COLLECTING = "Collecting calibration samples"
+"""What `collect` calls itself in front of a `Progress`."""
+
 
 class Calibration(BaseModel):
     """How calibration samples are collected.
@@ -61,14 +64,7 @@ class CalibrationSet:
 
     def arguments(self, chosen: slice | Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser for some of the samples."""
-        arguments: dict[str, Any] = {}
-        for name, tensor in self.tensors.items():
-            outer, _, inner = name.partition(".")
-            if inner:
-                arguments[outer] = {**arguments.get(outer, {}), inner: tensor[chosen]}
-            else:
-                arguments[name] = tensor[chosen]
-        return arguments
+        return nest({name: tensor[chosen] for name, tensor in self.tensors.items()})
 
     def batches(self, size: int) -> Iterator[slice]:
         """Slices that cover all samples in order."""
@@ -98,7 +94,7 @@ def collect(
     """
     pictures = calibration.pictures
     rows: list[dict[str, Tensor]] = [{} for _ in range(len(steps))]
-    with progress.task("Collecting calibration samples", pictures * request.steps) as advance:
+    with progress.task(COLLECTING, pictures * request.steps) as advance:
         for start in range(0, pictures, calibration.batch_size):
             indices = range(start, min(start + calibration.batch_size, pictures))
             wanted: dict[int, list[int]] = defaultdict(list)
@@ -153,7 +149,7 @@ class _Recorder:
         if self.time is None or float(time[0]) != self.time:
             self.step, self.time = self.step + 1, float(time[0])
         arguments["timestep"] = time.expand(sample.shape[0]) if time.numel() == 1 else time
-        flat = {name: value for key, value in arguments.items() for name, value in _flatten(key, value)}
+        flat = {name: value for key, value in arguments.items() for name, value in flatten(key, value)}
         per_sample = {
             name: value
             for name, value in flat.items()
@@ -166,9 +162,19 @@ class _Recorder:
             self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
 
 
-def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """An argument as named values: itself, or the entries of a dictionary under dotted names."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield f"{name}.{key}", entry
     else:
         yield name, value
+
+
+def nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments from flat names, the inverse of `flatten`."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        outer, _, inner = name.partition(".")
+        arguments[outer] = {**arguments.get(outer, {}), inner: tensor} if inner else tensor
+    return arguments

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import diffusers
-import transformers
 import typer
 
 from stepquant import __version__
@@ -17,7 +14,9 @@ from stepquant.cli.inspect import inspect
 from stepquant.cli.lists import recipes, zoo
 from stepquant.cli.quantize import quantize
 from stepquant.cli.sample import sample
+from stepquant.cli.study import study
 from stepquant.errors import StepquantError
+from stepquant.quiet import silence_libraries
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -51,7 +50,7 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, inspect, recipes, zoo):
+for command in (quantize, sample, evaluate, inspect, study, recipes, zoo):
     app.command()(_one_line(command))
 
 
@@ -68,20 +67,12 @@ def root(
     ] = False,
 ) -> None:
     """Quantize diffusion models, per denoising step, and run them in integers."""
-    _quieten()
+    silence_libraries()
 
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 bad input (one line on standard error), 130 interrupted."""
     app()
-
-
-def _quieten() -> None:
-    """Keep other libraries' notices and bars off standard error."""
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    warnings.filterwarnings("ignore")
 
 
 if __name__ == "__main__":

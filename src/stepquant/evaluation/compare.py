@@ -14,16 +14,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from stepquant import zoo
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
-from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
 from stepquant.evaluation.fidelity import Shadow, psnr, ssim
-from stepquant.loading import ZOO_PREFIX, resolve_pipeline
+from stepquant.evaluation.proxy import ClassifierProxy
+from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, kind_of, make_request
 from stepquant.progress import Progress
-from stepquant.zoo.classifier import FashionClassifier
 
 SHADOWED = 32
 """Pictures, at least, that each step is compared on; the error of a step is a mean over so many values that more of
@@ -125,7 +123,8 @@ def evaluate(
     pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized")
     decibels = psnr(pictures, reference)
     seconds_fp32, seconds = shadow.seconds
-    classifier, note = _classifier(against, count)
+    classifier = ClassifierProxy.of(against)
+    note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
         memory = peak_memory_bytes(str(folder), batch_size, backend)
@@ -139,8 +138,8 @@ def evaluate(
         psnr_db_lowest=float(decibels.min()),
         ssim=ssim(pictures, reference),
         step_error=shadow.step_error,
-        frechet_classifier=_frechet(pictures, classifier),
-        frechet_classifier_fp32=_frechet(reference, classifier),
+        frechet_classifier=classifier.frechet(pictures) if classifier else None,
+        frechet_classifier_fp32=classifier.frechet(reference) if classifier else None,
         frechet_note=note,
         denoiser_bytes=folder_bytes(folder / denoiser),
         denoiser_bytes_fp32=float32_bytes(getattr(original, denoiser)),
@@ -181,25 +180,3 @@ def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> st
     if not same:
         raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of pictures.")
     return denoiser
-
-
-def _classifier(against: str, count: int) -> tuple[Path | None, str | None]:
-    """Folder of the feature extractor for the pictures of `against`, or None and the reason."""
-    name = against.removeprefix(ZOO_PREFIX)
-    folder = zoo.classifier_path(name) if against.startswith(ZOO_PREFIX) else None
-    if folder is None:
-        return None, f"there is no classifier for the data of {against}"
-    dimensions = load_statistics(folder / "statistics.safetensors").mean.shape[0]
-    if count <= dimensions:
-        return None, f"{count} pictures are too few for features of {dimensions} dimensions: draw more"
-    return folder, None
-
-
-def _frechet(pictures: Tensor, classifier: Path | None) -> float | None:
-    if classifier is None:
-        return None
-    extractor = FashionClassifier.from_pretrained(classifier)
-    grey = pictures.mean(dim=1, keepdim=True)
-    with torch.no_grad():
-        features = torch.cat([extractor.features(part) for part in grey.split(64)])
-    return frechet_distance(gaussian_statistics(features), load_statistics(classifier / "statistics.safetensors"))

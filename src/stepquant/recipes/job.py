@@ -36,6 +36,8 @@ class Job:
         seed: of everything random.
         workspace: keeps finished stages.
         progress: is told how far the work is.
+        cache: keeps calibration samples for other jobs of the same model, request and seed; by default they lie in
+            `workspace`.
     """
 
     pipeline: Any
@@ -46,18 +48,18 @@ class Job:
     seed: int
     workspace: Workspace
     progress: Progress = field(default_factory=Progress)
+    cache: Workspace | None = None
 
     @cached_property
     def description(self) -> ModelDescription:
         return describe(self.denoiser)
 
     @cached_property
-    def key(self) -> str:
-        """Stands for all inputs of the job: stages kept under it are valid for the same inputs only."""
+    def sampling_key(self) -> str:
+        """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
         return digest(
             [
                 tensors_digest(dict(self.denoiser.state_dict())),
-                self.spec.model_dump(),
                 self.calibration.model_dump(),
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
                 type(self.pipeline.scheduler).__name__,
@@ -66,18 +68,24 @@ class Job:
             ]
         )
 
+    @cached_property
+    def key(self) -> str:
+        """Stands for all inputs of the job: stages kept under it are valid for the same inputs only."""
+        return digest([self.sampling_key, self.spec.model_dump()])
+
     def generator(self) -> torch.Generator:
         """A generator seeded by the job."""
         return torch.Generator().manual_seed(self.seed)
 
     def collect(self, steps: Tensor) -> CalibrationSet:
-        """Calibration samples at the wanted sampler steps, int64 [N]; kept in the workspace."""
-        stage = f"samples-{digest([self.key, steps.tolist()])[:16]}"
-        stored = self.workspace.load(stage)
+        """Calibration samples at the wanted sampler steps, int64 [N]; kept in the cache."""
+        kept = self.cache or self.workspace
+        stage = f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}"
+        stored = kept.load(stage)
         if stored is not None:
             return CalibrationSet({name: stored[name] for name in stored if name != "steps"}, stored["steps"])
         samples = collect(self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress)
-        self.workspace.save(stage, samples.tensors | {"steps": samples.steps})
+        kept.save(stage, samples.tensors | {"steps": samples.steps})
         return samples
 
     def dense_and_diverse_steps(self, diversity_weight: float) -> Tensor:

@@ -1,0 +1,7 @@
+"""Studies: models x recipes x bits x seeds as data, run cell by cell, resumable, in worker processes."""
+
+from stepquant.studies.run import run_study
+from stepquant.studies.spec import Cell, Study, read_study
+from stepquant.studies.table import draw_figure, markdown_tables
+
+__all__ = ["Cell", "Study", "draw_figure", "markdown_tables", "read_study", "run_study"]

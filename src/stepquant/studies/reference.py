@@ -1,0 +1,123 @@
+"""What cells of a model and seed share: the full-precision pictures, and what the denoiser did on the way to them."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.trajectories import flatten, nest
+from stepquant.models import denoiser_name
+from stepquant.models.description import main_tensor
+from stepquant.pipelines import Request, batches, draw
+from stepquant.studies.spec import Budget
+from stepquant.workspace import Workspace, digest, tensors_digest
+
+TARGET = "target"
+"""Name of the denoiser's answer among the tensors of a call; no denoiser has an argument of that name."""
+
+
+@dataclass
+class Reference:
+    """The full-precision side of a comparison.
+
+    Attributes:
+        pictures: float32 [budget.pictures, C, H, W] in [-1, 1].
+        calls: for each batch, each call of the denoiser in order: its arguments by name, and its answer as ``target``.
+            Of the first ``budget.count`` pictures alone.
+    """
+
+    pictures: Tensor
+    calls: list[list[dict[str, Tensor]]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def step_errors(self, quantized: nn.Module) -> list[float]:
+        """Relative L2 error of the denoiser's output at each step, on the full-precision trajectory, in per cent."""
+        errors, norms = torch.zeros(2, len(self.calls[0]), dtype=torch.float64)
+        for batch in self.calls:
+            for step, call in enumerate(batch):
+                target = call[TARGET].double()
+                arguments = nest({name: tensor for name, tensor in call.items() if name != TARGET})
+                output = main_tensor(quantized(**arguments)).double()
+                errors[step] += (output - target).square().sum()
+                norms[step] += target.square().sum()
+        return [round(100 * value, 2) for value in (errors / norms).sqrt().tolist()]
+
+
+def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache: Path) -> Reference:
+    """Draw the reference, or read it from `cache`, where one process draws it and the others wait."""
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    key = digest(
+        [
+            tensors_digest(dict(denoiser.state_dict())),
+            [list(request.conditions), request.steps, request.guidance],
+            {name: str(value) for name, value in sorted(pipeline.scheduler.config.items())},
+            [budget.count, budget.pictures, noise],
+        ]
+    )
+    stage = f"reference-{key[:16]}"
+    kept = Workspace(cache)
+    with _locked(cache / f"{stage}.lock"):
+        stored = kept.load(stage)
+        if stored is None:
+            drawn = _draw(pipeline, denoiser, request, budget, noise)
+            kept.save(stage, _packed(drawn))
+            return drawn
+    return _unpacked(stored)
+
+
+def _draw(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, noise: int) -> Reference:
+    signature = inspect.signature(denoiser.forward)
+    calls: list[list[dict[str, Tensor]]] = []
+
+    def keep(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        flat = {name: value for key, given in arguments.items() for name, value in flatten(key, given)}
+        tensors = {name: value.detach().clone() for name, value in flat.items() if isinstance(value, Tensor)}
+        if "timestep" not in tensors:
+            tensors["timestep"] = torch.as_tensor(flat["timestep"])
+        calls[-1].append(tensors | {TARGET: main_tensor(output).detach().clone()})
+
+    pictures = []
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    for indices in batches(budget.count):
+        calls.append([])
+        pictures.append(draw(pipeline, request, indices, noise))
+    handle.remove()
+    for indices in batches(budget.pictures - budget.count):
+        pictures.append(draw(pipeline, request, [budget.count + index for index in indices], noise))
+    return Reference(torch.cat(pictures), calls)
+
+
+def _packed(drawn: Reference) -> dict[str, Tensor]:
+    tensors = {"pictures": drawn.pictures}
+    for batch, calls in enumerate(drawn.calls):
+        for step, call in enumerate(calls):
+            tensors |= {f"{batch}/{step}/{name}": tensor for name, tensor in call.items()}
+    return tensors
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> Reference:
+    pictures = tensors.pop("pictures")
+    places = [(int(batch), int(step), name) for batch, step, name in (path.split("/") for path in tensors)]
+    batch_count = 1 + max(batch for batch, _, _ in places)
+    step_count = 1 + max(step for _, step, _ in places)
+    calls: list[list[dict[str, Tensor]]] = [[{} for _ in range(step_count)] for _ in range(batch_count)]
+    for (batch, step, name), tensor in zip(places, tensors.values(), strict=True):
+        calls[batch][step][name] = tensor
+    return Reference(pictures, calls)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

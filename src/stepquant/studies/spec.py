@@ -1,0 +1,188 @@
+"""What a study is: a TOML file, checked at the door, and the cells it stands for."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from stepquant.calibration.trajectories import Calibration
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError, first_line
+from stepquant.loading import ZOO_PREFIX, locate
+from stepquant.recipes import hyperparameters
+from stepquant.recipes.files import resolve_recipe
+from stepquant.workspace import digest
+
+PICTURES_PER_SEED = 10_000
+"""Picture i of seed s starts from noise ``s * PICTURES_PER_SEED + i``: seeds share no picture, so that the deviation
+between them is that of independent draws. Calibration pictures are numbered alike, from their own offset."""
+
+
+class Budget(BaseModel):
+    """What each cell is judged by.
+
+    Attributes:
+        count: pictures compared with those of full precision, and inputs of the denoiser at each of their steps.
+        steps: denoising steps.
+        frechet_count: pictures of the distribution's figures, where there is a classifier; by default `count`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: PositiveInt = 16
+    steps: PositiveInt = 20
+    frechet_count: PositiveInt | None = None
+
+    @property
+    def pictures(self) -> int:
+        return max(self.count, self.frechet_count or 0)
+
+
+class Cell(BaseModel):
+    """One quantization of one model, and its judgement.
+
+    Attributes:
+        model: as the study names it.
+        bits: such as ``w4a8``.
+        label: what the study calls the recipe with these arguments; not part of the cell's identity.
+        recipe: a recipe's name, or ``path.py:function``.
+        arguments: all its hyperparameters, defaults included.
+        seed: of everything random.
+        guidance: scale of classifier-free guidance; None leaves it to the pipeline.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    bits: str
+    label: str
+    recipe: str
+    arguments: dict[str, Any]
+    seed: int
+    guidance: float | None
+    calibration: Calibration
+    evaluation: Budget
+
+    @property
+    def identity(self) -> str:
+        """Equal for two cells whose results are the same, whatever study they are in."""
+        return digest(self.model_dump(mode="json", exclude={"label"}))
+
+    @property
+    def noise(self) -> int:
+        """Number of the noise that the first picture starts from."""
+        return self.seed * PICTURES_PER_SEED
+
+    @property
+    def source(self) -> str:
+        """The model as `stepquant.loading` takes it."""
+        return source_of(self.model)
+
+
+class Study(BaseModel):
+    """A grid of cells.
+
+    Attributes:
+        models: zoo names, folders or hub ids.
+        bits: such as ``["w8a8", "w4a8"]``.
+        seeds: each draws other pictures and calibrates on others.
+        evaluation: what each cell is judged by.
+        calibration: the same for each cell.
+        guidance: model -> scale of classifier-free guidance.
+        recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
+            in a file as ``"path.py:function"``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: Annotated[list[str], Field(min_length=1)]
+    bits: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    recipes: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    evaluation: Budget = Budget()
+    calibration: Calibration = Calibration()
+    guidance: dict[str, float] = Field(default_factory=dict)
+
+    def cells(self) -> Iterator[Cell]:
+        """Seeds outermost, then bits, models and recipes: a study that is stopped early has whole tables of few seeds.
+
+        Raises:
+            StepquantError: for a recipe, hyperparameter, model or bits that do not exist.
+        """
+        recipes = {label: _recipe(label, given) for label, given in self.recipes.items()}
+        for bits in self.bits:
+            QuantSpec.parse(bits)
+        for model in self.models:
+            locate(source_of(model))
+        for seed in self.seeds:
+            for bits in self.bits:
+                for model in self.models:
+                    for label, (recipe, arguments) in recipes.items():
+                        yield Cell(
+                            model=model,
+                            bits=bits,
+                            label=label,
+                            recipe=recipe,
+                            arguments=arguments,
+                            seed=seed,
+                            guidance=self.guidance.get(model),
+                            calibration=self.calibration,
+                            evaluation=self.evaluation,
+                        )
+
+    def only(
+        self,
+        models: Collection[str] | None = None,
+        bits: Collection[str] | None = None,
+        seeds: Collection[int] | None = None,
+        recipes: Collection[str] | None = None,
+    ) -> Study:
+        """The part of the study that is asked for; None is all.
+
+        Raises:
+            StepquantError: for something the study does not have.
+        """
+        return self.model_copy(
+            update={
+                "models": _chosen("model", self.models, models),
+                "bits": _chosen("bits", self.bits, bits),
+                "seeds": _chosen("seed", self.seeds, seeds),
+                "recipes": {label: self.recipes[label] for label in _chosen("recipe", list(self.recipes), recipes)},
+            }
+        )
+
+
+def read_study(path: Path) -> Study:
+    """Read a study; raises `StepquantError` naming what is wrong in the file."""
+    try:
+        return Study.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StepquantError(f"study {path} cannot be read: {first_line(error)}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StepquantError(f"study {path}: {where}: {first['msg']}.") from None
+
+
+def source_of(model: str) -> str:
+    """A plain name is one of the zoo's; anything with a slash or a colon is a folder, a hub id or ``zoo:NAME``."""
+    return model if "/" in model or ":" in model else ZOO_PREFIX + model
+
+
+def _recipe(label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and full hyperparameters of a study's entry."""
+    arguments = dict(given)
+    name = arguments.pop("recipe", label)
+    return name, hyperparameters(resolve_recipe(name), arguments)
+
+
+def _chosen(what: str, known: list[Any], wanted: Collection[Any] | None) -> list[Any]:
+    for value in wanted or ():
+        if value not in known:
+            expected = ", ".join(str(entry) for entry in known)
+            raise StepquantError(f"the study has no {what} {value!r}: expected one of {expected}.")
+    return [value for value in known if not wanted or value in wanted]

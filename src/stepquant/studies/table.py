@@ -1,0 +1,113 @@
+"""What a study found: Markdown tables, and a figure."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stepquant.errors import StepquantError
+from stepquant.studies.run import Line, finished
+from stepquant.studies.spec import Study
+from stepquant.workspace import write_atomic
+
+
+class Metric(NamedTuple):
+    """A figure of a cell that tables are made of."""
+
+    name: str
+    title: str
+    decimals: int
+
+
+METRICS = (
+    Metric("psnr_db", "PSNR to full precision, dB", 2),
+    Metric("frechet_classifier", "Frechet distance to the data, classifier features (not FID)", 2),
+    Metric("class_agreement", "pictures of the class that was asked for, by the classifier", 3),
+    Metric("quantize_seconds", "seconds to quantize, one thread", 0),
+)
+
+Values = dict[tuple[str, str], list[float]]
+"""(recipe's label, bits) -> the figure of each seed."""
+
+
+def markdown_tables(study: Study, results: Path) -> str:
+    """A table a model and metric, recipes x bits: mean over seeds ± standard deviation (how many seeds)."""
+    lines = finished(results)
+    out = []
+    for model in study.models:
+        for metric in METRICS:
+            values, full = _collect(study, lines, model, metric.name)
+            if not values:
+                continue
+            origin = f"; full precision {_text(full, metric.decimals)}" if full else ""
+            out += [f"**{model}**: {metric.title}{origin}", ""]
+            out.append(f"| recipe | {' | '.join(bits.upper() for bits in study.bits)} |")
+            out.append("|---" * (1 + len(study.bits)) + "|")
+            for label in study.recipes:
+                cells = [_text(values.get((label, bits), []), metric.decimals) for bits in study.bits]
+                out.append(f"| `{label}` | {' | '.join(cells)} |")
+            out.append("")
+    return "\n".join(out).rstrip()
+
+
+def draw_figure(study: Study, results: Path, path: Path) -> None:
+    """PSNR of each recipe, a panel a model and bits, a dot a mean and a bar its standard deviation; PNG, SVG or PDF.
+
+    Raises:
+        StepquantError: if matplotlib is not installed, there is nothing to draw, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise StepquantError("figures need matplotlib: install it with pip install 'stepquant[figures]'.") from None
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise StepquantError(f"a figure cannot be written to {path}: expected a file name that ends in .png.")
+    lines = finished(results)
+    rows, columns, labels = len(study.models), len(study.bits), list(study.recipes)
+    figure = Figure(figsize=(1.5 + 2.2 * columns, 0.8 + (0.7 + 0.22 * len(labels)) * rows), layout="constrained")
+    grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    found = False
+    for row, model in enumerate(study.models):
+        values, _ = _collect(study, lines, model, "psnr_db")
+        found = found or bool(values)
+        for column, bits in enumerate(study.bits):
+            axes = grid[row][column]
+            for place, label in enumerate(labels):
+                seeds = values.get((label, bits))
+                if seeds:
+                    spread = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+                    axes.errorbar(statistics.mean(seeds), place, xerr=spread, fmt="o", ms=4, capsize=2, color="#3366aa")
+            axes.set_ylim(len(labels) - 0.5, -0.5)
+            axes.grid(axis="x", linewidth=0.4)
+            if column == 0:
+                axes.set_yticks(range(len(labels)), labels, fontsize=8)
+                axes.set_ylabel(model)
+            if row == 0:
+                axes.set_title(bits.upper(), fontsize=9)
+            axes.tick_params(axis="x", labelsize=7)
+    if not found:
+        raise StepquantError(f"{results} has no results of this study yet: run it first.")
+    figure.supxlabel("PSNR to full precision, dB: mean over seeds and standard deviation", fontsize=8)
+    write_atomic(path, lambda draft: figure.savefig(draft, format=path.suffix[1:], dpi=150))
+
+
+def _collect(study: Study, lines: dict[str, Line], model: str, metric: str) -> tuple[Values, list[float]]:
+    """A metric of each recipe and bits, and of full precision over the seeds."""
+    values: Values = {}
+    full: dict[int, float] = {}
+    for cell in study.only(models=[model]).cells():
+        line = lines.get(cell.identity)
+        if line is None or line.get(metric) is None:
+            continue
+        values.setdefault((cell.label, cell.bits), []).append(line[metric])
+        if line.get(f"{metric}_fp32") is not None:
+            full[cell.seed] = line[f"{metric}_fp32"]
+    return values, list(full.values())
+
+
+def _text(values: list[float], decimals: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f} ({len(values)})"

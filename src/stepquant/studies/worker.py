@@ -1,0 +1,107 @@
+"""One cell of a study, computed in a process of its own: a crash stays there, and its peak memory is the cell's."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stepquant
+from stepquant.calibration.trajectories import COLLECTING
+from stepquant.evaluation.cost import own_peak_bytes
+from stepquant.evaluation.fidelity import psnr, ssim
+from stepquant.evaluation.proxy import ClassifierProxy
+from stepquant.loading import resolve_pipeline
+from stepquant.models import denoiser_name
+from stepquant.pipelines import draw_many, kind_of, make_request
+from stepquant.progress import Progress
+from stepquant.quiet import silence_libraries
+from stepquant.recipes.files import resolve_recipe
+from stepquant.studies.reference import reference
+from stepquant.studies.spec import Cell
+
+PACKAGES = ("stepquant", "torch", "diffusers")
+
+
+class Stopwatch(Progress):
+    """Seconds spent in each task, by its description."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        start = time.monotonic()
+        yield lambda n: None
+        self.seconds[description] += time.monotonic() - start
+
+
+def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
+    """Quantize, draw, compare; returns the cell's line.
+
+    ``quantize_seconds`` leaves out the collection of samples, which cells share. ``peak_memory_bytes`` is the highest
+    resident memory of this process up to the end of quantization, libraries (about 0.5 GB) included.
+    """
+    pipeline = resolve_pipeline(cell.source)
+    stopwatch = Stopwatch()
+    start = time.monotonic()
+    quantized = stepquant.quantize(
+        pipeline,
+        cell.bits,
+        recipe=resolve_recipe(cell.recipe),
+        calibration=cell.calibration,
+        guidance=cell.guidance,
+        seed=cell.noise,
+        cache=cache,
+        progress=stopwatch,
+        **cell.arguments,
+    )
+    seconds = time.monotonic() - start - stopwatch.seconds[COLLECTING]
+    peak = own_peak_bytes()
+
+    request = make_request(pipeline, cell.evaluation.steps, guidance=cell.guidance)
+    full = reference(pipeline, request, cell.evaluation, cell.noise, cache)
+    pictures = draw_many(quantized, request, cell.evaluation.pictures, cell.noise, Progress(), "")
+    compared = slice(0, cell.evaluation.count)
+    figures: dict[str, Any] = {
+        "psnr_db": round(float(psnr(pictures[compared], full.pictures[compared]).mean()), 2),
+        "ssim": round(ssim(pictures[compared], full.pictures[compared]), 4),
+        "step_error_percent": full.step_errors(getattr(quantized, denoiser_name(quantized))),
+    }
+    proxy = ClassifierProxy.of(cell.source)
+    if proxy is not None:
+        for suffix, drawn in (("", pictures), ("_fp32", full.pictures)):
+            distance = proxy.frechet(drawn)
+            if distance is not None:
+                figures[f"frechet_classifier{suffix}"] = round(distance, 3)
+            if kind_of(pipeline) == "class":
+                labels = [int(request.condition(index)) for index in range(len(drawn))]
+                figures[f"class_agreement{suffix}"] = round(proxy.agreement(drawn, labels), 4)
+    return cell.model_dump(mode="json") | {
+        **figures,
+        "quantize_seconds": round(seconds, 1),
+        "peak_memory_bytes": peak,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name).partition("+")[0] for name in PACKAGES},
+    }
+
+
+def work(cell: Cell, cache: Path, answer: Connection) -> None:
+    """Entry point of the process: sends the line, or the sentence of what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an exception, so that temporary folders are removed
+    torch.set_num_threads(1)
+    silence_libraries()
+    try:
+        answer.send(run_cell(cell, cache))
+    except Exception as error:  # told by the parent, which goes on with the other cells
+        answer.send(f"{type(error).__name__}: {error}")

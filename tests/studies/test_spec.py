@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from stepquant.errors import StepquantError
+from stepquant.studies import Study, read_study
+
+STUDY = {
+    "models": ["fashion-class", "emoji-ldm"],
+    "bits": ["w8a8", "w4a4"],
+    "seeds": [0, 1],
+    "guidance": {"fashion-class": 4.0},
+    "recipes": {"minmax": {}, "short": {"recipe": "q-diffusion", "iterations": 5}},
+}
+
+
+def test_cells_come_seed_by_seed_then_bits_models_recipes():
+    cells = list(Study.model_validate(STUDY).cells())
+    order = [(cell.seed, cell.bits, cell.model, cell.label) for cell in cells]
+    assert order == list(itertools.product([0, 1], ["w8a8", "w4a4"], STUDY["models"], ["minmax", "short"]))
+    assert cells[1].recipe == "q-diffusion"
+    assert cells[1].arguments["iterations"] == 5
+    assert "rounding" in cells[1].arguments, "defaults are part of a cell"
+    assert [cell.guidance for cell in cells[:4:2]] == [4.0, None]
+    assert cells[0].source == "zoo:fashion-class"
+
+
+def test_identity_is_what_determines_the_result():
+    def identities(**changes):
+        return [cell.identity for cell in Study.model_validate(STUDY | changes).cells()]
+
+    base = identities()
+    assert len(set(base)) == len(base)
+    renamed = {"other name": {"recipe": "minmax"}, "short": STUDY["recipes"]["short"]}
+    assert identities(recipes=renamed) == base
+    for change in (
+        {"evaluation": {"count": 8}},
+        {"evaluation": {"frechet_count": 99}},
+        {"calibration": {"samples": 8}},
+        {"guidance": {"fashion-class": 3.0, "emoji-ldm": 1.0}},
+        {"seeds": [2, 3]},
+        {"bits": ["w8a4", "w6a6"]},
+    ):
+        assert not set(identities(**change)) & set(base), change
+
+
+def test_seeds_share_no_noise():
+    cells = list(Study.model_validate(STUDY | {"evaluation": {"count": 10_000}}).cells())
+    starts = sorted({cell.noise for cell in cells})
+    assert starts[1] - starts[0] >= cells[0].evaluation.pictures
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"models": ["nope"]}, "no model 'nope'"),
+        ({"bits": ["w2a2"]}, "no bits 'w2a2'"),
+        ({"seeds": [9]}, "no seed 9"),
+        ({"recipes": ["magic"]}, "no recipe 'magic'"),
+    ],
+)
+def test_filters(wanted, message):
+    study = Study.model_validate(STUDY)
+    assert [cell.label for cell in study.only(recipes=["short"], seeds=[1], bits=["w4a4"]).cells()] == ["short"] * 2
+    with pytest.raises(StepquantError, match=message):
+        study.only(**wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipes": {"magic": {}}}, "unknown recipe 'magic'"),
+        ({"recipes": {"minmax": {"iterations": 5}}}, "no hyperparameter 'iterations'"),
+        ({"recipes": {"own": {"recipe": "nowhere.py:f"}}}, "no recipe file 'nowhere.py'"),
+        ({"models": ["nope"]}, "no model 'nope'"),
+        ({"bits": ["w9a9"]}, "bits"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_the_work(change, message):
+    with pytest.raises(StepquantError, match=message):
+        list(Study.model_validate(STUDY | change).cells())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models = [", "cannot be read"),
+        ("bits = []", "models: Field required"),
+        ('models = ["a"]\nbits = ["w8a8"]\nseeds = [-1]\n[recipes]\nminmax = {}', "seeds.0"),
+        ('models = ["a"]\nbits = ["w8a8"]\nseeds = [0]\ncount = 3\n[recipes]\nminmax = {}', "count: Extra"),
+    ],
+)
+def test_a_bad_file_is_told_in_one_sentence(text, message, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    with pytest.raises(StepquantError, match=message):
+        read_study(path)
+
+
+def test_the_studies_of_this_repository_are_sound():
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.toml"))
+    assert paths
+    for path in paths:
+        assert list(read_study(path).cells())
