@@ -4,7 +4,7 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import Structure
+from stepquant.nn.deploy import Structure, install_empty
 from stepquant.nn.layers import LayerFormat, QuantizedLinear
 from stepquant.nn.tables import QuantizedWeight
 from stepquant.nn.trainable import group_channels, wrap
@@ -15,6 +15,7 @@ def quantized_linear() -> QuantizedLinear:
     linear = nn.Linear(6, 5)
     clock = StepClock()
     layer = wrap(linear, 4, 8, clock)
+    layer.balance(torch.rand(6) + 0.5)
     layer.activation_quantizer.observing = True
     layer(torch.randn(3, 6))
     layer.activation_quantizer.set_range("minmax")
@@ -39,12 +40,22 @@ def test_half_leaves_scales_alone():
     assert module.input_scale.dtype == torch.float32 and torch.equal(module.input_scale, scale)
 
 
-@pytest.mark.parametrize("name, value", [("weight_scale", -1.0), ("weight_scale", float("nan")), ("input_scale", 0.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("weight_scale", -1.0), ("weight_scale", float("nan")), ("input_scale", 0.0), ("input_balance", -2.0)],
+)
 def test_bad_scales_are_refused(name, value):
     module = quantized_linear()
     getattr(module, name).view(-1)[0] = value
-    with pytest.raises(StepquantError, match="scale"):
+    with pytest.raises(StepquantError, match="not a positive number"):
         module.layer()
+
+
+def test_a_convolution_with_channel_groups_cannot_be_balanced():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    layers = {"0": {"weight_bits": 4, "weight_groups": [2], "activation_bits": 4, "balanced": True}}
+    with pytest.raises(StepquantError, match="channel groups"):
+        install_empty(model, {"timesteps": [0.0], "layers": layers, "attentions": {}})
 
 
 def test_zero_points_off_the_grid_are_refused():
@@ -76,6 +87,7 @@ def test_groups_respect_the_split(channels, split, size, expected):
         {"timesteps": []}, {"timesteps": [2.0, 1.0]}, {"timesteps": [float("nan")]},
         {"layers": {"a": {"weight_bits": 9, "weight_groups": [1]}}},
         {"layers": {"a": {"weight_bits": 4, "weight_groups": [-1]}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "balanced": True}}},
         {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_rows": 10**9}}},
         {"attentions": {"a": {"colour": {"bits": 8}}}},
     ],

@@ -1,8 +1,15 @@
+import copy
+
+import pytest
 import torch
+from torch import nn
 
 from stepquant.nn.clock import StepClock
+from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear
 from stepquant.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from stepquant.nn.trainable import wrap
 from stepquant.numerics.affine import fake_quantize
+from stepquant.runtime.reference import ReferenceKernel
 
 
 def test_a_static_table_spans_all_that_was_observed():
@@ -76,7 +83,7 @@ def test_weight_codes_agree_with_the_simulated_weight_nearest_and_learned():
     for bits in (4, 6, 8):
         quantizer = WeightQuantizer(weight, bits, (3, 5), "minmax")
         for _ in range(2):
-            scale, zero_point = (quantizer._like(v, weight) for v in (quantizer.scale, quantizer.zero_point))
+            scale, zero_point = quantizer.grid(weight)
             codes = quantizer.codes(weight)
             assert torch.allclose((codes.float() - zero_point) * scale, quantizer(weight))
             rounding = quantizer.learn(weight)
@@ -87,3 +94,39 @@ def test_weight_codes_agree_with_the_simulated_weight_nearest_and_learned():
             quantizer.settle(weight)
         if bits == 8:
             assert bool((quantizer.zero_point == 128).all())
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_balanced_layer_is_finer_where_channels_differ_and_ships_as_it_was_simulated(kind):
+    torch.manual_seed(4)
+    sizes = torch.tensor([0.1, 0.1, 10, 1, 1, 1])
+    plain = nn.Linear(6, 5) if kind == "linear" else nn.Conv2d(6, 5, 3, padding=1)
+    x = torch.randn(8, 6) * sizes if kind == "linear" else torch.randn(8, 6, 4, 4) * sizes[:, None, None]
+    clock = StepClock()
+    errors = []
+    for balance in (None, sizes.sqrt()):
+        layer = wrap(copy.deepcopy(plain), 6, 6, clock, split=2)
+        if balance is not None:
+            layer.balance(balance)
+        layer.activation_quantizer.observing = True
+        layer(x)
+        layer.activation_quantizer.set_range("minmax")
+        errors.append((layer(x) - plain(x)).norm().item())
+    assert errors[1] < 0.6 * errors[0]
+    frozen = layer.freeze()
+    shipped = (QuantizedLinear if kind == "linear" else QuantizedConv2d).like(plain, LayerFormat.of(frozen), clock)
+    shipped.fill(frozen)
+    assert torch.equal(shipped.layer().balance, sizes.sqrt())
+    torch.testing.assert_close(ReferenceKernel(shipped)(x, clock.row), layer(x))
+
+
+def test_codes_of_a_balanced_weight_are_those_of_the_simulated_one():
+    torch.manual_seed(5)
+    weight = torch.randn(6, 8, 3, 3)
+    quantizer = WeightQuantizer(weight, 4, (3, 5), "minmax")
+    quantizer.set_range(weight, torch.rand(8) + 0.1)
+    for start in (quantizer.learn, quantizer.finetune):
+        start(weight).data.normal_()
+        quantizer.settle(weight)
+        scale, zero_point = quantizer.grid(weight)
+        torch.testing.assert_close((quantizer.codes(weight).float() - zero_point) * scale, quantizer(weight))

@@ -134,6 +134,8 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             if isinstance(module, nn.Linear):
                 quantized = QuantizedLinear.like(module, layer_format, clock)
             elif isinstance(module, nn.Conv2d) and can_quantize(module):
+                if layer_format.balanced and module.groups > 1:
+                    raise StepquantError(f"layer {name!r} has channel groups and cannot be balanced: it is damaged.")
                 quantized = QuantizedConv2d.like(module, layer_format, clock)
             else:
                 raise StepquantError(

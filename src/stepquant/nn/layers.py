@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.packing import pack, packed_bytes, unpack
@@ -36,6 +35,7 @@ class LayerFormat(BaseModel):
         activation_bits: 2 to 8, or None where the activation stays floating point.
         activation_groups: sizes of the channel groups with an activation scale of their own; () means one.
         activation_rows: rows of the activation table, 1 for a static grid.
+        balanced: whether the layer has a `QuantizedLayer.balance`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,6 +45,13 @@ class LayerFormat(BaseModel):
     activation_bits: Bits | None = None
     activation_groups: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
     activation_rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    balanced: bool = False
+
+    @model_validator(mode="after")
+    def _balance_needs_activations(self) -> LayerFormat:
+        if self.balanced and self.activation_bits is None:
+            raise ValueError("a layer is balanced only where its activation is quantized")
+        return self
 
     @classmethod
     def of(cls, layer: QuantizedLayer) -> LayerFormat:
@@ -57,6 +64,7 @@ class LayerFormat(BaseModel):
             activation_bits=activation.bits,
             activation_groups=activation.group_sizes,
             activation_rows=activation.scale.shape[0],
+            balanced=layer.balance is not None,
         )
 
 
@@ -78,6 +86,7 @@ class QuantizedModule(nn.Module):
         weight_scale: float32 [G, out]; weight_zero_point: uint8 [G, out].
         bias: float32 [out], or None.
         input_scale: float32 [R, S]; input_zero_point: uint8 [R, S]; absent when the activation is not quantized.
+        input_balance: float32 [in]; absent when the layer is not balanced.
     """
 
     weight_packed: Tensor
@@ -86,6 +95,7 @@ class QuantizedModule(nn.Module):
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
+    input_balance: Tensor
 
     def __init__(self, weight_shape: tuple[int, ...], bias: bool, layer_format: LayerFormat, clock: StepClock) -> None:
         super().__init__()
@@ -103,6 +113,8 @@ class QuantizedModule(nn.Module):
             table = (layer_format.activation_rows, max(1, len(layer_format.activation_groups)))
             self.register_buffer("input_scale", torch.ones(table))
             self.register_buffer("input_zero_point", torch.zeros(table, dtype=torch.uint8))
+        if layer_format.balanced:
+            self.register_buffer("input_balance", torch.ones(weight_shape[1]))
 
     def fill(self, layer: QuantizedLayer) -> None:
         """Copy the tensors of `layer`, whose format must be this module's."""
@@ -113,6 +125,8 @@ class QuantizedModule(nn.Module):
         if layer.activation is not None:
             self.input_scale = layer.activation.scale.clone()
             self.input_zero_point = layer.activation.zero_point.clone()
+        if layer.balance is not None:
+            self.input_balance = layer.balance.clone()
 
     def layer(self) -> QuantizedLayer:
         """The layer's integers and tables, unpacked and checked; raises `StepquantError` on damage."""
@@ -121,16 +135,15 @@ class QuantizedModule(nn.Module):
         weight = QuantizedWeight(
             codes, self.weight_scale, self.weight_zero_point, layer_format.weight_bits, layer_format.weight_groups
         )
-        weight.check()
-        if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
-            raise StepquantError("a bias is not finite: the checkpoint is damaged, quantize the model again.")
         activation = None
         if layer_format.activation_bits is not None:
             activation = ActivationTable(
                 self.input_scale, self.input_zero_point, layer_format.activation_bits, layer_format.activation_groups
             )
-            activation.check()
-        return QuantizedLayer(weight, self.bias, activation)
+        balance = self.input_balance if layer_format.balanced else None
+        layer = QuantizedLayer(weight, self.bias, activation, balance)
+        layer.check()
+        return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         return keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))

@@ -36,10 +36,13 @@ class ActivationQuantizer(nn.Module):
         group_sizes: sizes of channel groups with a scale of their own; () for one scale.
         rows: rows of the table: 1, or the number of the clock's timesteps.
         unsigned: x is known to be in [0, 1] (attention probabilities): zero point 0.
+
+    `balance`, float32 [channels] or None for ones, multiplies the scale of each channel (`QuantizedLayer.balance`).
     """
 
     scale: Tensor
     zero_point: Tensor
+    balance: Tensor | None
 
     OBSERVED_VALUES = 1 << 12
     """Values kept of each observed batch, row and group for the range search, next to the true min and max."""
@@ -64,6 +67,7 @@ class ActivationQuantizer(nn.Module):
         shape = (rows, max(1, len(group_sizes)))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape))
+        self.register_buffer("balance", None)
         self.gain: TableGain | IntervalGenerator | None = None
         self.found_gain: tuple[Tensor, Tensor] | None = None
         self._samples: list[tuple[int, Tensor]] = []
@@ -113,7 +117,13 @@ class ActivationQuantizer(nn.Module):
         row = self.clock.row if self.rows > 1 else torch.zeros((), dtype=torch.long)
         values = (self.current_scale(row), self.zero_point[row])
         scale, zero_point = (self._broadcast(value, x) for value in values)
-        return scale, zero_point
+        return (scale if self.balance is None else scale * self._along_channels(self.balance, x)), zero_point
+
+    def _along_channels(self, values: Tensor, x: Tensor) -> Tensor:
+        """[channels] shaped to broadcast against x."""
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        return values.reshape(shape)
 
     def _broadcast(self, value: Tensor, x: Tensor) -> Tensor:
         if len(self.group_sizes) > 1:
@@ -126,6 +136,8 @@ class ActivationQuantizer(nn.Module):
         return per_sample(value, x) if value.dim() == 2 else value.reshape((1,) * x.dim())
 
     def _observe(self, x: Tensor) -> None:
+        if self.balance is not None:
+            x = x / self._along_channels(self.balance, x)
         groups = x.movedim(self.channel_dim, 1).split(self.group_sizes or (x.shape[self.channel_dim],), dim=1)
         samples = [group.reshape(x.shape[0], -1) for group in groups]
         if self.rows == 1:
@@ -199,30 +211,50 @@ class WeightQuantizer(nn.Module):
         method: how the range is found. At 8 bits it is min-max whatever is asked for: the least error there clips the
             largest weights, which shrinks a layer's gain at every step alike and costs more than it saves
             (``docs/quality.md``).
+
+    `balance`, float32 [in] or None for ones, divides the scale of each input channel (`QuantizedLayer.balance`).
     """
 
     scale: Tensor
     zero_point: Tensor
+    balance: Tensor | None
 
     def __init__(self, weight: Tensor, bits: int, group_sizes: tuple[int, ...], method: RangeMethod) -> None:
         super().__init__()
-        self.bits, self.group_sizes = bits, group_sizes
+        self.bits, self.group_sizes, self.method = bits, group_sizes, method
         self.rounding: nn.Parameter | None = None
-        scales, zero_points = [], []
-        for group in weight.detach().float().split(group_sizes, dim=1):
-            values = group.flatten(1)
-            low, high = find_range(values, bits, "minmax" if bits == 8 else method, symmetric=bits == 8)
-            scale, zero_point = affine_from_range(low, high, bits, symmetric=bits == 8)
-            scales.append(scale)
-            zero_points.append(zero_point)
-        self.register_buffer("scale", torch.stack(scales))
-        self.register_buffer("zero_point", torch.stack(zero_points))
+        self.register_buffer("scale", torch.ones(len(group_sizes), weight.shape[0]))
+        self.register_buffer("zero_point", torch.zeros(len(group_sizes), weight.shape[0]))
+        self.set_range(weight, None)
         self.decided: Tensor | None = None
         self.start: Tensor | None = None
         self.shift: nn.Parameter | None = None
 
+    def set_range(self, weight: Tensor, balance: Tensor | None) -> None:
+        """Search the range of the weight, its input channels multiplied by `balance`."""
+        self.register_buffer("balance", balance)
+        method = "minmax" if self.bits == 8 else self.method
+        balanced = weight.detach().float()
+        if balance is not None:
+            balanced = balanced * balance.reshape(-1, *(1,) * (weight.dim() - 2))
+        for index, group in enumerate(balanced.split(self.group_sizes, dim=1)):
+            low, high = find_range(group.flatten(1), self.bits, method, symmetric=self.bits == 8)
+            grid = affine_from_range(low, high, self.bits, symmetric=self.bits == 8)
+            self.scale[index], self.zero_point[index] = grid
+
+    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of every input channel, shaped to broadcast against the weight [out, in, *kernel]."""
+        grids = []
+        for values in (self.scale, self.zero_point):
+            expanded = expand_groups(values, self.group_sizes).t()
+            grids.append(expanded.reshape(expanded.shape + (1,) * (weight.dim() - 2)))
+        scale, zero_point = grids
+        if self.balance is not None:
+            scale = scale / self.balance.reshape(-1, *(1,) * (weight.dim() - 2))
+        return scale, zero_point
+
     def forward(self, weight: Tensor) -> Tensor:
-        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        scale, zero_point = self.grid(weight)
         top = largest_code(self.bits)
         if self.shift is not None:
             steps = self._moved()
@@ -237,7 +269,7 @@ class WeightQuantizer(nn.Module):
 
     def learn(self, weight: Tensor) -> nn.Parameter:
         """Start AdaRound: one variable a weight, initialised so that the soft code is the unrounded one."""
-        steps = weight.detach() / self._like(self.scale, weight)
+        steps = weight.detach() / self.grid(weight)[0]
         self.rounding = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
         return self.rounding
 
@@ -249,7 +281,7 @@ class WeightQuantizer(nn.Module):
         direction is held). The scale stays.
         """
         codes = self.codes(weight).to(weight.dtype)
-        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        scale, zero_point = self.grid(weight)
         self.start = torch.clamp(weight.detach() / scale + zero_point, codes - CELL, codes + CELL)
         self.shift = nn.Parameter(torch.zeros_like(weight))
         return self.shift
@@ -272,7 +304,7 @@ class WeightQuantizer(nn.Module):
             return self._moved().round().clamp(0, largest_code(self.bits)).to(torch.uint8)
         if self.rounding is None and self.decided is not None:
             return self.decided
-        scale, zero_point = self._like(self.scale, weight), self._like(self.zero_point, weight)
+        scale, zero_point = self.grid(weight)
         if self.rounding is not None:
             steps = torch.floor(weight / scale) + (self.rounding >= 0)
         else:
@@ -283,10 +315,6 @@ class WeightQuantizer(nn.Module):
         """The weight under finetuning, in steps of its grid and not rounded."""
         assert self.start is not None and self.shift is not None
         return self.start + self.shift
-
-    def _like(self, values: Tensor, weight: Tensor) -> Tensor:
-        expanded = expand_groups(values, self.group_sizes).t()
-        return expanded.reshape(expanded.shape + (1,) * (weight.dim() - 2))
 
 
 def _thin(values: Tensor, count: int) -> Tensor:

@@ -91,11 +91,30 @@ class ActivationTable:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A linear or convolution in integers; ``activation`` is None where only the weight is quantized."""
+    """A linear or convolution in integers; ``activation`` is None where only the weight is quantized.
+
+    Attributes:
+        balance: float32 [in], finite and positive, or None for ones. The codes of input channel c stand for
+            ``x_c / balance_c`` and those of the weight for ``w_c * balance_c``, so that their products are the same:
+            channels of large values get coarser steps and small ones finer, at no cost beside the multiplication that
+            quantizing is (SmoothQuant, arXiv 2211.10438, without a layer before that takes it up). Only with
+            quantized activations, and for layers without channel groups of a convolution.
+    """
 
     weight: QuantizedWeight
     bias: Tensor | None
     activation: ActivationTable | None
+    balance: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise `StepquantError` unless the invariants of all parts hold."""
+        self.weight.check()
+        if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
+            raise StepquantError(_damaged("a bias is not finite"))
+        if self.activation is not None:
+            self.activation.check()
+        if self.balance is not None:
+            _check_scale("balance", self.balance, (self.weight.codes.shape[1],))
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     return values.repeat_interleave(torch.tensor(group_sizes), dim=0)
 
 
-def _check_scale(what: str, scale: Tensor, shape: tuple[int, int]) -> None:
+def _check_scale(what: str, scale: Tensor, shape: tuple[int, ...]) -> None:
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
         raise StepquantError(
             _damaged(f"{what} scales are {scale.dtype} {list(scale.shape)}, not float32 {list(shape)}")

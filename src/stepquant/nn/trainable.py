@@ -52,7 +52,14 @@ class TrainableLayer(nn.Module):
         )
         bias = None if self.inner.bias is None else self.inner.bias.detach().float().cpu().clone()
         activation = None if self.activation_quantizer is None else self.activation_quantizer.table()
-        return QuantizedLayer(quantized, bias, activation)
+        balance = None if weight.balance is None else weight.balance.float().cpu().clone()
+        return QuantizedLayer(quantized, bias, activation, balance)
+
+    def balance(self, balance: Tensor) -> None:
+        """Divide input channels by `balance`, float [in], and multiply the weight's by it; searches its range anew."""
+        assert self.activation_quantizer is not None
+        self.weight_quantizer.set_range(self.inner.weight, balance)
+        self.activation_quantizer.balance = balance
 
 
 class TrainableAttention(AttentionProcessor):

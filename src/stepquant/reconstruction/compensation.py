@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
-from stepquant.nn.tables import expand_groups
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.affine import largest_code
 from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows
@@ -65,11 +64,7 @@ def compensate(
 def _compensate_layer(layer: TrainableLayer, moments: Tensor, cross: Tensor) -> None:
     weight, quantizer = layer.inner.weight, layer.weight_quantizer
     flat = weight.flatten(1)
-    kernel = flat.shape[1] // weight.shape[1]
-    scale, zero_point = (
-        expand_groups(values, quantizer.group_sizes).t().repeat_interleave(kernel, dim=1).expand_as(flat)
-        for values in (quantizer.scale, quantizer.zero_point)
-    )
+    scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
     aligned = aligned_weight(flat, moments, cross)
     compensated = compensated_weight(aligned, moments, scale, zero_point, quantizer.bits)
     codes = (torch.round(compensated / scale) + zero_point).clamp(0, largest_code(quantizer.bits))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.numerics.affine import largest_code
-from stepquant.runtime.segments import channel_dim, segments_of
+from stepquant.runtime.segments import along_channels, channel_dim, segments_of
 
 MOST_INPUTS = (1 << 31) // (255 * 128)
 """Products of a code and a weight that an int32 accumulator holds in the worst case."""
@@ -72,6 +72,7 @@ class OneDnnKernel(Kernel):
         self.register_buffer("scale", layer.activation.scale.clone(), persistent=False)
         self.register_buffer("inverse", layer.activation.scale.reciprocal(), persistent=False)
         self.register_buffer("zero_point", layer.activation.zero_point.int(), persistent=False)
+        self.balance = layer.balance
         self.spans: list[tuple[int, int, int]] = []
         self.weights: list[tuple[Tensor, Tensor, Tensor]] = []
         self.bias = layer.bias
@@ -99,9 +100,12 @@ class OneDnnKernel(Kernel):
         assert y is not None
         return y
 
-    def codes(self, x: Tensor, row: int, group: int) -> Tensor:
-        """uint8 codes of x, as `numerics.affine.quantize` defines them."""
-        steps = x * self.inverse[row, group]
+    def codes(self, x: Tensor, row: int, group: int, balance: Tensor | None = None) -> Tensor:
+        """uint8 codes of x, as `numerics.affine.quantize` defines them; balance: float32 [channels of x]."""
+        inverse = self.inverse[row, group]
+        if balance is not None:
+            inverse = along_channels((self.scale[row, group] * balance).reciprocal(), self.dim, x.dim())
+        steps = x * inverse
         steps = steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top)
         # torch converts float to uint8 one element at a time; by way of int16 both conversions run in vectors.
         return steps.to(torch.int16).to(torch.uint8)
@@ -111,7 +115,7 @@ class OneDnnKernel(Kernel):
         y: Tensor | None = None
         for (start, stop, group), weight in zip(self.spans, self.weights, strict=True):
             part = x if len(self.spans) == 1 else x.narrow(self.dim, start, stop - start)
-            codes = self.codes(part, row, group)
+            codes = self.codes(part, row, group, None if self.balance is None else self.balance[start:stop])
             product = self._multiply(codes, row, group, weight, self.bias if y is None else None)
             y = product if y is None else y.add_(product)
         assert y is not None

@@ -43,7 +43,7 @@ class ReferenceKernel(Kernel):
         super().__init__()
         layer = module.layer()
         assert layer.activation is not None
-        self.table = layer.activation
+        self.table, self.balance = layer.activation, layer.balance
         self.bias = layer.bias
         self.apply_map: Apply = linear_map(module)
         self.dim = channel_dim(module)
@@ -61,6 +61,8 @@ class ReferenceKernel(Kernel):
         for segment, weight in zip(self.segments, self.weights, strict=True):
             part = (x if single else x.narrow(self.dim, segment.start, segment.stop - segment.start)).float()
             s, z = (_broadcast(values[..., segment.group], part) for values in (scale, zero_point))
+            if self.balance is not None:
+                s = s * along_channels(self.balance[segment.start : segment.stop], self.dim, part.dim())
             codes = quantize(part, s, z, self.table.bits) - z
             sums.append(self.apply_map(codes.to(weight.dtype), weight))
         return sums
