@@ -3,7 +3,10 @@
 from stepquant.api import load, quantize, save
 from stepquant.calibration.trajectories import Calibration
 from stepquant.config import QuantSpec
+from stepquant.diffusers_quantizer import StepquantConfig, register
 from stepquant.errors import StepquantError
 from stepquant.version import __version__
 
-__all__ = ["Calibration", "QuantSpec", "StepquantError", "__version__", "load", "quantize", "save"]
+register()
+
+__all__ = ["Calibration", "QuantSpec", "StepquantConfig", "StepquantError", "__version__", "load", "quantize", "save"]

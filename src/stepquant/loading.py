@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download, list_repo_files
 from torch import nn
 
 from stepquant import zoo
 from stepquant.checkpoint import is_checkpoint, load_pipeline
+from stepquant.checkpoint.format import MANIFEST
 from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
+from stepquant.nn.deploy import quantized_modules
+from stepquant.runtime import prepare
 
 ZOO_PREFIX = "zoo:"
 
@@ -38,9 +42,14 @@ def resolve_pipeline(model: str, backend: str = "auto") -> Any:
         pipeline = DiffusionPipeline.from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
+    except StepquantError:
+        raise
     except Exception as error:  # from_pretrained documents none of what a damaged folder makes it raise
         raise StepquantError(f"pipeline {model} cannot be loaded: {first_line(error)}.") from None
-    check_finite(getattr(pipeline, denoiser_name(pipeline)), model)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    check_finite(denoiser, model)
+    if quantized_modules(denoiser):  # by stepquant, and saved again by diffusers, which writes no manifest
+        prepare(denoiser, backend)
     return pipeline
 
 
@@ -61,7 +70,10 @@ def locate(model: str) -> Path:
             f"or one of {', '.join(ZOO_PREFIX + name for name in zoo.names())}."
         )
     try:
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+        downloaded = Path(DiffusionPipeline.download(model, use_safetensors=True))
+        if MANIFEST in list_repo_files(model):  # diffusers fetches only what it knows
+            hf_hub_download(model, MANIFEST)
+        return downloaded
     except Exception as error:  # network, hub and file errors come in many classes
         raise StepquantError(
             f"{model!r} is no folder here, and could not be fetched from the hub: {first_line(error)}."

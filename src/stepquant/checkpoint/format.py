@@ -5,6 +5,7 @@
         config.json                                    with a `quantization_config`
         diffusion_pytorch_model.safetensors            packed integers, tables, and the parameters left in float
     stepquant.json                                     `Manifest`: provenance, and size and SHA-256 of every other file
+    README.md                                          the model card, which may be edited: the manifest leaves it out
 
 Nothing in it depends on the time or the machine: the same inputs give the same bytes.
 """
@@ -25,6 +26,9 @@ FORMAT_VERSION = 1
 MANIFEST = "stepquant.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUANT_METHOD = "stepquant"
+DIGEST = "stepquant_digest"
+"""Key of a weight file's metadata that holds the digest of its tensors (`stepquant.workspace.tensors_digest`), in files
+that diffusers' own ``save_pretrained`` wrote, which writes no manifest."""
 LARGEST_JSON = 16 << 20
 """Bytes; a JSON file beyond this is refused unread."""
 
@@ -104,11 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_checkpoint(folder):
         raise StepquantError(f"{folder} holds no {MANIFEST}: it was not written by stepquant.")
     raw = read_json(folder / MANIFEST)
-    version = raw.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise StepquantError(
-            f"{folder} has format version {version}, this stepquant reads up to {FORMAT_VERSION}: upgrade stepquant."
-        )
+    check_version(raw.get("format_version"), str(folder))
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
@@ -119,8 +119,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Check every file against the manifest before anything in it is believed.
+def check_version(version: Any, what: str) -> None:
+    """Raise `StepquantError` if `version` is of a format newer than this one."""
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StepquantError(
+            f"{what} has format version {version}, this stepquant reads up to {FORMAT_VERSION}: upgrade stepquant."
+        )
+
+
+def verify(folder: Path, manifest: Manifest, component: str | None = None) -> None:
+    """Check every file, or those of one component, against the manifest before anything in it is believed.
 
     Raises:
         StepquantError: naming the first file that is missing, changed, unlisted in a component's folder, or outside.
@@ -129,9 +137,10 @@ def verify(folder: Path, manifest: Manifest) -> None:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name or str(relative) != name:
             raise StepquantError(f"{folder / MANIFEST} lists {name!r}, which lies outside the folder: not loaded.")
+        if component is not None and relative.parts[0] != component:
+            continue
         path = folder / relative
-        if any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder) and part != folder):
-            raise StepquantError(f"{path} is a symbolic link, which a checkpoint must not hold: not loaded.")
+        check_link(path, folder)
         if not path.is_file():
             raise StepquantError(f"{path} is missing: the checkpoint is incomplete, copy or quantize it again.")
         size = path.stat().st_size
@@ -140,6 +149,19 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if record(path) != expected:
             raise StepquantError(f"{path} does not match its SHA-256: the checkpoint is damaged, copy it again.")
     listed = {folder / name for name in manifest.files}
-    for path in folder.glob("*/**/*"):
+    for path in folder.glob(f"{component or '*'}/**/*"):
         if path.is_file() and path not in listed:
             raise StepquantError(f"{path} is not part of the checkpoint: remove it, then load again.")
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Raise `StepquantError` if `path`, or a folder between it and `folder`, is a symbolic link.
+
+    The hub's cache is an exception: there a file of ``snapshots/REVISION/`` is a link into ``blobs/`` beside it.
+    """
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    for part in (path, *path.parents):
+        if part == folder or not part.is_relative_to(folder):
+            break
+        if part.is_symlink() and (cache is None or part != path or part.resolve().parent != cache.resolve()):
+            raise StepquantError(f"{path} is a symbolic link, which a checkpoint must not hold: not loaded.")

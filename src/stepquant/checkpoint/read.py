@@ -12,9 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stepquant.checkpoint.format import (
+    DIGEST,
     QUANT_METHOD,
     WEIGHTS,
     Manifest,
+    check_link,
+    is_checkpoint,
     read_json,
     read_manifest,
     verify,
@@ -25,6 +28,7 @@ from stepquant.models import DENOISERS, FAMILIES
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import install_empty
 from stepquant.runtime import prepare
+from stepquant.workspace import tensors_digest
 
 
 def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manifest]:
@@ -76,11 +80,46 @@ def load_denoiser(folder: Path) -> nn.Module:
     install_empty(model, quantization.get("structure") or {}, device="meta")
     _fill(model, folder / WEIGHTS)
     model.register_to_config(quantization_config=quantization)
-    # Layers check themselves when their kernels are built; tables of attentions are read at run time only.
+    check_attentions(model)
+    return model.eval().requires_grad_(False)
+
+
+def verify_component(files: list[Path]) -> None:
+    """Check the weight files of one quantized component before a tensor of them is used, as far as can be known.
+
+    Against the manifest of the pipeline's folder where there is one, else against the digest in the file itself, if it
+    has one.
+
+    Raises:
+        StepquantError: if a file is no safetensors file, is a link to elsewhere, or is damaged.
+    """
+    for path in files:
+        if path.suffix != ".safetensors":
+            raise StepquantError(f"{path} is no safetensors file: a component quantized by stepquant has nothing else.")
+    folder = files[0].parent
+    root = folder.parent
+    if is_checkpoint(root):
+        manifest = read_manifest(root)
+        if any(name.startswith(f"{folder.name}/") for name in manifest.files):
+            verify(root, manifest, folder.name)
+            return
+    for path in files:
+        check_link(path, root)
+        try:
+            with safe_open(path, "pt") as file:
+                recorded = (file.metadata() or {}).get(DIGEST)
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if recorded else {}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise StepquantError(f"{path} cannot be read ({first_line(error)}): the checkpoint is damaged.") from None
+        if recorded and tensors_digest(tensors) != recorded:
+            raise StepquantError(f"{path} does not match its own digest: the checkpoint is damaged, copy it again.")
+
+
+def check_attentions(model: nn.Module) -> None:
+    """Check the tables of attentions, which are read at run time only; layers check theirs when kernels are built."""
     for module in model.modules():
         if isinstance(module, QuantizedAttentionProcessor):
             module.attention()
-    return model.eval().requires_grad_(False)
 
 
 def _fill(model: nn.Module, path: Path) -> None:
@@ -88,23 +127,24 @@ def _fill(model: nn.Module, path: Path) -> None:
     expected = model.state_dict()
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            if names != set(expected):
-                odd = sorted(names ^ set(expected))[0]
-                raise StepquantError(
-                    f"{path}: tensor {odd!r} is missing or does not belong: the checkpoint is damaged."
-                )
-            tensors = {}
-            for name, like in expected.items():
-                if file.get_slice(name).get_shape() != list(like.shape):
-                    raise StepquantError(f"{path}: tensor {name!r} has another shape than the model: damaged.")
-                tensors[name] = _checked(path, name, file.get_tensor(name), like)
+            check_names(path, set(file.keys()), set(expected))
+            tensors = {name: check_tensor(path, name, file.get_tensor(name), like) for name, like in expected.items()}
     except (OSError, SafetensorError) as error:
         raise StepquantError(f"{path} cannot be read ({first_line(error)}): the checkpoint is damaged.") from None
     model.load_state_dict(tensors, assign=True)
 
 
-def _checked(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+def check_names(path: Path, names: set[str], expected: set[str]) -> None:
+    """Raise `StepquantError` unless a file holds exactly the tensors that the model has."""
+    if names != expected:
+        odd = sorted(names ^ expected)[0]
+        raise StepquantError(f"{path}: tensor {odd!r} is missing or does not belong: the checkpoint is damaged.")
+
+
+def check_tensor(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the dtype of `like`; raises `StepquantError` unless shape, kind and values are as they must be."""
+    if tensor.shape != like.shape:
+        raise StepquantError(f"{path}: tensor {name!r} has another shape than the model: damaged.")
     if like.dtype.is_floating_point != tensor.dtype.is_floating_point:
         raise StepquantError(f"{path}: tensor {name!r} is {tensor.dtype}, expected {like.dtype}: damaged.")
     tensor = tensor.to(like.dtype)

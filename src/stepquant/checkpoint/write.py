@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepquant.checkpoint.card import CARD, model_card
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, is_checkpoint, record
 from stepquant.errors import StepquantError
-from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.deploy import made_by_quantization
 from stepquant.workspace import cannot_write, sync
 
 
@@ -41,10 +43,15 @@ def save_pipeline(
             path.unlink()
         _complete(pipeline, draft)
         _forget_origin(draft)
-        save_file(narrow_tensors(denoiser), draft / component / WEIGHTS, metadata={"format": "pt"})
+        tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
+        # One entry of metadata and no more: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, draft / component / WEIGHTS, metadata={"format": "pt"})
+        (draft / CARD).unlink(missing_ok=True)
         files = {
             path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
         }
+        stored = files[f"{component}/{WEIGHTS}"].bytes
+        (draft / CARD).write_text(model_card(pipeline, component, provenance, stored))
         manifest = Manifest(
             format_version=FORMAT_VERSION, component=component, provenance=provenance, files=files
         ).sealed()
@@ -100,15 +107,18 @@ def _forget_origin(folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def narrow_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The state dict as stored: what quantization made as it is, other floats in fp16 wherever that loses nothing."""
-    made = tuple(f"{name}." for name in quantized_modules(denoiser))
-    state = {}
-    for name, tensor in denoiser.state_dict().items():
+def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[str, Tensor]:
+    """A state dict as stored: what quantization made as it is, other floats in fp16 wherever that loses nothing.
+
+    Args:
+        made: prefixes of the names of what quantization made (`stepquant.nn.deploy.made_by_quantization`).
+    """
+    narrowed = {}
+    for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        keep = name.startswith(made) or ".processor." in name or tensor.dtype != torch.float32
-        state[name] = tensor if keep else narrow(tensor)
-    return state
+        keep = name.startswith(made) or tensor.dtype != torch.float32
+        narrowed[name] = tensor if keep else narrow(tensor)
+    return narrowed
 
 
 def narrow(tensor: Tensor) -> Tensor:

@@ -15,17 +15,18 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
 ) -> None:
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
-    from stepquant.checkpoint import is_checkpoint, read_manifest
+    from stepquant.api import provenance_of
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
+    from stepquant.nn.deploy import quantized_modules
     from stepquant.pipelines import kind_of
 
     folder = locate(model)
     pipeline = resolve_pipeline(model)
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
-    quantized = is_checkpoint(folder)
+    quantized = bool(quantized_modules(denoiser))
     console().print(_quantized_table(denoiser) if quantized else _float_table(denoiser))
     stored = folder_bytes(folder / name) / 1e6
     lines = {
@@ -33,7 +34,7 @@ def inspect(
         "denoiser": f"{type(denoiser).__name__}, {stored:.2f} MB on disk",
     }
     if quantized:
-        lines |= {key: json.dumps(value) for key, value in read_manifest(folder).provenance.items()}
+        lines |= {key: json.dumps(value) for key, value in provenance_of(denoiser).items()}
     else:
         lines["denoiser"] += f", {float32_bytes(denoiser) / 1e6:.2f} MB in float32"
     for key, value in lines.items():

@@ -43,6 +43,11 @@ class StepClock:
         return denoiser.register_forward_pre_hook(_ReadTimestep(self, position), with_kwargs=True)
 
 
+def reads_timestep(model: nn.Module) -> bool:
+    """Whether a model's forward takes a `timestep`: a denoiser does, an autoencoder does not."""
+    return "timestep" in inspect.signature(model.forward).parameters
+
+
 class _ReadTimestep:
     """The hook. An object and not a closure, so that a deep copy of the model gets a hook on the copy's clock."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
-from stepquant.nn.clock import StepClock
+from stepquant.nn.clock import StepClock, reads_timestep
 from stepquant.nn.layers import (
     MOST_ROWS,
     Bits,
@@ -101,9 +101,10 @@ class Quantization:
 
 
 def install(model: nn.Module, quantization: Quantization) -> StepClock:
-    """Replace the layers of `model` (a full-precision denoiser, changed in place) by filled quantized ones.
+    """Replace the layers of `model` (full precision, changed in place) by filled quantized ones.
 
-    Kernels are not installed yet: call ``stepquant.runtime.prepare``. Returns the model's clock, attached.
+    Kernels are not installed yet: call ``stepquant.runtime.prepare``. Returns the model's clock, attached where the
+    model has a timestep.
     """
     clock = install_empty(model, quantization.structure())
     for name, layer in quantization.layers.items():
@@ -130,18 +131,13 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
     with torch.device(device):
         for name, layer_format in structure.layers.items():
             module = _submodule(model, name)
-            quantized: QuantizedModule
-            if isinstance(module, nn.Linear):
-                quantized = QuantizedLinear.like(module, layer_format, clock)
-            elif isinstance(module, nn.Conv2d) and can_quantize(module):
-                if layer_format.balanced and module.groups > 1:
-                    raise StepquantError(f"layer {name!r} has channel groups and cannot be balanced: it is damaged.")
-                quantized = QuantizedConv2d.like(module, layer_format, clock)
-            else:
+            if not can_quantize(module):
                 raise StepquantError(
                     f"layer {name!r} is a {type(module).__name__}, expected a linear or a convolution."
                 )
-            replace_module(model, name, quantized)
+            if layer_format.balanced and getattr(module, "groups", 1) > 1:
+                raise StepquantError(f"layer {name!r} has channel groups and cannot be balanced: it is damaged.")
+            replace_module(model, name, _empty_like(module, layer_format, clock))
         for name, operands in structure.attentions.items():
             bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
             rows = {operand: operand_format.rows for operand, operand_format in operands.items()}
@@ -149,8 +145,23 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             if not hasattr(attention, "set_processor"):
                 raise StepquantError(f"{name!r} is a {type(attention).__name__}, expected an attention.")
             attention.set_processor(QuantizedAttentionProcessor(bits, rows, clock))
-    clock.attach(model)
+    if reads_timestep(model):
+        clock.attach(model)
     return clock
+
+
+def quantized_like(module: nn.Module, layer: QuantizedLayer, clock: StepClock) -> QuantizedModule:
+    """A quantized layer in the shape of `module`, filled with `layer`; without a kernel yet."""
+    quantized = _empty_like(module, LayerFormat.of(layer), clock)
+    quantized.fill(layer)
+    return quantized
+
+
+def _empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear.like(module, layer_format, clock)
+    assert isinstance(module, nn.Conv2d)
+    return QuantizedConv2d.like(module, layer_format, clock)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -162,6 +173,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     """All quantized linears and convolutions of `model`, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+
+def made_by_quantization(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of all tensors that quantization made: those of quantized layers and attentions."""
+    kinds = (QuantizedModule, QuantizedAttentionProcessor)
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
 
 
 def _submodule(model: nn.Module, name: str) -> Any:

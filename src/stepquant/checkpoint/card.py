@@ -1,0 +1,49 @@
+"""The model card of a quantized pipeline: ``README.md`` at its root, which the hub shows. It may be edited."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+CARD = "README.md"
+
+
+def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denoiser_bytes: int) -> str:
+    """What the model is, where it comes from and how to load it, in the form the hub reads.
+
+    Args:
+        component: name of the quantized denoiser in the pipeline.
+        denoiser_bytes: size of its weights on disk.
+    """
+    source, recipe = str(provenance.get("source", "")), str(provenance.get("recipe", "round to nearest"))
+    bits = str(provenance.get("spec", {}).get("bits", ""))
+    denoiser = getattr(pipeline, component)
+    tags = ["stepquant", "quantized", *([bits] if bits else [])]
+    head = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
+    if source.count("/") == 1:
+        head += [f"base_model: {source}", "base_model_relation: quantized"]
+    title = f"{source or type(pipeline).__name__} {bits}".strip()
+    rows = {
+        "pipeline": type(pipeline).__name__,
+        "denoiser": f"{type(denoiser).__name__}, {denoiser_bytes / 1e6:.2f} MB",
+        "bits": bits,
+        "recipe": recipe,
+    } | {
+        key: json.dumps(provenance[key], sort_keys=True)
+        for key in ("arguments", "calibration", "seed", "versions")
+        if key in provenance
+    }
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
+    code = [
+        "```python",
+        "import stepquant  # teaches diffusers to load this folder",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipe = DiffusionPipeline.from_pretrained("...")  # this repository or folder',
+        "```",
+    ]
+    about = (
+        f"The denoiser of {source or 'a diffusers pipeline'}, quantized to {bits or 'integers'} by "
+        f"stepquant's recipe `{recipe}`. Everything else in the folder is as it was."
+    )
+    return "\n".join([*head, "---", "", f"# {title}", "", about, "", *code, "", *table, ""])
