@@ -13,6 +13,7 @@ from stepquant.cli.evaluate import evaluate
 from stepquant.cli.inspect import inspect
 from stepquant.cli.lists import recipes, zoo
 from stepquant.cli.quantize import quantize
+from stepquant.cli.report import report
 from stepquant.cli.sample import sample
 from stepquant.cli.study import study
 from stepquant.errors import StepquantError
@@ -50,7 +51,7 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, inspect, study, recipes, zoo):
+for command in (quantize, sample, evaluate, report, inspect, study, recipes, zoo):
     app.command()(_one_line(command))
 
 

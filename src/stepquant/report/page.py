@@ -1,0 +1,125 @@
+"""From a `Report` to one HTML file that needs nothing else: styles, script, figures and pictures are in it."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stepquant.evaluation.compare import SHADOWED
+from stepquant.pictures import SMALLEST_SIDE, grid
+from stepquant.recipes import RECIPES, summary
+from stepquant.report.content import Report
+from stepquant.report.figures import LineChart, drawn_rows, line_chart, png_uri, range_map, sensitivity_map
+from stepquant.report.sensitivity import MEANING
+from stepquant.report.structure import ActivationRange, weights_by_bits
+from stepquant.workspace import write_atomic
+
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of a table of shares: what, how much, and its share of the whole, 0 to 1."""
+
+    name: str
+    amount: int
+    share: float
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the page whole or not at all; raises `StepquantError` where that is impossible."""
+    text = render(report)
+    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def render(report: Report) -> str:
+    """The page. Everything that comes from the checkpoint is escaped, and a policy in the page allows no script but
+    its own and no address to load from."""
+    environment = Environment(
+        loader=PackageLoader("stepquant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"size": _size, "text": _text}
+    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    pictures = report.full_precision, report.quantized
+    figures = report.figures
+    steps = range(1, len(figures.step_error) + 1)
+    curves = [_curve(activation, report) for activation in report.activations if len(activation.scale) > 1]
+    recipe, spec = (report.provenance.get(key) for key in ("recipe", "spec"))
+    return environment.get_template("page.html").render(
+        report=report,
+        figures=figures,
+        shadowed=SHADOWED,
+        style=Markup(style),
+        script=Markup(script),
+        # The hash of exactly what stands between the script tags.
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        spec_bits=spec.get("bits", "") if isinstance(spec, dict) else "fewer bits",
+        recipe_summary=summary(recipe) if isinstance(recipe, str) and recipe in RECIPES else "",
+        pairs=list(zip(*([png_uri(grid(one[None])) for one in side] for side in pictures), strict=True)),
+        small=min(report.quantized.shape[-2:]) < SMALLEST_SIDE,
+        errors=line_chart(
+            steps,
+            figures.step_error,
+            f"Error of the denoiser's output at {len(steps)} steps: {figures.step_error[0]:.2%} at the first, "
+            f"{figures.step_error[-1]:.2%} at the last, {max(figures.step_error):.2%} at most.",
+            "denoising step",
+            "relative error",
+            percent=True,
+        ),
+        map=range_map(report.activations, report.timesteps) if report.activations else None,
+        curves=dict(curves),
+        sensitivity=report.sensitivity,
+        sensitivity_map=sensitivity_map(report.sensitivity) if report.sensitivity else None,
+        sensitivity_meaning=MEANING[report.sensitivity.how] if report.sensitivity else "",
+        became={layer.name: layer for layer in report.layers},
+        components=_parts(report.component_bytes),
+        contents=_parts(report.content_bytes),
+        bits=_parts({_bits(bits): count for bits, count in weights_by_bits(report.layers).items()}),
+    )
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _curve(activation: ActivationRange, report: Report) -> tuple[str, LineChart]:
+    drawn = drawn_rows(len(activation.scale))
+    scale, moments = activation.scale[drawn].tolist(), report.timesteps[drawn].tolist()
+    alt = (
+        f"Scale of {activation.name} over the timestep: {scale[0]:.3g} at {moments[0]:g}, "
+        f"{scale[-1]:.3g} at {moments[-1]:g}, between {min(scale):.3g} and {max(scale):.3g}."
+    )
+    return activation.name, line_chart(moments, scale, alt, "timestep", "scale", percent=False)
+
+
+def _parts(amounts: dict[str, int]) -> list[Part]:
+    whole = sum(amounts.values()) or 1
+    return [Part(name, amount, amount / whole) for name, amount in amounts.items()]
+
+
+def _bits(bits: int | None) -> str:
+    return "floating point" if bits is None else f"{bits} bits"
+
+
+def _size(size: float) -> str:
+    """Bytes for people: three figures."""
+    unit = next((unit for unit in ("kB", "MB") if size / UNITS[unit] < 1000), "GB")
+    value = size / UNITS[unit]
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def _text(value: Any) -> str:
+    """A JSON value as a reader wants it: an object as its entries, anything else in one piece."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(entry)}" for key, entry in value.items()) or "none"
+    if isinstance(value, str):
+        return value
+    return "default" if value is None else json.dumps(value)

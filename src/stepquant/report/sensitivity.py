@@ -1,0 +1,65 @@
+"""What ``stepquant sensitivity`` wrote, as far as a report shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stepquant.errors import StepquantError
+
+MEANING = {
+    "alone": "Relative squared error of the denoiser's output while this layer alone is quantized.",
+    "relief": "How much the output's relative squared error falls when this layer alone keeps full precision.",
+}
+
+
+class LayerSensitivity(BaseModel):
+    """One layer: the bits it was tried at, its error over all steps, and in each group of steps."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    bits: str
+    error: float
+    errors: list[float]
+
+
+class SensitivityFile(BaseModel):
+    """The parts of ``sensitivity.json`` that are shown.
+
+    Attributes:
+        how: which ranking it is, see `MEANING`.
+        step_groups: first and last sampler step of each group, from 0 (pure noise) on.
+        layers: in execution order.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    how: Literal["alone", "relief"]
+    samples: int
+    step_groups: Annotated[list[tuple[int, int]], Field(min_length=1)]
+    layers: Annotated[list[LayerSensitivity], Field(min_length=1)]
+
+
+def read_sensitivity(path: Path, layers: Collection[str]) -> SensitivityFile:
+    """Read a file of ``stepquant sensitivity`` for the model whose layers are called `layers`.
+
+    Raises:
+        StepquantError: if it cannot be read, is something else, or was measured on another model.
+    """
+    try:
+        measured = SensitivityFile.model_validate_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StepquantError(f"sensitivity file {path} cannot be read: {error}.") from None
+    except ValidationError:
+        raise StepquantError(f"{path} is no sensitivity.json that stepquant sensitivity wrote.") from None
+    groups = len(measured.step_groups)
+    for layer in measured.layers:
+        if layer.name not in layers:
+            raise StepquantError(f"{path} was measured on another model: this one has no layer {layer.name!r}.")
+        if len(layer.errors) != groups:
+            raise StepquantError(f"{path} is damaged: layer {layer.name!r} has no error for each group of steps.")
+    return measured

@@ -1,0 +1,171 @@
+"""What a quantized denoiser is made of: its layers with their bits and bytes, and the range of every activation."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.checkpoint.write import narrow_tensors
+from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import QuantizedConv2d, QuantizedModule, can_quantize
+from stepquant.nn.tables import ActivationTable
+from stepquant.numerics.affine import largest_code
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """The interval that one quantized activation covers, at each of its table rows.
+
+    Attributes:
+        name: of the layer whose input it is, or of the attention and its operand; with the channels where a layer has
+            several grids.
+        bits: 2 to 8.
+        scale: float32 [R], R = 1 where it is static; rows in ascending order of their timesteps.
+    """
+
+    name: str
+    bits: int
+    scale: Tensor
+
+    @property
+    def width(self) -> Tensor:
+        """``scale * (2^bits - 1)``: from the smallest to the largest value that has a code; float32 [R]."""
+        return self.scale * largest_code(self.bits)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer as the table shows it.
+
+    Attributes:
+        kind: "convolution", "linear" or "attention".
+        shape: of the weight; () for an attention.
+        weight_bits: None where the weight stays in floating point; an attention has none.
+        activation_bits: None where the activation stays in floating point; of an attention, those of its
+            operands, named where they differ.
+        rows: table rows, 1 for a static grid; None without a table.
+        stored_bytes: of all its tensors in the checkpoint.
+        ranges: smallest and largest `ActivationRange.width`; None without a table, and for an attention, whose
+            operands have nothing in common.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    activation_bits: str | None
+    rows: int | None
+    stored_bytes: int
+    ranges: tuple[float, float] | None
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are; 0 for an attention."""
+        return math.prod(self.shape) if self.shape else 0
+
+
+def timesteps_of(denoiser: nn.Module) -> Tensor:
+    """What the rows of per-step tables stand for, float32 [R], ascending."""
+    return next(iter(quantized_modules(denoiser).values())).clock.timesteps
+
+
+def activation_ranges(denoiser: nn.Module) -> list[ActivationRange]:
+    """Every quantized activation, in the order of the modules: inputs of layers, then operands of attentions."""
+    ranges = []
+    for name, module in quantized_modules(denoiser).items():
+        table = module.layer().activation
+        if table is not None:
+            ranges += _ranges_of(name, table)
+    for name, processor in _processors(denoiser):
+        for operand in processor.bits:
+            ranges += _ranges_of(f"{name} {operand}", processor.table(operand))
+    return ranges
+
+
+def _ranges_of(name: str, table: ActivationTable) -> list[ActivationRange]:
+    if len(table.group_sizes) < 2:
+        return [ActivationRange(name, table.bits, table.scale[:, 0])]
+    edges = [0, *torch.tensor(table.group_sizes).cumsum(0).tolist()]
+    labels = [f"{name} [{start}:{stop}]" for start, stop in pairwise(edges)]
+    return [ActivationRange(label, table.bits, table.scale[:, group]) for group, label in enumerate(labels)]
+
+
+def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
+    """Every linear, convolution and quantized attention, in the order of the modules."""
+    stored = {name: tensor.nbytes for name, tensor in narrow_tensors(denoiser).items()}
+    rows = []
+    for name, module in denoiser.named_modules():
+        own = sum(size for tensor, size in stored.items() if tensor.rpartition(".")[0] == name)
+        if isinstance(module, QuantizedModule):
+            layer = module.layer_format
+            table = module.layer().activation
+            kind = "convolution" if isinstance(module, QuantizedConv2d) else "linear"
+            bits = None if layer.activation_bits is None else str(layer.activation_bits)
+            count = None if table is None else layer.activation_rows
+            rows.append(LayerRow(name, kind, module.weight_shape, layer.weight_bits, bits, count, own, _extent(table)))
+        elif can_quantize(module):
+            kind = "linear" if isinstance(module, nn.Linear) else "convolution"
+            rows.append(LayerRow(name, kind, tuple(module.weight.shape), None, None, None, own, None))
+    for name, processor in _processors(denoiser):
+        own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}.processor."))
+        different = len(set(processor.bits.values())) > 1
+        bits = ", ".join(
+            sorted({f"{operand} {count}" if different else str(count) for operand, count in processor.bits.items()})
+        )
+        count = max((len(processor.table(operand).scale) for operand in processor.bits), default=None)
+        rows.append(LayerRow(name, "attention", (), None, bits or None, count, own, None))
+    return rows
+
+
+def _extent(table: ActivationTable | None) -> tuple[float, float] | None:
+    if table is None:
+        return None
+    width = table.scale * largest_code(table.bits)
+    return float(width.min()), float(width.max())
+
+
+def weights_by_bits(rows: list[LayerRow]) -> dict[int | None, int]:
+    """Bits of the weight, None for floating point -> number of weights; fewest bits first, floating point last."""
+    counts: Counter[int | None] = Counter()
+    for row in rows:
+        if row.shape:
+            counts[row.weight_bits] += row.weights
+    return dict(sorted(counts.items(), key=lambda item: item[0] or math.inf))
+
+
+def bytes_by_content(denoiser: nn.Module) -> dict[str, int]:
+    """Bytes of the denoiser's tensors in the checkpoint, by what they hold; what holds nothing is left out."""
+    sizes: Counter[str] = Counter()
+    layers = quantized_modules(denoiser)
+    for name, tensor in narrow_tensors(denoiser).items():
+        owner, _, kind = name.rpartition(".")
+        if ".processor." in name:
+            content = "activation tables"
+        elif owner not in layers:
+            content = "parameters left in floating point"
+        else:
+            content = _CONTENTS.get(kind, "activation tables")
+        sizes[content] += tensor.nbytes
+    return dict(sizes.most_common())
+
+
+_CONTENTS = {
+    "weight_packed": "weights in integers",
+    "weight_scale": "weight scales and zero points",
+    "weight_zero_point": "weight scales and zero points",
+    "bias": "biases of quantized layers",
+}
+
+
+def _processors(denoiser: nn.Module) -> Iterator[tuple[str, QuantizedAttentionProcessor]]:
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, QuantizedAttentionProcessor):
+            yield name, processor
