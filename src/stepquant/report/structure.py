@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.deploy import made_by_quantization, quantized_modules
 from stepquant.nn.layers import QuantizedConv2d, QuantizedModule, can_quantize
 from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
@@ -99,7 +99,7 @@ def _ranges_of(name: str, table: ActivationTable) -> list[ActivationRange]:
 
 def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
     """Every linear, convolution and quantized attention, in the order of the modules."""
-    stored = {name: tensor.nbytes for name, tensor in narrow_tensors(denoiser).items()}
+    stored = {name: tensor.nbytes for name, tensor in _stored_tensors(denoiser).items()}
     rows = []
     for name, module in denoiser.named_modules():
         own = sum(size for tensor, size in stored.items() if tensor.rpartition(".")[0] == name)
@@ -144,7 +144,7 @@ def bytes_by_content(denoiser: nn.Module) -> dict[str, int]:
     """Bytes of the denoiser's tensors in the checkpoint, by what they hold; what holds nothing is left out."""
     sizes: Counter[str] = Counter()
     layers = quantized_modules(denoiser)
-    for name, tensor in narrow_tensors(denoiser).items():
+    for name, tensor in _stored_tensors(denoiser).items():
         owner, _, kind = name.rpartition(".")
         if ".processor." in name:
             content = "activation tables"
@@ -162,6 +162,10 @@ _CONTENTS = {
     "weight_zero_point": "weight scales and zero points",
     "bias": "biases of quantized layers",
 }
+
+
+def _stored_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
+    return narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
 
 
 def _processors(denoiser: nn.Module) -> Iterator[tuple[str, QuantizedAttentionProcessor]]:
