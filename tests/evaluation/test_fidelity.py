@@ -3,10 +3,13 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
+from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
 from stepquant.pipelines import draw, make_request
 
@@ -27,9 +30,34 @@ def test_ssim_is_one_for_identical_pictures_and_falls_with_noise():
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     noise = torch.randn(2, 3, 16, 16, generator=generator)
-    values = [ssim(pictures + amount * noise, pictures) for amount in (0.0, 0.1, 0.5)]
+    values = [float(ssim(pictures + amount * noise, pictures).mean()) for amount in (0.0, 0.1, 0.5)]
     assert values[0] == pytest.approx(1)
     assert values[0] > values[1] > values[2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_and_ssim_are_those_of_scikit_image(channels):
+    generator = torch.Generator().manual_seed(1)
+    reference = torch.rand(2, channels, 24, 20, generator=generator) * 2 - 1
+    pictures = (reference + 0.2 * torch.randn(reference.shape, generator=generator)).clamp(-1, 1)
+    similarity, decibels = ssim(pictures, reference), psnr(pictures, reference)
+    for index in range(2):
+        ours, theirs = (side[index].double().permute(1, 2, 0).numpy() for side in (pictures, reference))
+        # scikit-image leaves out half a window at the borders: reflected, they are what is left out of the padded ones.
+        padded = [np.pad(side, ((5, 5), (5, 5), (0, 0)), mode="reflect") for side in (theirs, ours)]
+        settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        expected = structural_similarity(*padded, data_range=2.0, channel_axis=2, **settings)
+        assert float(similarity[index]) == pytest.approx(expected, abs=1e-9)
+        assert float(decibels[index]) == pytest.approx(peak_signal_noise_ratio(theirs, ours, data_range=2.0), abs=1e-9)
+
+
+def test_pictures_of_other_sizes_are_refused():
+    pictures = torch.zeros(2, 1, 16, 16)
+    for metric in (psnr, ssim):
+        with pytest.raises(StepquantError, match="cannot be compared"):
+            metric(pictures, torch.zeros(2, 1, 16, 8))
+    with pytest.raises(StepquantError, match="11 x 11"):
+        ssim(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
 
 
 class _Scaled(nn.Module):

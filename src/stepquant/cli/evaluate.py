@@ -11,7 +11,6 @@ from rich.table import Table
 from stepquant.cli.options import (
     Backend,
     Guidance,
-    Prompts,
     Seed,
     Steps,
     at_least_one,
@@ -23,6 +22,8 @@ from stepquant.cli.options import (
 if TYPE_CHECKING:
     from stepquant.evaluation import EvaluationResult
 
+SHADOWED = 32
+"""As `stepquant.evaluation.compare` has it, which is not imported for a table."""
 PICTURES_SHOWN = 16
 
 
@@ -35,15 +36,28 @@ def evaluate(
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
-    prompts: Prompts = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="parti, a COCO captions JSON, or a file with a prompt a line; default: its own.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="METRIC=PATH", help="A further metric; may be repeated; help lists them."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with pictures of the data, for FID and its kin.")] = None,
     backend: Backend = "auto",
 ) -> None:
     """Compare a quantized model with its full-precision origin."""
     from stepquant import evaluation
+    from stepquant.evaluation.metrics import NAMES, check_wanted
+    from stepquant.evaluation.prompts import prompt_set
     from stepquant.pictures import picture_format, save_picture, side_by_side
-    from stepquant.pipelines import read_prompts
     from stepquant.workspace import write_atomic
 
+    if metric == ["help"]:
+        typer.echo("\n".join(f"{name}: {needs}" for name, needs in NAMES.items()))
+        return
+    wanted = {name: path for name, _, path in (text.partition("=") for text in metric or [])}
+    check_wanted(wanted, data)
     at_least_one("count", count)
     at_least_one("steps", steps)
     if grid is not None:
@@ -58,8 +72,11 @@ def evaluate(
         steps=steps,
         seed=seed,
         guidance=guidance,
-        prompts=read_prompts(prompts) if prompts else None,
+        prompts=prompt_set(prompts) if prompts else None,
         backend=backend,
+        metrics=wanted,
+        data=data,
+        cache=Path("out/features"),
         progress=progress(),
     )
     result = evaluated.result
@@ -75,29 +92,41 @@ def evaluate(
 
 
 def _table(result: EvaluationResult) -> Table:
-    table = Table(title=f"{result.count} pictures, {result.steps} steps, seed {result.seed}", title_justify="left")
+    title = f"{result.steps} steps, seed {result.seed}; in brackets: 95 % confidence over pictures"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    table.add_column("full precision", justify="right")
-    table.add_column("quantized", justify="right")
-    table.add_row("PSNR to full precision", "", f"{result.psnr_db:.2f} dB")
-    table.add_row("PSNR of the worst picture", "", f"{result.psnr_db_lowest:.2f} dB")
-    table.add_row("SSIM to full precision", "", f"{result.ssim:.4f}")
-    errors = result.step_error
-    table.add_row("error of a step, first / last", "", f"{errors[0]:.2%} / {errors[-1]:.2%}")
-    table.add_row("error of a step, largest", "", f"{max(errors):.2%}")
+    for column in ("pictures", "full precision", "quantized"):
+        table.add_column(column, justify="right")
+    count = str(result.count)
+    table.add_row("PSNR to full precision", count, "", _between(f"{result.psnr_db:.2f} dB", result.psnr_db_interval, 2))
+    table.add_row("PSNR of the worst picture", count, "", f"{result.psnr_db_lowest:.2f} dB")
+    table.add_row("SSIM to full precision", count, "", _between(f"{result.ssim:.4f}", result.ssim_interval, 4))
+    errors, shadowed = result.step_error, str(min(result.count, SHADOWED))
+    table.add_row("error of a step, first / last", shadowed, "", f"{errors[0]:.2%} / {errors[-1]:.2%}")
+    table.add_row("error of a step, largest", shadowed, "", f"{max(errors):.2%}")
     if result.frechet_classifier is not None and result.frechet_classifier_fp32 is not None:
         distances = (f"{result.frechet_classifier_fp32:.3f}", f"{result.frechet_classifier:.3f}")
-        table.add_row("Frechet distance to the data (classifier)", *distances)
+        table.add_row("Frechet distance to the data (classifier)", count, *distances)
     elif result.frechet_note:
         table.caption = f"no Frechet distance: {result.frechet_note}"
+    for name, figure in result.metrics.items():
+        data = "" if figure.data_count is None else f" of {figure.data_count}"
+        full = "" if figure.full_precision is None else f"{figure.full_precision:.4g}"
+        row = (name, f"{figure.count}{data}", full, _between(f"{figure.value:.4g}", figure.interval, 4))
+        table.add_row(*row)
+        if figure.note:
+            table.add_row(f"    {figure.note}")
     size = (f"{result.denoiser_bytes_fp32 / 1e6:.2f} MB", f"{result.denoiser_bytes / 1e6:.2f} MB")
-    table.add_row("denoiser", *size)
+    table.add_row("denoiser", "", *size)
     ratio = result.denoiser_bytes / result.denoiser_bytes_fp32
-    table.add_row("    of float32", "", f"{ratio:.3f}x")
-    table.add_row(
-        "peak memory", f"{result.peak_memory_bytes_fp32 / 1e6:.0f} MB", f"{result.peak_memory_bytes / 1e6:.0f} MB"
-    )
+    table.add_row("    of float32", "", "", f"{ratio:.3f}x")
+    memory = f"{result.peak_memory_bytes_fp32 / 1e6:.0f} MB", f"{result.peak_memory_bytes / 1e6:.0f} MB"
+    table.add_row("peak memory", "", *memory)
     times = (f"{result.seconds_per_step_fp32 * 1e3:.1f} ms", f"{result.seconds_per_step * 1e3:.1f} ms")
-    table.add_row(f"time of a step, batch of {result.batch_size}", *times)
-    table.add_row("    speed", "", f"{result.speedup:.2f}x")
+    table.add_row(f"time of a step, batch of {result.batch_size}", "", *times)
+    table.add_row("    speed", "", "", f"{result.speedup:.2f}x")
     return table
+
+
+def _between(text: str, interval: tuple[float, float] | None, decimals: int) -> str:
+    return text if interval is None else f"{text} [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
+from stepquant.evaluation.features import FolderPictures
 from stepquant.evaluation.fidelity import Shadow, psnr, ssim
+from stepquant.evaluation.intervals import mean_interval
+from stepquant.evaluation.metrics import Figure, Judged, check_wanted, measure
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
@@ -35,7 +38,9 @@ class EvaluationResult(BaseModel):
         psnr_db: mean over pictures of each one's PSNR to the full-precision picture of the same noise, dB; peak-to-peak
             2, each at most 100.
         psnr_db_lowest: of the worst picture.
+        psnr_db_interval: 95 % confidence interval of the mean over pictures; None for a single one.
         ssim: mean structural similarity to the same pictures.
+        ssim_interval: its interval.
         step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory, over
             the first pictures (at least 32, if as many are drawn).
         frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None where there is
@@ -49,6 +54,7 @@ class EvaluationResult(BaseModel):
         seconds_per_step: median time of the quantized denoiser in one step of one batch.
         seconds_per_step_fp32: the same of the origin, measured alternately in the same run.
         speedup: seconds_per_step_fp32 / seconds_per_step.
+        metrics: those that were asked for, see `stepquant.evaluation.metrics`.
         count, steps, seed, guidance, batch_size: what was drawn; picture i starts from the noise of seed + i.
         threads: CPU threads of torch.
         versions: of the packages that the figures depend on.
@@ -60,7 +66,9 @@ class EvaluationResult(BaseModel):
     against: str
     psnr_db: float
     psnr_db_lowest: float
+    psnr_db_interval: tuple[float, float] | None = None
     ssim: float
+    ssim_interval: tuple[float, float] | None = None
     step_error: list[float]
     frechet_classifier: float | None
     frechet_classifier_fp32: float | None
@@ -72,6 +80,7 @@ class EvaluationResult(BaseModel):
     seconds_per_step: float
     seconds_per_step_fp32: float
     speedup: float
+    metrics: dict[str, Figure] = Field(default_factory=dict)
     count: int
     steps: int
     seed: int
@@ -100,6 +109,9 @@ def evaluate(
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
     backend: str = "auto",
+    metrics: dict[str, str] | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Draw the same pictures with both pipelines and compare them.
@@ -107,13 +119,20 @@ def evaluate(
     Args:
         folder: a quantized pipeline.
         against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
+        metrics: further metrics, name -> what it needs (`stepquant.evaluation.metrics.NAMES`).
+        data: folder with pictures of the data, for those that compare with it.
+        cache: folder that keeps features of pictures for other evaluations.
 
     Raises:
-        StepquantError: if one of them cannot be loaded, or `folder` is not made from `against`.
+        StepquantError: if one of them cannot be loaded, `folder` is not made from `against`, or a metric lacks what it
+            needs.
     """
     progress = progress or Progress()
     if count < 1:
         raise StepquantError(f"count is {count}: expected at least 1 picture.")
+    wanted = metrics or {}
+    check_wanted(wanted, data)
+    real = None if data is None else FolderPictures(data)
     quantized, original = resolve_pipeline(str(folder), backend), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
     request = make_request(original, steps, prompts=prompts, guidance=guidance)
@@ -121,7 +140,9 @@ def evaluate(
     shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
     reference = _draw_shadowed(original, request, count, seed, shadow, progress)
     pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized")
-    decibels = psnr(pictures, reference)
+    decibels, similarity = psnr(pictures, reference), ssim(pictures, reference)
+    drawn_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
+    figures = measure(wanted, Judged(against, pictures, reference, drawn_prompts, real, cache), progress)
     seconds_fp32, seconds = shadow.seconds
     classifier = ClassifierProxy.of(against)
     note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
@@ -136,7 +157,9 @@ def evaluate(
         against=against,
         psnr_db=float(decibels.mean()),
         psnr_db_lowest=float(decibels.min()),
-        ssim=ssim(pictures, reference),
+        psnr_db_interval=mean_interval(decibels).interval,
+        ssim=float(similarity.mean()),
+        ssim_interval=mean_interval(similarity).interval,
         step_error=shadow.step_error,
         frechet_classifier=classifier.frechet(pictures) if classifier else None,
         frechet_classifier_fp32=classifier.frechet(reference) if classifier else None,
@@ -148,6 +171,7 @@ def evaluate(
         seconds_per_step=seconds,
         seconds_per_step_fp32=seconds_fp32,
         speedup=seconds_fp32 / seconds,
+        metrics=figures,
         count=count,
         steps=steps,
         seed=seed,

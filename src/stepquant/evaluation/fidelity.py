@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from stepquant.errors import StepquantError
+
 PEAK_TO_PEAK = 2.0
 """Pictures are in [-1, 1]."""
+SSIM_WINDOW = 11
 HIGHEST_PSNR = 100.0
 """dB at which PSNR is capped, so that identical pictures (infinite dB) leave the mean a number."""
 
@@ -23,16 +26,44 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each picture, dB, float64 [N]; at most `HIGHEST_PSNR`.
 
     ``10 log10(4 / mean((x - y)^2))``; both are float [N, C, H, W] in [-1, 1].
+
+    Traps: the mean of decibels is not the decibels of the mean; a shift of a pixel costs more than a lost texture;
+    between models it compares only how far each went from its own origin.
+
+    Raises:
+        StepquantError: for pictures of other sizes.
     """
+    _check_pairs(pictures, reference)
     error = (pictures.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(PEAK_TO_PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
 
 
-def ssim(pictures: Tensor, reference: Tensor) -> float:
-    """Structural similarity, mean over pictures (Wang et al. 2004, Gaussian window of 11); float [N, C, H, W]."""
-    value = structural_similarity_index_measure(pictures.double(), reference.double(), data_range=PEAK_TO_PEAK)
+def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each picture, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
+
+    Both are float [N, C, H, W] in [-1, 1].
+
+    Traps: implementations differ in window, color and borders: here, as in torchmetrics, pictures are reflected there;
+    scikit-image leaves half a window out, and the two differ by some hundredths at 32 x 32. Flat regions score 1
+    whatever lies in them.
+
+    Raises:
+        StepquantError: for pictures of other sizes, or smaller than the window.
+    """
+    _check_pairs(pictures, reference)
+    if min(pictures.shape[-2:]) < SSIM_WINDOW:
+        raise StepquantError(f"SSIM needs pictures of {SSIM_WINDOW} x {SSIM_WINDOW} or more.")
+    value = structural_similarity_index_measure(
+        pictures.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
+    )
     assert isinstance(value, Tensor)
-    return float(value)
+    return value
+
+
+def _check_pairs(pictures: Tensor, reference: Tensor) -> None:
+    if pictures.shape != reference.shape or pictures.dim() != 4:
+        given = f"{list(pictures.shape)} and {list(reference.shape)}"
+        raise StepquantError(f"pictures of {given} cannot be compared: expected the same [N, C, H, W].")
 
 
 @dataclass

@@ -74,7 +74,7 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
     compared = slice(0, cell.evaluation.count)
     figures: dict[str, Any] = {
         "psnr_db": round(float(psnr(pictures[compared], full.pictures[compared]).mean()), 2),
-        "ssim": round(ssim(pictures[compared], full.pictures[compared]), 4),
+        "ssim": round(float(ssim(pictures[compared], full.pictures[compared]).mean()), 4),
         "step_error_percent": full.step_errors(getattr(quantized, denoiser_name(quantized))),
     }
     proxy = ClassifierProxy.of(cell.source)

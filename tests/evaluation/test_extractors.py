@@ -1,0 +1,156 @@
+"""Networks with random weights: what is tested is what is done with them, against those who did it first."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
+from safetensors.torch import save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from stepquant.errors import StepquantError
+from stepquant.evaluation.extractors import EmbeddingExtractor, InceptionExtractor, Lpips, alexnet_features
+from stepquant.evaluation.metrics import clip_scores
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory):
+    torch.manual_seed(0)
+    network = alexnet_features().requires_grad_(False)
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.safetensors"
+    tensors = {f"features.{name}": value for name, value in network.state_dict().items()}
+    save_file(tensors | {"classifier.1.bias": torch.zeros(3)}, path)
+    return network, path
+
+
+def test_lpips_is_that_of_torchmetrics(alexnet, pictures, monkeypatch):
+    network, path = alexnet
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_: network)
+    reference = (pictures + 0.3 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    theirs = torchmetrics_lpips._NoTrainLpips(net="alex")(pictures, reference).flatten()
+    ours = Lpips(path)(pictures, reference)
+    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert Lpips(path)(pictures, pictures).tolist() == [0, 0]
+    assert (ours > 1e-4).all()
+    with pytest.raises(StepquantError, match="32 x 32 or more"):
+        Lpips(path)(pictures[..., :16, :16], reference[..., :16, :16])
+
+
+def test_weights_that_are_missing_of_something_else_or_hold_code(tmp_path):
+    with pytest.raises(StepquantError, match="no weights at"):
+        Lpips(tmp_path / "none.pth")
+    save_file({"features.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(StepquantError, match="not AlexNet's"):
+        Lpips(tmp_path / "other.safetensors")
+    torch.save({"features": sys.exit}, tmp_path / "code.pth")
+    with pytest.raises(StepquantError, match="cannot be read"):
+        Lpips(tmp_path / "code.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(StepquantError, match="a dictionary of tensors"):
+        Lpips(tmp_path / "list.pth")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(text_pipeline, tmp_path_factory):
+    torch.manual_seed(3)
+    tokenizer: CLIPTokenizer = text_pipeline.tokenizer
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **small, **ends)
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **small)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _processor(folder, [0.48, 0.46, 0.41], [0.27, 0.26, 0.28])
+    return folder
+
+
+def _processor(folder, mean, std):
+    (folder / "preprocessor_config.json").write_text(
+        f'{{"image_processor_type": "CLIPImageProcessor", "size": {{"shortest_edge": 32}}, "image_mean": {mean}, '
+        f'"crop_size": {{"height": 32, "width": 32}}, "image_std": {std}, "resample": 3}}'
+    )
+
+
+def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, pictures):
+    extractor = EmbeddingExtractor(clip_folder)
+    prompts = ["a b c", "d " * 40]  # the second is longer than the model takes
+    small = pictures[..., :32, :32]
+    scores = clip_scores(extractor(small)["embedding"], extractor.texts(prompts))
+    codes = ((small + 1) * 127.5).round() / 255
+    mean, std = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
+    pixels = (codes - mean[:, None, None]) / std[:, None, None]
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(
+        prompts, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
+    with torch.no_grad():
+        output = CLIPModel.from_pretrained(clip_folder).eval()(pixel_values=pixels, **tokens)
+    expected = 100 * (output.image_embeds * output.text_embeds).sum(dim=1)
+    assert scores.tolist() == pytest.approx(expected.clamp(min=0).tolist(), abs=1e-4)
+    assert clip_scores(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])).tolist() == [0]
+
+
+def test_dino_gives_its_class_token(tmp_path, pictures):
+    torch.manual_seed(4)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    _processor(tmp_path, [0.5] * 3, [0.5] * 3)
+    embedding = EmbeddingExtractor(tmp_path)(pictures[..., :32, :32])["embedding"]
+    with torch.no_grad():
+        token = Dinov2Model.from_pretrained(tmp_path).eval()(pictures[..., :32, :32]).last_hidden_state[:, 0]
+    # Rounding to the 256 codes of a picture file lies between the two.
+    torch.testing.assert_close(embedding, torch.nn.functional.normalize(token, dim=1), atol=1e-2, rtol=0)
+    with pytest.raises(StepquantError, match="knows no text"):
+        EmbeddingExtractor(tmp_path).texts(["a"])
+
+
+def test_a_folder_without_a_vision_model(tmp_path):
+    with pytest.raises(StepquantError, match="holds no vision model"):
+        EmbeddingExtractor(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StepquantError, match="cannot be loaded"):
+        EmbeddingExtractor(tmp_path)
+
+
+def test_inception_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(StepquantError, match=r"stepquant\[inception\]"):
+        InceptionExtractor(None)
+
+
+def test_inception_by_torch_fidelity(tmp_path, pictures, monkeypatch):
+    """With torch-fidelity and torchvision installed (the extra `inception`), which no other test needs."""
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with monkeypatch.context() as random_weights:
+        random_weights.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        random_weights.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(5)
+        model = fidelity.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
+    torch.save(dict(model.state_dict()), tmp_path / "inception.pth")
+    found = InceptionExtractor(tmp_path / "inception.pth")(pictures)
+    codes = ((pictures + 1) * 127.5).round().to(torch.uint8)
+    pool, logits = model(codes)
+    torch.testing.assert_close(found["pool"], pool)
+    torch.testing.assert_close(found["logits"], logits)
+    assert found["spatial"].shape == (2, 7 * 17 * 17)
+    with pytest.raises(StepquantError, match="no weights at"):
+        InceptionExtractor(tmp_path / "none.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(StepquantError, match="cannot be used"):
+        InceptionExtractor(tmp_path / "other.pth")
