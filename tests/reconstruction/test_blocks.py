@@ -6,8 +6,10 @@ import torch
 
 import stepquant
 from stepquant import zoo
+from stepquant.calibration.instrument import calibrate_ranges, instrument
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.trajectories import Calibration, collect
+from stepquant.config import QuantSpec
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
@@ -15,6 +17,7 @@ from stepquant.models.description import main_tensor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 from stepquant.progress import Progress
+from stepquant.reconstruction.objectives import LayerOutputs
 from stepquant.reconstruction.replay import Replay
 
 PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
@@ -53,6 +56,25 @@ def test_replayed_inputs_and_outputs_are_those_of_the_whole_network(name, reques
                 assert torch.allclose(got, wanted, atol=1e-5), block
         assert torch.allclose(replay.run(block, inputs)[0], expected, atol=1e-5), block
     assert all("forward" not in denoiser.get_submodule(block).__dict__ for block in blocks)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_blocks_that_run_alone_know_their_step(name, request, tmp_path):
+    """Scales of each step apart: a block gives each sample the scale of its own timestep, as the network would."""
+    denoiser, samples = samples_of(request.getfixturevalue(name))
+    timesteps = samples.tensors["timestep"].float().unique()
+    assert len(timesteps) == 3
+    model = instrument(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
+    calibrate_ranges(model, samples, "minmax", 4, Progress())
+    for quantizer in model.activation_quantizers():
+        quantizer.scale = quantizer.scale * torch.tensor([1.0, 4.0, 16.0])[:, None]  # no two steps alike
+    blocks = describe(denoiser).blocks
+    with torch.no_grad(), LayerOutputs.recorded({"last": model.model.get_submodule(blocks[-1])}) as expected:
+        model.model(**samples.arguments(slice(0, len(samples))))
+    replay = Replay(model.model, samples, 5, tmp_path, model.clock)
+    for block in blocks:
+        output, _ = replay.run(block, replay.inputs(block))
+    assert torch.allclose(output, expected["last"], atol=1e-3)
 
 
 def test_guided_sampling_gives_samples_with_and_without_the_condition(class_pipeline):

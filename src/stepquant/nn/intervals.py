@@ -10,7 +10,7 @@ from torch import Tensor, nn
 LONGEST_PERIOD = 10_000.0
 """t_max of the Fourier features (TDQ, section 3.3)."""
 
-TURNS = 1.0
+TURNS = 4.0
 """Turns of the fastest feature over the table. The paper's turns every six timesteps: trained on every timestep its
 network learns to ignore that, trained on the twenty or fifty steps of a sampler it puts noise between them."""
 
@@ -80,7 +80,7 @@ class IntervalGenerator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Dropout(DROPOUT), last)
 
     @torch.no_grad()
-    def fit(self, rows: Tensor, gains: Tensor, ridge: float = 1.0) -> None:
+    def fit(self, rows: Tensor, gains: Tensor, ridge: float = 0.1) -> None:
         """Start near given gains: ridge regression of the last layer on what the hidden layers make of every row.
 
         Rows between the given ones count as well, with gains interpolated linearly: the fastest features take any

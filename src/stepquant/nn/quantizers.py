@@ -20,6 +20,9 @@ from stepquant.numerics.rounding import (
     rounding_regularizer,
 )
 
+NEIGHBOURS = 2
+"""Calibrated steps on either side that have a say in where TDQ's interval of a step starts."""
+
 CELL = 0.49
 """Half the width of the cell of a code that a weight under finetuning starts in, in steps; 0.5 would be its edge."""
 
@@ -103,7 +106,12 @@ class ActivationQuantizer(nn.Module):
         self.gain.to(self.scale.device)
         if isinstance(self.gain, IntervalGenerator) and self.found_gain is not None:
             self.gain.fit(*self.found_gain)
-        return list(self.gain.parameters())
+            self.gain.eval()  # no dropout: tens of iterations would only be disturbed by it
+        return self.learned()
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that `learn` returned."""
+        return [] if self.gain is None else list(self.gain.parameters())
 
     def settle(self) -> None:
         """Stop learning: tabulate the scale reached."""
@@ -172,10 +180,21 @@ class ActivationQuantizer(nn.Module):
             scale, zero_point = affine_from_range(*self._search(method), self.bits)
             self.scale, self.zero_point = scale.expand(self.rows, -1).clone(), zero_point.expand(self.rows, -1).clone()
             if self.rows > 1:
-                gains = [least_error_gain(self._observed(row), scale, zero_point, self.bits) for row in rows]
-                self.found_gain = torch.tensor(rows), torch.stack(gains)
+                self.found_gain = torch.tensor(rows), torch.stack(self._gains(rows, scale, zero_point))
         self.enabled, self.observing = True, False
         self._samples.clear()
+
+    def _gains(self, rows: list[int], scale: Tensor, zero_point: Tensor) -> list[Tensor]:
+        """The best gain of each row, float [S] each, on what its neighbours saw as well.
+
+        A row has a handful of samples: an interval that fits them alone clips what other pictures need.
+        """
+        observed = [self._observed(row) for row in rows]
+        gains = []
+        for index in range(len(rows)):
+            near = torch.cat(observed[max(0, index - NEIGHBOURS) : index + NEIGHBOURS + 1], dim=1)
+            gains.append(least_error_gain(self._thinned(near), scale, zero_point, self.bits))
+        return gains
 
     def _observed(self, row: int | None = None) -> Tensor:
         """What was observed, of one row or of all: float [S, n]."""
@@ -188,8 +207,15 @@ class ActivationQuantizer(nn.Module):
         low, high = values.aminmax(dim=1)
         if self.unsigned:
             low = torch.zeros_like(low)
+        return find_range(self._thinned(values), self.bits, method, low=low, high=high)
+
+    def _thinned(self, values: Tensor) -> Tensor:
+        """At most about `SEARCHED_VALUES` of what was observed: float [S, n]."""
         stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
-        return find_range(values[:, ::stride], self.bits, method, low=low, high=high)
+        # Each observation ends in its min and max: a stride that divides its length would never, or only, meet them.
+        while math.gcd(stride, self.OBSERVED_VALUES + 2) > 1:
+            stride += 1
+        return values[:, ::stride]
 
     def table(self) -> ActivationTable:
         """The learned grid as it ships."""
@@ -273,7 +299,7 @@ class WeightQuantizer(nn.Module):
         self.rounding = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
         return self.rounding
 
-    def finetune(self, weight: Tensor) -> nn.Parameter:
+    def finetune(self, weight: Tensor, cell: float = CELL) -> nn.Parameter:
         """Let the weight itself move, through the rounding: returns its shift, in steps of the grid.
 
         It starts at the codes decided so far: each weight lies where it really is within the cell of its code, or at
@@ -282,7 +308,7 @@ class WeightQuantizer(nn.Module):
         """
         codes = self.codes(weight).to(weight.dtype)
         scale, zero_point = self.grid(weight)
-        self.start = torch.clamp(weight.detach() / scale + zero_point, codes - CELL, codes + CELL)
+        self.start = torch.clamp(weight.detach() / scale + zero_point, codes - cell, codes + cell)
         self.shift = nn.Parameter(torch.zeros_like(weight))
         return self.shift
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,12 @@ from stepquant.numerics.affine import largest_code
 
 DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (GPTQ's public code)."""
+
+COLUMNS = 64
+"""Columns whose errors reach the rest of the weight in one product: the order of additions, and nothing else."""
+
+MOST_ROWS = 1 << 15
+"""Rows of second moments worth adding up: neighbouring positions of a picture say nearly the same."""
 
 RIDGE = 1.0
 """How strongly an aligned weight is drawn to the original one, as a share of the mean second moment: with a hundred
@@ -41,11 +49,16 @@ def compensated_weight(weight: Tensor, moments: Tensor, scale: Tensor, zero_poin
     remaining = weight.double()[:, order].clone()
     scale, zero_point = scale.double()[:, order], zero_point.double()[:, order]
     top = largest_code(bits)
-    for column in range(remaining.shape[1]):
-        steps = remaining[:, column] / scale[:, column]
-        rounded = steps.round().clamp(-zero_point[:, column], top - zero_point[:, column]) * scale[:, column]
-        error = (remaining[:, column] - rounded) / inverse[column, column]
-        remaining[:, column + 1 :] -= error[:, None] * inverse[column, column + 1 :]
+    for start in range(0, remaining.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, remaining.shape[1])
+        errors = remaining.new_empty(remaining.shape[0], stop - start)
+        for column in range(start, stop):
+            steps = remaining[:, column] / scale[:, column]
+            rounded = steps.round().clamp(-zero_point[:, column], top - zero_point[:, column]) * scale[:, column]
+            error = (remaining[:, column] - rounded) / inverse[column, column]
+            remaining[:, column + 1 : stop] -= error[:, None] * inverse[column, column + 1 : stop]
+            errors[:, column - start] = error
+        remaining[:, stop:] -= errors @ inverse[start:stop, stop:]
     result = torch.empty_like(remaining)
     result[:, order] = remaining
     return result.float()
@@ -70,14 +83,25 @@ def aligned_weight(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
     return torch.linalg.solve(moments.double() + ridge, target.t()).t().float()
 
 
-def input_rows(x: Tensor, module: nn.Linear | nn.Conv2d) -> Tensor:
+def sparser(samples: int, x: Tensor, module: nn.Linear | nn.Conv2d) -> int:
+    """The least step between positions at which `samples` inputs of the shape of x give at most `MOST_ROWS` rows."""
+    if isinstance(module, nn.Linear):
+        rows = samples * x[0, ..., 0].numel()
+        return math.ceil(rows / MOST_ROWS)
+    rows = samples * x.shape[-2] * x.shape[-1] // math.prod(module.stride)
+    return math.ceil(math.sqrt(rows / MOST_ROWS))
+
+
+def input_rows(x: Tensor, module: nn.Linear | nn.Conv2d, step: int = 1) -> Tensor:
     """The rows that a linear or an ungrouped convolution multiplies with its flattened weight: float [rows, in].
 
     Args:
         x: the layer's input, float [B, ..., in] or [B, C, H, W]; then in is C times the size of the kernel.
+        step: take every `step`-th row of a linear, or position of a convolution in both directions.
     """
     if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1])[::step]
     assert not isinstance(module.padding, str)
-    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    stride = tuple(step * size for size in module.stride)
+    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])

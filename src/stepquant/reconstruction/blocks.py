@@ -24,6 +24,9 @@ LEARN_ROUNDING_BELOW = 8
 """Bits. At 8, rounding to nearest leaves so little error that compensation or learning adds more than it removes in any
 budget tried (``docs/quality.md``); the weights of such layers are only rounded to nearest."""
 
+HOLD = 0.25
+"""Half the width of the part of its cell that a weight starts in when it is moved block by block, in steps."""
+
 OverTime = Literal["table", "generator"]
 Rounding = Literal["compensated", "adaround"]
 
@@ -47,6 +50,8 @@ class Settings:
             and gains learned row by row, or one range for all rows and a ``"generator"`` (TDQ) that bends it.
         rounding: how weights are rounded: ``"compensated"``, in closed form before scales are learned
             (`stepquant.reconstruction.compensation`), or ``"adaround"``, learned together with the scales.
+        weight_rate: learning rate of compensated weights, in steps of their grid, and through the rounding (straight
+            through, Adam, cosine to 0); 0 leaves them as they were rounded.
         block_weight: weight of the error of the block's output.
         layer_weight: weight of the summed errors of its layers' outputs, all but the last (EDA-DM's beta).
     """
@@ -61,6 +66,7 @@ class Settings:
     learn_scales: bool = True
     over_time: OverTime = "table"
     rounding: Rounding = "compensated"
+    weight_rate: float = 0.0
     block_weight: float = 1.0
     layer_weight: float = 0.0
 
@@ -90,7 +96,8 @@ def reconstruct(
     """
     key = digest([key, asdict(settings), seed, list(blocks)])[:16]
     original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"))
-    quantized = Replay(instrumented.model, samples, batch_size, workspace.scratch("quantized"))
+    scratch = workspace.scratch("quantized")
+    quantized = Replay(instrumented.model, samples, batch_size, scratch, instrumented.clock)
     timesteps = samples.tensors["timestep"]
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
@@ -101,13 +108,13 @@ def reconstruct(
             stage = f"block-{key}-{index:03d}"
             stored = workspace.load(stage)
             if stored is None:
-                if settings.learn_scales:
-                    _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
-                if settings.rounding == "compensated":
-                    coarse = _coarse_layers(instrumented, block)
-                    compensate(full_precision, instrumented, block, coarse, clean, inputs, samples, batch_size)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed * 100_003 + index)
+                    if settings.learn_scales:
+                        _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
+                    if settings.rounding == "compensated":
+                        coarse = _coarse_layers(instrumented, block)
+                        compensate(full_precision, instrumented, block, coarse, clean, inputs, samples, batch_size)
                     targets = LayerOutputs(target, layer_targets)
                     _learn(instrumented, block, inputs, clean, targets, timesteps, settings, advance)
                 workspace.save(stage, _block_state(instrumented, block))
@@ -142,6 +149,8 @@ def _initialise_ranges(
             instrumented.model.get_submodule(block)(*args, **kwargs)
     for quantizer in quantizers:
         quantizer.set_range(settings.activation_range, per_row=settings.over_time == "table")
+        # Before the weights are rounded: they are compensated for the intervals that they will meet.
+        quantizer.learn(over_time=settings.over_time == "generator")
 
 
 def _learn(
@@ -154,19 +163,25 @@ def _learn(
     settings: Settings,
     advance: Any,
 ) -> None:
-    if settings.iterations == 0:
-        return
     module = instrumented.model.get_submodule(block)
     quantizers = list(instrumented.activation_quantizers(block)) if settings.learn_scales else []
+    moved: list[TrainableLayer] = []
     coarse = list(_coarse_layers(instrumented, block).values()) if settings.rounding == "adaround" else []
     roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in coarse]
     weights = max(1, sum(rounding.numel() for rounding in roundings))
     groups: list[dict[str, Any]] = []
     if roundings:
         groups.append({"params": roundings, "lr": settings.rounding_rate})
+    if settings.rounding == "compensated" and settings.weight_rate > 0:
+        moved = list(_coarse_layers(instrumented, block).values())
+        groups.append(
+            {
+                "params": [layer.weight_quantizer.finetune(layer.inner.weight, HOLD) for layer in moved],
+                "lr": settings.weight_rate,
+            }
+        )
     if quantizers:
-        over_time = settings.over_time == "generator"
-        gains = [parameter for quantizer in quantizers for parameter in quantizer.learn(over_time=over_time)]
+        gains = [parameter for quantizer in quantizers for parameter in quantizer.learned()]
         groups.append({"params": gains, "lr": settings.scale_rate})
     for quantizer in quantizers:
         quantizer.drop_probability = settings.drop_probability
@@ -174,7 +189,7 @@ def _learn(
         advance(settings.iterations)
         return
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.iterations))
     unit: Tensor | None = None
     learned = {name: instrumented.layers[name] for name in targets.layers}
     for iteration in range(settings.iterations):
@@ -194,7 +209,7 @@ def _learn(
         optimizer.step()
         schedule.step()
         advance(1)
-    for layer in coarse:
+    for layer in coarse + moved:
         layer.weight_quantizer.settle(layer.inner.weight)
     for quantizer in quantizers:
         quantizer.settle()

@@ -12,7 +12,7 @@ from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.affine import largest_code
-from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows
+from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows, sparser
 from stepquant.reconstruction.replay import BlockInputs
 
 
@@ -54,9 +54,10 @@ def compensate(
                 instrumented.model.get_submodule(block)(*args, **kwargs)
                 quantizer = layer.activation_quantizer
                 given = seen[0] if quantizer is None else quantizer(seen[0])
-            rows = input_rows(given, layer.inner)
+            step = sparser(len(samples), given, layer.inner)
+            rows = input_rows(given, layer.inner, step)
             moments += rows.t() @ rows
-            cross += input_rows(wanted[0], layer.inner).t() @ rows
+            cross += input_rows(wanted[0], layer.inner, step).t() @ rows
         _compensate_layer(layer, moments, cross)
         layer.quantizing_weight = True
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.models.description import main_tensor
+from stepquant.nn.clock import StepClock
 from stepquant.reconstruction.objectives import LayerOutputs
 
 
@@ -54,10 +55,19 @@ class Replay:
         samples: its inputs.
         batch_size: samples passed through at a time.
         scratch: an empty folder for the files behind the outputs.
+        clock: the denoiser's; a block that runs alone has no timestep to set it by.
     """
 
-    def __init__(self, model: nn.Module, samples: CalibrationSet, batch_size: int, scratch: Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: CalibrationSet,
+        batch_size: int,
+        scratch: Path,
+        clock: StepClock | None = None,
+    ) -> None:
         self.model, self.samples, self.batch_size, self.scratch = model, samples, batch_size, scratch
+        self.clock = clock
         self._outputs: dict[str, tuple[list[Any], Any]] = {}
 
     @torch.no_grad()
@@ -114,6 +124,8 @@ class Replay:
         tree: Any = None
         for chosen in self.samples.batches(self.batch_size):
             args, kwargs = inputs.at(chosen)
+            if self.clock is not None:
+                self.clock.set(self.samples.tensors["timestep"][chosen])
             with LayerOutputs.recorded({name: self.model.get_submodule(name) for name in record}) as layers:
                 produced, tree = pytree.tree_flatten(module(*args, **kwargs))
             if not leaves:
