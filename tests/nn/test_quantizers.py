@@ -43,6 +43,21 @@ def test_each_step_has_its_own_row_and_unseen_steps_take_the_nearest():
         assert torch.equal(quantizer(x[row : row + 1]), mixed[row : row + 1])
 
 
+@pytest.mark.parametrize("observations", [17, 40, 100])
+def test_a_range_search_meets_the_ends_of_observations_as_often_as_other_values(observations):
+    """However many were observed: a stride in step with their length would meet all of their maxima, or none."""
+    quantizer = ActivationQuantizer(4, StepClock())
+    quantizer.observing = True
+    for _ in range(observations):
+        quantizer(torch.tensor([[0.0] * 99 + [-1.0, 1.0]]))
+    observed = quantizer._observed()
+    seen = quantizer._thinned(observed)
+    assert seen.shape[1] <= 1.1 * quantizer.SEARCHED_VALUES
+    for end in (-1, 1):
+        share = (seen == end).sum() / (observed == end).sum()
+        assert share == pytest.approx(seen.shape[1] / observed.shape[1], rel=0.5)
+
+
 def test_channel_groups_are_quantized_apart():
     quantizer = ActivationQuantizer(4, StepClock(), channel_dim=1, group_sizes=(2, 3))
     quantizer.observing = True

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows
+from stepquant.numerics import compensation
+from stepquant.numerics.compensation import MOST_ROWS, aligned_weight, compensated_weight, input_rows, sparser
 
 
 def grid(weight, bits):
@@ -35,8 +36,10 @@ def test_compensated_rounding_beats_rounding_to_nearest(bits, seed):
     assert error(compensated) < 0.7 * error(weight)
 
 
-def test_the_greedy_choice_is_the_plain_algorithms():
+@pytest.mark.parametrize("columns", [4, 64])
+def test_the_greedy_choice_is_the_plain_algorithms(columns, monkeypatch):
     """Against the textbook form: eliminate one input at a time from the inverse of the moments."""
+    monkeypatch.setattr(compensation, "COLUMNS", columns)  # 6 inputs are two panels, or one
     weight, x = case(inputs=6, outputs=3)
     scale, zero_point = grid(weight, 3)
     moments = x.t() @ x
@@ -85,3 +88,16 @@ def test_input_rows_times_the_flat_weight_is_the_layer(stride, padding, dilation
     linear = nn.Linear(4, 6, bias=False)
     x = torch.randn(2, 7, 4)
     assert torch.allclose(input_rows(x, linear) @ linear.weight.t(), linear(x).reshape(-1, 6), atol=1e-6)
+
+
+def test_large_pictures_give_fewer_rows_at_even_distances():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    x = torch.randn(2, 2, 8, 8)
+    every = input_rows(x, conv).reshape(2, 8, 8, -1)
+    assert torch.equal(input_rows(x, conv, 3).reshape(2, 3, 3, -1), every[:, ::3, ::3])
+    assert sparser(2, x, conv) == 1
+    samples = 40 * MOST_ROWS // 64
+    step = sparser(samples, x, conv)
+    assert 0.5 * MOST_ROWS < samples * (64 / step**2) <= MOST_ROWS
+    assert sparser(7 * MOST_ROWS, torch.randn(1, 1, 2), nn.Linear(2, 2)) == 7

@@ -152,8 +152,8 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 
 
 @pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")
-def test_learning_beats_its_own_start_and_minmax_on_a_real_model():
-    """Held-out noise: the output's error falls by learning, and pictures are far closer than the baseline's."""
+def test_reconstruction_beats_minmax_on_a_real_model():
+    """Held-out noise: the output's error is a fraction of the baseline's, and pictures are far closer."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
     denoiser, held_out = samples_of(pipeline, count=24, batch_size=24)
     arguments, request = held_out.arguments(slice(0, 24)), make_request(pipeline, 20)
@@ -172,6 +172,6 @@ def test_learning_beats_its_own_start_and_minmax_on_a_real_model():
     def decibels(candidate):
         return float(psnr(draw(candidate, request, range(8), 7), pictures).mean())
 
-    learned = quantized("q-diffusion", iterations=30)
-    assert error(learned) < error(quantized("q-diffusion", iterations=0))
-    assert decibels(learned) > decibels(quantized("minmax")) + 5
+    learned, baseline = quantized("q-diffusion", iterations=10), quantized("minmax")
+    assert error(learned) < 0.2 * error(baseline)
+    assert decibels(learned) > decibels(baseline) + 5

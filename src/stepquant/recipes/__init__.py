@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepquant.errors import StepquantError
 from stepquant.recipes.eda_dm import eda_dm
@@ -61,7 +61,8 @@ def hyperparameters(recipe: str | Recipe, given: dict[str, Any] | None = None) -
         if key not in values:
             known = ", ".join(values) or "none"
             raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
-        if isinstance(values[key], int | float) and (not isinstance(value, int | float) or value < 0):
+        is_number = isinstance(values[key], int | float) or float in get_args(hints.get(key))
+        if is_number and (not isinstance(value, int | float) or value < 0):
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
         choices = hints[key].__args__ if get_origin(hints.get(key)) is Literal else None
         if choices is not None and value not in choices:

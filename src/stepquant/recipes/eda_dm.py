@@ -28,7 +28,6 @@ def eda_dm(
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
-    drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """Temporal distribution-aware calibration (TDAC), fine-grained block reconstruction (FBR); static scales.
@@ -37,7 +36,7 @@ def eda_dm(
        diversity of the features in the middle of the network.
     2. Weights: per output channel, the range of least ``|w - w'|^2.4``; skip connections split.
     3. FBR (section 3.3): each block against the outputs of its layers too,
-       ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales, under QDrop.
+       ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales.
 
     The paper's ablations: another `selection`, ``layer_weight=0`` (the block only), ``block_weight=0`` (layers only).
     """
@@ -55,7 +54,6 @@ def eda_dm(
         rounding=rounding,
         rounding_rate=rounding_rate,
         scale_rate=scale_rate,
-        drop_probability=drop_probability,
         rounding_weight=rounding_weight,
         block_weight=block_weight,
         layer_weight=layer_weight,

@@ -3,6 +3,9 @@
 - mean and deviation of the timesteps: 0.4 and 0.4 of T, so a little nearer the picture than PTQ4DM's.
 - "time-aware" ranges: every sample enters the search with equally many values, so a timestep weighs by its share of
   the drawn samples.
+- QDrop: with ``rounding="adaround"`` elements stay in full precision with probability 0.5 while learning. Compensated
+  weights fit the quantized inputs that this would take from them (``docs/quality.md``): nothing is dropped then, unless
+  `drop_probability` says so.
 - iterations: a budget that two cores finish in minutes; `iterations` asks for more. Skip connections are split, as in
   `q-diffusion`, so that the two recipes differ in their samples alone.
 """
@@ -25,7 +28,7 @@ def pqd(
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
-    drop_probability: float = 0.5,
+    drop_probability: float | None = None,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """Normally distributed timesteps with the model's conditions, then QDrop reconstruction block by block.
@@ -34,8 +37,8 @@ def pqd(
        with the empty condition as well.
     2. Their timesteps are ``t ~ N(mean T, (deviation T)^2)``.
     3. Activation ranges of least error over the samples, weighted by their timesteps' share.
-    4. Weights rounded and activation scales learned under QDrop, each block on the quantized network's own inputs;
-       ``rounding="adaround"`` learns both together, as QDrop does.
+    4. Weights rounded, then weights and activation scales learned together, each block on the quantized network's own
+       inputs.
     5. VAE and text encoder of a latent model stay as they are.
     """
     steps = normal_steps(job.calibration.samples, job.request.steps, job.generator(), mean, deviation)

@@ -2,7 +2,8 @@
 
 What differs from the authors' public settings, and why: they learn rounding (AdaRound) for 20,000 iterations a block.
 In the minutes that two cores are given here that hardly differs from rounding to nearest, so weights are compensated in
-closed form by default (``docs/quality.md``); ``rounding="adaround"`` learns them. Scales learn relative to their size.
+closed form by default and then learn through the rounding (``docs/quality.md``); ``rounding="adaround"`` does it the
+authors' way. Scales learn relative to their size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ def q_diffusion(
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
-    drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """Uniform timesteps, split skip connections, block reconstruction.
@@ -29,7 +29,7 @@ def q_diffusion(
     1. Collect samples at evenly spread timesteps: neighbouring steps are alike, all of them matter (section 4.1).
     2. Split the layers behind skip concatenations: trunk and skip have ranges of their own (section 4.2).
     3. Weights: per output channel, the range of least ``|w - w'|^2.4``; then, block by block on the quantized
-       network's own inputs: activation ranges likewise, weights rounded, activation scales learned under QDrop
+       network's own inputs: activation ranges likewise, weights rounded, weights and activation scales learned
        (sections 3 and 4.3).
     """
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
@@ -41,7 +41,6 @@ def q_diffusion(
         rounding=rounding,
         rounding_rate=rounding_rate,
         scale_rate=scale_rate,
-        drop_probability=drop_probability,
         rounding_weight=rounding_weight,
     )
     job.reconstruct(model, samples, settings)

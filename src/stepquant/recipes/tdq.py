@@ -26,7 +26,6 @@ def tdq(
     rounding: Rounding = "compensated",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-4,
-    drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """A small network turns the timestep into each activation's interval; tabulated once it is trained.
@@ -51,7 +50,6 @@ def tdq(
         rounding=rounding,
         rounding_rate=rounding_rate,
         scale_rate=scale_rate,
-        drop_probability=drop_probability,
         rounding_weight=rounding_weight,
         over_time="generator" if intervals == "generator" else "table",
     )

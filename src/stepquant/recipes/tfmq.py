@@ -19,7 +19,6 @@ def tfmq(
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     weight_rate: float = 1e-3,
-    drop_probability: float = 0.5,
     rounding_weight: float = 0.1,
 ) -> Instrumented:
     """Reconstruct what depends on the timestep alone, over the finite set of timesteps; then block by block.
@@ -38,7 +37,6 @@ def tfmq(
         rounding=rounding,
         rounding_rate=rounding_rate,
         scale_rate=scale_rate,
-        drop_probability=drop_probability,
         rounding_weight=rounding_weight,
     )
     job.reconstruct(model, samples, settings)

@@ -40,7 +40,8 @@ class Settings:
         batch_size: samples a step.
         rounding_rate: learning rate of the AdaRound variables (Adam, cosine to 0).
         scale_rate: learning rate of the logarithm of each activation scale, so relative to its size.
-        drop_probability: QDrop's probability that an element stays in full precision.
+        drop_probability: QDrop's probability that an element stays in full precision; None: 0.5 under AdaRound, as
+            QDrop has it, and 0 for compensated weights, which fit the quantized inputs that it would take from them.
         rounding_weight: weight of the rounding regulariser, relative to the block's error before learning. Errors and
             regulariser are both measured in units of their start (1 each), so that one value serves all layers.
         activation_range: how activation ranges are found before learning.
@@ -60,15 +61,22 @@ class Settings:
     batch_size: int = 16
     rounding_rate: float = 3e-2
     scale_rate: float = 1e-3
-    drop_probability: float = 0.5
+    drop_probability: float | None = None
     rounding_weight: float = 0.1
     activation_range: RangeMethod = "least-error"
     learn_scales: bool = True
     over_time: OverTime = "table"
     rounding: Rounding = "compensated"
-    weight_rate: float = 0.0
+    weight_rate: float = 2e-2
     block_weight: float = 1.0
     layer_weight: float = 0.0
+
+    @property
+    def dropped(self) -> float:
+        """`drop_probability`, decided."""
+        if self.drop_probability is not None:
+            return self.drop_probability
+        return 0.5 if self.rounding == "adaround" else 0.0
 
 
 def reconstruct(
@@ -174,17 +182,13 @@ def _learn(
         groups.append({"params": roundings, "lr": settings.rounding_rate})
     if settings.rounding == "compensated" and settings.weight_rate > 0:
         moved = list(_coarse_layers(instrumented, block).values())
-        groups.append(
-            {
-                "params": [layer.weight_quantizer.finetune(layer.inner.weight, HOLD) for layer in moved],
-                "lr": settings.weight_rate,
-            }
-        )
+        shifts = [layer.weight_quantizer.finetune(layer.inner.weight, HOLD) for layer in moved]
+        groups += [{"params": shifts, "lr": settings.weight_rate}] if shifts else []
     if quantizers:
         gains = [parameter for quantizer in quantizers for parameter in quantizer.learned()]
         groups.append({"params": gains, "lr": settings.scale_rate})
     for quantizer in quantizers:
-        quantizer.drop_probability = settings.drop_probability
+        quantizer.drop_probability = settings.dropped
     if not groups:
         advance(settings.iterations)
         return
@@ -195,7 +199,7 @@ def _learn(
     for iteration in range(settings.iterations):
         chosen = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),))
         instrumented.clock.set(timesteps[chosen])
-        args, kwargs = inputs.mixed(clean, chosen, settings.drop_probability)
+        args, kwargs = inputs.mixed(clean, chosen, settings.dropped)
         with LayerOutputs.recorded(learned) as layer_outputs:
             outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
         missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)

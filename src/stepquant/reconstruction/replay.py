@@ -33,6 +33,8 @@ class BlockInputs:
 
     def mixed(self, other: BlockInputs, chosen: Tensor, probability: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `at`, but each floating element comes from `other` with the given probability (QDrop)."""
+        if probability == 0:
+            return self.at(chosen)
         leaves = []
         for mine, theirs in zip(self.leaves, other.leaves, strict=True):
             leaf = self._pick(mine, chosen)
