@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 
@@ -60,6 +61,8 @@ def test_a_study_from_the_first_cell_to_the_table(write_study):
     values = [line["psnr_db"] for line in lines if line["label"] == "minmax"]
     assert f"| `minmax` | {sum(values) / 2:.2f} ± " in table.stdout
     assert "(2) |" in table.stdout
+    errors = [statistics.geometric_mean(line["step_error_percent"]) for line in lines if line["label"] == "minmax"]
+    assert f"| `minmax` | {sum(errors) / 2:.2f} ± " in table.stdout
     assert "| `dying` |  |" in table.stdout
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

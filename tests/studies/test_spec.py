@@ -47,6 +47,14 @@ def test_identity_is_what_determines_the_result():
         assert not set(identities(**change)) & set(base), change
 
 
+def test_an_entry_may_have_a_budget_of_its_own():
+    study = Study.model_validate(STUDY | {"recipes": {"few": {"recipe": "minmax", "calibration": {"samples": 7}}}})
+    cell = next(study.cells())
+    assert cell.calibration.samples == 7
+    assert cell.calibration.steps == study.calibration.steps != 7
+    assert "calibration" not in cell.arguments
+
+
 def test_seeds_share_no_noise():
     cells = list(Study.model_validate(STUDY | {"evaluation": {"count": 10_000}}).cells())
     starts = sorted({cell.noise for cell in cells})
@@ -75,6 +83,7 @@ def test_filters(wanted, message):
         ({"recipes": {"magic": {}}}, "unknown recipe 'magic'"),
         ({"recipes": {"minmax": {"iterations": 5}}}, "no hyperparameter 'iterations'"),
         ({"recipes": {"own": {"recipe": "nowhere.py:f"}}}, "no recipe file 'nowhere.py'"),
+        ({"recipes": {"few": {"recipe": "minmax", "calibration": {"samples": 0}}}}, "recipe 'few'.*samples"),
         ({"models": ["nope"]}, "no model 'nope'"),
         ({"bits": ["w9a9"]}, "bits"),
     ],

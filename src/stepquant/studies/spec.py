@@ -94,7 +94,7 @@ class Study(BaseModel):
         calibration: the same for each cell.
         guidance: model -> scale of classifier-free guidance.
         recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
-            in a file as ``"path.py:function"``.
+            in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,7 +113,7 @@ class Study(BaseModel):
         Raises:
             StepquantError: for a recipe, hyperparameter, model or bits that do not exist.
         """
-        recipes = {label: _recipe(label, given) for label, given in self.recipes.items()}
+        recipes = {label: self._recipe(label, given) for label, given in self.recipes.items()}
         for bits in self.bits:
             QuantSpec.parse(bits)
         for model in self.models:
@@ -121,7 +121,7 @@ class Study(BaseModel):
         for seed in self.seeds:
             for bits in self.bits:
                 for model in self.models:
-                    for label, (recipe, arguments) in recipes.items():
+                    for label, (recipe, arguments, calibration) in recipes.items():
                         yield Cell(
                             model=model,
                             bits=bits,
@@ -130,9 +130,23 @@ class Study(BaseModel):
                             arguments=arguments,
                             seed=seed,
                             guidance=self.guidance.get(model),
-                            calibration=self.calibration,
+                            calibration=calibration,
                             evaluation=self.evaluation,
                         )
+
+    def _recipe(self, label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any], Calibration]:
+        """Name, full hyperparameters and calibration of an entry of `recipes`."""
+        arguments = dict(given)
+        name = arguments.pop("recipe", label)
+        budget = self.calibration.model_dump() | dict(arguments.pop("calibration", {}))
+        try:
+            calibration = Calibration.model_validate(budget)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise StepquantError(
+                f"recipe {label!r} of the study: calibration: {first['loc'][0]}: {first['msg']}."
+            ) from None
+        return name, hyperparameters(resolve_recipe(name), arguments), calibration
 
     def only(
         self,
@@ -171,13 +185,6 @@ def read_study(path: Path) -> Study:
 def source_of(model: str) -> str:
     """A plain name is one of the zoo's; anything with a slash or a colon is a folder, a hub id or ``zoo:NAME``."""
     return model if "/" in model or ":" in model else ZOO_PREFIX + model
-
-
-def _recipe(label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and full hyperparameters of a study's entry."""
-    arguments = dict(given)
-    name = arguments.pop("recipe", label)
-    return name, hyperparameters(resolve_recipe(name), arguments)
 
 
 def _chosen(what: str, known: list[Any], wanted: Collection[Any] | None) -> list[Any]:

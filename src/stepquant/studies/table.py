@@ -13,18 +13,27 @@ from stepquant.workspace import write_atomic
 
 
 class Metric(NamedTuple):
-    """A figure of a cell that tables are made of."""
+    """A figure of a cell that tables are made of; of a list, its geometric mean; divided by `unit`."""
 
     name: str
     title: str
     decimals: int
+    unit: float = 1.0
+
+    def of(self, line: Line, suffix: str = "") -> float | None:
+        value = line.get(self.name + suffix)
+        if isinstance(value, list):
+            value = statistics.geometric_mean(value)
+        return None if value is None else value / self.unit
 
 
 METRICS = (
     Metric("psnr_db", "PSNR to full precision, dB", 2),
+    Metric("step_error_percent", "error of the denoiser's output at full precision's own steps, %, geometric mean", 2),
     Metric("frechet_classifier", "Frechet distance to the data, classifier features (not FID)", 2),
     Metric("class_agreement", "pictures of the class that was asked for, by the classifier", 3),
     Metric("quantize_seconds", "seconds to quantize, one thread", 0),
+    Metric("peak_memory_bytes", "peak memory while quantizing, GB, libraries included", 2, 1e9),
 )
 
 Values = dict[tuple[str, str], list[float]]
@@ -37,7 +46,7 @@ def markdown_tables(study: Study, results: Path) -> str:
     out = []
     for model in study.models:
         for metric in METRICS:
-            values, full = _collect(study, lines, model, metric.name)
+            values, full = _collect(study, lines, model, metric)
             if not values:
                 continue
             origin = f"; full precision {_text(full, metric.decimals)}" if full else ""
@@ -69,7 +78,7 @@ def draw_figure(study: Study, results: Path, path: Path) -> None:
     grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
     found = False
     for row, model in enumerate(study.models):
-        values, _ = _collect(study, lines, model, "psnr_db")
+        values, _ = _collect(study, lines, model, METRICS[0])
         found = found or bool(values)
         for column, bits in enumerate(study.bits):
             axes = grid[row][column]
@@ -92,17 +101,19 @@ def draw_figure(study: Study, results: Path, path: Path) -> None:
     write_atomic(path, lambda draft: figure.savefig(draft, format=path.suffix[1:], dpi=150))
 
 
-def _collect(study: Study, lines: dict[str, Line], model: str, metric: str) -> tuple[Values, list[float]]:
+def _collect(study: Study, lines: dict[str, Line], model: str, metric: Metric) -> tuple[Values, list[float]]:
     """A metric of each recipe and bits, and of full precision over the seeds."""
     values: Values = {}
     full: dict[int, float] = {}
     for cell in study.only(models=[model]).cells():
         line = lines.get(cell.identity)
-        if line is None or line.get(metric) is None:
+        value = None if line is None else metric.of(line)
+        if line is None or value is None:
             continue
-        values.setdefault((cell.label, cell.bits), []).append(line[metric])
-        if line.get(f"{metric}_fp32") is not None:
-            full[cell.seed] = line[f"{metric}_fp32"]
+        values.setdefault((cell.label, cell.bits), []).append(value)
+        original = metric.of(line, "_fp32")
+        if original is not None:
+            full[cell.seed] = original
     return values, list(full.values())
 
 
