@@ -122,3 +122,9 @@ def test_a_function_of_ones_own_is_a_recipe(unconditional_pipeline, tmp_path):
     assert '"mine"' in (tmp_path / "out" / "stepquant.json").read_text()
     with pytest.raises(StepquantError, match="recipe mine has no hyperparameter 'power'"):
         stepquant.quantize(unconditional_pipeline, "w8a8", recipe=mine, calibration=SMALL, power=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_full_hyperparameters_are_hyperparameters(name):
+    """As a study and a checkpoint write them down: defaults included."""
+    assert hyperparameters(name, hyperparameters(name)) == hyperparameters(name)

@@ -61,6 +61,8 @@ def hyperparameters(recipe: str | Recipe, given: dict[str, Any] | None = None) -
         if key not in values:
             known = ", ".join(values) or "none"
             raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
+        if value is None and values[key] is None:
+            continue
         is_number = isinstance(values[key], int | float) or float in get_args(hints.get(key))
         if is_number and (not isinstance(value, int | float) or value < 0):
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
