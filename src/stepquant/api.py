@@ -6,7 +6,7 @@ import copy
 import functools
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def quantize(
     calibration: Calibration | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | str | None = None,
     cache: Path | str | None = None,
@@ -58,6 +59,7 @@ def quantize(
         calibration: how many samples, over how many steps.
         prompts: calibrate on these; by default the model's own examples.
         guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
+        inputs: what else the pipeline's call needs, such as the `image` of an inpainting or ControlNet pipeline.
         seed: same seed, same machine, same versions: same integers.
         workspace: folder that keeps finished stages, so that the same call continues after an interruption; by
             default a temporary one.
@@ -81,7 +83,9 @@ def quantize(
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
     if spec.default_bits.is_float:
         raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
-    request = make_request(pipeline, calibration.steps, prompts=prompts, guidance=guidance)
+    request = make_request(
+        pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
+    )
     with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
         shared = Workspace(Path(cache)) if cache else None  # not entered: its stages are whole files, nothing to lock
         job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +37,15 @@ class Request:
         conditions: a prompt or a class label for each picture (used in turn); empty for an unconditional model.
         steps: denoising steps.
         guidance: scale of classifier-free guidance; None leaves it to the pipeline.
+        size: height and width in pixels; None leaves them to the pipeline, which draws at its model's own size.
+        inputs: further arguments of the pipeline's call, such as the picture that it starts from.
     """
 
     conditions: tuple[str | int, ...] = ()
     steps: int = 50
     guidance: float | None = None
+    size: int | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def condition(self, index: int) -> str | int:
         return self.conditions[index % len(self.conditions)]
@@ -54,11 +58,14 @@ def make_request(
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     guidance: float | None = None,
+    size: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Request:
     """A request that fits the pipeline; without prompts or labels, its own examples are drawn in turn.
 
     Raises:
-        StepquantError: for a prompt to a model that takes none, a label that does not exist, fewer than one step.
+        StepquantError: for a prompt to a model that takes none, a label that does not exist, fewer than one step, a
+            size that the pipeline does not let one choose, or a picture that it needs and was not given.
     """
     kind = kind_of(pipeline)
     name = type(pipeline).__name__
@@ -68,15 +75,27 @@ def make_request(
         raise StepquantError(f"a prompt was given, but {name} is {_described(kind)}: leave the prompt out.")
     if labels is not None and kind != "class":
         raise StepquantError(f"a label was given, but {name} is {_described(kind)}: leave the label out.")
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    inputs = dict(inputs or {})
+    for key in inputs:
+        if key not in parameters:
+            raise StepquantError(f"input {key!r} was given, but the call of {name} takes no such argument.")
+    if "image" in parameters and "image" not in inputs:
+        raise StepquantError(
+            f"{name} draws from a picture: give what its call needs in `inputs`, such as image=..., or quantize the "
+            "denoiser through a pipeline that draws from noise."
+        )
+    if size is not None and "height" not in parameters:
+        raise StepquantError(f"a size was given, but {name} draws at one size only: leave it out.")
     if kind == "class":
         known = _labels(pipeline)
         for label in labels or ():
             if label not in known:
                 raise StepquantError(f"label {label} does not exist: expected {known[0]} to {known[-1]}.")
-        return Request(tuple(labels or known), steps, guidance)
+        return Request(tuple(labels or known), steps, guidance, size, inputs)
     if kind == "text":
-        return Request(tuple(prompts or default_prompts(pipeline)), steps, guidance)
-    return Request((), steps, guidance)
+        return Request(tuple(prompts or default_prompts(pipeline)), steps, guidance, size, inputs)
+    return Request((), steps, guidance, size, inputs)
 
 
 def _described(kind: Kind) -> str:
@@ -131,6 +150,10 @@ def draw(
         "generator": [torch.Generator().manual_seed(seed + index) for index in indices],
         "output_type": "np",
     }
+    if request.size is not None:
+        arguments |= {"height": request.size, "width": request.size}
+        if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
+            arguments["use_resolution_binning"] = False  # PixArt would draw at the nearest size it was trained on
     if request.guidance is not None and kind != "unconditional":
         arguments["guidance_scale"] = request.guidance
     if kind == "unconditional":
@@ -141,6 +164,7 @@ def draw(
         arguments["prompt"] = [request.condition(index) for index in indices]
         if not decode:
             arguments["output_type"] = "latent"
+    arguments |= request.inputs
     handle = _after_each_step(pipeline, on_step)
     try:
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Calibration(BaseModel):
         steps: denoising steps of the trajectories they come from.
         trajectories: pictures drawn for it; None means up to 64, and never more than samples.
         batch_size: pictures drawn at a time, and samples passed through the model at a time.
+        size: height and width of the pictures in pixels; None means the model's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,7 @@ class Calibration(BaseModel):
     steps: PositiveInt = 50
     trajectories: PositiveInt | None = None
     batch_size: PositiveInt = 16
+    size: PositiveInt | None = None
 
     @property
     def pictures(self) -> int:
@@ -52,19 +54,22 @@ class CalibrationSet:
 
     Attributes:
         tensors: argument name -> [N, ...]; ``timestep`` is among them; a dotted name is an entry of a dictionary
-            argument (``added_cond_kwargs.time_ids``). Arguments that are no tensors stay at their defaults.
+            argument (``added_cond_kwargs.time_ids``) or, with a number, of a list. Arguments that are no tensors stay
+            at their defaults.
         steps: int64 [N], the sampler's step that each sample was seen at.
+        shared: argument name -> a tensor that all samples have in common, such as the positions of tokens.
     """
 
     tensors: dict[str, Tensor]
     steps: Tensor
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.steps.shape[0]
 
     def arguments(self, chosen: slice | Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser for some of the samples."""
-        return nest({name: tensor[chosen] for name, tensor in self.tensors.items()})
+        return nest({name: tensor[chosen] for name, tensor in self.tensors.items()} | self.shared)
 
     def batches(self, size: int) -> Iterator[slice]:
         """Slices that cover all samples in order."""
@@ -120,7 +125,7 @@ def collect(
             "ask for fewer steps."
         )
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return CalibrationSet(tensors, steps)
+    return CalibrationSet(tensors, steps, recorder.shared)
 
 
 class _Recorder:
@@ -138,6 +143,7 @@ class _Recorder:
         self.signature = inspect.signature(denoiser.forward)
         self.wanted, self.start, self.pictures, self.batch = wanted, start, pictures, batch
         self.rows = rows
+        self.shared: dict[str, Tensor] = {}
         self.step = -1
         self.time: float | None = None
         self.remove = denoiser.register_forward_pre_hook(self._read, with_kwargs=True).remove
@@ -155,6 +161,8 @@ class _Recorder:
             for name, value in flat.items()
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == sample.shape[0]
         }
+        others = {name: value for name, value in flat.items() if isinstance(value, Tensor) and name not in per_sample}
+        self.shared = {name: value.detach().clone() for name, value in others.items()}
         halves = sample.shape[0] // self.batch
         for wanted in self.wanted.get(self.step, ()):
             half = (wanted + wanted // self.pictures) % halves
@@ -163,10 +171,13 @@ class _Recorder:
 
 
 def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """An argument as named values: itself, or the entries of a dictionary under dotted names."""
+    """An argument as named values: itself, or the entries of a dictionary or list under dotted names."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield f"{name}.{key}", entry
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield f"{name}.{index}", entry
     else:
         yield name, value
 
@@ -176,5 +187,8 @@ def nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         outer, _, inner = name.partition(".")
-        arguments[outer] = {**arguments.get(outer, {}), inner: tensor} if inner else tensor
+        if inner.isdigit():
+            arguments[outer] = [*arguments.get(outer, []), tensor]
+        else:
+            arguments[outer] = {**arguments.get(outer, {}), inner: tensor} if inner else tensor
     return arguments

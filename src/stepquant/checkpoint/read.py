@@ -24,7 +24,7 @@ from stepquant.checkpoint.format import (
 )
 from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
-from stepquant.models import DENOISERS, FAMILIES
+from stepquant.models import DENOISERS
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import install_empty
 from stepquant.runtime import prepare
@@ -69,9 +69,9 @@ def load_denoiser(folder: Path) -> nn.Module:
     name = config.get("_class_name")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise StepquantError(f"{folder}/config.json says nothing of stepquant: the checkpoint is damaged.")
-    if name not in FAMILIES:
-        raise StepquantError(f"{folder} holds a {name}: expected one of {', '.join(FAMILIES)}.")
-    cls = getattr(diffusers, name)
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
     try:
         with init_empty_weights():
             model = cls.from_config(config)

@@ -7,25 +7,29 @@ from torch import nn
 from stepquant.errors import StepquantError
 from stepquant.models.description import Describer, ModelDescription
 from stepquant.models.dit import describe_dit
+from stepquant.models.flux import describe_flux
+from stepquant.models.generic import describe_generic
+from stepquant.models.mmdit import describe_sd3
+from stepquant.models.pixart import describe_pixart
 from stepquant.models.unet import describe_unet
 
 FAMILIES: dict[str, Describer] = {
     "UNet2DModel": describe_unet,
     "UNet2DConditionModel": describe_unet,
     "DiTTransformer2DModel": describe_dit,
+    "PixArtTransformer2DModel": describe_pixart,
+    "SD3Transformer2DModel": describe_sd3,
+    "FluxTransformer2DModel": describe_flux,
 }
-"""Class name of a denoiser -> the function that describes it."""
+"""Class name of a denoiser -> the function that describes it; any other is described by its structure."""
 
 DENOISERS = ("unet", "transformer")
 """Names under which diffusers pipelines hold their denoiser."""
 
 
 def describe(model: nn.Module) -> ModelDescription:
-    """The description of a denoiser; raises `StepquantError` for a class that no family covers."""
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise StepquantError(f"denoiser {name} is of no known family: expected one of {', '.join(FAMILIES)}.")
-    return FAMILIES[name](model)
+    """The description of a denoiser; raises `StepquantError` for one that has none and shows none by its structure."""
+    return FAMILIES.get(type(model).__name__, describe_generic)(model)
 
 
 def denoiser_name(pipeline: object) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
+from stepquant.nn.attention import can_quantize_attention
 from stepquant.nn.layers import can_quantize
 
 
@@ -22,10 +24,12 @@ class ModelDescription:
         layers: every linear and convolution that can be quantized, block by block.
         first, last: the layer that reads the noisy sample, and the one that writes the output.
         time_layers: layers whose input depends on the timestep alone.
-        attentions: modules of the `Attention` interface of diffusers.
+        attentions: modules of the `Attention` interface of diffusers whose operands can be quantized; others (linear
+            attention, masks of their own) keep diffusers' processor, and their operands stay in floating point.
         middle: the module whose output, float [B, C, H, W] or [B, N, C], says most about what is being drawn.
         skip_splits: layer behind a skip concatenation -> number of its input channels that come from the trunk; the
             rest come from the skip.
+        time_unit: what the denoiser is given for one timestep of the scheduler: 1, or 1/1000 where it reads t / 1000.
     """
 
     family: str
@@ -37,6 +41,7 @@ class ModelDescription:
     attentions: tuple[str, ...]
     middle: str
     skip_splits: dict[str, int]
+    time_unit: float = 1.0
 
 
 Describer = Callable[[nn.Module], ModelDescription]
@@ -52,6 +57,7 @@ def describe_blocks(
     time_layers: list[str],
     middle: str,
     skip_splits: dict[str, int] | None = None,
+    time_unit: float = 1.0,
 ) -> ModelDescription:
     """Complete a description from its blocks: list their layers and attentions, and check that nothing is left out.
 
@@ -71,9 +77,7 @@ def describe_blocks(
             f"{type(model).__name__} has layers that the {family} description does not place in a block: "
             f"{', '.join(outside[:5])}; this variant of the model cannot be quantized yet."
         )
-    attentions = [
-        name for name, module in model.named_modules() if hasattr(module, "set_processor") and hasattr(module, "to_q")
-    ]
+    attentions = [name for name, module in model.named_modules() if can_quantize_attention(module)]
     return ModelDescription(
         family=family,
         blocks=tuple(blocks),
@@ -84,9 +88,23 @@ def describe_blocks(
         attentions=tuple(attentions),
         middle=middle,
         skip_splits=dict(skip_splits or {}),
+        time_unit=time_unit,
     )
 
 
+def numbered(model: nn.Module, name: str) -> list[str]:
+    """Dotted names of the members of a list of modules."""
+    return [f"{name}.{index}" for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+
 def main_tensor(output: Any) -> Tensor:
-    """The tensor that a block's output stands for: itself, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else main_tensor(output[0])
+    """The tensor that a block's output stands for: itself, or the first of a tuple.
+
+    A joint block puts out text and picture, both [B, tokens, C]: they are joined along the tokens.
+    """
+    if isinstance(output, Tensor):
+        return output
+    tensors = [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple | list) else []
+    if len(tensors) > 1 and all(part.dim() == 3 and part.shape[-1] == tensors[0].shape[-1] for part in tensors):
+        return torch.cat(tensors, dim=1)
+    return tensors[0] if tensors else main_tensor(output[0])

@@ -26,9 +26,9 @@ def describe_unet(model: Any) -> ModelDescription:
     for index, stage in enumerate(model.up_blocks):
         blocks += _stage_blocks(f"up_blocks.{index}", stage)
     blocks.append("conv_out")
-    time_layers = [name for name, _ in model.named_modules() if name.endswith("time_emb_proj")]
-    if not {"class_embedding", "add_embedding"} & set(embeddings):
-        time_layers += ["time_embedding.linear_1", "time_embedding.linear_2"]
+    time_layers = ["time_embedding.linear_1", "time_embedding.linear_2"]
+    if not {"class_embedding", "add_embedding"} & set(embeddings):  # else they are added before the blocks project it
+        time_layers += [name for name, _ in model.named_modules() if name.endswith("time_emb_proj")]
     return describe_blocks(
         model,
         type(model).__name__,

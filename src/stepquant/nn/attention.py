@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
@@ -21,12 +22,26 @@ from stepquant.numerics.affine import fake_quantize
 
 OPERANDS = ("query", "key", "value", "probability")
 
+REPRODUCED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "FluxAttnProcessor")
+"""Processors of diffusers whose flow `AttentionProcessor` has."""
+
+
+def can_quantize_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention whose operands can be quantized: one of a flow that is reproduced here."""
+    processor = getattr(module, "processor", None)
+    known = type(processor).__name__ in REPRODUCED or isinstance(processor, AttentionProcessor)
+    return known and hasattr(module, "set_processor") and hasattr(module, "to_q")
+
 
 class AttentionProcessor(nn.Module):
     """Base: full-precision attention; `operand` is the place to quantize.
 
     hidden_states: float [B, N, C] or [B, C, H, W]; encoder_hidden_states: float [B, M, D] or None for self-attention;
-    attention_mask: additive, broadcastable to [B, heads, N, M].
+    attention_mask: additive, broadcastable to [B, heads, N, M]; image_rotary_emb: rotary position embedding of joint
+    attentions, two tensors [M + N, d].
+
+    Joint attentions (SD3, Flux) attend over text and picture together, with projections of their own for the text, and
+    return both.
     """
 
     def operand(self, name: str, x: Tensor) -> Tensor:
@@ -39,10 +54,11 @@ class AttentionProcessor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         temb: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         # `Attention` passes a processor only those arguments that it finds in this signature.
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, temb)
 
     def forward(
         self,
@@ -50,8 +66,11 @@ class AttentionProcessor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         temb: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
+        if is_joint(attn):
+            return self._joint(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -84,6 +103,41 @@ class AttentionProcessor(nn.Module):
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
+    def _joint(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> Any:
+        """Text first, then picture, as rotary positions count them; without them the order does not matter."""
+
+        def project(x: Tensor, layer: Any, norm: Any = None) -> Tensor:
+            x = layer(x).unflatten(-1, (attn.heads, -1))
+            return x if norm is None else norm(x)
+
+        query = project(hidden_states, attn.to_q, attn.norm_q)
+        key = project(hidden_states, attn.to_k, attn.norm_k)
+        value = project(hidden_states, attn.to_v)
+        tokens = 0
+        if encoder_hidden_states is not None:
+            tokens = encoder_hidden_states.shape[1]
+            query = torch.cat([project(encoder_hidden_states, attn.add_q_proj, attn.norm_added_q), query], dim=1)
+            key = torch.cat([project(encoder_hidden_states, attn.add_k_proj, attn.norm_added_k), key], dim=1)
+            value = torch.cat([project(encoder_hidden_states, attn.add_v_proj), value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = self.attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)
+        text, picture = mixed[:, :tokens], mixed[:, tokens:]
+        for module in getattr(attn, "to_out", None) or ():
+            picture = module(picture)
+        if encoder_hidden_states is None:
+            return picture
+        return picture, text if attn.context_pre_only else attn.to_add_out(text)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Scaled dot-product attention on quantized operands; all [B, heads, N, d]."""
         query, key = self.operand("query", query), self.operand("key", key)
@@ -95,12 +149,19 @@ class AttentionProcessor(nn.Module):
 
 
 class QuantizedAttentionProcessor(AttentionProcessor):
-    """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1]."""
+    """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1].
 
-    def __init__(self, bits: dict[str, int], rows: dict[str, int], clock: StepClock) -> None:
+    Made without arguments, as an IP-Adapter does for every attention beside its own, it leaves all operands in floating
+    point.
+    """
+
+    def __init__(
+        self, bits: dict[str, int] | None = None, rows: dict[str, int] | None = None, clock: StepClock | None = None
+    ) -> None:
         super().__init__()
-        self.bits, self.clock = dict(bits), clock
-        for name in bits:
+        self.bits, self.clock = dict(bits or {}), clock or StepClock()
+        for name in self.bits:
+            assert rows is not None
             self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
             self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
 
@@ -134,6 +195,11 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if scale.dim() == 2:
             scale, zero_point = (per_sample(values, x) for values in (scale, zero_point))
         return fake_quantize(x.float(), scale, zero_point, table.bits).to(x.dtype)
+
+
+def is_joint(attn: Any) -> bool:
+    """Whether an attention is one over text and picture together, or of a model made of those."""
+    return getattr(attn, "add_q_proj", None) is not None or not hasattr(attn, "group_norm")
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:

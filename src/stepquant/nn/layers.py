@@ -148,10 +148,11 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         return keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
 
-    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        # Named as in torch's own layers, which some models call by keyword.
         if self.kernel is None:
             raise RuntimeError("no kernel installed: call stepquant.runtime.prepare(model) first")
-        return self.kernel(x, self.clock.row)
+        return self.kernel(input, self.clock.row)
 
 
 def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:

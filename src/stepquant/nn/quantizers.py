@@ -345,5 +345,7 @@ class WeightQuantizer(nn.Module):
 
 def _thin(values: Tensor, count: int) -> Tensor:
     """`count` values spread evenly over a 1-d tensor, and its min and max: [count + 2]."""
-    index = torch.linspace(0, values.numel() - 1, count).long()
+    # Beyond 2^24 values float32 no longer holds every index.
+    exact = torch.float32 if values.numel() <= 1 << 24 else torch.float64
+    index = torch.linspace(0, values.numel() - 1, count, dtype=exact).long()
     return torch.cat([values[index], values.amin()[None], values.amax()[None]])

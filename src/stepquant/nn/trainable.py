@@ -31,7 +31,8 @@ class TrainableLayer(nn.Module):
         self.inner, self.weight_quantizer, self.activation_quantizer = inner, weight, activation
         self.quantizing_weight = True
 
-    def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    def forward(self, input: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        x = input  # named as in torch's own layers, which some models call by keyword
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
         weight = self.weight_quantizer(self.inner.weight) if self.quantizing_weight else self.inner.weight

@@ -22,6 +22,9 @@ from stepquant.reconstruction.blocks import Settings, reconstruct
 from stepquant.reconstruction.network import Finetuning, finetune
 from stepquant.workspace import Workspace, digest, tensors_digest
 
+SHARED = "shared:"
+"""Marks, in a kept stage, the arguments that all samples have in common."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -62,6 +65,7 @@ class Job:
                 tensors_digest(dict(self.denoiser.state_dict())),
                 self.calibration.model_dump(),
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
+                {name: _fingerprint(value) for name, value in self.request.inputs.items()},
                 type(self.pipeline.scheduler).__name__,
                 {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
                 self.seed,
@@ -83,9 +87,12 @@ class Job:
         stage = f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}"
         stored = kept.load(stage)
         if stored is not None:
-            return CalibrationSet({name: stored[name] for name in stored if name != "steps"}, stored["steps"])
+            steps = stored.pop("steps")
+            shared = {name.removeprefix(SHARED): stored.pop(name) for name in list(stored) if name.startswith(SHARED)}
+            return CalibrationSet(stored, steps, shared)
         samples = collect(self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress)
-        kept.save(stage, samples.tensors | {"steps": samples.steps})
+        shared = {f"{SHARED}{name}": tensor for name, tensor in samples.shared.items()}
+        kept.save(stage, samples.tensors | shared | {"steps": samples.steps})
         return samples
 
     def dense_and_diverse_steps(self, diversity_weight: float) -> Tensor:
@@ -144,8 +151,9 @@ class Job:
         )
 
     def training_timesteps(self) -> Tensor:
-        """Every timestep that the model was trained at: float [T]."""
-        return torch.arange(int(self.pipeline.scheduler.config.num_train_timesteps)).float()
+        """Every timestep that the model was trained at, as the denoiser is given it: float [T]."""
+        steps = int(self.pipeline.scheduler.config.num_train_timesteps)
+        return torch.arange(steps).float() * self.description.time_unit
 
     def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
         """Train weights and scales network-wise against the full-precision denoiser; kept in the workspace."""
@@ -174,6 +182,10 @@ class Job:
             batch_size=self.calibration.batch_size,
             progress=self.progress,
         )
+
+
+def _fingerprint(value: Any) -> str:
+    return tensors_digest({"value": value}) if isinstance(value, Tensor) else repr(value)
 
 
 Recipe = Callable[..., Instrumented]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.nn.clock import StepClock
 from stepquant.reconstruction.objectives import LayerOutputs
@@ -29,7 +30,7 @@ class BlockInputs:
 
     def at(self, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments for some of the samples."""
-        return pytree.tree_unflatten([self._pick(leaf, chosen) for leaf in self.leaves], self.structure)
+        return self._arguments([self._pick(leaf, chosen) for leaf in self.leaves], chosen)
 
     def mixed(self, other: BlockInputs, chosen: Tensor, probability: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `at`, but each floating element comes from `other` with the given probability (QDrop)."""
@@ -42,7 +43,12 @@ class BlockInputs:
                 swap = torch.rand_like(leaf) < probability
                 leaf = torch.where(swap, self._pick(theirs, chosen), leaf)
             leaves.append(leaf)
-        return pytree.tree_unflatten(leaves, self.structure)
+        return self._arguments(leaves, chosen)
+
+    def _arguments(self, leaves: list[Any], chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        count = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
+        return args, {name: count if value is _BATCH else value for name, value in kwargs.items()}
 
     def _pick(self, leaf: Any, chosen: slice | Tensor) -> Any:
         is_per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
@@ -82,7 +88,7 @@ class Replay:
         structure: Any = None
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(args, kwargs)
+            raise _Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
 
         def answer(name: str) -> Any:
             def forward(*_args: Any, **_kwargs: Any) -> Any:
@@ -130,6 +136,12 @@ class Replay:
                 self.clock.set(self.samples.tensors["timestep"][chosen])
             with LayerOutputs.recorded({name: self.model.get_submodule(name) for name in record}) as layers:
                 produced, tree = pytree.tree_flatten(module(*args, **kwargs))
+            size = chosen.stop - chosen.start
+            if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in produced):
+                raise StepquantError(
+                    f"block {block} folds something else into the batch, so that its samples cannot be told apart: "
+                    "this model cannot be reconstructed block by block; use recipe minmax or ptq4dm."
+                )
             if not leaves:
                 leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]
                 kept = {name: self._allocate(f"layer-{index}", layers[name]) for index, name in enumerate(record)}
@@ -148,6 +160,10 @@ class Replay:
         count = torch.Size(shape).numel()
         path = self.scratch / f"{name}.bin"
         return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).reshape(shape)
+
+
+_BATCH = object()
+"""Stands for an argument that is the number of samples in the batch."""
 
 
 class _Reached(Exception):

@@ -1,0 +1,256 @@
+"""Each family built small from config: described, quantized, saved, loaded, sampled. And pipelines that share one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import diffusers
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+import stepquant
+from stepquant.errors import StepquantError
+from stepquant.evaluation.fidelity import Shadow
+from stepquant.models import denoiser_name, describe
+from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.deploy import quantized_modules
+from stepquant.pipelines import draw, make_request
+
+PROMPTS = ["a red bicycle", "a"]
+SMALL = stepquant.Calibration(samples=12, steps=2, batch_size=12, size=16)
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def pipeline(request, tmp_path_factory):
+    return tiny.FAMILIES[request.param](tmp_path_factory.mktemp("family"))
+
+
+def inputs_of(pipeline) -> dict:
+    """A short text, where hundreds of tokens are the default."""
+    takes = "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters
+    return {"max_sequence_length": 8} if takes else {}
+
+
+def pictures(pipeline, steps: int = 2):
+    request = make_request(pipeline, steps, prompts=PROMPTS, size=16, inputs=inputs_of(pipeline))
+    return draw(pipeline, request, range(2), 0)
+
+
+def quantize(pipeline, **arguments):
+    arguments = {"calibration": SMALL, "prompts": PROMPTS, "inputs": inputs_of(pipeline)} | arguments
+    return stepquant.quantize(pipeline, "w8a8", **arguments)
+
+
+def denoiser_of(pipeline) -> nn.Module:
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def test_blocks_are_complete_and_in_the_order_they_run(pipeline):
+    model = denoiser_of(pipeline)
+    description = describe(model)
+    ran: list[str] = []
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
+        for block in description.blocks
+    ]
+    pictures(pipeline)
+    for handle in handles:
+        handle.remove()
+    assert ran[: len(description.blocks)] == list(description.blocks)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    assert set(description.layers) == layers and len(description.layers) == len(layers)
+    assert {description.first, description.last} <= layers and description.time_layers <= layers
+    assert description.attentions and model.get_submodule(description.middle)
+
+
+def test_time_layers_see_the_timestep_alone(pipeline):
+    """Other pictures, other prompts: their inputs stay the same; any other layer's input changes."""
+    model = denoiser_of(pipeline)
+    description = describe(model)
+    seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in description.layers}
+    handles = [
+        model.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, layer=layer: seen[layer].append(args[0][-1:].clone())
+        )
+        for layer in description.layers
+    ]
+    for index, prompt in enumerate(PROMPTS):
+        request = make_request(pipeline, 2, prompts=[prompt], size=16 + 8 * index, inputs=inputs_of(pipeline))
+        draw(pipeline, request, [index], 0)
+    for handle in handles:
+        handle.remove()
+    same = {layer for layer, inputs in seen.items() if torch.equal(inputs[0], inputs[len(inputs) // 2])}
+    guidance = {layer for layer in same if "guidance_embedder" in layer}  # its scale is the pipeline's default
+    assert same - guidance - {layer for layer in same if "aspect_ratio" in layer} == set(description.time_layers)
+
+
+def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
+    quantized = quantize(pipeline, recipe="q-diffusion", iterations=1)
+    layers = quantized_modules(denoiser_of(quantized))
+    assert set(layers) == set(describe(denoiser_of(pipeline)).layers)
+    processors = [
+        module for module in denoiser_of(quantized).modules() if isinstance(module, QuantizedAttentionProcessor)
+    ]
+    assert processors and all(
+        set(processor.bits) == {"query", "key", "value", "probability"} for processor in processors
+    )
+    shadow = Shadow(denoiser_of(pipeline), denoiser_of(quantized))
+    with shadow:
+        expected = pictures(pipeline)
+    assert max(shadow.step_error) < 0.1
+    assert torch.isfinite(expected).all()
+    quantized.save_pretrained(tmp_path / "model")
+    for loaded in (stepquant.load(tmp_path / "model"), DiffusionPipeline.from_pretrained(tmp_path / "model")):
+        assert torch.equal(pictures(loaded), pictures(quantized))
+
+
+def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
+    """Same operands, same result: the processor reproduces both joint flows."""
+    for build in (tiny.sd3, tiny.flux):
+        pipeline = build(tmp_path / build.__name__)
+        copied = copy.copy(pipeline)
+        model = copy.deepcopy(pipeline.transformer)
+        for name in describe(model).attentions:
+            model.get_submodule(name).set_processor(QuantizedAttentionProcessor())
+        copied.transformer = model
+        assert torch.allclose(pictures(copied), pictures(pipeline), atol=1e-4)
+
+
+def test_tdq_on_flux_has_a_row_for_every_flow_time(tmp_path):
+    """Its denoiser reads t / 1000."""
+    pipeline = tiny.flux(tmp_path)
+    quantized = quantize(pipeline, recipe="tdq", iterations=1)
+    timesteps = quantized.transformer.config.quantization_config["structure"]["timesteps"]
+    assert len(timesteps) == 1000 and max(timesteps) == pytest.approx(0.999)
+    assert torch.isfinite(pictures(quantized)).all()
+
+
+def wan() -> nn.Module:
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def motion() -> nn.Module:
+    return diffusers.UNetMotionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), motion_num_attention_heads=2,
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), num_attention_heads=2,
+    ).eval()  # fmt: skip
+
+
+VIDEO = {
+    "Wan": (wan, {"hidden_states": torch.randn(1, 4, 3, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 16)}),
+    "AnimateDiff": (motion, {"sample": torch.randn(1, 4, 3, 8, 8), "encoder_hidden_states": torch.randn(3, 5, 16)}),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_a_family_without_a_description_is_found_by_structure(name, tmp_path):
+    build, arguments = VIDEO[name]
+    torch.manual_seed(3)
+    model = build()
+    description = describe(model)
+    assert "by structure: 2 " in description.family
+    layers = {layer for layer, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    assert set(description.layers) == layers and description.time_layers
+    ran: list[str] = []
+    for block in description.blocks:
+        model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
+    expected = model(timestep=torch.tensor([300]), **arguments).sample
+    assert set(ran) == set(description.blocks)
+    model.save_pretrained(tmp_path / "model")
+    # Wan's own code reads the type of the parameters of its time embedding, so those have to stay.
+    config = stepquant.StepquantConfig(spec={"bits": "w8a16", "exceptions": {r"\.time_embedder\.": "w16a16"}})
+    loaded = type(model).from_pretrained(tmp_path / "model", quantization_config=config)
+    assert set(quantized_modules(loaded)) == {layer for layer in layers if ".time_embedder." not in layer}
+    produced = loaded(timestep=torch.tensor([300]), **arguments).sample
+    assert 0 < (produced - expected).norm() / expected.norm() < 0.05
+
+
+def test_what_has_no_structure_is_named():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            return self.layer(sample)
+
+    with pytest.raises(StepquantError, match="Flat is of no known family"):
+        describe(Flat())
+    assert "timestep" in inspect.signature(Flat.forward).parameters
+
+
+@pytest.fixture(scope="module")
+def quantized_text(text_pipeline):
+    return stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=SMALL, prompts=PROMPTS)
+
+
+def close(produced, expected, most: float = 0.2):
+    return 0 < (produced - expected).abs().mean() < most
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_pipelines_that_start_from_a_picture_share_the_denoiser(kind, text_pipeline, quantized_text):
+    name = {"img2img": "StableDiffusionImg2ImgPipeline", "inpaint": "StableDiffusionInpaintPipeline"}[kind]
+    arguments = {"prompt": "a", "image": torch.rand(1, 3, 16, 16), "strength": 0.8, "num_inference_steps": 3}
+    if kind == "inpaint":
+        arguments |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16}
+    results = []
+    for source in (text_pipeline, quantized_text):
+        pipeline = getattr(diffusers, name)(**source.components, requires_safety_checker=False)
+        generator = torch.Generator().manual_seed(0)
+        results.append(torch.from_numpy(pipeline(**arguments, generator=generator, output_type="np").images))
+    assert close(results[1], results[0])
+
+
+def test_inpainting_has_channels_of_its_own_and_needs_a_picture(text_pipeline):
+    components = {name: part for name, part in text_pipeline.components.items() if name != "unet"}
+    pipeline = diffusers.StableDiffusionInpaintPipeline(
+        **components, unet=tiny.unet(in_channels=9), requires_safety_checker=False
+    )
+    with pytest.raises(StepquantError, match="draws from a picture"):
+        stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL)
+    with pytest.raises(StepquantError, match="takes no such argument"):
+        stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL, inputs={"magic": 1})
+    inputs = {"image": torch.rand(1, 3, 16, 16), "mask_image": torch.ones(1, 1, 16, 16)}
+    quantized = quantize(pipeline, recipe="minmax", inputs=inputs)
+    assert quantized_modules(quantized.unet)["conv_in"].in_channels == 9
+    request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs)
+    assert close(draw(quantized, request, range(2), 0), draw(pipeline, request, range(2), 0))
+
+
+def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
+    """What it adds to the skip connections is an argument of the denoiser."""
+    controlnet = diffusers.ControlNetModel.from_unet(text_pipeline.unet, conditioning_embedding_out_channels=(8, 8))
+    for parameter in controlnet.controlnet_down_blocks.parameters():
+        nn.init.normal_(parameter)
+    components = text_pipeline.components
+    pipeline = diffusers.StableDiffusionControlNetPipeline(
+        **components, controlnet=controlnet.eval(), requires_safety_checker=False
+    )
+    inputs = {"image": torch.rand(1, 3, 16, 16)}
+    quantized = quantize(pipeline, recipe="q-diffusion", iterations=1, inputs=inputs)
+    request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs)
+    shadow = Shadow(pipeline.unet, quantized.unet)
+    with shadow:
+        draw(pipeline, request, range(2), 0)
+    assert max(shadow.step_error) < 0.1
+    without = quantize(text_pipeline, recipe="q-diffusion", iterations=1)
+    blind = Shadow(pipeline.unet, without.unet)
+    with blind:
+        draw(pipeline, request, range(2), 0)
+    assert max(blind.step_error) > 2 * max(shadow.step_error)
+
+
+def test_few_step_models_draw_with_the_scheduler_they_were_made_for(quantized_text):
+    pipeline = copy.copy(quantized_text)
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(quantized_text.scheduler.config)
+    produced = pictures(pipeline, steps=2)
+    assert torch.isfinite(produced).all()
