@@ -12,6 +12,7 @@ from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.nn.deploy import quantized_like, replace_module
 from stepquant.nn.layers import can_quantize
+from stepquant.nn.lora import enable_lora
 from stepquant.nn.trainable import wrap
 
 
@@ -44,4 +45,5 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         raise StepquantError(
             f"{type(model).__name__} cannot be quantized: it has no linear and no convolution to quantize to {spec}."
         )
+    enable_lora(model)
     return {"timesteps": clock.timesteps.tolist(), "layers": layers, "attentions": {}}

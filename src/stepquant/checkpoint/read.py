@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def load_denoiser(folder: Path) -> nn.Module:
     name = config.get("_class_name")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise StepquantError(f"{folder}/config.json says nothing of stepquant: the checkpoint is damaged.")
-    cls = getattr(diffusers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    cls: Any = getattr(diffusers, str(name), None)
+    if not _is_model(cls):
         raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
     try:
         with init_empty_weights():
@@ -82,6 +83,10 @@ def load_denoiser(folder: Path) -> nn.Module:
     model.register_to_config(quantization_config=quantization)
     check_attentions(model)
     return model.eval().requires_grad_(False)
+
+
+def _is_model(cls: Any) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
 
 
 def verify_component(files: list[Path]) -> None:

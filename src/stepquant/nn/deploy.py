@@ -22,6 +22,7 @@ from stepquant.nn.layers import (
     QuantizedModule,
     can_quantize,
 )
+from stepquant.nn.lora import enable_lora
 from stepquant.nn.tables import QuantizedAttention, QuantizedLayer
 
 
@@ -147,6 +148,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             attention.set_processor(QuantizedAttentionProcessor(bits, rows, clock))
     if reads_timestep(model):
         clock.attach(model)
+    enable_lora(model)
     return clock
 
 

@@ -37,9 +37,9 @@ def prepare(model: nn.Module, backend: str = "auto") -> str:
             module.kernel = OneDnnKernel(module)
         else:
             module.kernel = ReferenceKernel(module)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # not the whole model: a video model has tensors of another rank
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for convolution in model.modules():
+        if isinstance(convolution, nn.Conv2d):  # not the whole model: a video model has tensors of another rank
+            convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return chosen
 
 
