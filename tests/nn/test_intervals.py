@@ -79,3 +79,14 @@ def test_a_generator_starts_near_the_ranges_found_step_by_step():
     assert float(scale[95] / scale[5]) > 3  # the spread of x grows from 0.68 to 3.8
     roughness = scale.diff().abs().sum() / (scale[-1] - scale[0]).abs()
     assert float(roughness) < 1.5, "smooth: a free table of one sample a step would jitter"
+
+
+def test_a_second_generator_starts_where_the_first_settled():
+    _clock, quantizer, _x = moving_quantizer()
+    torch.manual_seed(0)
+    quantizer.learn(over_time=True)
+    quantizer.settle()
+    settled = quantizer.table().scale
+    quantizer.learn(over_time=True)
+    quantizer.settle()
+    assert torch.allclose(quantizer.table().scale, settled, rtol=1e-5)

@@ -119,7 +119,7 @@ class ActivationQuantizer(nn.Module):
             if self.gain is not None:
                 self.gain.eval()
             self.scale = self.current_scale()
-        self.gain = None
+        self.gain = self.found_gain = None  # the scale has it now
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         row = self.clock.row if self.rows > 1 else torch.zeros((), dtype=torch.long)
