@@ -156,3 +156,30 @@ def test_too_few_pictures_and_other_features_are_refused(features):
     ):
         with pytest.raises(StepquantError, match=message):
             measured()
+
+
+def test_all_of_it_is_that_of_torch_fidelity(features):
+    """With torch-fidelity and torchvision installed (the extra `inception`)."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = (cloud[:70].double() for cloud in features)
+    statistics = [fid_features_to_statistics(cloud) for cloud in (a, b)]
+    theirs = {
+        **fid_statistics_to_metric(*statistics, False),
+        **kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=70, verbose=False),
+        **prc_features_to_metric(a, b, verbose=False),
+        **isc_features_to_metric(a, splits=10, shuffle=False),
+    }
+    precision, recall = precision_recall(a, b)
+    ours = {
+        "frechet_inception_distance": frechet_distance(*map(gaussian_statistics, (a, b))),
+        "kernel_inception_distance_mean": kernel_distance(a, b),
+        "precision": precision,
+        "recall": recall,
+        "inception_score_mean": inception_score(a, splits=10),
+    }
+    assert {name: theirs[name] for name in ours} == pytest.approx(ours, rel=1e-6)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from stepquant.report import write
+from stepquant.report.comparison import Comparison, Contender, render_comparison
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -61,6 +62,12 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get((self.folder / "report.html").as_uri())
+
+    def show_page(self, text: str, width: int = 1000):
+        (self.folder / "page.html").write_text(text, encoding="utf-8")
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get((self.folder / "page.html").as_uri())
 
     def one(self, selector: str):
         return self.driver.find_element(By.CSS_SELECTOR, selector)
@@ -158,7 +165,7 @@ def test_one_curve_is_shown_and_can_be_chosen(browser, report):
     def shown() -> list[str]:
         return [figure.get_attribute("data-curve") for figure in browser.all(".curves figure") if figure.is_displayed()]
 
-    assert shown() == ["first"]
+    assert shown() == ["first"], "it changes by a factor of four, the second by two"
     browser.focus("#curve").send_keys(Keys.ARROW_DOWN)
     assert shown() == ["second [0:8]"]
     browser.one("#map .row[data-curve=first]").click()
@@ -209,3 +216,17 @@ def test_nothing_of_a_checkpoint_runs(browser, hostile_report):
     assert "window.hacked=1" in browser.one("h1").text
     assert browser.one("#curve").get_attribute("value") == hostile_report.name
     assert len([figure for figure in browser.all(".curves figure") if figure.is_displayed()]) == 1
+
+
+@pytest.mark.parametrize("width", [320, 1000])
+def test_a_comparison_sorts_and_fits(browser, report, width):
+    models = [
+        Contender(name, "minmax", "w8a8", report.figures.model_copy(update={"denoiser_bytes": size}), report.quantized)
+        for name, size in (("large", 3_000_000), ("small", 900_000))
+    ]
+    browser.show_page(render_comparison(Comparison("zoo:model", models, report.full_precision)), width)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    size = next(head for head in browser.all("table.models thead th") if head.text.startswith("size"))
+    browser.driver.execute_script("arguments[0].firstElementChild.click()", size)
+    assert browser.column("table.models", 1) == ["small", "large", "zoo:model"]
+    assert browser.run("[...document.images].every(i => i.naturalWidth > 0)")

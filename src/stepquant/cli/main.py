@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stepquant import __version__
+from stepquant.cli.compare import compare
 from stepquant.cli.evaluate import evaluate
 from stepquant.cli.inspect import inspect
 from stepquant.cli.lists import recipes, zoo
@@ -51,7 +52,7 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, report, inspect, study, recipes, zoo):
+for command in (quantize, sample, evaluate, compare, report, inspect, study, recipes, zoo):
     app.command()(_one_line(command))
 
 

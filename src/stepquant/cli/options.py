@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,16 @@ def check_writable_file(path: Path) -> None:
     if path.is_dir():
         raise StepquantError(f"cannot write {path}: it is a folder; give a file name.")
     check_writable_folder(path.parent)
+
+
+def check_page(out: Path, folders: Sequence[Path]) -> None:
+    """Raise `StepquantError` unless a page about the checkpoints in `folders` can be written at `out`."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise StepquantError(f"the page cannot be written to {out}: expected a file name that ends in .html.")
+    for folder in folders:
+        if folder.resolve() in out.resolve().parents[1:]:
+            raise StepquantError(f"{out} lies inside the checkpoint, which must stay as it is: choose another folder.")
+    check_writable_file(out)
 
 
 def check_writable_folder(folder: Path) -> None:

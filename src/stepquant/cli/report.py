@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Seed, Steps, at_least_one, check_writable_file, progress
-from stepquant.errors import StepquantError
+from stepquant.cli.options import Seed, Steps, at_least_one, check_page, progress
 
 
 def report(
@@ -29,18 +28,10 @@ def report(
 
     at_least_one("count", count)
     at_least_one("steps", steps)
-    _check_out(out, folder)
+    check_page(out, [folder])
     origin = against or page.origin_of(folder)
     gathered = page.gather(
         folder, origin, count=count, steps=steps, seed=seed, sensitivity=sensitivity, progress=progress()
     )
     page.write(gathered, out)
     typer.echo(f"{folder} against {origin}: {out}")
-
-
-def _check_out(out: Path, folder: Path) -> None:
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise StepquantError(f"the report cannot be written to {out}: expected a file name that ends in .html.")
-    if folder.resolve() in out.resolve().parents[1:]:
-        raise StepquantError(f"{out} lies inside the checkpoint, which must stay as it is: choose another folder.")
-    check_writable_file(out)

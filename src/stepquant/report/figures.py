@@ -111,7 +111,7 @@ def line_chart(
     """
     low, high = min(y), max(y)
     logarithmic = low > 0 and high / low > 10
-    ticks = _decades(low, high) if logarithmic else _round_numbers(min(0.0, low), high or 1.0)
+    ticks = _decades(low, high) if logarithmic else round_numbers(min(0.0, low), high or 1.0)
     map_y = math.log if logarithmic else float
     bottom, top = map_y(min(low, *ticks)), map_y(max(high, *ticks))
     start, span = x[0], (x[-1] - x[0]) or 1.0
@@ -220,7 +220,7 @@ def _spread(count: int, most: int) -> range:
     return range(0, count, max(1, math.ceil(count / most)))
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
+def round_numbers(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, three to seven of them, that enclose `low` to `high`."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))

@@ -42,17 +42,14 @@ def write(report: Report, path: Path) -> None:
 def render(report: Report) -> str:
     """The page. Everything that comes from the checkpoint is escaped, and a policy in the page allows no script but
     its own and no address to load from."""
-    environment = Environment(
-        loader=PackageLoader("stepquant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"size": _size, "text": _text}
-    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    templates = environment()
+    style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
     pictures = report.full_precision, report.quantized
     figures = report.figures
     steps = range(1, len(figures.step_error) + 1)
     curves = [_curve(activation, report) for activation in report.activations if len(activation.scale) > 1]
     recipe, spec = (report.provenance.get(key) for key in ("recipe", "spec"))
-    return environment.get_template("page.html").render(
+    return templates.get_template("page.html").render(
         report=report,
         figures=figures,
         shadowed=SHADOWED,
@@ -75,6 +72,7 @@ def render(report: Report) -> str:
         ),
         map=range_map(report.activations, report.timesteps) if report.activations else None,
         curves=dict(curves),
+        chosen=_most_changing(report.activations),
         sensitivity=report.sensitivity,
         sensitivity_map=sensitivity_map(report.sensitivity) if report.sensitivity else None,
         sensitivity_meaning=MEANING[report.sensitivity.how] if report.sensitivity else "",
@@ -85,9 +83,19 @@ def render(report: Report) -> str:
     )
 
 
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def environment() -> Environment:
+    """Templates of pages: what is put in is escaped, and what is missing is an error."""
+    made = Environment(
+        loader=PackageLoader("stepquant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    made.filters |= {"size": _size, "text": _text}
+    return made
+
+
+def source_of(templates: Environment, name: str) -> str:
+    """A template's text as it is: styles and scripts."""
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
 
 
 def _curve(activation: ActivationRange, report: Report) -> tuple[str, LineChart]:
@@ -98,6 +106,12 @@ def _curve(activation: ActivationRange, report: Report) -> tuple[str, LineChart]
         f"{scale[-1]:.3g} at {moments[-1]:g}, between {min(scale):.3g} and {max(scale):.3g}."
     )
     return activation.name, line_chart(moments, scale, alt, "timestep", "scale", percent=False)
+
+
+def _most_changing(activations: list[ActivationRange]) -> str | None:
+    """The activation whose scale changes most over time: the curve that is shown first."""
+    change = {one.name: float(one.scale.max() / one.scale.min()) for one in activations if len(one.scale) > 1}
+    return max(change, key=lambda name: change[name], default=None)
 
 
 def _parts(amounts: dict[str, int]) -> list[Part]:

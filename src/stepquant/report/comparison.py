@@ -1,0 +1,117 @@
+"""Several quantized models of one origin: one table, one figure, one page."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from markupsafe import Markup
+from torch import Tensor
+
+from stepquant.checkpoint import read_manifest
+from stepquant.errors import StepquantError
+from stepquant.evaluation import EvaluationResult, evaluate
+from stepquant.pictures import SMALLEST_SIDE, grid
+from stepquant.progress import Progress
+from stepquant.report.figures import png_uri
+from stepquant.report.page import environment, source_of
+from stepquant.report.scatter import scatter
+from stepquant.workspace import write_atomic
+
+PICTURES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One quantized model.
+
+    Attributes:
+        recipe, bits: as its manifest has them; not validated, whoever wrote the folder chose what they say.
+        pictures: float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
+    """
+
+    name: str
+    recipe: str
+    bits: str
+    figures: EvaluationResult
+    pictures: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The models, and the pictures of their origin from the same noise."""
+
+    against: str
+    contenders: list[Contender]
+    full_precision: Tensor
+
+
+def compare(
+    folders: Sequence[Path],
+    against: str,
+    *,
+    count: int = 16,
+    steps: int = 50,
+    seed: int = 0,
+    guidance: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate each folder on the same noise; arguments as of `stepquant.evaluation.evaluate`.
+
+    Raises:
+        StepquantError: for a folder that is given twice, no quantized model, or not made from `against`.
+    """
+    twice = [folder for folder in folders if list(folders).count(folder) > 1]
+    if twice:
+        raise StepquantError(f"{twice[0]} is given twice: name each model once.")
+    manifests = [read_manifest(folder) for folder in folders]  # all are looked at before the long work
+    names = [folder.resolve().name for folder in folders]
+    contenders, full_precision = [], None
+    for folder, manifest, name in zip(folders, manifests, names, strict=True):
+        evaluated = evaluate(folder, against, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress)
+        spec = manifest.provenance.get("spec")
+        contenders.append(
+            Contender(
+                name=name if names.count(name) == 1 else str(folder),
+                recipe=str(manifest.provenance.get("recipe", "")),
+                bits=str(spec.get("bits", "")) if isinstance(spec, dict) else "",
+                figures=evaluated.result,
+                pictures=evaluated.quantized[:PICTURES_SHOWN],
+            )
+        )
+        full_precision = evaluated.full_precision[:PICTURES_SHOWN]
+    assert full_precision is not None, "the command takes at least one folder"
+    return Comparison(against, contenders, full_precision)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page, self-contained like a report, under the same policy."""
+    templates = environment()
+    style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
+    contenders = comparison.contenders
+    quality = [one.figures.psnr_db for one in contenders]
+    labels = [one.name for one in contenders]
+    sizes = [one.figures.denoiser_bytes / 1e6 for one in contenders]
+    times = [one.figures.seconds_per_step * 1e3 for one in contenders]
+    rows = [(comparison.against, comparison.full_precision)] + [(one.name, one.pictures) for one in contenders]
+    return templates.get_template("compare.html").render(
+        comparison=comparison,
+        first=contenders[0].figures,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        by_size=scatter(sizes, quality, labels, "size of the denoiser, MB", "PSNR, dB"),
+        by_time=scatter(times, quality, labels, "time of a step, ms", "PSNR, dB"),
+        rows=[(name, [png_uri(grid(picture[None])) for picture in pictures]) for name, pictures in rows],
+        small=min(comparison.full_precision.shape[-2:]) < SMALLEST_SIDE,
+        frechet=any(one.figures.frechet_classifier is not None for one in contenders),
+    )
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page whole or not at all; raises `StepquantError` where that is impossible."""
+    text = render_comparison(comparison)
+    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
