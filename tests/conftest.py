@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -123,6 +124,27 @@ def class_folder(class_pipeline: DiTPipeline, tmp_path_factory: pytest.TempPathF
 def text_folder(text_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`text_pipeline` as a diffusers folder; never modify it, copy it."""
     return _saved(text_pipeline, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def fragile_pipeline(unconditional_pipeline: DDIMPipeline) -> DDIMPipeline:
+    """Rounding the weights of ``up_blocks.1.resnets.1.conv2`` loses them all: an input channel that is always zero
+    has by far the largest. Never modify it, copy it."""
+    pipeline = copy.copy(unconditional_pipeline)
+    unet = copy.deepcopy(unconditional_pipeline.unet)
+    block = unet.get_submodule("up_blocks.1.resnets.1")
+    with torch.no_grad():
+        block.norm2.weight[0] = block.norm2.bias[0] = 0
+        block.conv2.weight *= 4  # so that what is lost is a good part of the output
+        block.conv2.weight[:, 0] = 1000
+    pipeline.register_modules(unet=unet)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def fragile_folder(fragile_pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`fragile_pipeline` as a diffusers folder; never modify it, copy it."""
+    return _saved(fragile_pipeline, tmp_path_factory)
 
 
 def _saved(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:

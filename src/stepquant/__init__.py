@@ -1,6 +1,6 @@
 """stepquant: quantize diffusion models step by step and run them in integers."""
 
-from stepquant.api import load, quantize, save
+from stepquant.api import load, quantize, save, sensitivity
 from stepquant.calibration.trajectories import Calibration
 from stepquant.config import QuantSpec
 from stepquant.diffusers_quantizer import StepquantConfig, register
@@ -9,4 +9,14 @@ from stepquant.version import __version__
 
 register()
 
-__all__ = ["Calibration", "QuantSpec", "StepquantConfig", "StepquantError", "__version__", "load", "quantize", "save"]
+__all__ = [
+    "Calibration",
+    "QuantSpec",
+    "StepquantConfig",
+    "StepquantError",
+    "__version__",
+    "load",
+    "quantize",
+    "save",
+    "sensitivity",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import platform
 import tempfile
@@ -13,18 +14,23 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import HfApi
+from torch import nn
 
+from stepquant.calibration.allocation import check_budget, weight_sizes
+from stepquant.calibration.sensitivity import How, Sensitivity, check_how
 from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.models import denoiser_name
+from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
 from stepquant.pipelines import make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
+from stepquant.recipes.job import RANKING_SAMPLES
 from stepquant.runtime import prepare
+from stepquant.sampler import correct_sampler
 from stepquant.version import __version__
 from stepquant.workspace import Workspace
 
@@ -33,6 +39,8 @@ def quantize(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
     *,
+    budget: float | None = None,
+    correction: bool = False,
     recipe: str | Recipe = "q-diffusion",
     calibration: Calibration | None = None,
     prompts: Sequence[str] | None = None,
@@ -54,6 +62,9 @@ def quantize(
     Args:
         pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
+        budget: most bits of a weight, on average: the layers that suffer most keep 8 within it (see `sensitivity`).
+        correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
+            every recipe and costs one multiplication of the output.
         recipe: name of a recipe (``stepquant.recipes.RECIPES``), or a function of your own that is one: it takes a
             `Job`, and its hyperparameters as keyword-only arguments.
         calibration: how many samples, over how many steps.
@@ -77,31 +88,79 @@ def quantize(
     spec = QuantSpec.parse(spec)
     calibration = calibration or Calibration()
     values = hyperparameters(recipe, arguments)
-    component = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, component)
-    if quantized_modules(denoiser):
-        raise StepquantError("the pipeline is quantized already: give the full-precision one.")
-    if spec.default_bits.is_float:
-        raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    denoiser = check_quantizable(pipeline, spec, budget)
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
     )
     with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
         shared = Workspace(Path(cache)) if cache else None  # not entered: its stages are whole files, nothing to lock
         job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared)
+        if budget is not None:
+            spec = job.within_budget(budget)
+            job = dataclasses.replace(job, spec=spec)
         instrumented = find_recipe(recipe)(job, **values)
         quantization = instrumented.freeze()
+        if correction:
+            quantization = dataclasses.replace(quantization, correction=job.correction(instrumented))
     provenance = {
         "source": source or _source_of(pipeline),
         "recipe": name_of(recipe),
         "arguments": values,
         "spec": spec.model_dump(mode="json"),
+        "budget": budget,
+        "correction": correction,
         "calibration": calibration.model_dump(mode="json"),
         "guidance": guidance,
         "seed": seed,
         "versions": _versions(),
     }
     return assemble(pipeline, quantization, spec, provenance, backend)
+
+
+def sensitivity(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    *,
+    how: How = "alone",
+    samples: int = RANKING_SAMPLES,
+    steps: int = 50,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    workspace: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Rank the layers and steps of a diffusers pipeline, which is not changed, by the error that quantizing causes.
+
+    Weights are rounded to nearest and activations have one static range: what a recipe learns later is not in it.
+
+    Args:
+        how: quantize one layer ``"alone"``, or all but one (``"relief"``).
+        samples, steps: calibration samples, and the denoising steps of the trajectories they come from.
+        prompts, seed, workspace, progress: as for `quantize`.
+
+    Raises:
+        StepquantError: for a spec or a pipeline that does not work, in one sentence.
+    """
+    spec = QuantSpec.parse(spec)
+    denoiser = check_quantizable(pipeline, spec)
+    calibration = Calibration(samples=samples, steps=steps)
+    request = make_request(pipeline, steps, prompts=prompts)
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
+        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress())
+        return job.rank_untrained(check_how(how), samples)
+
+
+def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = None) -> nn.Module:
+    """The pipeline's denoiser; raises `StepquantError` if there is nothing to quantize, or the budget is beyond it."""
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if quantized_modules(denoiser):
+        raise StepquantError("the pipeline is quantized already: give the full-precision one.")
+    if spec.default_bits.is_float:
+        raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    if budget is not None:
+        bits = describe(denoiser).quantized_bits(spec)
+        check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
+    return denoiser
 
 
 def assemble(
@@ -123,6 +182,7 @@ def assemble(
     prepare(denoiser, backend)
     quantized = copy.copy(pipeline)
     quantized.register_modules(**{component: denoiser})
+    correct_sampler(quantized, denoiser)
     return _bound(quantized)
 
 

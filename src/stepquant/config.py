@@ -63,6 +63,8 @@ class QuantSpec(BaseModel):
         softmax_bits: bits of the attention probabilities (unsigned, zero point 0).
         split_skips: quantize the two halves of a skip concatenation apart (Q-Diffusion, arXiv 2302.04304);
             ``None`` leaves it to the recipe.
+        balance: move what differs between an activation's channels into the weight (`stepquant.calibration.balance`);
+            ``None`` leaves it to the recipe.
         exact_time: leave the layers whose input depends on the timestep alone in floating point. They are few, and
             their outputs are then those of full precision at every step.
         group_size: input channels that share a weight scale; ``None`` means one scale an output channel.
@@ -76,6 +78,7 @@ class QuantSpec(BaseModel):
     first_input_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = FLOAT_BITS
     softmax_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = 8
     split_skips: bool | None = None
+    balance: bool | None = None
     exact_time: bool = False
     group_size: Annotated[int, Field(ge=8)] | None = None
 

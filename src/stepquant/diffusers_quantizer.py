@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.weight_only import quantize_weights
 from stepquant.checkpoint.format import DIGEST, FORMAT_VERSION, QUANT_METHOD, check_version
-from stepquant.checkpoint.read import check_attentions, check_names, check_tensor, verify_component
+from stepquant.checkpoint.read import check_names, check_tables, check_tensor, verify_component
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.errors import StepquantError
@@ -205,7 +205,7 @@ class StepquantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if self.pre_quantized:
-            check_attentions(model)
+            check_tables(model)
         else:
             config.structure = quantize_weights(model, config.spec)
             self._made = made_by_quantization(model)

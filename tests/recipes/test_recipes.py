@@ -2,10 +2,14 @@ import pytest
 import torch
 
 import stepquant
+from stepquant.calibration.sensitivity import Sensitivity
+from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
+from stepquant.progress import Progress
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
+from stepquant.recipes.quest import most_relieving
 
 SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
 
@@ -128,3 +132,38 @@ def test_a_function_of_ones_own_is_a_recipe(unconditional_pipeline, tmp_path):
 def test_full_hyperparameters_are_hyperparameters(name):
     """As a study and a checkpoint write them down: defaults included."""
     assert hyperparameters(name, hyperparameters(name)) == hyperparameters(name)
+
+
+def test_quest_ranks_its_critical_layers_and_says_which(unconditional_pipeline):
+    class Notes(Progress):
+        def __init__(self):
+            self.notes = []
+
+        def note(self, message):
+            self.notes.append(message)
+
+    progress = Notes()
+    stepquant.quantize(
+        unconditional_pipeline,
+        "w4a4",
+        recipe="quest",
+        calibration=stepquant.Calibration(samples=4, steps=2),
+        progress=progress,
+        critical="ranked",
+        critical_share=0.5,
+        rounding_iterations=0,
+        time_iterations=0,
+        iterations=1,
+    )
+    (note,) = (note for note in progress.notes if note.startswith("critical layers"))
+    assert "conv" in note and "time_emb" not in note
+
+
+def test_critical_layers_are_those_of_most_relief_within_their_share():
+    bits = dict.fromkeys("abcde", LayerBits(4, 4))
+    sizes = dict(zip("abcde", (10, 60, 10, 10, 10), strict=True))
+    relief = torch.tensor([[0.1], [0.9], [0.3], [0.2], [-0.1]], dtype=torch.float64)
+    ranking = Sensitivity("relief", bits, sizes, ((0, 0),), relief, torch.ones(1))
+    assert most_relieving(ranking, 0.2, ()) == ("c", "d"), "b does not fit"
+    assert most_relieving(ranking, 0.2, ("c",)) == ("d", "a")
+    assert most_relieving(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e relieves nothing"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
@@ -33,12 +33,14 @@ class Instrumented:
         clock: attached to `model`.
         layers: name -> layer under calibration; names are those of the original model.
         attentions: name of an `Attention` -> its processor.
+        time_layers: names of the linears whose input depends on the timestep alone, quantized or not.
     """
 
     model: nn.Module
     clock: StepClock
     layers: dict[str, TrainableLayer]
     attentions: dict[str, TrainableAttention]
+    time_layers: tuple[str, ...] = ()
 
     def activation_quantizers(self, block: str | None = None) -> Iterator[ActivationQuantizer]:
         """All activation quantizers, or those inside one block."""
@@ -51,12 +53,25 @@ class Instrumented:
         """The layers inside one block, which may itself be a layer."""
         return {name: layer for name, layer in self.layers.items() if name == block or name.startswith(f"{block}.")}
 
+    def learned(self) -> dict[str, Tensor]:
+        """Everything found and learned so far, by name: what later stages start from."""
+        state: dict[str, Tensor] = {"timesteps": self.clock.timesteps}
+        for name, layer in self.layers.items():
+            state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.inner.weight)
+            state[f"{name}.scale"] = layer.weight_quantizer.scale
+            if layer.inner.bias is not None:
+                state[f"{name}.bias"] = layer.inner.bias
+        for index, quantizer in enumerate(self.activation_quantizers()):
+            state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
+        return state
+
     def freeze(self) -> Quantization:
         """The integers and tables, as they ship."""
         return Quantization(
             self.clock.timesteps,
             {name: layer.freeze() for name, layer in self.layers.items()},
             {name: attention.freeze() for name, attention in self.attentions.items() if attention.quantizers},
+            self.time_layers,
         )
 
 
@@ -85,12 +100,10 @@ def instrument(
     clock = StepClock(timesteps)
     rows = len(clock.timesteps)
     layers: dict[str, TrainableLayer] = {}
-    with (progress or Progress()).task("Searching weight ranges", len(description.layers)) as advance:
-        for name in description.layers:
-            bits = spec.layer_bits(name, first=name == description.first, last=name == description.last)
+    quantized = description.quantized_bits(spec)
+    with (progress or Progress()).task("Searching weight ranges", len(quantized)) as advance:
+        for name, bits in quantized.items():
             advance(1)
-            if bits.is_float or (spec.exact_time and name in description.time_layers):
-                continue
             layers[name] = wrap(
                 model.get_submodule(name),
                 bits.weight,
@@ -107,7 +120,8 @@ def instrument(
     for name, attention in attentions.items():
         model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
     clock.attach(model)
-    return Instrumented(model, clock, layers, attentions)
+    time_layers = tuple(name for name in description.layers if name in description.time_layers)
+    return Instrumented(model, clock, layers, attentions, time_layers)
 
 
 def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> TrainableAttention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,11 @@ class CalibrationSet:
 
     def __len__(self) -> int:
         return self.steps.shape[0]
+
+    def first(self, count: int) -> CalibrationSet:
+        """The first `count` samples, or all if there are no more."""
+        tensors = {name: tensor[:count] for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, steps=self.steps[:count])
 
     def arguments(self, chosen: slice | Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser for some of the samples."""

@@ -27,8 +27,10 @@ from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import DENOISERS
 from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.correction import OutputCorrection
 from stepquant.nn.deploy import install_empty
 from stepquant.runtime import prepare
+from stepquant.sampler import correct_sampler
 from stepquant.workspace import tensors_digest
 
 
@@ -60,6 +62,7 @@ def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manif
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {first_line(error)}.") from None
+    correct_sampler(pipeline, denoiser)
     return pipeline, manifest
 
 
@@ -81,7 +84,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     install_empty(model, quantization.get("structure") or {}, device="meta")
     _fill(model, folder / WEIGHTS)
     model.register_to_config(quantization_config=quantization)
-    check_attentions(model)
+    check_tables(model)
     return model.eval().requires_grad_(False)
 
 
@@ -120,11 +123,14 @@ def verify_component(files: list[Path]) -> None:
             raise StepquantError(f"{path} does not match its own digest: the checkpoint is damaged, copy it again.")
 
 
-def check_attentions(model: nn.Module) -> None:
-    """Check the tables of attentions, which are read at run time only; layers check theirs when kernels are built."""
+def check_tables(model: nn.Module) -> None:
+    """Check the tables of attentions and of the output, which are read at run time only; layers check theirs when
+    kernels are built."""
     for module in model.modules():
         if isinstance(module, QuantizedAttentionProcessor):
             module.attention()
+        elif isinstance(module, OutputCorrection):
+            module.correction()
 
 
 def _fill(model: nn.Module, path: Path) -> None:

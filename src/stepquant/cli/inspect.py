@@ -19,6 +19,7 @@ def inspect(
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
+    from stepquant.nn.correction import correction_of
     from stepquant.nn.deploy import quantized_modules
     from stepquant.pipelines import kind_of
 
@@ -33,6 +34,13 @@ def inspect(
         "pipeline": f"{type(pipeline).__name__}, {kind_of(pipeline)}, {type(pipeline.scheduler).__name__}",
         "denoiser": f"{type(denoiser).__name__}, {stored:.2f} MB on disk",
     }
+    correction = correction_of(denoiser)
+    if correction is not None:
+        gain, residual = correction.gain, correction.variance.sqrt()
+        lines["output correction"] = (
+            f"{len(gain)} steps, output times {gain.min():.3f} to {gain.max():.3f}, "
+            f"residual deviation {residual.min():.3f} to {residual.max():.3f}"
+        )
     if quantized:
         lines |= {key: json.dumps(value) for key, value in provenance_of(denoiser).items()}
     else:
@@ -71,7 +79,7 @@ def _quantized_table(denoiser: Any) -> Table:
 
     layers = quantized_modules(denoiser)
     table = Table(title=f"{len(layers)} quantized layers")
-    for column in ("layer", "kind", "weight", "bits", "groups", "table rows"):
+    for column in ("layer", "kind", "weight", "bits", "groups", "table rows", "notes"):
         table.add_column(column, overflow="fold")
     for name, module in layers.items():
         layer = module.layer_format
@@ -79,12 +87,14 @@ def _quantized_table(denoiser: Any) -> Table:
         bits = f"w{layer.weight_bits}a{16 if activation is None else activation}"
         rows = "" if activation is None else str(layer.activation_rows)
         groups = str(len(layer.weight_groups))
-        table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows)
+        marks = {"balanced": layer.balanced, "by timestep": module.memo is not None}
+        notes = ", ".join(mark for mark, holds in marks.items() if holds)
+        table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, notes)
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttentionProcessor):
             bits = ", ".join(f"{operand} {count}" for operand, count in processor.bits.items())
-            table.add_row(name, "attention", "", bits, "", "")
+            table.add_row(name, "attention", "", bits, "", "", "")
     return table
 
 

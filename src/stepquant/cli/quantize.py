@@ -20,6 +20,10 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
     steps: Annotated[int, typer.Option(help="Denoising steps of the calibration trajectories.")] = 50,
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, for recipes that learn.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="BITS", help="Mean weight bits, such as 4.5bits: the most sensitive layers keep 8."),
+    ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
     exception: Annotated[
@@ -28,6 +32,15 @@ def quantize(
     exact_time: Annotated[
         bool, typer.Option("--exact-time", help="Leave the layers that depend on the timestep alone in floating point.")
     ] = False,
+    balance: Annotated[
+        bool | None,
+        typer.Option(
+            "--balance/--no-balance", help="Balance channels between activation and weight; default: up to the recipe."
+        ),
+    ] = None,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Undo the part of the error that follows the output, step by step (PTQD).")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Quantize a diffusion model and write it as a diffusers folder.
@@ -35,6 +48,7 @@ def quantize(
     Interrupted, the same command continues where it stopped.
     """
     import stepquant
+    from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.loading import resolve_pipeline
@@ -45,7 +59,10 @@ def quantize(
     at_least_one("steps", steps)
     arguments: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
     hyperparameters(recipe, arguments)
-    spec = QuantSpec.parse({"bits": bits, "exceptions": _exceptions(exception or []), "exact_time": exact_time})
+    spec = QuantSpec.parse(
+        {"bits": bits, "exceptions": _exceptions(exception or []), "exact_time": exact_time, "balance": balance}
+    )
+    budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
@@ -56,6 +73,8 @@ def quantize(
     quantized = stepquant.quantize(
         pipeline,
         spec,
+        budget=budget_bits,
+        correction=correct,
         recipe=recipe,
         calibration=stepquant.Calibration(samples=samples, steps=steps),
         seed=seed,

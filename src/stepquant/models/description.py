@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.nn.attention import can_quantize_attention
 from stepquant.nn.layers import can_quantize
@@ -42,6 +43,15 @@ class ModelDescription:
     middle: str
     skip_splits: dict[str, int]
     time_unit: float = 1.0
+
+    def quantized_bits(self, spec: QuantSpec) -> dict[str, LayerBits]:
+        """name -> bits of the layers that `spec` quantizes, in execution order."""
+        bits = {}
+        for name in self.layers:
+            layer = spec.layer_bits(name, first=name == self.first, last=name == self.last)
+            if not layer.is_float and not (spec.exact_time and name in self.time_layers):
+                bits[name] = layer
+        return bits
 
 
 Describer = Callable[[nn.Module], ModelDescription]

@@ -17,7 +17,8 @@ class StepClock:
 
     Attributes:
         timesteps: float32 [R], ascending: the timestep of each table row. R = 1 for a model of static tables only.
-        row: int64 [] when all samples of the batch share a step, else int64 [B]. Valid during a forward pass.
+        time: float32 [] when all samples of the batch share a timestep, else float32 [B]. Valid during a forward pass.
+        row: int64, of the same shape: the table row of `time`.
     """
 
     def __init__(self, timesteps: Tensor | None = None) -> None:
@@ -28,6 +29,7 @@ class StepClock:
             raise ValueError("timesteps must be strictly ascending")
         self.timesteps = grid
         self._boundaries = (grid[1:] + grid[:-1]) / 2
+        self.time = grid[0]
         self.row = torch.zeros((), dtype=torch.long)
 
     def set(self, timestep: Tensor | float | int) -> None:
@@ -35,7 +37,7 @@ class StepClock:
         time = torch.as_tensor(timestep).detach().float().cpu()
         if time.dim() == 1 and bool((time == time[0]).all()):
             time = time[0]
-        self.row = torch.bucketize(time, self._boundaries)
+        self.time, self.row = time, torch.bucketize(time, self._boundaries)
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""

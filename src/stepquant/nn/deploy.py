@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stepquant.errors import StepquantError
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
 from stepquant.nn.clock import StepClock, reads_timestep
+from stepquant.nn.correction import Correction, OutputCorrection, correction_of
 from stepquant.nn.layers import (
     MOST_ROWS,
     Bits,
@@ -23,6 +24,7 @@ from stepquant.nn.layers import (
     can_quantize,
 )
 from stepquant.nn.lora import enable_lora
+from stepquant.nn.memo import TimeLinear, TimeMemo
 from stepquant.nn.tables import QuantizedAttention, QuantizedLayer
 
 
@@ -42,6 +44,8 @@ class Structure(BaseModel):
         timesteps: what the rows of per-step tables stand for, strictly ascending.
         layers: module name -> format.
         attentions: name of an `Attention` -> operand ("query", "key", "value", "probability") -> format.
+        time_layers: linears, quantized or not, whose outputs are remembered by timestep (`TimeMemo`).
+        correction_rows: of the output's correction; 0 for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +53,8 @@ class Structure(BaseModel):
     timesteps: Annotated[list[FiniteFloat], Field(min_length=1, max_length=MOST_ROWS)]
     layers: dict[str, LayerFormat]
     attentions: dict[str, dict[str, OperandFormat]]
+    time_layers: list[str] = []
+    correction_rows: Annotated[int, Field(ge=0, le=MOST_ROWS)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Structure:
@@ -80,11 +86,15 @@ class Quantization:
         timesteps: float32 [R], ascending: what the rows of per-step tables stand for ([1] when all are static).
         layers: module name -> integers and tables.
         attentions: name of an `Attention` -> tables of its operands.
+        time_layers: names of linears whose input depends on the timestep alone.
+        correction: of the denoiser's output, if one was estimated.
     """
 
     timesteps: Tensor
     layers: dict[str, QuantizedLayer]
     attentions: dict[str, QuantizedAttention] = field(default_factory=dict)
+    time_layers: tuple[str, ...] = ()
+    correction: Correction | None = None
 
     def structure(self) -> dict[str, Any]:
         """JSON-able `Structure` of this quantization."""
@@ -97,7 +107,13 @@ class Quantization:
             for name, attention in self.attentions.items()
         }
         layers = {name: LayerFormat.of(layer) for name, layer in self.layers.items()}
-        structure = Structure(timesteps=self.timesteps.tolist(), layers=layers, attentions=attentions)
+        structure = Structure(
+            timesteps=self.timesteps.tolist(),
+            layers=layers,
+            attentions=attentions,
+            time_layers=list(self.time_layers),
+            correction_rows=0 if self.correction is None else len(self.correction.timesteps),
+        )
         return structure.model_dump(mode="json")
 
 
@@ -116,6 +132,9 @@ def install(model: nn.Module, quantization: Quantization) -> StepClock:
         processor = model.get_submodule(name).processor
         assert isinstance(processor, QuantizedAttentionProcessor)
         processor.fill(attention)
+    correction = correction_of(model)
+    if correction is not None and quantization.correction is not None:
+        correction.fill(quantization.correction)
     return clock
 
 
@@ -146,6 +165,10 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             if not hasattr(attention, "set_processor"):
                 raise StepquantError(f"{name!r} is a {type(attention).__name__}, expected an attention.")
             attention.set_processor(QuantizedAttentionProcessor(bits, rows, clock))
+        for name in structure.time_layers:
+            _remember(model, name, clock)
+        if structure.correction_rows:
+            OutputCorrection(structure.correction_rows, clock).attach(model)
     if reads_timestep(model):
         clock.attach(model)
     enable_lora(model)
@@ -166,6 +189,17 @@ def _empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) 
     return QuantizedConv2d.like(module, layer_format, clock)
 
 
+def _remember(model: nn.Module, name: str, clock: StepClock) -> None:
+    """Let a time layer look up what it has computed before."""
+    module = _submodule(model, name)
+    if isinstance(module, QuantizedLinear):
+        module.memo = TimeMemo()
+    elif isinstance(module, nn.Linear):
+        replace_module(model, name, TimeLinear.like(module, clock))
+    else:
+        raise StepquantError(f"time layer {name!r} is a {type(module).__name__}, expected a linear.")
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place that the dotted `name` has in `model`."""
     parent, _, child = name.rpartition(".")
@@ -178,8 +212,8 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def made_by_quantization(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the names of all tensors that quantization made: those of quantized layers and attentions."""
-    kinds = (QuantizedModule, QuantizedAttentionProcessor)
+    """Prefixes of the names of all tensors that quantization made: of quantized layers, attentions, the correction."""
+    kinds = (QuantizedModule, QuantizedAttentionProcessor, OutputCorrection)
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
 
 

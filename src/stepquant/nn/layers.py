@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
+from stepquant.nn.memo import TimeMemo
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.packing import pack, packed_bytes, unpack
 
@@ -103,6 +104,7 @@ class QuantizedModule(nn.Module):
         self.layer_format = layer_format
         self.clock = clock
         self.kernel: Kernel | None = None
+        self.memo: TimeMemo | None = None
         groups, out = len(layer_format.weight_groups), weight_shape[0]
         stored = packed_bytes(math.prod(weight_shape), layer_format.weight_bits)
         self.register_buffer("weight_packed", torch.zeros(stored, dtype=torch.uint8))
@@ -152,7 +154,13 @@ class QuantizedModule(nn.Module):
         # Named as in torch's own layers, which some models call by keyword.
         if self.kernel is None:
             raise RuntimeError("no kernel installed: call stepquant.runtime.prepare(model) first")
-        return self.kernel(input, self.clock.row)
+        if self.memo is not None:
+            return self.memo(input, self.clock.time, self.kernel, self._run)
+        return self._run(input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        assert self.kernel is not None
+        return self.kernel(x, self.clock.row)
 
 
 def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:

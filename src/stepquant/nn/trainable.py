@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.config import FLOAT_BITS, LayerBits
 from stepquant.nn.attention import OPERANDS, AttentionProcessor
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import can_quantize
@@ -40,6 +41,12 @@ class TrainableLayer(nn.Module):
             return F.linear(x, weight, self.inner.bias)
         conv = self.inner
         return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @property
+    def bits(self) -> LayerBits:
+        """Of its weight, and of its input if that is quantized."""
+        activation = FLOAT_BITS if self.activation_quantizer is None else self.activation_quantizer.bits
+        return LayerBits(self.weight_quantizer.bits, activation)
 
     def freeze(self) -> QuantizedLayer:
         """What calibration found, as it ships."""

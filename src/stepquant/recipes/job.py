@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.allocation import weight_sizes, within_budget
+from stepquant.calibration.balance import find_balances
+from stepquant.calibration.correction import estimate_correction
 from stepquant.calibration.density import dense_and_diverse_steps, step_features
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
+from stepquant.calibration.selection import uniform_steps
+from stepquant.calibration.sensitivity import How, Sensitivity, measure
 from stepquant.calibration.trajectories import NOISE_OFFSET, Calibration, CalibrationSet, collect
 from stepquant.config import QuantSpec
 from stepquant.models import ModelDescription, describe
+from stepquant.nn.correction import Correction
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
 from stepquant.progress import Progress
@@ -24,6 +30,12 @@ from stepquant.workspace import Workspace, digest, tensors_digest
 
 SHARED = "shared:"
 """Marks, in a kept stage, the arguments that all samples have in common."""
+RANKING_SAMPLES = 64
+"""Calibration samples that a ranking of layers looks at."""
+RANKING_TRAJECTORIES = 16
+"""Pictures drawn for them."""
+CORRECTION_OFFSET = 1_000_000
+"""Added to the seed of the pictures that a correction is estimated on."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Job:
         quantized_weights: bool = False,
     ) -> None:
         """Set all activation ranges from what the network does on the samples; see `calibrate_ranges`."""
+        self._balance_once(instrumented, samples)
         calibrate_ranges(
             instrumented,
             samples,
@@ -149,6 +162,81 @@ class Job:
             per_row=per_row,
             quantized_weights=quantized_weights,
         )
+
+    def balance(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+        """Balance the channels of every layer that gains by it (`calibration.balance`); kept in the workspace.
+
+        Other stages do it first where the spec asks for it; a recipe that wants it by default calls this.
+        """
+        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors)])[:16]}"
+        balances = self.workspace.load(stage)
+        if balances is None:
+            balances = find_balances(instrumented, samples, self.calibration.batch_size, self.progress)
+            self.workspace.save(stage, balances)
+        for name, balance in balances.items():
+            instrumented.layers[name].balance(balance)
+
+    def _balance_once(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+        if self.spec.balance and not any(
+            layer.weight_quantizer.balance is not None for layer in instrumented.layers.values()
+        ):
+            self.balance(instrumented, samples)
+
+    def rank_layers(self, instrumented: Instrumented, samples: CalibrationSet, how: How) -> Sensitivity:
+        """The error that each layer causes (`calibration.sensitivity`); layers measured are kept in the workspace.
+
+        Args:
+            instrumented: its ranges are found; it comes back with every quantizer switched on.
+        """
+        stage = digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())])
+        return measure(
+            instrumented,
+            samples,
+            how,
+            batch_size=self.calibration.batch_size,
+            workspace=self.workspace,
+            stage=f"sensitivity-{stage[:16]}",
+            progress=self.progress,
+        )
+
+    def within_budget(self, budget: float) -> QuantSpec:
+        """The job's spec with 8 bits for the layers that suffer most, within mean weight bits of `budget`."""
+        ranking = self.rank_untrained("alone")
+        spec = within_budget(self.spec, ranking, budget)
+        kept = len(spec.exceptions) - len(self.spec.exceptions)
+        self.progress.note(f"{kept} of {len(ranking.bits)} layers keep 8 bits within {budget:g} bits a weight.")
+        return spec
+
+    def rank_untrained(self, how: How, samples: int = RANKING_SAMPLES) -> Sensitivity:
+        """The ranking before anything is learned: weights rounded to nearest, one static range an activation.
+
+        Args:
+            samples: for this ranking alone: the order of layers needs fewer than their ranges do.
+        """
+        calibration = self.calibration.model_copy(update={"samples": samples, "trajectories": RANKING_TRAJECTORIES})
+        job = replace(self, calibration=calibration)
+        stage = f"ranking-{digest([job.key, how])[:16]}"
+        kept = self.workspace.load(stage)
+        if kept is None:
+            collected = job.collect(uniform_steps(samples, job.request.steps, job.generator()))
+            instrumented = job.instrument("least-error", split_skips=True)
+            job.calibrate_ranges(instrumented, collected, "least-error")
+            ranking = job.rank_layers(instrumented, collected, how)
+            kept = {"steps": torch.tensor(ranking.steps), "errors": ranking.errors, "whole": ranking.whole}
+            self.workspace.save(stage, kept)
+        bits = self.description.quantized_bits(self.spec)
+        ends = tuple((first, last) for first, last in kept["steps"].tolist())
+        return Sensitivity(how, bits, weight_sizes(self.denoiser, bits), ends, kept["errors"], kept["whole"])
+
+    def correction(self, instrumented: Instrumented) -> Correction:
+        """How the error of a finished quantization follows the output, by step (`calibration.correction`).
+
+        Measured on trajectories of their own: weights are fitted to the calibration samples, and err less there.
+        """
+        job = replace(self, seed=self.seed + CORRECTION_OFFSET)
+        samples = job.collect(uniform_steps(self.calibration.samples, self.request.steps, job.generator()))
+        batch_size = self.calibration.batch_size
+        return estimate_correction(self.denoiser, instrumented, samples, batch_size, self.progress)
 
     def training_timesteps(self) -> Tensor:
         """Every timestep that the model was trained at, as the denoiser is given it: float [T]."""
@@ -170,6 +258,7 @@ class Job:
 
     def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
         """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""
+        self._balance_once(instrumented, samples)
         reconstruct(
             self.denoiser,
             instrumented,
@@ -177,7 +266,7 @@ class Job:
             samples,
             settings,
             workspace=self.workspace,
-            key=digest([self.key, tensors_digest(samples.tensors)]),
+            key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())]),
             seed=self.seed,
             batch_size=self.calibration.batch_size,
             progress=self.progress,

@@ -10,10 +10,12 @@ cores: `iterations` asks for more.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
+from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.errors import StepquantError
 from stepquant.recipes.job import Job
 from stepquant.reconstruction.blocks import Rounding, Settings
@@ -27,12 +29,19 @@ CRITICAL_LAYERS = {
 """The paper's lists of critical layers C_A, as regular expressions over layer names: ``attention`` for unconditional
 latent models, ``feed-forward`` for Stable Diffusion, ``both`` (nearly) for class-conditional ImageNet."""
 
+BALANCED_BELOW = 8
+"""Activation bits below which channels are balanced, unless the spec says otherwise."""
+
+RANKED_SAMPLES = 64
+"""Of the calibration samples, how many the ranking of critical layers looks at."""
+
 
 def quest(
     job: Job,
     *,
     scales: Literal["per-step", "shared"] = "per-step",
-    critical: Literal["both", "attention", "feed-forward"] = "both",
+    critical: Literal["ranked", "both", "attention", "feed-forward"] = "both",
+    critical_share: float = 0.05,
     rounding_iterations: int = 300,
     time_iterations: int = 150,
     iterations: int = 300,
@@ -54,13 +63,16 @@ def quest(
     4. Temporal layer alignment (section 4.2): weights, biases and activation scales of the layers that depend on the
        timestep alone, ``L_TLA + L_G``.
     5. Critical module alignment (section 4.3): the critical layers' weights and all other activation scales,
-       network-wise, ``L_CMA + 2 L_G``. `critical` names one of the paper's lists.
+       network-wise, ``L_CMA + 2 L_G``. `critical` names one of the paper's lists, or ``"ranked"`` finds them: those
+       that relieve the output's error most when they alone keep full precision, up to `critical_share` of all weights.
     """
     description = job.description
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)
     timesteps = samples.tensors["timestep"].float().unique() if scales == "per-step" else None
     model = job.instrument(weight_range="least-error", split_skips=True, timesteps=timesteps)
+    if job.spec.balance is None and job.spec.default_bits.activation < BALANCED_BELOW:
+        job.balance(model, samples)
     reconstruction = Settings(
         iterations=rounding_iterations,
         batch_size=batch_size,
@@ -84,8 +96,14 @@ def quest(
         scale_rate=scale_rate,
     )
     job.finetune(model, samples, alignment)
-    pattern = re.compile(CRITICAL_LAYERS[critical])
-    critical_layers = tuple(name for name in model.layers if pattern.search(name))
+    if critical == "ranked":
+        ranking = job.rank_layers(model, samples.first(RANKED_SAMPLES), "relief")
+        critical_layers = most_relieving(ranking, critical_share, time_layers)
+        job.progress.note(
+            "critical layers: " + ", ".join(f"{name} {ranking.mean[name]:.1%}" for name in critical_layers)
+        )
+    else:
+        critical_layers = tuple(name for name in model.layers if re.search(CRITICAL_LAYERS[critical], name))
     if not critical_layers:
         raise StepquantError(f"no layer of the model is one of {critical!r}: choose another list with `critical`.")
     alignment = Finetuning(
@@ -100,3 +118,14 @@ def quest(
     )
     job.finetune(model, samples, alignment)
     return model
+
+
+def most_relieving(ranking: Sensitivity, share: float, excluded: Collection[str]) -> tuple[str, ...]:
+    """The layers of most relief, that have at most `share` of all weights together; most relief first."""
+    left = share * sum(ranking.sizes.values())
+    chosen = []
+    for name in ranking.ranking():
+        if name not in excluded and ranking.sizes[name] <= left and ranking.mean[name] > 0:
+            left -= ranking.sizes[name]
+            chosen.append(name)
+    return tuple(chosen)

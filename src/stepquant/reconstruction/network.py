@@ -68,7 +68,7 @@ def finetune(
         key: stands for everything that the result depends on besides `settings`, `seed` and what has been learned
             so far.
     """
-    stage = digest([key, asdict(settings), seed, tensors_digest(_learned(instrumented))])[:16]
+    stage = digest([key, asdict(settings), seed, tensors_digest(instrumented.learned())])[:16]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parameters = _parameters(instrumented, settings)
@@ -146,15 +146,3 @@ def _parameters(instrumented: Instrumented, settings: Finetuning) -> list[dict[s
         },
     ]
     return [group for group in groups if group["params"]]
-
-
-def _learned(instrumented: Instrumented) -> dict[str, Tensor]:
-    """Everything learned before this stage."""
-    state: dict[str, Tensor] = {}
-    for name, layer in instrumented.layers.items():
-        state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.inner.weight)
-        if layer.inner.bias is not None:
-            state[f"{name}.bias"] = layer.inner.bias
-    for index, quantizer in enumerate(instrumented.activation_quantizers()):
-        state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
-    return state

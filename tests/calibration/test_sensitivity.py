@@ -1,0 +1,157 @@
+"""Which layers suffer: the fragile one first, the same numbers after an interruption, every kind of model."""
+
+import copy
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stepquant
+from stepquant.calibration.instrument import instrument
+from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers
+from stepquant.config import QuantSpec
+from stepquant.models import describe
+from stepquant.nn.quantizers import WeightQuantizer
+from stepquant.progress import Progress
+
+FRAGILE = "up_blocks.1.resnets.1.conv2"
+MIDDLE = "mid_block.resnets.0.conv1"
+SMALL = {"samples": 8, "steps": 4}
+
+
+@pytest.mark.parametrize("how", ["alone", "relief"])
+def test_the_fragile_layer_ranks_first(how, fragile_pipeline, tmp_path):
+    before = copy.deepcopy(fragile_pipeline.unet.state_dict())
+    measured = stepquant.sensitivity(fragile_pipeline, "w4a8", workspace=tmp_path, how=how, **SMALL)
+    layers = describe(fragile_pipeline.unet).layers
+    assert tuple(measured.bits) == layers, "not in execution order"
+    assert measured.errors.shape == (len(layers), 4)
+    assert measured.steps == ((0, 0), (1, 1), (2, 2), (3, 3))
+    first, second = measured.ranking()[:2]
+    assert first == FRAGILE
+    assert measured.mean[first] > 5 * measured.mean[second]
+    assert (measured.errors.argmax(dim=0) == layers.index(FRAGILE)).all(), "it is not the worst at every step"
+    assert all(torch.equal(value, before[name]) for name, value in fragile_pipeline.unet.state_dict().items())
+
+
+def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, tmp_path):
+    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, **SMALL)
+    samples = load_file(next(tmp_path.glob("samples-*.safetensors")))
+    steps = samples.pop("steps")
+    unet = copy.deepcopy(unconditional_pipeline.unet)
+    with torch.no_grad():
+        target = unet(**samples).sample
+        weight = unet.get_submodule(MIDDLE).weight
+        weight.copy_(WeightQuantizer(weight, 4, (weight.shape[1],), "least-error")(weight))
+        output = unet(**samples).sample
+    power, error = target.square(), (output - target).square()
+    expected = torch.stack([error[steps == step].sum() / power[steps == step].sum() for step in range(4)])
+    found = measured.errors[list(measured.bits).index(MIDDLE)]
+    assert (expected > 0).all()
+    # The network's attention adds up in another order than the one that is measured.
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=0)
+
+
+def test_relief_and_alone_agree_where_only_one_layer_is_quantized(unconditional_pipeline, tmp_path):
+    spec = {"bits": "w4a8", "exceptions": {f"^(?!{re.escape(MIDDLE)}$)": "w16a16"}}
+    alone, relief = (
+        stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, how=how, **SMALL)
+        for how in ("alone", "relief")
+    )
+    assert list(alone.bits) == [MIDDLE]
+    assert (alone.whole > 0).all()
+    assert torch.equal(alone.errors[0], alone.whole)
+    assert torch.equal(relief.errors[0], relief.whole)
+
+
+def test_the_layers_input_is_quantized_with_it(unconditional_pipeline, tmp_path):
+    coarse, exact = (
+        stepquant.sensitivity(unconditional_pipeline, bits, workspace=tmp_path, **SMALL) for bits in ("w8a3", "w8a16")
+    )
+    layers = [name for name in coarse.bits if coarse.bits[name].activation == 3]
+    assert len(layers) == len(coarse.bits) - 2, "the first and the last layer keep more"
+    assert all(coarse.mean[name] > 10 * exact.mean[name] for name in layers)
+
+
+def test_probabilities_count_in_the_whole_network_and_for_no_layer(unconditional_pipeline, tmp_path):
+    attentions = r"attentions\.\d+$"
+    only = {f"^(?!{re.escape(MIDDLE)}$)(?!.*{attentions})": "w16a16"}
+    spec = {"bits": "w8a8", "exceptions": only, "softmax_bits": 2}
+    measured = stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, **SMALL)
+    assert list(measured.bits) == [MIDDLE]
+    assert (measured.whole > 2 * measured.errors[0]).all()
+
+
+def test_an_attentions_operands_belong_to_the_layers_that_make_them(unconditional_pipeline):
+    unet = unconditional_pipeline.unet
+    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w8a8"))
+    quantizers = layer_quantizers(instrumented)
+    name = "mid_block.attentions.0"
+    operands = instrumented.attentions[name].quantizers
+    for projection, operand in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
+        own = instrumented.layers[f"{name}.{projection}"].activation_quantizer
+        assert [id(quantizer) for quantizer in quantizers[f"{name}.{projection}"]] == [id(own), id(operands[operand])]
+    assert len(quantizers[f"{name}.to_out.0"]) == 1
+    every = {id(quantizer) for layer in quantizers.values() for quantizer in layer}
+    left = {id(attention.quantizers["probability"]) for attention in instrumented.attentions.values()}
+    assert every | left == {id(quantizer) for quantizer in instrumented.activation_quantizers()}
+
+
+@pytest.mark.parametrize("kind", ["class_pipeline", "text_pipeline"])
+def test_conditional_models_are_ranked(kind, request, tmp_path):
+    pipeline = request.getfixturevalue(kind)
+    measured = stepquant.sensitivity(pipeline, "w4a4", workspace=tmp_path, samples=2, steps=2)
+    assert torch.isfinite(measured.errors).all() and (measured.errors >= 0).all()
+    assert measured.errors.sum() > 0
+
+
+def test_more_steps_than_groups_and_fewer_samples_than_steps(unconditional_pipeline, tmp_path):
+    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, samples=24, steps=24)
+    assert measured.errors.shape[1] == len(measured.steps) == STEP_GROUPS
+    ends = [end for pair in measured.steps for end in pair]
+    assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 23)
+    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, samples=2, steps=24)
+    assert measured.steps == ((0, 0), (23, 23))
+
+
+class _Interrupted(Progress):
+    """Interrupts the ranking after five layers."""
+
+    @contextmanager
+    def task(self, description, total):
+        left = [5]
+
+        def advance(count):
+            left[0] -= count
+            if description.startswith("Ranking") and left[0] <= 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.mark.parametrize("how", ["alone", "relief"])
+def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(how, unconditional_pipeline, tmp_path):
+    pipeline = copy.copy(unconditional_pipeline)
+    pipeline.register_modules(unet=copy.deepcopy(unconditional_pipeline.unet))
+    passes = []
+    pipeline.unet.register_forward_hook(lambda *_: passes.append(1))  # the copy that is measured gets it too
+
+    def measure(folder, progress=None):
+        passes.clear()
+        spec = {"bits": "w4a8", "exceptions": {"time_emb": "w16a16"}}
+        return stepquant.sensitivity(pipeline, spec, workspace=tmp_path / folder, how=how, progress=progress, **SMALL)
+
+    whole = measure("whole")
+    needed = len(passes)
+    with pytest.raises(KeyboardInterrupt):
+        measure("parts", _Interrupted())
+    continued = measure("parts")
+    # Not again: the four steps of the trajectories and the five layers.
+    assert len(passes) == needed - 4 - 5
+    assert torch.equal(continued.errors, whole.errors) and torch.equal(continued.whole, whole.whole)
+    assert continued.steps == whole.steps and continued.bits == whole.bits
+    again = measure("parts")
+    assert not passes, "what is finished was measured again"
+    assert torch.equal(again.errors, whole.errors)
