@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.studies import Study, read_study
 
@@ -55,6 +56,17 @@ def test_an_entry_may_have_a_budget_of_its_own():
     assert "calibration" not in cell.arguments
 
 
+def test_an_entry_may_have_options_besides_its_recipe():
+    plain, *others = (
+        next(Study.model_validate(STUDY | {"recipes": {"minmax": {"options": options}}}).cells())
+        for options in ({}, {"correction": True}, {"budget": 5.0}, {"spec": {"balance": True}})
+    )
+    assert plain.identity == next(Study.model_validate(STUDY).cells()).identity
+    assert len({cell.identity for cell in (plain, *others)}) == 4
+    assert others[2].spec == QuantSpec(bits="w8a8", balance=True)
+    assert not any(cell.arguments for cell in (plain, *others))
+
+
 def test_seeds_share_no_noise():
     cells = list(Study.model_validate(STUDY | {"evaluation": {"count": 10_000}}).cells())
     starts = sorted({cell.noise for cell in cells})
@@ -84,6 +96,8 @@ def test_filters(wanted, message):
         ({"recipes": {"minmax": {"iterations": 5}}}, "no hyperparameter 'iterations'"),
         ({"recipes": {"own": {"recipe": "nowhere.py:f"}}}, "no recipe file 'nowhere.py'"),
         ({"recipes": {"few": {"recipe": "minmax", "calibration": {"samples": 0}}}}, "recipe 'few'.*samples"),
+        ({"recipes": {"few": {"recipe": "minmax", "options": {"corect": True}}}}, "recipe 'few'.*corect"),
+        ({"recipes": {"few": {"recipe": "minmax", "options": {"spec": {"balans": True}}}}}, "balans"),
         ({"models": ["nope"]}, "no model 'nope'"),
         ({"bits": ["w9a9"]}, "bits"),
     ],

@@ -42,6 +42,22 @@ class Budget(BaseModel):
         return max(self.count, self.frechet_count or 0)
 
 
+class Options(BaseModel):
+    """What `stepquant.quantize` can do with any recipe.
+
+    Attributes:
+        spec: attributes of the `QuantSpec` besides its bits, such as ``{"balance": True}``.
+        budget: mean weight bits, or None.
+        correction: whether the output is corrected.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: dict[str, Any] = Field(default_factory=dict)
+    budget: float | None = None
+    correction: bool = False
+
+
 class Cell(BaseModel):
     """One quantization of one model, and its judgement.
 
@@ -53,6 +69,7 @@ class Cell(BaseModel):
         arguments: all its hyperparameters, defaults included.
         seed: of everything random.
         guidance: scale of classifier-free guidance; None leaves it to the pipeline.
+        options: besides the recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,11 +83,18 @@ class Cell(BaseModel):
     guidance: float | None
     calibration: Calibration
     evaluation: Budget
+    options: Options = Options()
 
     @property
     def identity(self) -> str:
         """Equal for two cells whose results are the same, whatever study they are in."""
-        return digest(self.model_dump(mode="json", exclude={"label"}))
+        plain = {"label"} if self.options != Options() else {"label", "options"}
+        return digest(self.model_dump(mode="json", exclude=plain))
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Bits and options as one; raises `StepquantError` for an option that there is not."""
+        return QuantSpec.parse({"bits": self.bits, **self.options.spec})
 
     @property
     def noise(self) -> int:
@@ -94,7 +118,8 @@ class Study(BaseModel):
         calibration: the same for each cell.
         guidance: model -> scale of classifier-free guidance.
         recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
-            in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one.
+            in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one,
+            and a table ``options`` holds `Options`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,8 +146,8 @@ class Study(BaseModel):
         for seed in self.seeds:
             for bits in self.bits:
                 for model in self.models:
-                    for label, (recipe, arguments, calibration) in recipes.items():
-                        yield Cell(
+                    for label, (recipe, arguments, calibration, options) in recipes.items():
+                        cell = Cell(
                             model=model,
                             bits=bits,
                             label=label,
@@ -132,21 +157,25 @@ class Study(BaseModel):
                             guidance=self.guidance.get(model),
                             calibration=calibration,
                             evaluation=self.evaluation,
+                            options=options,
                         )
+                        _ = cell.spec  # a wrong option is said before the first cell runs
+                        yield cell
 
-    def _recipe(self, label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any], Calibration]:
-        """Name, full hyperparameters and calibration of an entry of `recipes`."""
+    def _recipe(self, label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any], Calibration, Options]:
+        """Name, full hyperparameters, calibration and options of an entry of `recipes`."""
         arguments = dict(given)
         name = arguments.pop("recipe", label)
         budget = self.calibration.model_dump() | dict(arguments.pop("calibration", {}))
         try:
             calibration = Calibration.model_validate(budget)
+            options = Options.model_validate(arguments.pop("options", {}))
         except ValidationError as error:
             first = error.errors()[0]
             raise StepquantError(
-                f"recipe {label!r} of the study: calibration: {first['loc'][0]}: {first['msg']}."
+                f"recipe {label!r} of the study: {error.title.lower()}: {first['loc'][0]}: {first['msg']}."
             ) from None
-        return name, hyperparameters(resolve_recipe(name), arguments), calibration
+        return name, hyperparameters(resolve_recipe(name), arguments), calibration, options
 
     def only(
         self,

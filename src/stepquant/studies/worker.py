@@ -56,7 +56,9 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
     start = time.monotonic()
     quantized = stepquant.quantize(
         pipeline,
-        cell.bits,
+        cell.spec,
+        budget=cell.options.budget,
+        correction=cell.options.correction,
         recipe=resolve_recipe(cell.recipe),
         calibration=cell.calibration,
         guidance=cell.guidance,
