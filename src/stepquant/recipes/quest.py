@@ -1,10 +1,11 @@
 """`quest`: QuEST (Wang et al., ICCV 2025, arXiv 2402.03666): finetune few weights so that activations become easy.
 
 What differs from the public code: ranges are searched (least error) for every calibrated step, at all bit widths,
-instead of an average of min and max; activations keep one scale a tensor at 4 bits too, since integer kernels cannot
-take a scale per input channel out of a sum; errors are relative to full precision's power, so that layers of any size
-weigh alike; learning rates of weights are in steps of their grid. Learning rates and iterations fit minutes on two
-cores: `iterations` asks for more.
+instead of an average of min and max; where the code has a scale per input channel (4-bit activations), channels are
+balanced (below 8 bits): one static factor a channel, folded into the weight, since integer kernels cannot take a scale
+per input channel out of a sum; errors are relative to full precision's power, so that layers of any size weigh alike;
+learning rates of weights are in steps of their grid. Learning rates and iterations fit minutes on two cores:
+`iterations` asks for more.
 """
 
 from __future__ import annotations
