@@ -16,7 +16,8 @@ from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.affine import quantize
-from stepquant.runtime import fallbacks, onednn, prepare
+from stepquant.runtime import INTEGER, fallbacks, native, onednn, prepare
+from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
@@ -31,6 +32,7 @@ CONVOLUTIONS = {
 }
 SPLITS = {"one": ((), ()), "activation": ((), (3, 4)), "both": ((2, 5), (3, 4)), "weight": ((4, 3), ())}
 
+BACKENDS_HERE = [name for name, reason_of in INTEGER.items() if reason_of() is None]
 needs_onednn = pytest.mark.skipif(onednn.supported() is not None, reason=str(onednn.supported()))
 
 
@@ -167,6 +169,9 @@ def check(module: QuantizedModule, x: Tensor, row: Tensor) -> None:
     assert (reference(x, row).double() - expected).abs().max() <= tolerance
     if onednn.supported() is None and onednn.can_run(module):
         assert (OneDnnKernel(module)(x, row).double() - expected).abs().max() <= tolerance
+    if native.supported() is None and native.can_run(module):
+        for amx in {False, has_amx()}:
+            assert (native.NativeKernel(module, amx=amx)(x, row).double() - expected).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("row", [torch.tensor(2), torch.tensor([0, 2, 1, 2])], ids=["one step", "mixed steps"])
@@ -271,7 +276,7 @@ def test_weight_only_layer():
     torch.testing.assert_close(WeightOnlyKernel(module)(x, torch.tensor(0)), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_output_has_the_dtype_of_the_input(backend, dtype):
     model = nn.Sequential(convolution(4, 5, 3), convolution(5, 4, 3, bits=(4, None)))
@@ -284,8 +289,8 @@ def test_output_has_the_dtype_of_the_input(backend, dtype):
     torch.testing.assert_close(y.float(), wide, atol=0.03 * float(wide.abs().max()), rtol=0)
 
 
-@needs_onednn
-def test_fallbacks_are_named():
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_fallbacks_are_named(backend):
     model = nn.ModuleDict(
         {
             "plain": convolution(4, 4, 3),
@@ -293,7 +298,7 @@ def test_fallbacks_are_named():
             "weights": linear(bits=(8, None)),
         }
     )
-    assert prepare(model) == "onednn"
+    assert prepare(model, backend) == backend
     assert fallbacks(model) == ["grouped", "weights"]
     assert isinstance(model["grouped"].kernel, ReferenceKernel)
 
@@ -305,7 +310,7 @@ def test_kernels_stay_out_of_the_state_dict():
     assert set(model.state_dict()) == before
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
 def test_copies_and_threads(backend):
     """Two copies, each with its own clock and step, at the same time."""
     models = [nn.Sequential(convolution(4, 4, 3, padding=1), convolution(4, 4, 3, padding=1))]
@@ -329,10 +334,14 @@ def test_unknown_backend():
 
 
 def test_unsupported_backend(monkeypatch):
-    monkeypatch.setattr(onednn, "supported", lambda: "no such instructions")
-    with pytest.raises(StepquantError, match="no such instructions"):
-        prepare(nn.Sequential(), "onednn")
+    reasons = {name: lambda: "no such instructions" for name in INTEGER}
+    monkeypatch.setattr("stepquant.runtime.INTEGER", reasons)
+    for name in INTEGER:
+        with pytest.raises(StepquantError, match=f"backend {name} cannot run here: no such instructions"):
+            prepare(nn.Sequential(), name)
     assert prepare(nn.Sequential(), "auto") == "reference"
+    reasons["onednn"] = lambda: None
+    assert prepare(nn.Sequential(), "auto") == "onednn"
 
 
 def test_int32_never_overflows():

@@ -17,7 +17,7 @@ from stepquant.workspace import cannot_write
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, reference or onednn.")]
+Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, native, onednn or reference.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File with a prompt a line; default: the model's own prompts.")]
 

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
-from stepquant.nn.layers import keep_dtypes
+from stepquant.nn.layers import Kernel, keep_dtypes
 from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
 
@@ -160,6 +160,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     ) -> None:
         super().__init__()
         self.bits, self.clock = dict(bits or {}), clock or StepClock()
+        self.kernel: Kernel | None = None
         for name in self.bits:
             assert rows is not None
             self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
@@ -186,6 +187,11 @@ class QuantizedAttentionProcessor(AttentionProcessor):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if self.kernel is None:
+            return super().attend(query, key, value, mask)
+        return self.kernel(query, key, value, mask, self.clock.row)
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         if name not in self.bits:

@@ -27,7 +27,10 @@ class WeightOnlyKernel(Kernel):
         super().__init__()
         layer = module.layer()
         self.apply_map: Apply = linear_map(module)
-        self.register_buffer("weight", layer.weight.dequantize(), persistent=False)
+        weight = layer.weight.dequantize()
+        if weight.dim() == 4:  # so that what follows a convolution is laid out as kernels want it
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight, persistent=False)
         self.dim = channel_dim(module)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone(), persistent=False)
 

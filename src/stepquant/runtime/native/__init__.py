@@ -1,0 +1,33 @@
+"""int8 on the CPU with kernels of our own: C++ in ``source/``, compiled once by the machine's compiler and kept."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.runtime.native import attention, blocks
+from stepquant.runtime.native.build import supported
+from stepquant.runtime.native.kernel import NativeKernel, can_run
+
+
+def finish(model: nn.Module) -> None:
+    """Put attention in integers and fuse blocks, once every layer of `model` has its kernel."""
+    for processor in _processors(model):
+        if attention.can_run(processor):
+            processor.kernel = attention.NativeAttention(processor)
+    blocks.fuse(model)
+
+
+def undo(model: nn.Module) -> None:
+    """Undo `finish`: another runtime takes the layers over."""
+    blocks.separate(model)
+    for processor in _processors(model):
+        processor.kernel = None
+
+
+def _processors(model: nn.Module) -> list[QuantizedAttentionProcessor]:
+    found = (getattr(module, "processor", None) for module in model.modules())
+    return [processor for processor in found if isinstance(processor, QuantizedAttentionProcessor)]
+
+
+__all__ = ["NativeKernel", "can_run", "finish", "supported", "undo"]

@@ -1,0 +1,79 @@
+"""Attention on quantized operands in integers: the products of query and key, and of probabilities and value."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.layers import Kernel
+from stepquant.nn.tables import ActivationTable
+from stepquant.numerics.affine import largest_code
+from stepquant.runtime.native.build import has_amx, library
+from stepquant.runtime.native.library import TYPES, Attention, Grid, Heads
+
+MOST_PRODUCTS = (1 << 31) // (255 * 255)
+"""Products of two codes that an accumulator holds in the worst case."""
+
+
+def can_run(processor: QuantizedAttentionProcessor) -> bool:
+    """Whether all four operands are quantized, which the integer products need."""
+    return set(processor.bits) == set(OPERANDS)
+
+
+class NativeAttention(Kernel):
+    """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
+
+    The result has the layout [B, N, heads, d], seen as [B, heads, N, d].
+    """
+
+    def __init__(self, processor: QuantizedAttentionProcessor, *, amx: bool | None = None) -> None:
+        super().__init__()
+        self.library = library()
+        self.amx = int(has_amx() if amx is None else amx)
+        attention = processor.attention()
+        self.tables: list[ActivationTable] = [getattr(attention, name) for name in OPERANDS]
+        self.zero_points = [table.zero_point.int() for table in self.tables]
+
+    def fits(self, query: Tensor, key: Tensor) -> bool:
+        """Whether no accumulator can overflow."""
+        return max(query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
+        query, key, value = (_adjacent(x) for x in (query, key, value))
+        batch, heads, length, size = query.shape
+        keep = [self._grid(index, row, batch) for index in range(4)]
+        grids = (Grid * 4)(*(grid for grid, _ in keep))
+        y = torch.empty(batch, length, heads, size, dtype=query.dtype)
+        strides = (0, 0, 0)
+        if mask is not None:
+            mask = mask.float().expand(batch, heads, length, key.shape[2])
+            mask = mask if mask.stride(3) == 1 else mask.contiguous()
+            strides = (mask.stride(0), mask.stride(1), mask.stride(2))
+        attention = Attention(
+            *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
+            grids, None if mask is None else mask.data_ptr(), *strides,
+            y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
+            batch, heads, length, key.shape[2], size, size**-0.5,
+        )  # fmt: skip
+        self.library.sq_attention(byref(attention), self.amx, torch.get_num_threads())
+        return y.transpose(1, 2)
+
+    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[Grid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
+        """The grid of an operand at a row, and the tensors that it points into."""
+        table, zero_point = self.tables[index], self.zero_points[index]
+        top = largest_code(table.bits)
+        if table.scale.shape[0] == 1 or row.dim() == 0:
+            at = 0 if table.scale.shape[0] == 1 else int(row)
+            return Grid(table.scale.data_ptr() + 4 * at, zero_point.data_ptr() + 4 * at, 0, top), None
+        rows = row.repeat_interleave(batch // row.shape[0])
+        values = (table.scale[rows, 0].contiguous(), zero_point[rows, 0].contiguous())
+        return Grid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    if x.dtype not in TYPES:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,305 @@
+"""A linear or convolution in integers: codes are made in one pass, multiplied, and scaled as they are stored."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from ctypes import byref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.numerics.affine import largest_code
+from stepquant.runtime.native.build import has_amx, library
+from stepquant.runtime.native.library import (
+    TYPES,
+    Ending,
+    Grid,
+    Layer,
+    Plane,
+    Positions,
+    Source,
+    pack_columns,
+    padded,
+)
+from stepquant.runtime.segments import Segment, segments_of
+
+MOST_INPUTS = (1 << 31) // (255 * 128)
+"""Products of a code and a weight that an accumulator holds in the worst case."""
+
+
+_THREAD = threading.local()
+
+
+class Norm(NamedTuple):
+    """``x * multiply + add`` before a layer: float32 [B, C] each, of a group normalization."""
+
+    multiply: Tensor
+    add: Tensor
+
+
+class Piece(NamedTuple):
+    """Input channels with one weight scale and one activation scale, packed.
+
+    Attributes:
+        start, channels: which input channels.
+        group: column of the activation table.
+        run: bytes of a window that are adjacent in memory.
+        weight: int8 tiles, see `pack_columns`; weight_sum: int32 and weight_scale: float32, [out] padded.
+    """
+
+    start: int
+    channels: int
+    group: int
+    run: int
+    weight: Tensor
+    weight_sum: Tensor
+    weight_scale: Tensor
+
+
+class Geometry(NamedTuple):
+    """How the codes of one input shape lie in memory, and where the windows of the outputs start.
+
+    Attributes:
+        plane, positions: structures for the kernels.
+        taps: int64, offset of each run of a window; `layers` points into it.
+        layers: structures without and with the bias.
+        bytes: of the codes.
+        output: height and width.
+    """
+
+    plane: Any
+    positions: Any
+    taps: Tensor
+    layers: list[Any]
+    bytes: int
+    output: tuple[int, int]
+
+
+def can_run(module: QuantizedModule) -> bool:
+    """Whether a layer has a native kernel: quantized activations, no groups of a convolution, no overflow."""
+    if module.layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
+        return False
+    return not (isinstance(module, QuantizedConv2d) and module.groups > 1)
+
+
+class NativeKernel(Kernel):
+    """One layer. `forward` is the layer alone; `run` has what can be fused with it.
+
+    Attributes:
+        output_dtype: of the result; None means that of x.
+    """
+
+    def __init__(self, module: QuantizedModule, *, amx: bool | None = None) -> None:
+        super().__init__()
+        layer = module.layer()
+        assert layer.activation is not None
+        self.library = library()
+        self.amx = int(has_amx() if amx is None else amx)
+        self.output_dtype: torch.dtype | None = None
+        self.outputs = module.weight_shape[0]
+        self.is_convolution = isinstance(module, QuantizedConv2d)
+        self.kernel_size: tuple[int, int] = (1, 1)
+        self.stride: tuple[int, int] = (1, 1)
+        self.padding: tuple[int, int] = (0, 0)
+        self.dilation: tuple[int, int] = (1, 1)
+        if isinstance(module, QuantizedConv2d):
+            self.kernel_size = (module.weight_shape[2], module.weight_shape[3])
+            self.stride, self.padding, self.dilation = module.stride, module.padding, module.dilation
+        self.scale = layer.activation.scale.clone()
+        self.zero_point = layer.activation.zero_point.int()
+        self.balance = None if layer.balance is None else layer.balance.clone()
+        self.top = largest_code(layer.activation.bits)
+        self.rows, self.groups = self.scale.shape
+        self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
+        self.pieces = [self._pack(segment) for segment in segments_of(layer)]
+        self.geometries: dict[tuple[int, ...], Geometry] = {}
+
+    def _pack(self, segment: Segment) -> Piece:
+        """A row of taps is one run of bytes where it can be."""
+        weight = segment.weight
+        taps = weight[:, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
+        if weight.dim() == 4 and self.dilation[1] == 1:
+            taps = taps.reshape(weight.shape[0], weight.shape[2], -1)
+        total = weight.flatten(1).sum(1, dtype=torch.int32)
+        return Piece(
+            segment.start,
+            segment.stop - segment.start,
+            segment.group,
+            taps.shape[2],
+            pack_columns(taps),
+            padded(total, torch.int32),
+            padded(segment.scale, torch.float32),
+        )
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        return self.run(x, row)
+
+    def run(
+        self,
+        x: Tensor,
+        row: Tensor,
+        *,
+        norm: Norm | None = None,
+        silu: bool = False,
+        upsample: int = 1,
+        extra: int = 0,
+        channel_add: Tensor | None = None,
+        residual: Tensor | None = None,
+        factor: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``(layer(upsample(silu(norm(x)))) + channel_add + residual) * factor``.
+
+        Args:
+            x: float [B, C, H, W], or [B, ..., in] for a linear; [B, N, in] with a normalization.
+            upsample: 2 repeats every pixel in both directions.
+            extra: rows and columns of zeros below and to the right of the picture, besides the padding.
+            channel_add: float32 [B, out], contiguous; of a convolution.
+            residual: float, of the output's shape; channels-last, or contiguous for a linear.
+            dtype: of the result; by default `output_dtype`, or that of x.
+        """
+        dtype = dtype or self.output_dtype or x.dtype
+        x = dense(x, image=self.is_convolution)
+        shape = x.shape
+        per_sample = row.dim() == 1 and self.rows > 1
+        if self.is_convolution:
+            batch, height, width = shape[0], shape[2] * upsample, shape[3] * upsample
+            strides = (x.stride(0), x.stride(2), x.stride(3))
+        else:
+            batch, height = (shape[0] if per_sample or norm is not None else 1), 1
+            width = x.numel() // (batch * shape[-1])
+            strides = (width * shape[-1], 0, shape[-1])
+        grid, keep = self._grid(row, batch, per_sample)
+        threads = torch.get_num_threads()
+        y: Tensor | None = None
+        for index, piece in enumerate(self.pieces):
+            geometry = self._geometry(index, batch, height, width, extra)
+            last = index == len(self.pieces) - 1
+            target = self._output(shape, geometry, dtype if last else torch.float32)
+            codes = scratch(geometry.bytes)
+            scale, zero_point = grid(piece.group)
+            values = Grid(scale, zero_point, per_sample, self.top)
+            at = piece.start * x.element_size()
+            source = Source(x.data_ptr() + at, TYPES[x.dtype], upsample, *strides, batch, height, width, piece.channels)
+            multiply = add = None
+            if norm is not None:
+                # Rows of a normalization are as long as all channels: a piece of them is copied.
+                span = slice(piece.start, piece.start + piece.channels)
+                multiply, add = (v if len(self.pieces) == 1 else v[:, span].contiguous() for v in norm)
+            self.library.sq_codes(
+                byref(source), byref(values), byref(geometry.plane),
+                None if multiply is None else multiply.data_ptr(), None if add is None else add.data_ptr(),
+                None if self.balance is None else self.balance.data_ptr() + 4 * piece.start, silu, codes.data_ptr(),
+                threads,
+            )  # fmt: skip
+            other = residual if y is None else y
+            ending = Ending(
+                target.data_ptr(), TYPES[target.dtype], 0 if other is None else TYPES[other.dtype], self.outputs,
+                None if channel_add is None or y is not None else channel_add.data_ptr(),
+                None if other is None else other.data_ptr(), self.outputs, factor if last else 1.0,
+            )  # fmt: skip
+            self.library.sq_layer(
+                byref(geometry.layers[y is None]), byref(geometry.positions), codes.data_ptr(),
+                byref(values), byref(ending), self.amx, threads,
+            )  # fmt: skip
+            y = target
+        del keep
+        assert y is not None
+        return y
+
+    def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[Callable[[int], tuple[int, int]], Any]:
+        """Addresses of scale and zero point of a channel group; and the tensors that they point into."""
+        if not per_sample:
+            at = (0 if self.rows == 1 else int(row)) * self.groups * 4
+            scales, zero_points = self.scale.data_ptr() + at, self.zero_point.data_ptr() + at
+            return lambda group: (scales + group * 4, zero_points + group * 4), None
+        rows = row.repeat_interleave(batch // row.shape[0])
+        tables = [values[rows].t().contiguous() for values in (self.scale, self.zero_point)]
+        scales, zero_points = (table.data_ptr() for table in tables)
+        return lambda group: (scales + group * batch * 4, zero_points + group * batch * 4), tables
+
+    def _output(self, shape: torch.Size, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+        if not self.is_convolution:
+            return torch.empty((*shape[:-1], self.outputs), dtype=dtype)
+        return torch.empty((shape[0], self.outputs, *geometry.output), dtype=dtype, memory_format=torch.channels_last)
+
+    def _geometry(self, index: int, batch: int, height: int, width: int, extra: int) -> Geometry:
+        key = (index, batch, height, width, extra)
+        if key not in self.geometries:
+            self.geometries[key] = self._new_geometry(self.pieces[index], batch, height, width, extra)
+        return self.geometries[key]
+
+    def _new_geometry(self, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel_size, self.stride, self.padding, self.dilation
+        # The gap between two rows is the right border of one and the left border of the next.
+        pixels = width + pw + extra
+        rows = height + 2 * ph + extra
+        image = (pw + rows * pixels) * piece.channels
+        out_height = (rows - dh * (kh - 1) - 1) // sh + 1
+        out_width = (width + 2 * pw + extra - dw * (kw - 1) - 1) // sw + 1
+        if dw == 1:
+            taps = [y * dh * pixels * piece.channels for y in range(kh)]
+        else:
+            taps = [(y * dh * pixels + x * dw) * piece.channels for y in range(kh) for x in range(kw)]
+        # Tiles of 16 outputs end with the row, or run on across the gap, whichever wastes less.
+        flat = pixels if sh == sw and (out_height * pixels + 15) // 16 < out_height * ((out_width + 15) // 16) else 0
+        step = sw * piece.channels
+        table = torch.tensor(taps, dtype=torch.int64)
+        layers = [
+            Layer(
+                piece.weight.data_ptr(), piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(),
+                None if bias is None else bias.data_ptr(), table.data_ptr(), len(taps),
+                (piece.run + 63) // 64, self.outputs,
+            )
+            for bias in (None, self.bias)
+        ]  # fmt: skip
+        return Geometry(
+            Plane(image, pixels, ph, ph + extra, pw),
+            Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),
+            table,
+            layers,
+            # The last tile reads up to 15 rows past the end, and a row up to 63 bytes.
+            batch * image + (16 + pixels) * step + 64,
+            (out_height, out_width),
+        )
+
+
+def scratch(size: int) -> Tensor:
+    """uint8 [at least size], this thread's own until its next call: fresh memory would cost a fault a page."""
+    buffer: Tensor | None = getattr(_THREAD, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _THREAD.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer
+
+
+def dense(x: Tensor, *, image: bool) -> Tensor:
+    """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other."""
+    if x.dtype not in TYPES:
+        x = x.float()
+    if image:
+        return (
+            x
+            if x.stride(1) == 1 or (x.shape[1] == 1 and x.is_contiguous())
+            else x.contiguous(memory_format=torch.channels_last)
+        )
+    return x.contiguous()
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
+    """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
+    image = x.dim() == 4
+    x = dense(x, image=image)
+    batch, channels = x.shape[0], x.shape[1 if image else 2]
+    pixels = x.shape[2] * x.shape[3] if image else x.shape[1]
+    multiply, add = torch.empty(batch, channels), torch.empty(batch, channels)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    library().sq_group_norm(
+        x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(3 if image else 1), batch, pixels, channels,
+        norm.num_groups, norm.eps, weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return Norm(multiply, add)

@@ -1,0 +1,75 @@
+"""The structures that the C++ functions take, field for field, and tensors turned into them."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""dtypes that activations may have."""
+
+
+def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Plane = _structure(
+    "Plane", image_bytes=c_int64, row_pixels=c_int64, top=c_int64, bottom=c_int64, left=c_int64
+)  # fmt: skip
+Source = _structure(
+    "Source", x=c_void_p, type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64,
+    batch=c_int64, height=c_int64, width=c_int64, channels=c_int64,
+)  # fmt: skip
+Grid = _structure("Grid", values=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
+Layer = _structure(
+    "Layer", weight=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p, taps=c_void_p,
+    tap_count=c_int64, pieces=c_int64, outputs=c_int64,
+)  # fmt: skip
+Positions = _structure(
+    "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
+    width=c_int64, flat=c_int64,
+)  # fmt: skip
+Ending = _structure(
+    "Ending", y=c_void_p, type=c_int32, residual_type=c_int32, pixel=c_int64, channel_add=c_void_p, residual=c_void_p,
+    residual_pixel=c_int64, factor=c_float,
+)  # fmt: skip
+Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
+Attention = _structure(
+    "Attention", query=Heads, key=Heads, value=Heads, grids=Grid * 4, mask=c_void_p, mask_image=c_int64,
+    mask_head=c_int64, mask_row=c_int64, y=c_void_p, y_type=c_int32, y_image=c_int64, y_row=c_int64, y_head=c_int64,
+    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float,
+)  # fmt: skip
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes what the functions take, so that pointers are not cut to 32 bits."""
+    pointer = c_void_p
+    library.sq_codes.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, c_int32, pointer, c_int32]
+    library.sq_group_norm.argtypes = [
+        pointer, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, pointer, pointer, pointer,
+        pointer, c_int32,
+    ]  # fmt: skip
+    library.sq_layer.argtypes = [pointer, pointer, pointer, pointer, pointer, c_int32, c_int32]
+    library.sq_attention.argtypes = [pointer, c_int32, c_int32]
+    for name in ("sq_codes", "sq_group_norm", "sq_layer", "sq_attention"):
+        getattr(library, name).restype = None
+    return library
+
+
+def pack_columns(weight: Tensor) -> Tensor:
+    """int8 [out, taps, run] -> the tiles of ``product.h``: [tiles of 16 outputs, even][taps][pieces][16][16][4]."""
+    out, taps, run = weight.shape
+    tiles, pieces = (out + 31) // 32 * 2, (run + 63) // 64
+    padded = weight.new_zeros(tiles * 16, taps, pieces * 64)
+    padded[:out, :, :run] = weight
+    return padded.view(tiles, 16, taps, pieces, 16, 4).permute(0, 2, 3, 4, 1, 5).contiguous()
+
+
+def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out] -> [out rounded up to 32], the rest 0."""
+    result = torch.zeros((values.shape[0] + 31) // 32 * 32, dtype=dtype)
+    result[: values.shape[0]] = values
+    return result

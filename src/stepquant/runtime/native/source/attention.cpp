@@ -1,0 +1,191 @@
+// Attention in integers: codes of query and key, softmax in float32, codes of the probabilities, times codes of value.
+//
+// Keys and values hold their codes less 128, as signed weights; zero points are taken out of the sums exactly:
+//   sum (q - zq)(k - zk) = sum q k - zq sum k - zk sum q + d zq zk.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "product.h"
+
+struct Heads {  // float [batch, length, heads, size], channels adjacent
+  const void* x;
+  int32_t type;
+  int64_t image, row, head;  // strides in elements
+};
+
+struct OperandGrid {
+  const float* scale;         // [batch] or [1]
+  const int32_t* zero_point;  // [batch] or [1]
+  int32_t per_sample, top;
+};
+
+struct Attention {
+  Heads query, key, value;
+  OperandGrid grids[4];  // query, key, value, probability
+  const float* mask;     // additive, or null
+  int64_t mask_image, mask_head, mask_row;
+  void* y;
+  int32_t y_type;
+  int64_t y_image, y_row, y_head;
+  int64_t batch, heads, length, key_length, size;
+  float factor;          // of the scores, 1 / sqrt(size)
+};
+
+namespace {
+
+Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
+  return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
+}
+
+// Codes of one row of `size` values, and their sum.
+int32_t code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t c = 0; c < size; c += 16) {
+    const __mmask16 mask = first(size - c);
+    const __m128i codes = _mm_maskz_mov_epi8(mask, q(load16(h.x, h.type, at + c, mask)));
+    sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(codes));
+    _mm_mask_storeu_epi8(out + c, mask, codes);
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// Codes to columns, less 128 each: values of a row are four products of one column (transposed: keys), or a row of
+// products (values). `sums` gets the sum of each column.
+void pack_keys(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
+  for (int64_t k = 0; k < length; k++) {
+    int8_t* tile = out + k / 16 * pieces * TILE + k % 16 * 4;
+    for (int64_t c = 0; c < size; c++) tile[c / 4 * 64 + c % 4] = (int8_t)(codes[k * stride + c] - 128);
+  }
+}
+
+void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
+  for (int64_t k = 0; k < length; k++) {
+    int8_t* row = out + k / 4 * 64 + k % 4;
+    for (int64_t c = 0; c < size; c++) {
+      row[c / 16 * pieces * TILE + c % 16 * 4] = (int8_t)(codes[k * stride + c] - 128);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void sq_attention(const Attention* attention, int32_t amx, int32_t threads) {
+  const Attention& a = *attention;
+  const int64_t pieces = (a.size + 63) / 64, deep = pieces * 64;                    // of a query
+  const int64_t key_tiles = (a.key_length + 31) / 32 * 2, wide = key_tiles * 16;    // keys, rounded up
+  const int64_t key_pieces = (a.key_length + 63) / 64, long_ = key_pieces * 64;     // of a row of probabilities
+  const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
+  const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
+  const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
+  std::vector<int8_t> packed(pairs * (key_bytes + value_bytes) + 64);
+  std::vector<int32_t> starts(pairs * (wide + channels));
+  int8_t* const base = (int8_t*)(((uintptr_t)packed.data() + 63) / 64 * 64);
+  const Product product = product_for(amx);
+  const int64_t zero_tap = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    begin_products(amx);
+    std::vector<uint8_t> codes(std::max(a.key_length * a.size, 32 * (deep + long_)) + 64);
+    std::vector<float> scores(32 * wide);
+    alignas(64) int32_t sums[4 * 256];
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const int64_t b = pair / a.heads, h = pair % a.heads;
+      const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
+                      p = quantizer_of(a.grids[3], b);
+      int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
+      int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
+      for (int64_t i = 0; i < a.key_length; i++) {
+        const int32_t sum =
+            code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, codes.data() + i * a.size);
+        key_start[i] = -q.zero_point * (sum - 128 * (int32_t)a.size) +
+                       (int32_t)a.size * q.zero_point * (k.zero_point - 128);
+      }
+      pack_keys(codes.data(), a.size, a.key_length, a.size, pieces, keys);
+      for (int64_t i = 0; i < a.key_length; i++) {
+        uint8_t* row = codes.data() + i * a.size;
+        code_row(a.value, b * a.value.image + i * a.value.row + h * a.value.head, a.size, v, row);
+        for (int64_t c = 0; c < a.size; c++) value_start[c] -= p.zero_point * ((int32_t)row[c] - v.zero_point);
+      }
+      pack_values(codes.data(), a.size, a.key_length, a.size, key_pieces, values);
+    }
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < pairs * blocks; block++) {
+      const int64_t pair = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
+      const int64_t b = pair / a.heads, h = pair % a.heads;
+      const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
+                      p = quantizer_of(a.grids[3], b);
+      const int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
+      const int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
+      uint8_t *queries = codes.data(), *probabilities = queries + 32 * deep;
+      int32_t row_term[32] = {};
+      memset(queries, 0, 32 * deep);
+      for (int64_t i = 0; i < many; i++) {
+        const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
+        row_term[i] = -(k.zero_point - 128) * code_row(a.query, at, a.size, q, queries + i * deep);
+      }
+      Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces};
+      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor);
+      for (int64_t n = 0; n < key_tiles; n += 2) {
+        const int32_t *left = key_start + n * 16, *right = left + 16;
+        product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}}, sums);
+        for (int64_t t = 0; t < 4; t++) {
+          for (int64_t i = 0; i < 16; i++) {
+            const int64_t row = t / 2 * 16 + i;
+            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * 256 + i * 16), _mm512_set1_epi32(row_term[row]));
+            _mm512_storeu_ps(scores.data() + row * wide + (n + t % 2) * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor));
+          }
+        }
+      }
+      int32_t code_sum[32] = {};
+      memset(probabilities, 0, 32 * long_);
+      for (int64_t i = 0; i < many; i++) {
+        float* row = scores.data() + i * wide;
+        const float* extra = a.mask ? a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row : nullptr;
+        __m512 largest = _mm512_set1_ps(-INFINITY);
+        for (int64_t c = 0; c < a.key_length; c += 16) {
+          const __mmask16 mask = first(a.key_length - c);
+          __m512 s = _mm512_loadu_ps(row + c);
+          if (extra) s = _mm512_add_ps(s, _mm512_maskz_loadu_ps(mask, extra + c));
+          _mm512_storeu_ps(row + c, s);
+          largest = _mm512_mask_max_ps(largest, mask, largest, s);
+        }
+        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), log2e = _mm512_set1_ps(1.44269504f);
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t c = 0; c < a.key_length; c += 16) {
+          const __m512 e = exp2_16(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + c), top), log2e));
+          _mm512_storeu_ps(row + c, e);
+          total = _mm512_mask_add_ps(total, first(a.key_length - c), total, e);
+        }
+        const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        __m512i code_total = _mm512_setzero_si512();
+        for (int64_t c = 0; c < a.key_length; c += 16) {
+          const __mmask16 mask = first(a.key_length - c);
+          const __m128i u = _mm_maskz_mov_epi8(mask, p(_mm512_mul_ps(_mm512_loadu_ps(row + c), share)));
+          code_total = _mm512_add_epi32(code_total, _mm512_cvtepu8_epi32(u));
+          _mm_mask_storeu_epi8(probabilities + i * long_ + c, mask, u);
+        }
+        code_sum[i] = -(v.zero_point - 128) * _mm512_reduce_add_epi32(code_total);
+      }
+      operand = {{probabilities, probabilities + 16 * long_}, long_, &zero_tap, 1, key_pieces};
+      const __m512 scale = _mm512_set1_ps(p.scale * v.scale);
+      for (int64_t n = 0; n < value_tiles; n += 2) {
+        const int32_t *left = value_start + n * 16, *right = left + 16;
+        product(operand,
+                {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}}, sums);
+        for (int64_t t = 0; t < 4; t++) {
+          const int64_t c = (n + t % 2) * 16;
+          if (c >= a.size) continue;
+          for (int64_t i = 0; i < 16 && t / 2 * 16 + i < many; i++) {
+            const int64_t row = t / 2 * 16 + i;
+            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * 256 + i * 16), _mm512_set1_epi32(code_sum[row]));
+            store16(a.y, a.y_type, b * a.y_image + (start + row) * a.y_row + h * a.y_head + c, first(a.size - c),
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+          }
+        }
+      }
+    }
+    end_products(amx);
+  }
+}

@@ -1,0 +1,63 @@
+"""Integer attention against the simulated one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.clock import StepClock
+from stepquant.runtime import native
+from stepquant.runtime.native.attention import NativeAttention, can_run
+from stepquant.runtime.native.build import has_amx
+
+pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+STEPS = 3
+
+
+def processor(zero_of_probability: int = 0) -> QuantizedAttentionProcessor:
+    result = QuantizedAttentionProcessor(
+        dict.fromkeys(OPERANDS, 8), dict.fromkeys(OPERANDS, STEPS), StepClock(torch.arange(STEPS).float())
+    )
+    for name in OPERANDS:
+        reach = 1.0 if name == "probability" else 6.0
+        zero_point = torch.randint(1, 255, (STEPS, 1))
+        if name == "probability":
+            zero_point = torch.full((STEPS, 1), zero_of_probability)
+        setattr(result, f"{name}_scale", (torch.rand(STEPS, 1) + 0.5) * reach / 255)
+        setattr(result, f"{name}_zero_point", zero_point.byte())
+    return result
+
+
+@pytest.mark.parametrize("zero_point", [0, 5])
+@pytest.mark.parametrize("row", [torch.tensor(1), torch.tensor([2, 0])], ids=["one step", "mixed steps"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 32), (3, 5, 7, 9), (2, 33, 65, 40), (2, 70, 77, 160), (1, 1, 1, 1)])
+def test_attention(shape, masked, row, zero_point):
+    """Equal to float rounding, but for a probability at a tie, which moves the result by one code of it."""
+    torch.manual_seed(0)
+    heads, length, keys, size = shape
+    simulated = processor(zero_point)
+    simulated.clock.row = row
+    query, key, value = (torch.randn(2, heads, count, size) for count in (length, keys, keys))
+    mask = torch.randn(2, 1, 1, keys) if masked else None
+    expected = simulated.attend(query, key, value, mask)
+    step = float(simulated.probability_scale.max()) * float(value.abs().max())
+    for amx in {False, has_amx()}:
+        found = NativeAttention(simulated, amx=amx)(query, key, value, mask, row)
+        error = (found - expected).abs()
+        assert (error > 1e-5 * expected.abs().max()).float().mean() < 0.01
+        assert error.max() <= 1.5 * step
+
+
+def test_operands_of_any_layout_and_dtype():
+    simulated = processor()
+    query = torch.randn(2, 6, 3, 8).transpose(1, 2)
+    key, value = torch.randn(2, 3, 8, 5).transpose(2, 3), torch.randn(2, 3, 5, 8).double()
+    expected = simulated.attend(query, key, value.float(), None)
+    torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)
+
+
+def test_one_operand_in_float_cannot_run():
+    bits = dict.fromkeys(("query", "key", "value"), 8)
+    assert not can_run(QuantizedAttentionProcessor(bits, dict.fromkeys(bits, 1), StepClock()))

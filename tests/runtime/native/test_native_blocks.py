@@ -1,0 +1,129 @@
+"""Whole denoisers with fused blocks against the reference runtime."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import stepquant as sq
+from stepquant.calibration.instrument import instrument
+from stepquant.config import QuantSpec
+from stepquant.models import describe
+from stepquant.nn.deploy import install, replace_module
+from stepquant.runtime import native, prepare
+from stepquant.runtime.native.kernel import NativeKernel
+
+pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+
+
+@pytest.fixture(scope="module")
+def unet(unconditional_pipeline):
+    """Quantized with a table row for each of three steps."""
+    full = unconditional_pipeline.unet
+    timesteps = torch.tensor([100.0, 500.0, 900.0])
+    spec = QuantSpec.parse("w8a8")
+    instrumented = instrument(full, describe(full), spec, timesteps=timesteps, weight_range="minmax")
+    for quantizer in instrumented.activation_quantizers():
+        quantizer.observing = True
+    with torch.no_grad():
+        for timestep in timesteps:
+            instrumented.model(torch.randn(4, 1, 16, 16), timestep)
+    for quantizer in instrumented.activation_quantizers():
+        quantizer.set_range("minmax", per_row=True)
+    result = copy.deepcopy(full)
+    install(result, instrumented.freeze())
+    return result
+
+
+def signal_to_noise(found, expected) -> float:
+    return float(10 * torch.log10(expected.square().mean() / (found - expected).square().mean()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timestep", [500, torch.tensor([900, 500, 100])], ids=["one step", "mixed steps"])
+def test_unet(unet, timestep):
+    models = {name: copy.deepcopy(unet) for name in ("reference", "native")}
+    x = torch.randn(3, 1, 16, 16)
+    found = {}
+    for name, model in models.items():
+        prepare(model, name)
+        found[name] = model(x, timestep).sample
+    assert found["native"].dtype == torch.float32
+    assert signal_to_noise(found["native"], found["reference"]) > 35
+
+
+@torch.no_grad()
+def test_blocks_are_fused(unet):
+    """Only the normalization before the last layer runs by itself, until another runtime takes over."""
+    model = copy.deepcopy(unet)
+    seen = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _module, _args, _output, name=name: seen.append(name))
+    prepare(model, "native")
+    model(torch.randn(1, 1, 16, 16), 500)
+    assert seen == ["conv_norm_out"]
+    prepare(model, "reference")
+    model(torch.randn(1, 1, 16, 16), 500)
+    assert len(seen) > 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["resnets.0.conv1", "attentions.0.to_q", "upsamplers.0.conv"])
+def test_a_layer_wrapped_later_is_called(unet, place):
+    """As an adapter does: what stands in a layer's place is not passed over."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) * 2
+
+    models = {}
+    for backend in ("reference", "native"):
+        model = models[backend] = copy.deepcopy(unet)
+        prepare(model, backend)
+        replace_module(model, f"up_blocks.0.{place}", Twice(model.get_submodule(f"up_blocks.0.{place}")))
+    x = torch.randn(2, 1, 16, 16)
+    expected, found = (model(x, 500).sample for model in models.values())
+    assert signal_to_noise(found, expected) > 35
+
+
+@torch.no_grad()
+def test_copies_have_their_own_clock(unet):
+    models = [copy.deepcopy(unet)]
+    prepare(models[0], "native")
+    models.append(copy.deepcopy(models[0]))
+    x = torch.randn(2, 1, 16, 16)
+    alone = [model(x, timestep).sample for model, timestep in zip(models, (900, 100), strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            both = pool.map(lambda pair: pair[0](x, pair[1]).sample, zip(models, (900, 100), strict=True))
+            for found, expected in zip(both, alone, strict=True):
+                assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["text_pipeline", "class_pipeline"])
+def test_other_families(name, request):
+    pipeline = request.getfixturevalue(name)
+    quantized = sq.quantize(pipeline, "w8a8", recipe="minmax", calibration=sq.Calibration(samples=2, steps=2))
+    component = "unet" if hasattr(quantized, "unet") else "transformer"
+    denoiser = getattr(quantized, component)
+    found = {}
+    for backend in ("reference", "native"):
+        model = copy.deepcopy(denoiser)
+        assert prepare(model, backend) == backend
+        torch.manual_seed(0)
+        if component == "unet":
+            arguments = dict(timestep=10, encoder_hidden_states=torch.randn(2, 7, 16))
+        else:
+            arguments = dict(timestep=torch.tensor([10, 10]), class_labels=torch.tensor([1, 2]))
+        found[backend] = model(torch.randn(2, 4, 8, 8), **arguments).sample
+    assert any(isinstance(getattr(module, "kernel", None), NativeKernel) for module in model.modules())
+    assert signal_to_noise(found["native"], found["reference"]) > 30

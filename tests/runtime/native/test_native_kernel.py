@@ -1,0 +1,111 @@
+"""What is fused with a layer, against the same in torch; layers alone are in ``test_runtimes.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stepquant.runtime import native
+from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.kernel import NativeKernel, Norm, group_norm
+from stepquant.runtime.reference import ReferenceKernel
+from tests.runtime.test_runtimes import convolution, linear
+
+pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+
+
+def assert_same_up_to_ties(found, expected, *, step):
+    """Equal to float rounding, but for codes at a tie: few, and off by what one code is worth."""
+    error = (found - expected).abs()
+    assert (error > 1e-4 * expected.abs().max()).float().mean() < 0.01
+    assert error.max() <= step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("row", [torch.tensor(1), torch.tensor([2, 0, 1])], ids=["one step", "mixed steps"])
+@pytest.mark.parametrize("shape", [(19, 6, 9, 7), (32, 40, 16, 16), (64, 33, 5, 33)])
+def test_everything_fused(shape, row, dtype):
+    channels, outputs, height, width = shape
+    module = convolution(channels, outputs, 3, padding=1)
+    x = torch.randn(3, channels, height, width).to(dtype)
+    norm = Norm(torch.rand(3, channels) + 0.5, torch.randn(3, channels))
+    added, residual = torch.randn(3, outputs), torch.randn(3, outputs, 2 * height, 2 * width)
+    residual = residual.to(memory_format=torch.channels_last)
+    plain = F.silu(x.float() * norm.multiply[..., None, None] + norm.add[..., None, None])
+    plain = F.interpolate(plain, scale_factor=2.0)
+    expected = (ReferenceKernel(module)(plain, row) + added[..., None, None] + residual) * 0.5
+    worth = float(module.input_scale.max() * module.weight_scale.max()) * 128
+    for amx in {False, has_amx()}:
+        found = NativeKernel(module, amx=amx).run(
+            x,
+            row,
+            norm=norm,
+            silu=True,
+            upsample=2,
+            channel_add=added,
+            residual=residual,
+            factor=0.5,
+            dtype=torch.float32,
+        )
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert_same_up_to_ties(found, expected, step=worth)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
+def test_padding_of_a_downsampler(size):
+    module = convolution(6, 5, 3, stride=2)
+    x, row = torch.randn(2, 6, *size), torch.tensor(1)
+    expected = ReferenceKernel(module)(F.pad(x, (0, 1, 0, 1)), row)
+    torch.testing.assert_close(NativeKernel(module).run(x, row, extra=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_with_everything():
+    """Channel groups are summed in float32 before anything is added."""
+    module = convolution(7, 6, 3, padding=1, split=((2, 5), (3, 4)))
+    x, row, added = torch.randn(2, 7, 5, 5), torch.tensor([0, 2]), torch.randn(2, 6)
+    norm = Norm(torch.rand(2, 7) + 0.5, torch.randn(2, 7))
+    residual = torch.randn(2, 6, 5, 5).half().to(memory_format=torch.channels_last)
+    plain = x * norm.multiply[..., None, None] + norm.add[..., None, None]
+    expected = (ReferenceKernel(module)(plain, row) + added[..., None, None] + residual.float()) * 2
+    found = NativeKernel(module).run(x, row, norm=norm, channel_add=added, residual=residual, factor=2.0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_linear_with_norm_and_residual():
+    module = linear(7, 5)
+    x, residual = torch.randn(2, 9, 7), torch.randn(2, 9, 5)
+    norm = Norm(torch.rand(2, 7) + 0.5, torch.randn(2, 7))
+    expected = ReferenceKernel(module)(x * norm.multiply[:, None] + norm.add[:, None], torch.tensor(0)) + residual
+    found = NativeKernel(module).run(x, torch.tensor(0), norm=norm, residual=residual)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 9, 7), (1, 96, 16, 16), (3, 40, 72)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_group_norm(shape, dtype):
+    image = len(shape) == 4
+    channels = shape[1] if image else shape[2]
+    norm = nn.GroupNorm(4, channels, eps=1e-5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(shape) * 3 + 5).to(dtype)
+    found = group_norm(x, norm)
+    first = x.float() if image else x.float().transpose(1, 2)
+    spread = (...,) + (None,) * (first.dim() - 2)
+    torch.testing.assert_close(
+        first * found.multiply[spread] + found.add[spread], norm(first).detach(), atol=2e-5, rtol=2e-5
+    )
+
+
+def test_nothing_to_do():
+    assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
+
+
+def test_values_beyond_every_code():
+    module = linear(7, 5)
+    x = torch.tensor([[1e30, -1e30, 3e9, -3e9, 0.0, 65504.0, -65504.0]])
+    torch.testing.assert_close(
+        NativeKernel(module)(x, torch.tensor(1)), ReferenceKernel(module)(x, torch.tensor(1)), atol=1e-5, rtol=1e-5
+    )
