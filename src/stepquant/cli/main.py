@@ -18,6 +18,7 @@ from stepquant.cli.report import report
 from stepquant.cli.sample import sample
 from stepquant.cli.sensitivity import sensitivity
 from stepquant.cli.study import study
+from stepquant.cli.ui import ui
 from stepquant.errors import StepquantError
 from stepquant.quiet import silence_libraries
 
@@ -53,7 +54,7 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, compare, report, inspect, sensitivity, study, recipes, zoo):
+for command in (quantize, sample, evaluate, compare, report, inspect, sensitivity, study, ui, recipes, zoo):
     app.command()(_one_line(command))
 
 

@@ -1,0 +1,39 @@
+"""``stepquant ui``: a gallery in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import check_writable_folder
+from stepquant.errors import StepquantError
+
+
+def ui(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to choose from; default: the zoo's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind to; by default this machine alone can see the page.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 7860,
+    folder: Annotated[Path, typer.Option(help="Folder that keeps the quantized models.")] = Path("out/ui"),
+) -> None:
+    """Serve a page to quantize models and look at their pictures, side by side."""
+    from stepquant import zoo
+    from stepquant.loading import ZOO_PREFIX, locate
+    from stepquant.ui.gallery import Gallery
+
+    try:
+        from stepquant.ui.app import launch
+    except ImportError:
+        raise StepquantError("the gallery needs Gradio: install it with pip install 'stepquant[ui]'.") from None
+    sources = models or [ZOO_PREFIX + name for name in zoo.names()]
+    named = {Path(source.removeprefix(ZOO_PREFIX)).name: source for source in sources}
+    for source in sources:
+        locate(source)
+    check_writable_folder(folder)
+    typer.echo(f"http://{host}:{port}")
+    launch(Gallery(named, folder), host, port)

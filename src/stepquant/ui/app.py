@@ -1,0 +1,99 @@
+"""The gallery as a Gradio page, bound to this machine unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio
+
+from stepquant.errors import StepquantError
+from stepquant.progress import Progress
+from stepquant.recipes import RECIPES, summary
+from stepquant.ui.gallery import MOST_PICTURES, Gallery, Wanted
+
+HEADERS = ["", "full precision", "quantized"]
+
+
+class GradioProgress(Progress):
+    """Draws tasks as Gradio's bar."""
+
+    def __init__(self, bar: gradio.Progress) -> None:
+        self.bar = bar
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            self.bar((done, total), desc=description)
+
+        self.bar((0, total), desc=description)
+        yield advance
+
+
+def build(gallery: Gallery) -> gradio.Blocks:
+    """The page."""
+
+    def draw(
+        model: str,
+        recipe: str,
+        bits: str,
+        prompt: str,
+        seed: float,
+        steps: float,
+        count: float,
+        bar: gradio.Progress = gradio.Progress(),  # noqa: B008 - gradio looks for it here
+    ) -> tuple[Any, Any, list[list[str]]]:
+        try:
+            wanted = Wanted(model, recipe, bits, prompt, int(seed), int(steps), int(count))
+            shown = gallery.show(wanted, GradioProgress(bar))
+        except StepquantError as error:
+            raise gradio.Error(str(error)) from None
+        return shown.full_precision, shown.quantized, [list(row) for row in shown.rows]
+
+    # Nothing is sent anywhere: no analytics, no share link.
+    with gradio.Blocks(title="stepquant", analytics_enabled=False) as page:
+        gradio.Markdown("# stepquant\nFull precision beside quantized, from the same noise.")
+        with gradio.Row():
+            model = gradio.Dropdown(list(gallery.models), value=next(iter(gallery.models)), label="model")
+            recipe = gradio.Dropdown(
+                list(RECIPES), value="minmax", label="recipe", info=f"minmax is quickest: {summary('minmax')}"
+            )
+            bits = gradio.Dropdown(
+                ["w8a8", "w6a6", "w4a8", "w4a4", "w4a16"], value="w4a8", label="bits", allow_custom_value=True
+            )
+        prompt = gradio.Textbox(label="prompt", info="of a text-to-image model; empty: the model's own prompts")
+        with gradio.Row():
+            seed = gradio.Number(0, label="seed", precision=0, minimum=0)
+            steps = gradio.Slider(1, 100, value=20, step=1, label="denoising steps")
+            count = gradio.Slider(1, MOST_PICTURES, value=4, step=1, label="pictures")
+        button = gradio.Button("Draw", variant="primary")
+        with gradio.Row():
+            full = gradio.Image(label="full precision", format="png")
+            quantized = gradio.Image(label="quantized", format="png")
+        table = gradio.Dataframe(headers=HEADERS, label="what it costs, and what it changed")
+        button.click(draw, [model, recipe, bits, prompt, seed, steps, count], [full, quantized, table], api_name="draw")
+    return page
+
+
+def launch(gallery: Gallery, host: str, port: int, *, wait: bool = True) -> gradio.Blocks:
+    """Serve the page until interrupted, or return at once; raises `StepquantError` if the address cannot be had."""
+    page = build(gallery)
+    try:
+        page.queue(default_concurrency_limit=1).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            prevent_thread_lock=not wait,
+        )
+    except OSError as error:
+        raise StepquantError(f"cannot serve at {host}:{port}: {error}; choose another --port.") from None
+    return page
