@@ -87,10 +87,10 @@ def measure(
     """Measure the error that each layer of `instrumented` causes; layers measured are kept in the workspace.
 
     A layer is what an exception of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
-    `to_v` the operand they make. Attention probabilities belong to no layer: off for ``alone``, on for ``relief``.
+    `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
 
     Args:
-        instrumented: its ranges are found; left with every quantizer switched on.
+        instrumented: its ranges are found and its quantizers switched on; they are on again afterwards.
         stage: name in the workspace; stands for the network and the samples.
         step_groups: into how many groups the sampler's steps are divided; fewer if fewer steps have samples.
     """
@@ -100,18 +100,18 @@ def measure(
     missing = [name for name in names if f"layer.{name}" not in measured]
     if missing:
         network = _Network(instrumented, samples, batch_size, step_groups)
-        measured |= {"steps": network.group_ends(), "whole": network.error(names, probabilities=True)}
+        measured |= {"steps": network.group_ends(), "whole": network.error(names, rest=True)}
         with progress.task(f"Ranking layers ({how})", len(names)) as advance:
             advance(len(names) - len(missing))
             for name in missing:
                 if how == "alone":
-                    error = network.error([name], probabilities=False)
+                    error = network.error([name], rest=False)
                 else:
-                    error = measured["whole"] - network.error(set(names) - {name}, probabilities=True)
+                    error = measured["whole"] - network.error(set(names) - {name}, rest=True)
                 measured[f"layer.{name}"] = error
                 workspace.save(stage, measured)
                 advance(1)
-        network.switch(names, probabilities=True)
+        network.switch(names, rest=True)
     ends = tuple((first, last) for first, last in measured["steps"].tolist())
     errors = torch.stack([measured[f"layer.{name}"] for name in names])
     bits = {name: layer.bits for name, layer in instrumented.layers.items()}
@@ -128,7 +128,7 @@ class _Network:
         seen, position = samples.steps.unique(return_inverse=True)
         self.groups = min(step_groups, len(seen))
         self.group = position * self.groups // len(seen)
-        self.target = self._output((), probabilities=False)
+        self.target = self._output((), rest=False)
         self.power = self._by_group(self.target).clamp(min=1e-12)
 
     def group_ends(self) -> Tensor:
@@ -136,23 +136,23 @@ class _Network:
         groups = [self.samples.steps[self.group == group] for group in range(self.groups)]
         return torch.stack([torch.stack([steps.min(), steps.max()]) for steps in groups])
 
-    def error(self, layers: Collection[str], *, probabilities: bool) -> Tensor:
+    def error(self, layers: Collection[str], *, rest: bool) -> Tensor:
         """Relative squared error of the output with exactly these layers quantized: float64 [G]."""
-        return self._by_group(self._output(layers, probabilities=probabilities) - self.target) / self.power
+        return self._by_group(self._output(layers, rest=rest) - self.target) / self.power
 
-    def switch(self, layers: Collection[str], *, probabilities: bool) -> None:
-        """Quantize exactly these layers."""
+    def switch(self, layers: Collection[str], *, rest: bool) -> None:
+        """Quantize exactly these layers, and with `rest` what belongs to no layer."""
         for quantizer in self.instrumented.activation_quantizers():
-            quantizer.enabled = probabilities and quantizer.unsigned  # nothing else is unsigned
+            quantizer.enabled = rest
         for name, layer in self.instrumented.layers.items():
             layer.quantizing_weight = name in layers
             for quantizer in self.quantizers[name]:
                 quantizer.enabled = name in layers
 
     @torch.no_grad()
-    def _output(self, layers: Collection[str], *, probabilities: bool) -> Tensor:
+    def _output(self, layers: Collection[str], *, rest: bool) -> Tensor:
         """The denoiser's output on all samples with exactly these layers quantized: float32 [N, ...]."""
-        self.switch(layers, probabilities=probabilities)
+        self.switch(layers, rest=rest)
         model, batches = self.instrumented.model, self.samples.batches(self.batch_size)
         return torch.cat([main_tensor(model(**self.samples.arguments(rows), return_dict=False)) for rows in batches])
 
