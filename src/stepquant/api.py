@@ -168,7 +168,11 @@ def assemble(
 ) -> Any:
     """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
     component = denoiser_name(pipeline)
-    denoiser = copy.deepcopy(getattr(pipeline, component)).eval().requires_grad_(False)
+    original = getattr(pipeline, component)
+    # What is replaced anyway is not copied: the copy gets layers without memory in those places.
+    replaced = (original.get_submodule(name) for name in quantization.layers)
+    denoiser = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
+    denoiser.eval().requires_grad_(False)
     install(denoiser, quantization)
     denoiser.register_to_config(
         quantization_config={

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from stepquant.models import ModelDescription
 from stepquant.nn.attention import OPERANDS
 from stepquant.nn.clock import StepClock
 from stepquant.nn.deploy import Quantization, replace_module
+from stepquant.nn.layers import can_quantize
 from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
 from stepquant.numerics.ranges import RangeMethod
@@ -96,7 +98,10 @@ def instrument(
     for pattern in spec.exceptions:
         if not any(re.search(pattern, name) for name in description.layers):
             raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
-    model = copy.deepcopy(denoiser).requires_grad_(False).eval()
+    # Weights are never changed, only read through their quantizers: the copy shares their memory.
+    weights = [module.weight for module in denoiser.modules() if can_quantize(module)]
+    shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
+    model = copy.deepcopy(denoiser, shared).requires_grad_(False).eval()
     clock = StepClock(timesteps)
     rows = len(clock.timesteps)
     layers: dict[str, TrainableLayer] = {}
