@@ -11,6 +11,7 @@ from stepquant.nn.clock import StepClock
 
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.floats(-10, 1100))
 @settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore:timestep")
 def test_row_is_that_of_the_nearest_timestep(grid, time):
     timesteps = sorted(grid)
     clock = StepClock(torch.tensor(timesteps))

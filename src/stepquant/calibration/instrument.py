@@ -99,7 +99,7 @@ def instrument(
         if not any(re.search(pattern, name) for name in description.layers):
             raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
     # Weights are never changed, only read through their quantizers: the copy shares their memory.
-    weights = [module.weight for module in denoiser.modules() if can_quantize(module)]
+    weights: list[Any] = [module.weight for module in denoiser.modules() if can_quantize(module)]
     shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}
     model = copy.deepcopy(denoiser, shared).requires_grad_(False).eval()
     clock = StepClock(timesteps)

@@ -94,7 +94,7 @@ def collect(
     """Run the pipeline and keep what the denoiser sees at the wanted steps.
 
     Sample i comes from trajectory ``i mod pictures`` at its step. Where the pipeline runs conditional and
-    unconditional halves in one batch, samples alternate between the two.
+    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two.
 
     Args:
         steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
@@ -151,6 +151,7 @@ class _Recorder:
         self.shared: dict[str, Tensor] = {}
         self.step = -1
         self.time: float | None = None
+        self.calls = 0
         self.remove = denoiser.register_forward_pre_hook(self._read, with_kwargs=True).remove
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,7 +159,8 @@ class _Recorder:
         sample = next(value for value in arguments.values() if isinstance(value, Tensor))
         time = torch.as_tensor(arguments["timestep"]).reshape(-1)
         if self.time is None or float(time[0]) != self.time:
-            self.step, self.time = self.step + 1, float(time[0])
+            self.step, self.time, self.calls = self.step + 1, float(time[0]), 0
+        self.calls += 1
         arguments["timestep"] = time.expand(sample.shape[0]) if time.numel() == 1 else time
         flat = {name: value for key, value in arguments.items() for name, value in flatten(key, value)}
         per_sample = {
@@ -170,7 +172,10 @@ class _Recorder:
         self.shared = {name: value.detach().clone() for name, value in others.items()}
         halves = sample.shape[0] // self.batch
         for wanted in self.wanted.get(self.step, ()):
-            half = (wanted + wanted // self.pictures) % halves
+            turn = wanted + wanted // self.pictures
+            if turn % self.calls != self.calls - 1:
+                continue  # an earlier call of this step is this sample's
+            half = turn % halves
             row = half * self.batch + wanted % self.pictures - self.start
             self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
 

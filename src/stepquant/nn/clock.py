@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+CLOSE = 1 / 500
+"""Of the calibrated span: a timestep this near to a table row counts as that of the row. Samplers that space as many
+steps differently are a timestep apart, and a table for every timestep of training serves fractions of one."""
 
 
 class StepClock:
@@ -31,6 +36,7 @@ class StepClock:
         self._boundaries = (grid[1:] + grid[:-1]) / 2
         self.time = grid[0]
         self.row = torch.zeros((), dtype=torch.long)
+        self._told = False
 
     def set(self, timestep: Tensor | float | int) -> None:
         """Set the time: a number or a tensor [] or [B], in the units of the scheduler's timesteps."""
@@ -38,6 +44,20 @@ class StepClock:
         if time.dim() == 1 and bool((time == time[0]).all()):
             time = time[0]
         self.time, self.row = time, torch.bucketize(time, self._boundaries)
+        if not self._told and len(self.timesteps) > 1:
+            self._tell(time.reshape(-1))
+
+    def _tell(self, times: Tensor) -> None:
+        """Warn, once a model, that a sampler takes steps that no table row was made for."""
+        nearest = self.timesteps[self.row.reshape(-1)]
+        distance, index = (times - nearest).abs().max(dim=0)
+        if float(distance) > CLOSE * float(self.timesteps[-1] - self.timesteps[0]):
+            self._told = True
+            warnings.warn(
+                f"timestep {float(times[index]):g} was not calibrated: it takes the scales of the nearest that was, "
+                f"{float(nearest[index]):g}. Quality is best with the sampler's steps that calibration had.",
+                stacklevel=2,
+            )
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""
