@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stepquant import __version__
+from stepquant.cli.bench import bench
 from stepquant.cli.compare import compare
 from stepquant.cli.evaluate import evaluate
 from stepquant.cli.inspect import inspect
@@ -54,7 +55,7 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, compare, report, inspect, sensitivity, study, ui, recipes, zoo):
+for command in (quantize, sample, evaluate, bench, compare, report, inspect, sensitivity, study, ui, recipes, zoo):
     app.command()(_one_line(command))
 
 

@@ -1,0 +1,106 @@
+"""Networks to time: by name, with random weights, or a pipeline's own; and their integers, from random data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from stepquant.calibration.instrument import instrument
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.loading import resolve_pipeline
+from stepquant.models import denoiser_name, describe
+from stepquant.nn.deploy import install, quantized_modules
+
+PREFIX = "arch:"
+TOKENS = 77
+"""Of a prompt, as CLIP has them."""
+
+
+def cifar_ddpm() -> UNet2DModel:
+    """DDPM on CIFAR-10 (arXiv 2006.11239): 35.7 million parameters, pictures of 32x32."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_num_groups=32,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+
+
+def stable_diffusion_15() -> UNet2DConditionModel:
+    """Stable Diffusion 1.5 (arXiv 2112.10752): 860 million parameters, latents of 64x64."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+NETWORKS = {"cifar-ddpm": cifar_ddpm, "sd15": stable_diffusion_15}
+
+
+def find_network(name: str) -> nn.Module:
+    """The full-precision denoiser that `name` means: ``arch:NAME``, or a model as every command takes it.
+
+    Raises:
+        StepquantError: if there is none, or it is quantized already.
+    """
+    if name.startswith(PREFIX):
+        key = name.removeprefix(PREFIX)
+        if key not in NETWORKS:
+            known = ", ".join(PREFIX + known for known in NETWORKS)
+            raise StepquantError(f"there is no architecture {name!r}: expected one of {known}.")
+        torch.manual_seed(0)
+        model: nn.Module = NETWORKS[key]()
+    else:
+        pipeline = resolve_pipeline(name)
+        model = getattr(pipeline, denoiser_name(pipeline))
+    if quantized_modules(model):
+        raise StepquantError(f"{name} is quantized already: give its full-precision origin, which bench quantizes.")
+    return model.eval().requires_grad_(False)
+
+
+def example(model: Any, batch: int) -> dict[str, Tensor]:
+    """Random arguments of one step.
+
+    Raises:
+        StepquantError: for a family that bench does not know.
+    """
+    if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
+        raise StepquantError(f"bench times UNets, this is a {type(model).__name__}: give another model.")
+    torch.manual_seed(0)
+    config = model.config
+    size = config["sample_size"]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    arguments = {"sample": torch.randn(batch, config["in_channels"], height, width), "timestep": torch.tensor(500.0)}
+    if isinstance(model, UNet2DConditionModel):
+        arguments["encoder_hidden_states"] = torch.randn(batch, TOKENS, config["cross_attention_dim"])
+    return arguments
+
+
+@torch.no_grad()
+def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, rows: int) -> nn.Module:
+    """A copy in integers, without kernels yet; ranges are the extremes seen on `arguments`, at `rows` timesteps.
+
+    Speed does not depend on the values of weights and scales, so nothing is learned.
+    """
+    timesteps = torch.linspace(0, 999, rows) if rows > 1 else None
+    instrumented = instrument(model, describe(model), QuantSpec.parse(bits), timesteps=timesteps, weight_range="minmax")
+    quantizers = list(instrumented.activation_quantizers())
+    for quantizer in quantizers:
+        quantizer.observing = True
+    # One observation serves every row: a table of equal rows costs what any table costs.
+    instrumented.model(**arguments)
+    for quantizer in quantizers:
+        quantizer.set_range("minmax", per_row=False)
+    result = copy.deepcopy(model)
+    install(result, instrumented.freeze())
+    return result

@@ -1,0 +1,86 @@
+"""What else runs the same network: torch as it is and compiled, OpenVINO in float, bfloat16 and its own int8."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+
+Contestant = Callable[[], object]
+NEEDED = ("openvino", "nncf")
+CALIBRATION_STEPS = (10.0, 500.0, 900.0)
+
+
+def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[str, Contestant]:
+    """Name -> one step, ready to run.
+
+    Raises:
+        StepquantError: if the extra that brings them is not installed.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StepquantError(f"--peers needs {missing[0]}, which is not installed: pip install 'stepquant[bench]'.")
+    return {**_torch_peers(model, arguments), **_openvino_peers(model, arguments, threads)}
+
+
+def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
+    half: Any = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    halved = {key: value.bfloat16() if value.dim() else value for key, value in arguments.items()}
+    halved["sample"] = halved["sample"].contiguous(memory_format=torch.channels_last)
+    whole_compiled, half_compiled = torch.compile(model), torch.compile(half)
+    return {
+        "torch.compile float32": lambda: whole_compiled(**arguments),
+        "torch eager bfloat16": lambda: half(**halved),
+        "torch.compile bfloat16": lambda: half_compiled(**halved),
+    }
+
+
+class _Positional(nn.Module):
+    """A denoiser that takes its arguments in order and returns a tensor, as converters want it."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        result: Tensor = self.model(**dict(zip(self.names, values, strict=True)), return_dict=False)[0]
+        return result
+
+
+def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[str, Contestant]:
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    values = tuple(value if value.dim() else value[None] for value in arguments.values())
+    inputs = [list(value.shape) for value in values]
+    converted = openvino.convert_model(_Positional(model, list(arguments)), example_input=values, input=inputs)
+    samples = [
+        tuple((torch.randn_like(value) if value.dim() > 1 else torch.tensor([step])).numpy() for value in values)
+        for step in CALIBRATION_STEPS
+    ]
+    quantized = nncf.quantize(
+        copy.deepcopy(converted), nncf.Dataset(samples), subset_size=len(samples), preset=nncf.QuantizationPreset.MIXED
+    )
+    core = openvino.Core()
+    given = [value.numpy() for value in values]
+
+    def compiled(network: Any, precision: str) -> Contestant:
+        options = {
+            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+        }  # fmt: skip
+        request = core.compile_model(network, "CPU", options).create_infer_request()
+        return lambda: request.infer(given)
+
+    return {
+        "OpenVINO float32": compiled(converted, "f32"),
+        "OpenVINO bfloat16": compiled(converted, "bf16"),
+        "OpenVINO int8 (NNCF)": compiled(quantized, "bf16"),
+    }

@@ -1,0 +1,147 @@
+"""Where the time of a step in native integers goes, and the share of the machine's int8 peak that products reach."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from stepquant.errors import StepquantError
+from stepquant.nn.clock import StepClock
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear
+from stepquant.runtime.native import NativeKernel
+from stepquant.runtime.native.attention import NativeAttention
+
+PEAK_SIZE = 2048
+"""Inputs, outputs and rows of the product that stands for the peak; its operands fit a large cache."""
+
+
+class Share(BaseModel):
+    """Part of a step.
+
+    Attributes:
+        part: what it is.
+        seconds: of one step.
+        share_of_time: of the step.
+        operations: integer multiplications and additions, 2 for each product; 0 where there are none.
+        share_of_peak: operations a second over the measured peak's.
+    """
+
+    part: str
+    seconds: float
+    share_of_time: float
+    operations: int = 0
+    share_of_peak: float = 0.0
+
+
+class _Timed:
+    """The library of kernels, its functions timed under a name."""
+
+    def __init__(self, library: Any, record: Callable[[str, float], None], product: str) -> None:
+        self.library, self.record = library, record
+        self.names = {"sq_layer": product, "sq_codes": "normalize, SiLU, quantize", "sq_attention": "attention"}
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.library, name)
+
+        def timed(*arguments: Any) -> None:
+            start = time.perf_counter()
+            function(*arguments)
+            self.record(self.names[name], time.perf_counter() - start)
+
+        return timed
+
+
+@torch.no_grad()
+def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) -> tuple[float, list[Share]]:
+    """The measured int8 peak in operations a second, and the parts of a step of a model with native kernels.
+
+    Raises:
+        StepquantError: if no layer of the model has a native kernel.
+    """
+    layers = {name: layer for name, layer in quantized_modules(model).items() if isinstance(layer.kernel, NativeKernel)}
+    if not layers:
+        raise StepquantError("--roofline looks at native kernels, and this machine runs none: leave it out.")
+    peak = _peak(rounds)
+    seconds: dict[str, float] = defaultdict(float)
+    operations: dict[str, int] = defaultdict(int)
+
+    def record(part: str, duration: float) -> None:
+        seconds[part] += duration
+
+    restore = []
+    for layer in layers.values():
+        part = "convolutions" if isinstance(layer, QuantizedConv2d) else "linears"
+        kernel: Any = layer.kernel
+        restore.append((kernel, kernel.library, kernel.run))
+        kernel.library = _Timed(kernel.library, record, part)
+        kernel.run = _counting(kernel.run, operations, part, layer.weight_shape)
+    for module in model.modules():
+        if isinstance(module, NativeAttention):
+            restore.append((module, module.library, None))
+            timed: Any = _Timed(module.library, record, "attention")
+            module.library = timed
+    try:
+        model(**arguments)
+        seconds.clear()
+        operations.clear()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            model(**arguments)
+        whole = (time.perf_counter() - start) / rounds
+    finally:
+        for kernel, library, run in restore:
+            kernel.library = library
+            if run is not None:
+                del kernel.run
+    parts = {name: value / rounds for name, value in seconds.items()}
+    parts["the rest (Python, normalization statistics, float layers)"] = whole - sum(parts.values())
+    shares = []
+    for name, value in sorted(parts.items(), key=lambda pair: -pair[1]):
+        count = operations[name] // rounds if name in operations else 0
+        shares.append(
+            Share(
+                part=name,
+                seconds=value,
+                share_of_time=value / whole,
+                operations=count,
+                share_of_peak=count / value / peak if count else 0.0,
+            )
+        )
+    return peak, shares
+
+
+def _counting(
+    run: Callable[..., Tensor], operations: dict[str, int], part: str, weight_shape: tuple[int, ...]
+) -> Callable[..., Tensor]:
+    def counted(*arguments: Any, **more: Any) -> Tensor:
+        y = run(*arguments, **more)
+        inputs = torch.Size(weight_shape[1:]).numel()
+        operations[part] += 2 * y.numel() * inputs
+        return y
+
+    return counted
+
+
+def _peak(rounds: int) -> float:
+    """Operations a second of one large linear in native integers."""
+    layer_format = LayerFormat(weight_bits=8, weight_groups=(PEAK_SIZE,), activation_bits=8)
+    layer = QuantizedLinear(PEAK_SIZE, PEAK_SIZE, False, layer_format, StepClock())
+    layer.weight_zero_point.fill_(128)
+    kernel: Any = NativeKernel(layer)
+    x, row, taken = torch.randn(PEAK_SIZE, PEAK_SIZE), torch.tensor(0), []
+
+    def record(part: str, duration: float) -> None:
+        if part == "product":
+            taken.append(duration)
+
+    kernel.library = _Timed(kernel.library, record, "product")
+    for _ in range(rounds):
+        kernel(x, row)
+    return 2 * PEAK_SIZE**3 / min(taken)

@@ -1,0 +1,124 @@
+"""Timing: contestants take turns, ratios are taken round by round, and the table adds up."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stepquant.bench import measure as measuring
+from stepquant.bench import networks, peers
+from stepquant.bench.measure import measure
+from stepquant.bench.networks import example, quantize_network
+from stepquant.bench.roofline import roofline
+from stepquant.cli.main import app
+from stepquant.errors import StepquantError
+from stepquant.runtime import native, prepare
+
+needs_native = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+
+
+def test_contestants_take_turns(monkeypatch):
+    """A round that does not count, then medians; the ratio is the median of the rounds' own."""
+    now, order = [0.0], []
+    durations = {"a": iter([9.0, 2.0, 4.0, 6.0]), "b": iter([9.0, 1.0, 1.0, 2.0])}
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+
+    def contestant(name):
+        def run():
+            order.append(name)
+            now[0] += next(durations[name])
+
+        return run
+
+    first, second = measure({name: contestant(name) for name in durations}, 3)
+    assert order == ["a", "b"] * 4
+    assert (first.seconds, first.speedup) == (4.0, 1.0)
+    assert (second.seconds, second.speedup) == (1.0, 3.0)
+    assert second.speedup_quartiles == (2.0, 4.0)
+
+
+@pytest.fixture
+def tiny(unconditional_pipeline, monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "tiny", lambda: copy.deepcopy(unconditional_pipeline.unet))
+
+
+def test_rows_of_a_table(unconditional_pipeline):
+    unet = unconditional_pipeline.unet
+    arguments = example(unet, 2)
+    for rows in (1, 5):
+        model = quantize_network(unet, arguments, "w8a8", rows)
+        prepare(model, "reference")
+        assert model.mid_block.resnets[0].conv1.input_scale.shape[0] == rows
+        assert torch.isfinite(model(**arguments).sample).all()
+
+
+@needs_native
+def test_roofline_counts_every_product(unconditional_pipeline):
+    unet = unconditional_pipeline.unet
+    arguments = example(unet, 1)
+    model = quantize_network(unet, arguments, "w8a8", 1)
+    prepare(model, "native")
+    expected = 0
+
+    def count(module, _args, output):
+        nonlocal expected
+        expected += 2 * output.numel() * module.weight[0].numel()
+
+    handles = [
+        module.register_forward_hook(count)
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and name != "conv_in"
+    ]
+    unet(**arguments)
+    for handle in handles:
+        handle.remove()
+    peak, shares = roofline(model, arguments, rounds=1)
+    by_part = {share.part: share for share in shares}
+    assert peak > 0
+    assert by_part["convolutions"].operations == expected
+    assert sum(share.share_of_time for share in shares) == pytest.approx(1)
+
+
+def test_the_command(tiny, tmp_path):
+    out = tmp_path / "figures.json"
+    result = CliRunner().invoke(app, ["bench", "arch:tiny", "--batch", "1", "--rounds", "2", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    names = [timing["name"] for timing in figures["timings"]]
+    assert names[0] == "torch eager float32"
+    assert names[1:] == [
+        f"stepquant w8a8, {figures['backend']}, {kind}" for kind in ("a scale a step", "static scales")
+    ]
+    assert "a scale a step" in result.output and figures["fallbacks"] == ["conv_in"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["arch:none"], "there is no architecture 'arch:none': expected one of arch:cifar-ddpm, arch:sd15."),
+        (["arch:cifar-ddpm", "--device", "tpu"], "device is 'tpu': expected cpu or cuda."),
+        (["arch:cifar-ddpm", "--rounds", "0"], "rounds is 0: expected at least 1."),
+    ],
+)
+def test_bad_input(arguments, sentence):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr == f"stepquant: {sentence}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    result = CliRunner().invoke(app, ["bench", "arch:cifar-ddpm", "--device", "cuda"])
+    assert (result.exit_code, result.stderr) == (
+        2, "stepquant: --device cuda cannot run: there is no GPU here; use --device cpu.\n",
+    )  # fmt: skip
+
+
+def test_peers_need_their_extra(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StepquantError, match=r"--peers needs openvino.*pip install 'stepquant\[bench\]'"):
+        peers.peers(torch.nn.Identity(), {}, 1)
