@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stepquant
 from stepquant.cli.options import progress
-from stepquant.evaluation.cost import folder_bytes
+from stepquant.evaluation.cost import folder_bytes, own_peak_bytes
 from stepquant.pipelines import draw, make_request
 
 RESULTS = Path(__file__).with_name("results") / "full_size.jsonl"
@@ -90,7 +89,7 @@ def main() -> None:
         start = time.perf_counter()
         yield
         seconds[name] = round(time.perf_counter() - start, 1)
-        peak[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak[name] = own_peak_bytes()
         print(f"    {seconds[name]} s, peak memory so far {peak[name] / 1e9:.2f} GB", flush=True)
 
     diffusers.utils.logging.disable_progress_bar()

@@ -17,8 +17,12 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="How to quantize, see: stepquant recipes.")] = "q-diffusion",
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w8a8, w4a8, w4a16.")] = "w8a8",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the calibration trajectories.")] = 50,
+    effort: Annotated[
+        str, typer.Option(help="Samples, steps and iterations at once: quick, standard or thorough.")
+    ] = "standard",
+    samples: Annotated[int | None, typer.Option(help="Calibration samples; default: up to the effort.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the calibration trajectories.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of their sides; default: the model's own size.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Iterations a block, for recipes that learn.")] = None,
     budget: Annotated[
         str | None,
@@ -52,13 +56,19 @@ def quantize(
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.loading import resolve_pipeline
-    from stepquant.pipelines import read_prompts
+    from stepquant.pipelines import make_request, read_prompts
+    from stepquant.planning import EFFORTS, make_plan
     from stepquant.recipes import hyperparameters
 
-    at_least_one("samples", samples)
-    at_least_one("steps", steps)
+    if effort not in EFFORTS:
+        raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")
+    preset = EFFORTS[effort]
+    for name, value in (("samples", samples), ("steps", steps), ("size", size)):
+        at_least_one(name, 1 if value is None else value)
     arguments: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
-    hyperparameters(recipe, arguments)
+    if iterations is None and effort != "standard" and "iterations" in hyperparameters(recipe):
+        arguments["iterations"] = preset.iterations  # standard leaves it to the recipe
+    values = hyperparameters(recipe, arguments)
     spec = QuantSpec.parse(
         {"bits": bits, "exceptions": _exceptions(exception or []), "exact_time": exact_time, "balance": balance}
     )
@@ -69,6 +79,9 @@ def quantize(
     pipeline = resolve_pipeline(model)
     check_space(out.parent, _parameter_bytes(pipeline))
 
+    calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)
+    request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
+    typer.echo(str(make_plan(pipeline, request, calibration, values)), err=True)
     workspace = out.with_name(f".{out.name}.work")
     quantized = stepquant.quantize(
         pipeline,
@@ -76,7 +89,7 @@ def quantize(
         budget=budget_bits,
         correction=correct,
         recipe=recipe,
-        calibration=stepquant.Calibration(samples=samples, steps=steps),
+        calibration=calibration,
         seed=seed,
         prompts=lines,
         workspace=workspace,
