@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(nativ
 @pytest.fixture(scope="module")
 def unet(unconditional_pipeline):
     """Quantized with a table row for each of three steps."""
+    torch.manual_seed(0)
     full = unconditional_pipeline.unet
     timesteps = torch.tensor([100.0, 500.0, 900.0])
     spec = QuantSpec.parse("w8a8")
@@ -45,14 +47,18 @@ def signal_to_noise(found, expected) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [500, torch.tensor([900, 500, 100])], ids=["one step", "mixed steps"])
 def test_unet(unet, timestep):
+    """Most samples agree to float rounding; one code at a tie changes a few others behind it, and shows in decibels."""
     models = {name: copy.deepcopy(unet) for name in ("reference", "native")}
-    x = torch.randn(3, 1, 16, 16)
-    found = {}
     for name, model in models.items():
         prepare(model, name)
-        found[name] = model(x, timestep).sample
-    assert found["native"].dtype == torch.float32
-    assert signal_to_noise(found["native"], found["reference"]) > 35
+    decibels = []
+    for seed in range(4):
+        x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        expected, found = (model(x, timestep).sample for model in models.values())
+        assert found.dtype == torch.float32
+        decibels += [signal_to_noise(*pair) for pair in zip(found, expected, strict=True)]
+    assert median(decibels) > 80
+    assert min(decibels) > 20
 
 
 @torch.no_grad()
@@ -89,9 +95,9 @@ def test_a_layer_wrapped_later_is_called(unet, place):
         model = models[backend] = copy.deepcopy(unet)
         prepare(model, backend)
         replace_module(model, f"up_blocks.0.{place}", Twice(model.get_submodule(f"up_blocks.0.{place}")))
-    x = torch.randn(2, 1, 16, 16)
+    x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     expected, found = (model(x, 500).sample for model in models.values())
-    assert signal_to_noise(found, expected) > 35
+    assert median(signal_to_noise(*pair) for pair in zip(found, expected, strict=True)) > 60
 
 
 @torch.no_grad()
@@ -126,4 +132,4 @@ def test_other_families(name, request):
             arguments = dict(timestep=torch.tensor([10, 10]), class_labels=torch.tensor([1, 2]))
         found[backend] = model(torch.randn(2, 4, 8, 8), **arguments).sample
     assert any(isinstance(getattr(module, "kernel", None), NativeKernel) for module in model.modules())
-    assert signal_to_noise(found["native"], found["reference"]) > 30
+    assert signal_to_noise(found["native"], found["reference"]) > 20
