@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint study
+.PHONY: install demo test lint study reports
 
 install: $(VENV)/installed
 
@@ -41,7 +41,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint study
+.PHONY: install demo test lint study reports
 
 install: $(VENV)/installed
 
@@ -71,6 +71,18 @@ study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml
 	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml --table
 	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml --table
+
+# The reports in docs/reports: minutes a model on two quiet cores.
+REPORTS := out/reports
+reports: $(VENV)/installed
+	set -e; for entry in fashion-ddpm:q-diffusion fashion-class:tdq emoji-ldm:q-diffusion; do \
+		model=$${entry%%:*}; recipe=$${entry##*:}; \
+		$(BIN)/stepquant quantize zoo:$$model --recipe $$recipe --bits w4a8 --samples 128 --steps 20 --iterations 50 \
+			--out $(REPORTS)/$$model-w4a8 --overwrite; \
+		$(BIN)/stepquant sensitivity zoo:$$model --bits w4a8 --samples 16 --steps 20 --out $(REPORTS)/$$model-sensitivity; \
+		$(BIN)/stepquant report $(REPORTS)/$$model-w4a8 --steps 20 \
+			--sensitivity $(REPORTS)/$$model-sensitivity/sensitivity.json --out docs/reports/$$model.html; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests training benchmarks examples

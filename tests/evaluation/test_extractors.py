@@ -23,6 +23,16 @@ from stepquant.evaluation.extractors import EmbeddingExtractor, InceptionExtract
 from stepquant.evaluation.metrics import clip_scores
 
 
+class _Code:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (self.path.write_text, ("code of a weights file ran",))
+
+
 @pytest.fixture(scope="module")
 def pictures():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -57,9 +67,10 @@ def test_weights_that_are_missing_of_something_else_or_hold_code(tmp_path):
     save_file({"features.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(StepquantError, match="not AlexNet's"):
         Lpips(tmp_path / "other.safetensors")
-    torch.save({"features": sys.exit}, tmp_path / "code.pth")
+    torch.save({"features": _Code(tmp_path / "ran")}, tmp_path / "code.pth")
     with pytest.raises(StepquantError, match="cannot be read"):
         Lpips(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(StepquantError, match="a dictionary of tensors"):
         Lpips(tmp_path / "list.pth")
