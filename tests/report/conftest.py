@@ -83,7 +83,10 @@ def hostile_report(report: Report) -> Report:
         component=HOSTILE,
         provenance={HOSTILE: HOSTILE, "source": HOSTILE, "recipe": {HOSTILE: [HOSTILE]}, "spec": {"bits": HOSTILE}},
         captions=[HOSTILE] * 3,
-        activations=[ActivationRange(HOSTILE, 8, torch.rand(3) + 1), ActivationRange("b", 8, torch.rand(3) + 1)],
+        activations=[
+            ActivationRange(HOSTILE, 8, torch.tensor([1.0, 2.0, 4.0])),  # it changes most: its curve is shown first
+            ActivationRange("b", 8, torch.tensor([1.0, 1.5, 1.0])),
+        ],
         layers=[LayerRow(HOSTILE, "linear", (1, 1), 4, HOSTILE, 3, 9, (1.0, 2.0))],
         component_bytes={HOSTILE: 1},
         sensitivity=_sensitivity(HOSTILE),
