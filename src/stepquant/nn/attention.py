@@ -57,8 +57,11 @@ class AttentionProcessor(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         temb: Tensor | None = None,
     ) -> Any:
-        # `Attention` passes a processor only those arguments that it finds in this signature.
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, temb)
+        # `Attention` passes a processor only those arguments that it finds in this signature. Not by way of Module's
+        # own call: there offloading would take the attention for an input, and move it with all it holds.
+        return type(self).forward(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, temb
+        )
 
     def forward(
         self,

@@ -56,6 +56,11 @@ def _has_kernel(module: Any) -> bool:
     return isinstance(module, QuantizedModule) and module.kernel is not None
 
 
+def _present(norm: nn.GroupNorm) -> bool:
+    """Whether its parameters are there to be read: offloaded, they come back only while the norm itself runs."""
+    return norm.affine and not norm.weight.is_meta
+
+
 def _fits_resnet(block: ResnetBlock2D) -> bool:
     shortcut = block.conv_shortcut
     return (
@@ -65,8 +70,8 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
         and _native(block.conv1)
         and _native(block.conv2)
         and (shortcut is None or _has_kernel(shortcut))
-        and block.norm1.affine
-        and block.norm2.affine
+        and _present(block.norm1)
+        and _present(block.norm2)
     )
 
 
@@ -106,7 +111,7 @@ def _fits_attention(block: Attention) -> bool:
         isinstance(block.processor, QuantizedAttentionProcessor)
         and block.processor.kernel is not None
         and block.group_norm is not None
-        and block.group_norm.affine
+        and _present(block.group_norm)
         and block.spatial_norm is None
         and block.norm_q is None
         and block.norm_k is None

@@ -1,0 +1,117 @@
+"""What each family can do: one test a cell of the table in ``docs/families.md``, which `families_table.py` writes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import tiny
+import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+import stepquant
+from stepquant.models import denoiser_name, describe
+from stepquant.nn.deploy import quantized_modules
+from stepquant.pipelines import draw, kind_of, make_request
+from stepquant.runtime import fallbacks
+
+HERE = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
+
+
+@pytest.fixture(scope="module", params=[*HERE, *tiny.FAMILIES])
+def pipeline(request, tmp_path_factory):
+    if request.param in HERE:
+        return request.getfixturevalue(HERE[request.param])
+    return tiny.FAMILIES[request.param](tmp_path_factory.mktemp("family"))
+
+
+def options(pipeline) -> dict:
+    """Prompts, size and a short text, for a pipeline that takes them."""
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    return {
+        "prompts": ["a red bicycle", "a"] if kind_of(pipeline) == "text" else None,
+        "inputs": {"max_sequence_length": 8} if "max_sequence_length" in takes else {},
+    }
+
+
+def size(pipeline) -> int | None:
+    return 16 if "height" in inspect.signature(type(pipeline).__call__).parameters else None
+
+
+def pictures(pipeline):
+    return draw(pipeline, make_request(pipeline, 2, size=size(pipeline), **options(pipeline)), range(2), 0)
+
+
+@pytest.fixture(scope="module")
+def quantized(pipeline):
+    calibration = stepquant.Calibration(samples=8, steps=2, batch_size=8, size=size(pipeline))
+    return stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=calibration, **options(pipeline))
+
+
+@pytest.fixture(scope="module")
+def folder(quantized, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    quantized.save_pretrained(folder)
+    return folder
+
+
+def denoiser_of(pipeline):
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def test_quantize(pipeline, quantized):
+    assert set(quantized_modules(denoiser_of(quantized))) == set(describe(denoiser_of(pipeline)).layers)
+
+
+def test_save(folder):
+    assert (folder / "stepquant.json").is_file() and (folder / "README.md").is_file()
+
+
+def test_load(folder, quantized):
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(pictures(loaded), pictures(quantized))
+    assert torch.equal(pictures(stepquant.load(folder)), pictures(quantized))
+
+
+def test_sample(pipeline, quantized):
+    produced, expected = pictures(quantized), pictures(pipeline)
+    assert torch.isfinite(produced).all() and produced.shape == expected.shape
+    assert 0 < (produced - expected).abs().mean() < 0.2
+
+
+def test_int8_runtime(pipeline, quantized):
+    """Every layer but the first, whose input stays in floating point."""
+    assert fallbacks(denoiser_of(quantized)) == [describe(denoiser_of(pipeline)).first]
+
+
+def test_lora(pipeline, quantized, tmp_path):
+    """In the model's own methods, which the pipeline's use where it has them."""
+    if not hasattr(denoiser_of(pipeline), "load_lora_adapter"):
+        pytest.skip("diffusers loads no LoRA on this model")
+    trained = copy.deepcopy(denoiser_of(pipeline))
+    trained.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = copy.copy(quantized)
+    setattr(adapted, denoiser_name(pipeline), copy.deepcopy(denoiser_of(quantized)))
+    before = pictures(adapted)
+    denoiser_of(adapted).load_lora_adapter(get_peft_model_state_dict(trained), prefix=None)
+    assert not torch.allclose(pictures(adapted), before, atol=1e-4)
+    denoiser_of(adapted).unload_lora()
+    assert torch.equal(pictures(adapted), before)
+
+
+def test_offload(quantized):
+    """Each module's parameters away from it until it runs, as sequential offloading has them; here to the CPU's own."""
+    offloaded = copy.copy(quantized)
+    denoiser = copy.deepcopy(denoiser_of(quantized))
+    setattr(offloaded, denoiser_name(quantized), denoiser)
+    cpu_offload(denoiser, execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in denoiser.parameters())
+    # Blocks are not fused while the parameters of their norms are away, so a code may round otherwise.
+    assert (pictures(offloaded) - pictures(quantized)).abs().mean() < 0.01
