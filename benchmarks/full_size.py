@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 at full size, from config with random weights: quantized, saved, loaded and drawn with.
 
-    python benchmarks/full_size.py                     # 860 M parameters: about an hour on two cores, 16 GB of memory
-    python benchmarks/full_size.py --scale tiny        # the same in a minute, to see that it works
+    python benchmarks/full_size.py                     # 860 M parameters
+    python benchmarks/full_size.py --scale tiny        # the same with 3 M, to see that it works
 
 What is measured is whether all of it works at that size, how long each stage takes and how much memory; the weights are
 untrained, so the pictures show nothing. Appends a line to ``benchmarks/results/full_size.jsonl``.

@@ -1,0 +1,44 @@
+"""The call of a pipeline works unchanged on a quantized one: what users do with Stable Diffusion every day."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stepquant
+
+
+@pytest.fixture(scope="module")
+def quantized(text_pipeline):
+    calibration = stepquant.Calibration(samples=8, steps=2, batch_size=8)
+    return stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=calibration)
+
+
+def call(pipeline, **arguments):
+    generator = torch.Generator().manual_seed(0)
+    return torch.from_numpy(
+        pipeline("a", num_inference_steps=2, generator=generator, output_type="np", **arguments).images
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"negative_prompt": "b"}, {"num_images_per_prompt": 3}, {"guidance_scale": 1.0}, {"eta": 0.5}, {"height": 32}],
+)
+def test_arguments_of_the_call_do_what_they_do_in_full_precision(arguments, quantized, text_pipeline):
+    produced, expected = call(quantized, **arguments), call(text_pipeline, **arguments)
+    assert produced.shape == expected.shape and torch.isfinite(produced).all()
+    assert 0 < (produced - expected).abs().mean() < 0.1
+
+
+def test_a_callback_sees_and_changes_every_step(quantized):
+    seen = []
+
+    def at_the_end_of_a_step(pipeline, step, timestep, values):
+        seen.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(values["latents"])}
+
+    changed = call(quantized, callback_on_step_end=at_the_end_of_a_step)
+    assert [step for step, _ in seen] == [0, 1]
+    blank = quantized.vae.decode(torch.zeros(1, 4, 8, 8)).sample.permute(0, 2, 3, 1) / 2 + 0.5
+    assert torch.allclose(changed, blank.clamp(0, 1), atol=1e-4)
