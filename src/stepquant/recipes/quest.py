@@ -41,7 +41,7 @@ def quest(
     job: Job,
     *,
     scales: Literal["per-step", "shared"] = "per-step",
-    critical: Literal["ranked", "both", "attention", "feed-forward"] = "both",
+    critical: Literal["ranked", "both", "attention", "feed-forward"] = "ranked",
     critical_share: float = 0.05,
     rounding_iterations: int = 300,
     time_iterations: int = 150,
@@ -64,8 +64,8 @@ def quest(
     4. Temporal layer alignment (section 4.2): weights, biases and activation scales of the layers that depend on the
        timestep alone, ``L_TLA + L_G``.
     5. Critical module alignment (section 4.3): the critical layers' weights and all other activation scales,
-       network-wise, ``L_CMA + 2 L_G``. `critical` names one of the paper's lists, or ``"ranked"`` finds them: those
-       that relieve the output's error most when they alone keep full precision, up to `critical_share` of all weights.
+       network-wise, ``L_CMA + 2 L_G``. They are those that relieve the output's error most when they alone keep full
+       precision (``"ranked"``), up to `critical_share` of all weights, or one of the paper's lists by name.
     """
     description = job.description
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
@@ -105,8 +105,8 @@ def quest(
         )
     else:
         critical_layers = tuple(name for name in model.layers if re.search(CRITICAL_LAYERS[critical], name))
-    if not critical_layers:
-        raise StepquantError(f"no layer of the model is one of {critical!r}: choose another list with `critical`.")
+        if not critical_layers:
+            raise StepquantError(f"no layer of the model is one of {critical!r}: choose another list with `critical`.")
     alignment = Finetuning(
         name="Aligning critical layers",
         weights=critical_layers,
