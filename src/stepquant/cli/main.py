@@ -12,6 +12,7 @@ from stepquant import __version__
 from stepquant.cli.bench import bench
 from stepquant.cli.compare import compare
 from stepquant.cli.evaluate import evaluate
+from stepquant.cli.export import export
 from stepquant.cli.inspect import inspect
 from stepquant.cli.lists import recipes, zoo
 from stepquant.cli.quantize import quantize
@@ -55,7 +56,21 @@ def _say(message: str) -> None:
     typer.echo(f"stepquant: {' '.join(message.split())}", err=True)
 
 
-for command in (quantize, sample, evaluate, bench, compare, report, inspect, sensitivity, study, ui, recipes, zoo):
+for command in (
+    quantize,
+    sample,
+    evaluate,
+    bench,
+    export,
+    compare,
+    report,
+    inspect,
+    sensitivity,
+    study,
+    ui,
+    recipes,
+    zoo,
+):
     app.command()(_one_line(command))
 
 

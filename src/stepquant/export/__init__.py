@@ -1,0 +1,1 @@
+"""Quantized denoisers for other runtimes."""

@@ -1,0 +1,39 @@
+"""``stepquant export``: from a checkpoint to a network that draws in the same pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import stepquant as sq
+from stepquant.cli.main import app
+from stepquant.export.openvino import OpenVinoDenoiser
+from stepquant.pipelines import draw, make_request
+
+
+@pytest.fixture(scope="module")
+def folder(unconditional_pipeline, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "quantized"
+    calibration = sq.Calibration(samples=4, steps=2)
+    sq.quantize(unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration).save_pretrained(path)
+    return path
+
+
+def test_the_command(folder, tmp_path):
+    pytest.importorskip("openvino")
+    result = CliRunner().invoke(app, ["export", str(folder), "--to", "openvino", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    pipeline = sq.load(folder, backend="reference")
+    request = make_request(pipeline, 2)
+    expected = draw(pipeline, request, range(2), seed=0)
+    pipeline.unet = OpenVinoDenoiser(tmp_path / "unet.xml", pipeline.unet, threads=1)
+    found = draw(pipeline, request, range(2), seed=0)
+    assert float((found - expected).square().mean()) < 1e-3 * float(expected.square().mean())
+    assert not torch.equal(found, expected)
+
+
+def test_unknown_format(folder, tmp_path):
+    result = CliRunner().invoke(app, ["export", str(folder), "--to", "tflite", "--out", str(tmp_path / "new")])
+    assert (result.exit_code, result.stderr) == (2, "stepquant: format 'tflite' is not known: expected openvino.\n")
+    assert not (tmp_path / "new").exists()
