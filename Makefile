@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint study reports
+.PHONY: install demo test lint study study-qat reports
 
 install: $(VENV)/installed
 
@@ -35,42 +35,10 @@ study: $(VENV)/installed-dev
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --table \
 		--figure out/$$study.png; done
 
-lint: for changing it.
-PYTHON ?= python3
-VENV ?= .venv
-BIN := $(VENV)/bin
-DEMO := out/demo
-
-.PHONY: install demo test lint study reports
-
-install: $(VENV)/installed
-
-# torch goes first and alone: everything after it is resolved around the build that is already there.
-$(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e .
-	@touch $@
-
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	@touch $@
-
-demo: $(VENV)/installed
-	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 \
-		--samples 128 --steps 50 --iterations 60 --overwrite
-	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
-
-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
-
-# Hours on two cores; can be stopped and started again.
-study: $(VENV)/installed
-	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml
-	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml
-	$(BIN)/python benchmarks/study.py benchmarks/studies/papers.toml --table
-	$(BIN)/python benchmarks/study.py benchmarks/studies/ablations.toml --table
+# An hour or so; DATA is the folder that training/README.md describes, without it nothing learns from pictures.
+study-qat: $(VENV)/installed
+	$(BIN)/python -m benchmarks.qat $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m benchmarks.qat --table
 
 # The reports in docs/reports: minutes a model on two quiet cores.
 REPORTS := out/reports

@@ -1,6 +1,6 @@
 """stepquant: quantize diffusion models step by step and run them in integers."""
 
-from stepquant.api import load, quantize, save, sensitivity
+from stepquant.api import load, quantize, save, sensitivity, train
 from stepquant.calibration.trajectories import Calibration
 from stepquant.config import QuantSpec
 from stepquant.diffusers_quantizer import StepquantConfig, register
@@ -19,4 +19,5 @@ __all__ = [
     "quantize",
     "save",
     "sensitivity",
+    "train",
 ]

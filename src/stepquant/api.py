@@ -17,18 +17,21 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from stepquant.calibration.allocation import check_budget, weight_sizes
+from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
 from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
-from stepquant.config import QuantSpec
+from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
+from stepquant.picture_folder import open_pictures
 from stepquant.pipelines import make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
+from stepquant.recipes.qat import qat
 from stepquant.runtime import prepare
 from stepquant.sampler import correct_sampler
 from stepquant.version import __version__
@@ -161,6 +164,46 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
         bits = describe(denoiser).quantized_bits(spec)
         check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
     return denoiser
+
+
+def train(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    *,
+    data: Path | str | None = None,
+    distill: bool = False,
+    **arguments: Any,
+) -> Any:
+    """Quantize by training: weights, their scales and the activations' intervals together (TDQ, arXiv 2306.02316).
+
+    Returns the same as `quantize`.
+
+    Args:
+        pipeline, spec: as for `quantize`.
+        data: folder of pictures, see `stepquant.picture_folder.open_pictures`; trained on with the diffusion loss.
+        distill: learn what full precision answers instead; on `data` if there is any, else on trajectories of the
+            pipeline's own sampler, as many at a time as ``calibration`` has pictures.
+        arguments: hyperparameters of `stepquant.recipes.qat.qat`, such as ``iterations``, and all other arguments of
+            `quantize` but the recipe. ``calibration`` is of the ranges that training starts at.
+
+    Raises:
+        StepquantError: if there is nothing to learn from, or for a spec, folder or pipeline that does not work.
+    """
+    if data is None and not distill:
+        raise StepquantError(
+            "training has nothing to learn from: give a folder of pictures as data, "
+            "or ask to distill full precision, which needs none."
+        )
+    pictures = None if data is None else open_pictures(data, pipeline)
+    if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
+        arguments["intervals"] = "static"  # no activation has an interval
+
+    @functools.wraps(qat)
+    def trained(job: Job, **values: Any) -> Instrumented:
+        return qat(job, pictures, **values)
+
+    named = None if pictures is None else pictures.folder.name
+    return quantize(pipeline, spec, recipe=trained, distill=distill, data=named, **arguments)
 
 
 def assemble(

@@ -51,6 +51,20 @@ def test_inspect_shows_spec_and_bits(quantized):
     assert 'recipe: "minmax"' in said
 
 
+def test_train_writes_what_quantize_writes(unconditional_folder, tmp_path):
+    out = tmp_path / "trained"
+    run = ("--bits", "w4a8", "--distill", "--iterations", 2, "--batch-size", 2, "--steps", 2)
+    said = _run("train", unconditional_folder, *run, "--out", out)
+    assert str(out) in said
+    assert [path.name for path in tmp_path.iterdir()] == ["trained"]
+    said = _run("inspect", out)
+    assert 'recipe: "qat"' in said
+    assert "distill: true" in said
+    rows = {cells[1]: cells[4:] for line in said.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 4}
+    assert rows["down_blocks.0.resnets.0.conv1"][0] == "w4a8"
+    assert rows["down_blocks.0.resnets.0.conv1"][2] == "1000"
+
+
 @pytest.mark.parametrize(("kind", "family"), [("unconditional", "conv_in"), ("class", "transformer_blocks.1")])
 def test_inspect_shows_a_full_precision_model(kind, family, request):
     said = _run("inspect", request.getfixturevalue(f"{kind}_folder"))

@@ -43,6 +43,23 @@ def test_quantize(arguments, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a folder of pictures with --data, or --distill"),
+        (["--data", "/no/such/folder"], "is no folder"),
+        (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
+        (["--distill", "--iterations", "0"], "iterations is 0"),
+        (["--distill", "--batch-size", "0"], "batch-size is 0"),
+        (["--distill", "--learning-rate", "-1"], "expected a number, 0 or more"),
+        (["--distill", "--ema-decay", "1"], "less than 1"),
+    ],
+)
+def test_train(arguments, message, tmp_path):
+    assert message in _fails("train", "zoo:fashion-ddpm", *arguments, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
         ("unconditional", ["--prompt", "a"], "unconditional"),

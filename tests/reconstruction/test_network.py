@@ -59,6 +59,41 @@ def test_an_interrupted_minimisation_ends_in_the_same_bytes(tmp_path):
     assert torch.equal(minimise(Workspace(tmp_path / "killed")), whole)
 
 
+def test_gradients_are_clipped_and_the_average_ships(tmp_path):
+    def run(name, progress=None, **options):
+        x = torch.zeros(2, requires_grad=True)
+        seen = []
+
+        def loss(iteration: int) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return (x * torch.tensor([1000.0, 0.0])).sum() if iteration % 2 else (x - 1).square().sum()
+
+        optimize(
+            [{"params": [x], "lr": 0.1}],
+            loss,
+            2 * SAVE_EVERY,
+            workspace=Workspace(tmp_path / name),
+            stage="stage",
+            description="Minimising",
+            progress=progress or Progress(),
+            **options,
+        )
+        return x.detach(), seen
+
+    free, _ = run("free")
+    clipped, steps = run("clipped", clip_norm=1.0)
+    assert abs(float(clipped[0] - 1)) < abs(float(free[0] - 1)), "the huge gradients no longer drown the others"
+    averaged, same = run("averaged", clip_norm=1.0, ema_decay=0.9)
+    assert torch.equal(torch.stack(steps), torch.stack(same)), "the average does not disturb the learning"
+    expected = torch.zeros(2)
+    for iteration, x in enumerate([*steps[1:], clipped]):
+        expected.lerp_(x, 1 - min(0.9, (1 + iteration) / (10 + iteration)))
+    assert torch.allclose(averaged, expected) and not torch.equal(averaged, clipped)
+    with pytest.raises(Stop):
+        run("killed", StopIn("Minimising", SAVE_EVERY + 10), clip_norm=1.0, ema_decay=0.9)
+    assert torch.equal(run("killed", clip_norm=1.0, ema_decay=0.9)[0], averaged)
+
+
 def quest(pipeline, workspace=None, progress=None, **arguments):
     return stepquant.quantize(
         pipeline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Instrumented:
         layers: name -> layer under calibration; names are those of the original model.
         attentions: name of an `Attention` -> its processor.
         time_layers: names of the linears whose input depends on the timestep alone, quantized or not.
+        trained: names of the parameters outside `layers` that were trained, and ship with them.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Instrumented:
     layers: dict[str, TrainableLayer]
     attentions: dict[str, TrainableAttention]
     time_layers: tuple[str, ...] = ()
+    trained: list[str] = field(default_factory=list)
 
     def activation_quantizers(self, block: str | None = None) -> Iterator[ActivationQuantizer]:
         """All activation quantizers, or those inside one block."""
@@ -74,6 +76,7 @@ class Instrumented:
             {name: layer.freeze() for name, layer in self.layers.items()},
             {name: attention.freeze() for name, attention in self.attentions.items() if attention.quantizers},
             self.time_layers,
+            parameters={name: self.model.get_parameter(name).detach().cpu().clone() for name in self.trained},
         )
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
+from stepquant.models.description import main_tensor
 from stepquant.pipelines import Request, draw
 from stepquant.progress import Progress
 
@@ -22,6 +23,9 @@ NOISE_OFFSET = 1_000_000_000
 
 COLLECTING = "Collecting calibration samples"
 """What `collect` calls itself in front of a `Progress`."""
+
+OUTPUT = "-> output"
+"""What the denoiser answered, among its recorded arguments: no argument can have that name."""
 
 
 class Calibration(BaseModel):
@@ -58,11 +62,13 @@ class CalibrationSet:
             at their defaults.
         steps: int64 [N], the sampler's step that each sample was seen at.
         shared: argument name -> a tensor that all samples have in common, such as the positions of tokens.
+        outputs: float [N, ...], what the denoiser answered, if that was collected.
     """
 
     tensors: dict[str, Tensor]
     steps: Tensor
     shared: dict[str, Tensor] = field(default_factory=dict)
+    outputs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.steps.shape[0]
@@ -90,6 +96,8 @@ def collect(
     calibration: Calibration,
     seed: int,
     progress: Progress,
+    *,
+    outputs: bool = False,
 ) -> CalibrationSet:
     """Run the pipeline and keep what the denoiser sees at the wanted steps.
 
@@ -98,6 +106,7 @@ def collect(
 
     Args:
         steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
+        outputs: keep what the denoiser answers, too.
 
     Raises:
         StepquantError: if the sampler takes fewer calls than the steps asked for.
@@ -130,11 +139,51 @@ def collect(
             "ask for fewer steps."
         )
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return CalibrationSet(tensors, steps, recorder.shared)
+    answered = tensors.pop(OUTPUT)
+    return CalibrationSet(tensors, steps, recorder.shared, answered if outputs else None)
+
+
+def collect_all(
+    pipeline: Any,
+    denoiser: nn.Module,
+    request: Request,
+    calibration: Calibration,
+    seed: int,
+    progress: Progress,
+) -> CalibrationSet:
+    """Every input and output of the denoiser along whole trajectories, for distillation.
+
+    The sampler's timesteps depend on how many steps it takes, so each batch of trajectories takes another number, from
+    half to twice those of `request`: together they visit far more timesteps than one of them.
+
+    Args:
+        calibration: `pictures` are drawn, `batch_size` at a time.
+    """
+    count, most = calibration.pictures, int(pipeline.scheduler.config.num_train_timesteps)
+    starts = range(0, count, calibration.batch_size)
+    fewest = max(1, request.steps // 2)
+    choose = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(fewest, min(2 * request.steps, most) + 1, (len(starts),), generator=choose).tolist()
+    parts = []
+    with progress.task("Drawing trajectories", count) as advance:
+        for start, number in zip(starts, numbers, strict=True):
+            pictures = min(calibration.batch_size, count - start)
+            steps = torch.arange(number).repeat_interleave(pictures)
+            batch = Calibration(samples=len(steps), steps=number, trajectories=pictures, batch_size=pictures)
+            conditions = request.conditions[start % max(1, len(request.conditions)) :] + request.conditions
+            these = replace(request, conditions=conditions, steps=number)
+            parts.append(collect(pipeline, denoiser, these, steps, batch, seed + start, Progress(), outputs=True))
+            advance(pictures)
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    outputs = torch.cat([part.outputs for part in parts if part.outputs is not None])
+    return CalibrationSet(tensors, torch.cat([part.steps for part in parts]), parts[0].shared, outputs)
 
 
 class _Recorder:
-    """A hook on the denoiser that copies the wanted rows of its arguments; steps are counted by changes of timestep."""
+    """A hook on the denoiser that copies the wanted rows of its arguments and its output.
+
+    Steps are counted by changes of timestep.
+    """
 
     def __init__(
         self,
@@ -152,9 +201,9 @@ class _Recorder:
         self.step = -1
         self.time: float | None = None
         self.calls = 0
-        self.remove = denoiser.register_forward_pre_hook(self._read, with_kwargs=True).remove
+        self.remove = denoiser.register_forward_hook(self._read, with_kwargs=True).remove
 
-    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = self.signature.bind(*args, **kwargs).arguments
         sample = next(value for value in arguments.values() if isinstance(value, Tensor))
         time = torch.as_tensor(arguments["timestep"]).reshape(-1)
@@ -163,6 +212,7 @@ class _Recorder:
         self.calls += 1
         arguments["timestep"] = time.expand(sample.shape[0]) if time.numel() == 1 else time
         flat = {name: value for key, value in arguments.items() for name, value in flatten(key, value)}
+        flat[OUTPUT] = main_tensor(output)
         per_sample = {
             name: value
             for name, value in flat.items()

@@ -20,6 +20,7 @@ from stepquant.cli.report import report
 from stepquant.cli.sample import sample
 from stepquant.cli.sensitivity import sensitivity
 from stepquant.cli.study import study
+from stepquant.cli.train import train
 from stepquant.cli.ui import ui
 from stepquant.errors import StepquantError
 from stepquant.quiet import silence_libraries
@@ -58,6 +59,7 @@ def _say(message: str) -> None:
 
 for command in (
     quantize,
+    train,
     sample,
     evaluate,
     bench,

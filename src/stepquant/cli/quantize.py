@@ -70,14 +70,14 @@ def quantize(
         arguments["iterations"] = preset.iterations  # standard leaves it to the recipe
     values = hyperparameters(recipe, arguments)
     spec = QuantSpec.parse(
-        {"bits": bits, "exceptions": _exceptions(exception or []), "exact_time": exact_time, "balance": balance}
+        {"bits": bits, "exceptions": exceptions_from(exception or []), "exact_time": exact_time, "balance": balance}
     )
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
     pipeline = resolve_pipeline(model)
-    check_space(out.parent, _parameter_bytes(pipeline))
+    check_space(out.parent, parameter_bytes(pipeline))
 
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)
     request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
@@ -102,7 +102,7 @@ def quantize(
     typer.echo(f"{model} quantized to {spec} with {recipe}: {out}")
 
 
-def _exceptions(given: list[str]) -> dict[str, str]:
+def exceptions_from(given: list[str]) -> dict[str, str]:
     """``["mid_block=w8a8"]`` -> ``{"mid_block": "w8a8"}``; the expression may hold ``=`` itself."""
     exceptions = {}
     for text in given:
@@ -113,7 +113,7 @@ def _exceptions(given: list[str]) -> dict[str, str]:
     return exceptions
 
 
-def _parameter_bytes(pipeline: Any) -> int:
+def parameter_bytes(pipeline: Any) -> int:
     """Bytes of all weights as they are loaded: more than the checkpoint and the kept stages take together."""
     models = [part for part in pipeline.components.values() if hasattr(part, "parameters")]
     return sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())

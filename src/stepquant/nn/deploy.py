@@ -88,6 +88,7 @@ class Quantization:
         attentions: name of an `Attention` -> tables of its operands.
         time_layers: names of linears whose input depends on the timestep alone.
         correction: of the denoiser's output, if one was estimated.
+        parameters: those that stay in floating point, where they are not the original's: training moves norms too.
     """
 
     timesteps: Tensor
@@ -95,6 +96,7 @@ class Quantization:
     attentions: dict[str, QuantizedAttention] = field(default_factory=dict)
     time_layers: tuple[str, ...] = ()
     correction: Correction | None = None
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def structure(self) -> dict[str, Any]:
         """JSON-able `Structure` of this quantization."""
@@ -135,6 +137,8 @@ def install(model: nn.Module, quantization: Quantization) -> StepClock:
     correction = correction_of(model)
     if correction is not None and quantization.correction is not None:
         correction.fill(quantization.correction)
+    for name, value in quantization.parameters.items():
+        model.get_parameter(name).data.copy_(value)
     return clock
 
 

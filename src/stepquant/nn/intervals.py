@@ -11,8 +11,8 @@ LONGEST_PERIOD = 10_000.0
 """t_max of the Fourier features (TDQ, section 3.3)."""
 
 TURNS = 4.0
-"""Turns of the fastest feature over the table. The paper's turns every six timesteps: trained on every timestep its
-network learns to ignore that, trained on the twenty or fifty steps of a sampler it puts noise between them."""
+"""Turns of the fastest feature over the table. The paper's turns every six timesteps: trained on every timestep (QAT)
+its network learns to ignore that, trained on the twenty or fifty steps of a sampler it puts noise between them."""
 
 DROPOUT = 0.2
 """Of the last hidden layer, while learning (TDQ, public code)."""
@@ -58,14 +58,16 @@ class IntervalGenerator(nn.Module):
         timesteps: float [R], of the table rows.
         groups: scales it puts out.
         width: of the two hidden layers between the first and the last.
+        turns: of the fastest feature over the table; None for the paper's features, of one radian a timestep.
     """
 
     features: Tensor
 
-    def __init__(self, timesteps: Tensor, groups: int, width: int = 64) -> None:
+    def __init__(self, timesteps: Tensor, groups: int, width: int = 64, turns: float | None = TURNS) -> None:
         super().__init__()
         span = float((timesteps.max() - timesteps.min()).clamp(min=1))
-        self.register_buffer("features", time_features(timesteps * (TURNS * 2 * math.pi / span)))
+        rate = 1.0 if turns is None else turns * 2 * math.pi / span
+        self.register_buffer("features", time_features(timesteps * rate))
         layers: list[nn.Module] = []
         size = self.features.shape[1]
         for _ in range(3):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
-from stepquant.nn.intervals import IntervalGenerator, TableGain
+from stepquant.nn.intervals import TURNS, IntervalGenerator, TableGain
 from stepquant.nn.tables import ActivationTable, expand_groups
 from stepquant.numerics.affine import affine_from_range, largest_code
 from stepquant.numerics.ranges import RangeMethod, find_range, least_error_gain
@@ -95,14 +95,23 @@ class ActivationQuantizer(nn.Module):
         every = torch.arange(self.rows, device=scale.device)
         return scale * self.gain(every if row is None else row)
 
-    def learn(self, *, over_time: bool = False) -> list[nn.Parameter]:
+    def learn(self, *, over_time: bool = False, turns: float | None = TURNS) -> list[nn.Parameter]:
         """Make the scale learnable, as a gain on the present one that starts at 1; returns its parameters.
 
         Args:
-            over_time: learn a smooth function of the timestep (TDQ) instead of a free gain for each table row.
+            over_time: learn a smooth function of the timestep (TDQ) instead of a free gain for each table row. Where
+                the table's rows differ already, it starts near them.
+            turns: of that function's fastest feature, see `IntervalGenerator`.
         """
         groups = self.scale.shape[1]
-        self.gain = IntervalGenerator(self.clock.timesteps, groups) if over_time else TableGain(self.rows, groups)
+        if over_time:
+            if self.found_gain is None and self.rows > 1:
+                level = self.scale.log().mean(dim=0, keepdim=True).exp()
+                self.found_gain = torch.arange(self.rows, device=level.device), self.scale / level
+                self.scale = level.expand_as(self.scale).clone()
+            self.gain = IntervalGenerator(self.clock.timesteps, groups, turns=turns)
+        else:
+            self.gain = TableGain(self.rows, groups)
         self.gain.to(self.scale.device)
         if isinstance(self.gain, IntervalGenerator) and self.found_gain is not None:
             self.gain.fit(*self.found_gain)
@@ -228,7 +237,7 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Quantizes a weight per output channel (and input group), to the nearest code or by AdaRound.
+    """Quantizes a weight per output channel (and input group), to the nearest code, by AdaRound, or as it learns.
 
     Args:
         weight: float [out, in, *kernel], the full-precision weight.
@@ -255,6 +264,7 @@ class WeightQuantizer(nn.Module):
         self.decided: Tensor | None = None
         self.start: Tensor | None = None
         self.shift: nn.Parameter | None = None
+        self.gain: TableGain | None = None
 
     def set_range(self, weight: Tensor, balance: Tensor | None) -> None:
         """Search the range of the weight, its input channels multiplied by `balance`."""
@@ -280,6 +290,8 @@ class WeightQuantizer(nn.Module):
         return scale, zero_point
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.gain is not None:
+            return self._learned(weight, self.gain)
         scale, zero_point = self.grid(weight)
         top = largest_code(self.bits)
         if self.shift is not None:
@@ -312,13 +324,33 @@ class WeightQuantizer(nn.Module):
         self.shift = nn.Parameter(torch.zeros_like(weight))
         return self.shift
 
+    @torch.no_grad()
+    def release(self, weight: Tensor) -> list[nn.Parameter]:
+        """Let weight and scale learn together (LSQ, arXiv 1902.08153): returns the parameters of a gain on the scale.
+
+        `weight` is changed in place: it starts at the codes decided so far, each value where it really is within the
+        cell of its code, or at the cell's edge; one outside the range starts at its end, where gradients reach it.
+        """
+        codes = self.codes(weight).to(weight.dtype)
+        scale, zero_point = self.grid(weight)
+        steps = torch.clamp(weight / scale + zero_point, codes - CELL, codes + CELL).clamp(0, largest_code(self.bits))
+        weight.copy_((steps - zero_point) * scale)
+        self.decided = None
+        self.gain = TableGain(*self.scale.shape).to(weight.device)
+        return list(self.gain.parameters())
+
     def regularizer(self, beta: float) -> Tensor:
         """AdaRound's regulariser of the variables that `learn` returned."""
         assert self.rounding is not None
         return rounding_regularizer(self.rounding, beta)
 
     def settle(self, weight: Tensor) -> None:
-        """Stop learning: every weight takes the code its variable leans to (up where v >= 0), or its shift led to."""
+        """Stop learning: every weight takes the code its variable leans to (up where v >= 0), or its shift led to.
+
+        A weight that learned together with its scale keeps the scale reached.
+        """
+        if self.gain is not None:
+            self.scale, self.gain = self._current_scale(self.gain).detach(), None
         if self.rounding is not None or self.shift is not None:
             self.decided = self.codes(weight)
             self.rounding = self.shift = self.start = None
@@ -341,6 +373,24 @@ class WeightQuantizer(nn.Module):
         """The weight under finetuning, in steps of its grid and not rounded."""
         assert self.start is not None and self.shift is not None
         return self.start + self.shift
+
+    def _current_scale(self, gain: TableGain) -> Tensor:
+        return self.scale * gain(torch.arange(self.scale.shape[0], device=self.scale.device))
+
+    def _learned(self, weight: Tensor, gain: TableGain) -> Tensor:
+        """Group by group, so that LSQ's gradient scale counts the values of one channel and group."""
+        scale, zero_point = (
+            values.reshape(*values.shape, *(1,) * (weight.dim() - 1))
+            for values in (self._current_scale(gain), self.zero_point)
+        )
+        along = None if self.balance is None else self.balance.reshape(-1, *(1,) * (weight.dim() - 2))
+        balanced = weight if along is None else weight * along
+        parts = [
+            learned_quantize(part, scale[index], zero_point[index], self.bits)
+            for index, part in enumerate(balanced.split(self.group_sizes, dim=1))
+        ]
+        quantized = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return quantized if along is None else quantized / along
 
 
 def _thin(values: Tensor, count: int) -> Tensor:

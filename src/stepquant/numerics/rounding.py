@@ -13,6 +13,9 @@ from stepquant.numerics.affine import largest_code
 # (arXiv 2004.10568, section 3.3).
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 
+EDGE = 1e-3
+"""Steps beyond its range where a value still counts as inside: a weight that lies at the end must be able to leave."""
+
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """``h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)``: how far above its floor a weight is rounded (AdaRound, eq. 23)."""
@@ -42,27 +45,27 @@ class _LearnedQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        steps = x * scale.reciprocal()
+        # Codes are found in the scale's float32, also under bfloat16 autocast.
+        steps = x * scale.reciprocal() if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale.reciprocal())
         codes = torch.round(steps).add_(zero_point).clamp_(0, largest_code(bits)).sub_(zero_point)
-        ctx.save_for_backward(steps, codes, scale)
+        ctx.save_for_backward(steps, codes, scale, zero_point)
         ctx.largest_code = largest_code(bits)
-        ctx.ends = (-zero_point, ctx.largest_code - zero_point)
-        return codes * scale
+        return (codes * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        steps, codes, scale = ctx.saved_tensors
-        low, high = ctx.ends
-        inside = (steps >= low) & (steps <= high)
-        grad_x = grad * inside
+        steps, codes, scale, zero_point = ctx.saved_tensors
+        grad_out, dtype = grad.to(scale.dtype), grad.dtype
+        # The gradient where x is inside the range, else 0: one pass over memory, where comparing and masking are five.
+        grad_x = torch.ops.aten.hardtanh_backward(grad_out, steps + zero_point, -EDGE, ctx.largest_code + EDGE)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             # d x'/d s is code - x/s where x is inside the range, and the end of the range where it is clipped.
-            slope = torch.where(inside, codes - steps, codes).mul_(grad)
+            slope = (grad_out * codes).addcmul_(grad_x, steps, value=-1)
             values_a_scale = slope.numel() / scale.numel()
             grad_scale = slope.sum_to_size(scale.shape) / (values_a_scale * ctx.largest_code) ** 0.5
-        return grad_x, grad_scale, None, None
+        return grad_x.to(dtype), grad_scale, None, None
 
 
 def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

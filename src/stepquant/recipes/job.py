@@ -17,7 +17,14 @@ from stepquant.calibration.density import dense_and_diverse_steps, step_features
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import How, Sensitivity, measure
-from stepquant.calibration.trajectories import NOISE_OFFSET, Calibration, CalibrationSet, collect
+from stepquant.calibration.trajectories import (
+    NOISE_OFFSET,
+    OUTPUT,
+    Calibration,
+    CalibrationSet,
+    collect,
+    collect_all,
+)
 from stepquant.config import QuantSpec
 from stepquant.models import ModelDescription, describe
 from stepquant.nn.correction import Correction
@@ -95,17 +102,44 @@ class Job:
 
     def collect(self, steps: Tensor) -> CalibrationSet:
         """Calibration samples at the wanted sampler steps, int64 [N]; kept in the cache."""
+
+        def compute() -> CalibrationSet:
+            return collect(
+                self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress
+            )
+
+        return self._kept_samples(f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}", compute)
+
+    def trajectories(self, index: int) -> CalibrationSet:
+        """Whole trajectories with the denoiser's outputs, other ones for every index; kept in the cache."""
+        # Far from the noise of the other calibration samples, which are at most as many as `Calibration.pictures`.
+        seed = self.seed + (1 + index) * 1_000_003
+
+        def compute() -> CalibrationSet:
+            return collect_all(self.pipeline, self.denoiser, self.request, self.calibration, seed, self.progress)
+
+        return self._kept_samples(f"trajectories-{digest([self.sampling_key, index])[:16]}", compute)
+
+    def _kept_samples(self, stage: str, compute: Callable[[], CalibrationSet]) -> CalibrationSet:
+        def tensors() -> dict[str, Tensor]:
+            samples = compute()
+            shared = {f"{SHARED}{name}": tensor for name, tensor in samples.shared.items()}
+            answers = {} if samples.outputs is None else {OUTPUT: samples.outputs}
+            return samples.tensors | shared | answers | {"steps": samples.steps}
+
+        stored = dict(self.kept(stage, tensors))
+        steps, outputs = stored.pop("steps"), stored.pop(OUTPUT, None)
+        shared = {name.removeprefix(SHARED): stored.pop(name) for name in list(stored) if name.startswith(SHARED)}
+        return CalibrationSet(stored, steps, shared, outputs)
+
+    def kept(self, stage: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a stage of sampling computes, from the cache if it was finished before."""
         kept = self.cache or self.workspace
-        stage = f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}"
         stored = kept.load(stage)
-        if stored is not None:
-            steps = stored.pop("steps")
-            shared = {name.removeprefix(SHARED): stored.pop(name) for name in list(stored) if name.startswith(SHARED)}
-            return CalibrationSet(stored, steps, shared)
-        samples = collect(self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress)
-        shared = {f"{SHARED}{name}": tensor for name, tensor in samples.shared.items()}
-        kept.save(stage, samples.tensors | shared | {"steps": samples.steps})
-        return samples
+        if stored is None:
+            stored = compute()
+            kept.save(stage, stored)
+        return stored
 
     def dense_and_diverse_steps(self, diversity_weight: float) -> Tensor:
         """The steps that EDA-DM's TDAC selects for the calibration samples: int64 [N]; kept in the workspace."""

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from PIL import Image
+
+import stepquant
+from stepquant.errors import StepquantError
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.quantizers import ActivationQuantizer
+from tests.reconstruction.test_network import Stop, StopIn
+
+SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4, batch_size=4)
+
+
+def train(pipeline, bits="w4a4", **arguments):
+    given = {"distill": True, "calibration": SMALL, "iterations": 6, "batch_size": 4, "weight_rate": 1e-3}
+    return stepquant.train(pipeline, bits, **given | arguments)
+
+
+def test_a_killed_training_ends_in_the_same_bytes(unconditional_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepquant.reconstruction.optimize.SAVE_EVERY", 2)
+
+    def run(folder, progress=None):
+        quantized = train(
+            unconditional_pipeline, ema_decay=0.9, refresh=2, workspace=tmp_path / folder, progress=progress
+        )
+        return quantized.unet.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(Stop):
+        run("killed", StopIn("Training", -1))  # the start after training is done, and nothing else
+    with pytest.raises(Stop):
+        run("killed", StopIn("Training", 3))
+    continued = run("killed")
+    assert whole.keys() == continued.keys()
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """Pictures of bright squares."""
+    folder = tmp_path_factory.mktemp("squares")
+    for index in range(6):
+        picture = Image.new("L", (20, 16))
+        picture.paste(255, (3 + index, 3, 9 + index, 12))
+        picture.save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("on_data", [False, True])
+def test_training_lowers_its_loss_on_batches_it_has_not_seen(on_data, unconditional_pipeline, squares):
+    """Distillation: the error to full precision. Data: the error to the noise, below full precision's own."""
+    generator = torch.Generator().manual_seed(1)
+    timestep = torch.arange(20, 1000, 70)
+    clean = torch.full((len(timestep), 1, 16, 16), -1.0)
+    clean[:, :, 3:12, 4:10] = 1
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = unconditional_pipeline.scheduler.add_noise(clean, noise, timestep)
+
+    def output(pipeline):
+        with torch.no_grad():
+            return pipeline.unet(noisy, timestep).sample
+
+    target = noise if on_data else output(unconditional_pipeline)
+    source = {"data": squares, "distill": False} if on_data else {"distill": True}
+
+    def error(iterations):
+        quantized = train(unconditional_pipeline, iterations=iterations, scale_rate=0.01, **source)
+        return float((output(quantized) - target).square().mean())
+
+    assert error(40) < 0.7 * error(0)
+    if on_data:
+        assert error(40) < float((output(unconditional_pipeline) - noise).square().mean())
+
+
+def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, monkeypatch):
+    generated = []
+    settle = ActivationQuantizer.settle
+
+    def recorded(quantizer):
+        before = quantizer.gain
+        if before is not None:
+            before.eval()
+            generated.append((quantizer.scale * before(torch.arange(quantizer.rows))).detach())
+        settle(quantizer)
+
+    monkeypatch.setattr(ActivationQuantizer, "settle", recorded)
+    quantized = train(class_pipeline, guidance=4.0)
+    layers = {name: module.layer() for name, module in quantized_modules(quantized.transformer).items()}
+    tables = [layer.activation.scale for layer in layers.values() if layer.activation is not None]
+    assert {len(table) for table in tables} == {1000}
+    for table in tables:
+        assert any(torch.equal(table, scale) for scale in generated)
+    assert {layer.weight.bits for layer in layers.values()} == {4, 8}
+    assert layers["pos_embed.proj"].weight.bits == layers["proj_out_2"].weight.bits == 8
+    assert any(bool((table[0] != table[-1]).any()) for table in tables)
+    static = quantized_modules(train(class_pipeline, intervals="static", iterations=1).transformer).values()
+    assert {len(layer.layer().activation.scale) for layer in static if layer.layer().activation} == {1}
+
+
+def test_norms_ship_as_they_were_trained(unconditional_pipeline, tmp_path):
+    quantized = train(unconditional_pipeline)
+    name = "conv_norm_out.weight"
+    trained, original = quantized.unet.state_dict()[name], unconditional_pipeline.unet.state_dict()[name]
+    assert not torch.equal(trained, original)
+    stepquant.save(quantized, tmp_path / "out")
+    loaded = stepquant.load(tmp_path / "out").unet.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in quantized.unet.state_dict().items())
+
+
+def test_a_training_that_diverges_is_stopped(unconditional_pipeline):
+    with pytest.raises(StepquantError, match="diverged"):
+        train(unconditional_pipeline, weight_rate=1e20, intervals="static", iterations=20)
+
+
+def test_training_needs_something_to_learn_from(unconditional_pipeline, tmp_path):
+    with pytest.raises(StepquantError, match="nothing to learn from"):
+        train(unconditional_pipeline, distill=False)
+    with pytest.raises(StepquantError, match="holds no pictures"):
+        train(unconditional_pipeline, data=tmp_path)
+    with pytest.raises(StepquantError, match="no hyperparameter 'magic'"):
+        train(unconditional_pipeline, magic=1)
