@@ -32,7 +32,7 @@ def train(
     ] = "generator",
     iterations: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Pictures, or points of trajectories, in a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights; falls to zero along a cosine.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights, relative to their size; falls to zero.")] = 1e-3,
     ema_decay: Annotated[float, typer.Option(help="Of the moving average that ships; 0 for none.")] = 0.0,
     steps: Annotated[int, typer.Option(help="Denoising steps of the trajectories, from half to twice as many.")] = 50,
     seed: Seed = 0,

@@ -328,12 +328,13 @@ class WeightQuantizer(nn.Module):
     def release(self, weight: Tensor) -> list[nn.Parameter]:
         """Let weight and scale learn together (LSQ, arXiv 1902.08153): returns the parameters of a gain on the scale.
 
-        `weight` is changed in place: it starts at the codes decided so far, each value where it really is within the
-        cell of its code, or at the cell's edge; one outside the range starts at its end, where gradients reach it.
+        `weight` is changed in place: it starts at the codes decided so far, each value where it really is in the middle
+        half of its code's cell, or at the end of that half, so that the first small steps do not undo what compensation
+        decided; one outside the range starts at its end, where gradients reach it.
         """
         codes = self.codes(weight).to(weight.dtype)
         scale, zero_point = self.grid(weight)
-        steps = torch.clamp(weight / scale + zero_point, codes - CELL, codes + CELL).clamp(0, largest_code(self.bits))
+        steps = torch.clamp(weight / scale + zero_point, codes - 0.25, codes + 0.25).clamp(0, largest_code(self.bits))
         weight.copy_((steps - zero_point) * scale)
         self.decided = None
         self.gain = TableGain(*self.scale.shape).to(weight.device)

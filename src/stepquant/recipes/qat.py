@@ -31,7 +31,7 @@ def qat(
     intervals: Literal["generator", "static", "table"] = "generator",
     iterations: int = 2000,
     batch_size: int = 16,
-    weight_rate: float = 1e-4,
+    weight_rate: float = 1e-3,
     scale_rate: float = 1e-3,
     generator_rate: float = 1e-3,
     ema_decay: float = 0.0,

@@ -16,6 +16,9 @@ from stepquant.reconstruction.batches import Batch, Batches
 from stepquant.reconstruction.optimize import optimize
 from stepquant.workspace import Workspace, digest
 
+SMALLEST_SIZE = 1e-3
+"""Of a tensor, for its learning rate: biases of zero must be able to leave it (as in Adafactor, arXiv 1804.04235)."""
+
 REPORTS = 10
 """Lines on how the loss goes, in a whole run."""
 
@@ -26,7 +29,9 @@ class Training:
 
     Attributes:
         iterations: optimizer steps (Adam, all rates fall to zero along a cosine).
-        weight_rate: learning rate of weights, biases, norms and embeddings.
+        weight_rate: learning rate of weights, biases, norms and embeddings, relative to the root mean square of each
+            tensor (at least `SMALLEST_SIZE`): a step then moves the weights of every layer by the same part of their
+            grid.
         scale_rate: learning rate of the logarithms of weight scales, and of activation scales that are static or a
             table; so relative to a scale's size.
         generator_rate: learning rate of the networks that generate intervals.
@@ -142,11 +147,15 @@ def _release(instrumented: Instrumented, training: Training) -> list[dict[str, A
     ]
     interval_rate = training.generator_rate if training.over_time else training.scale_rate
     groups = [
-        {"params": list(weights.values()), "lr": training.weight_rate},
+        *({"params": [weight], "lr": training.weight_rate * _size(weight)} for weight in weights.values()),
         {"params": scales, "lr": training.scale_rate},
         {"params": intervals, "lr": interval_rate},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _size(parameter: Tensor) -> float:
+    return max(SMALLEST_SIZE, float(parameter.detach().square().mean().sqrt()))
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
