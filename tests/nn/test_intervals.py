@@ -97,15 +97,3 @@ def test_the_fastest_feature_turns_as_often_as_asked_or_as_in_the_paper():
     assert torch.equal(IntervalGenerator(timesteps, 1, turns=None).features, time_features(timesteps))
     slow = IntervalGenerator(timesteps, 1, turns=2.0).features[:, 0]
     assert int(((slow[:-1] <= 0) & (slow[1:] > 0)).sum()) == 2
-
-
-def test_a_generator_starts_near_the_table_that_is_there():
-    clock = StepClock(torch.arange(100).float())
-    quantizer = ActivationQuantizer(4, clock, rows=100)
-    table = torch.linspace(0.5, 4, 100)[:, None]
-    quantizer.scale, quantizer.enabled = table.clone(), True
-    torch.manual_seed(0)
-    quantizer.learn(over_time=True, turns=None)
-    quantizer.settle()
-    assert float((quantizer.scale / table).log().abs().mean()) < 0.1
-    assert quantizer.found_gain is None, "a second learning starts from the table, not from what was found before"

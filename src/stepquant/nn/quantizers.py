@@ -99,16 +99,11 @@ class ActivationQuantizer(nn.Module):
         """Make the scale learnable, as a gain on the present one that starts at 1; returns its parameters.
 
         Args:
-            over_time: learn a smooth function of the timestep (TDQ) instead of a free gain for each table row. Where
-                the table's rows differ already, it starts near them.
+            over_time: learn a smooth function of the timestep (TDQ) instead of a free gain for each table row.
             turns: of that function's fastest feature, see `IntervalGenerator`.
         """
         groups = self.scale.shape[1]
         if over_time:
-            if self.found_gain is None and self.rows > 1:
-                level = self.scale.log().mean(dim=0, keepdim=True).exp()
-                self.found_gain = torch.arange(self.rows, device=level.device), self.scale / level
-                self.scale = level.expand_as(self.scale).clone()
             self.gain = IntervalGenerator(self.clock.timesteps, groups, turns=turns)
         else:
             self.gain = TableGain(self.rows, groups)

@@ -79,6 +79,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         groups = _release(instrumented, training)
+        model.eval()  # no dropout, that of the generators included
         _set_memory_format(model, torch.channels_last)
         mean = _Mean(max(1, training.iterations // REPORTS), progress)
 
