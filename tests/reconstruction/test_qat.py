@@ -103,8 +103,10 @@ def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, m
     assert {len(layer.layer().activation.scale) for layer in static if layer.layer().activation} == {1}
 
 
-def test_norms_ship_as_they_were_trained(unconditional_pipeline, tmp_path):
+def test_norms_ship_as_they_were_trained_and_the_original_stays_as_it_was(unconditional_pipeline, tmp_path):
+    before = {name: tensor.clone() for name, tensor in unconditional_pipeline.unet.state_dict().items()}
     quantized = train(unconditional_pipeline)
+    assert all(torch.equal(before[name], tensor) for name, tensor in unconditional_pipeline.unet.state_dict().items())
     name = "conv_norm_out.weight"
     trained, original = quantized.unet.state_dict()[name], unconditional_pipeline.unet.state_dict()[name]
     assert not torch.equal(trained, original)

@@ -133,7 +133,10 @@ def has_bfloat16(device: torch.device) -> bool:
 def _release(instrumented: Instrumented, training: Training) -> list[dict[str, Any]]:
     """Let everything learn; the parameter groups for the optimizer."""
     model = instrumented.model
-    weights = {name: parameter.requires_grad_() for name, parameter in model.named_parameters()}
+    weights = dict(model.named_parameters())
+    for parameter in weights.values():
+        parameter.data = parameter.data.clone()  # the copy shares the original's weights until they move
+        parameter.requires_grad_()
     inside = tuple(f"{name}." for name in instrumented.layers)
     instrumented.trained[:] = [name for name in weights if not name.startswith(inside)]
     scales = [
