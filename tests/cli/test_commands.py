@@ -59,7 +59,7 @@ def test_train_writes_what_quantize_writes(unconditional_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
     said = _run("inspect", out)
     assert 'recipe: "qat"' in said
-    assert "distill: true" in said
+    assert '"distill": true' in said
     rows = {cells[1]: cells[4:] for line in said.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 4}
     assert rows["down_blocks.0.resnets.0.conv1"][0] == "w4a8"
     assert rows["down_blocks.0.resnets.0.conv1"][2] == "1000"
