@@ -23,7 +23,7 @@ from stepquant.models import denoiser_name
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 
-SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+SMALL = stepquant.Calibration(samples=4, steps=2)
 KINDS = ("unconditional_pipeline", "class_pipeline", "text_pipeline")
 
 

@@ -10,7 +10,7 @@ import stepquant
 
 @pytest.fixture(scope="module")
 def quantized(text_pipeline):
-    calibration = stepquant.Calibration(samples=8, steps=2, batch_size=8)
+    calibration = stepquant.Calibration(samples=8, steps=2)
     return stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=calibration)
 
 

@@ -23,6 +23,7 @@ from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
@@ -59,8 +60,11 @@ def quantize(
 ) -> Any:
     """Quantize the denoiser of a diffusers pipeline; returns a new pipeline of the same class that runs in integers.
 
-    The given pipeline is not changed; the new one shares its other components. Its ``save_pretrained(folder)`` writes
-    a checkpoint that `load` reads.
+    Within a process group of torch (``torchrun``, ``accelerate launch``) the processes share the work, and each returns
+    the same pipeline.
+
+    The given pipeline is not changed; the new one has a denoiser and a scheduler of its own and shares the other
+    components. Its ``save_pretrained(folder)`` writes a checkpoint that `load` reads.
 
     Args:
         pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
@@ -95,8 +99,13 @@ def quantize(
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
     )
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
-        shared = Workspace(Path(cache)) if cache else None  # not entered: its stages are whole files, nothing to lock
+    ranks = Ranks.current()
+    with (
+        tempfile.TemporaryDirectory(prefix="stepquant-") as temporary,
+        Workspace(Path(workspace or temporary), ranks) as kept,
+    ):
+        # Not entered: its stages are whole files, nothing to lock.
+        shared = Workspace(Path(cache), ranks) if cache else None
         job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared)
         if budget is not None:
             spec = job.within_budget(budget)
@@ -228,7 +237,8 @@ def assemble(
     )
     prepare(denoiser, backend)
     quantized = copy.copy(pipeline)
-    quantized.register_modules(**{component: denoiser})
+    # A scheduler knows how far it is: with one of its own, the pipeline may run beside the original.
+    quantized.register_modules(**{component: denoiser, "scheduler": copy.deepcopy(pipeline.scheduler)})
     correct_sampler(quantized, denoiser)
     return _bound(quantized)
 

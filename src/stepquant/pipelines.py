@@ -12,7 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.models import denoiser_name
+from stepquant.overflow import watched
 from stepquant.progress import Progress
 
 Kind = Literal["unconditional", "class", "text"]
@@ -143,6 +146,9 @@ def draw(
     Args:
         decode: whether latents are decoded; a pipeline without an autoencoder ignores it.
         on_step: called after each denoising step.
+
+    Raises:
+        StepquantError: if the denoiser puts out NaN or infinity, naming the layer and the step where that began.
     """
     kind = kind_of(pipeline)
     arguments: dict[str, Any] = {
@@ -167,7 +173,7 @@ def draw(
     arguments |= request.inputs
     handle = _after_each_step(pipeline, on_step)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watched(getattr(pipeline, denoiser_name(pipeline))):
             pictures = pipeline(**arguments).images
     finally:
         handle()
@@ -184,19 +190,24 @@ def draw_many(
     progress: Progress,
     description: str,
     batch_size: int = BATCH_SIZE,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Draw pictures 0 to count - 1 in batches: float32 [count, C, H, W] in [-1, 1]; see `draw`.
+
+    Args:
+        ranks: share the batches; all get all pictures.
 
     Raises:
         StepquantError: if fewer than one picture is asked for.
     """
     if count < 1:
         raise StepquantError(f"count is {count}: expected at least 1 picture.")
-    pictures = []
     with progress.task(description, count * request.steps) as advance:
-        for indices in batches(count, batch_size):
-            pictures.append(draw(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices))))
-    return torch.cat(pictures)
+
+        def pictures_of(indices: range) -> Tensor:
+            return draw(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices)))
+
+        return torch.cat(list((ranks or Ranks()).deal(pictures_of, batches(count, batch_size))))
 
 
 def batches(count: int, size: int = BATCH_SIZE) -> list[range]:

@@ -23,7 +23,7 @@ from stepquant.nn.deploy import Quantization
 from stepquant.nn.trainable import wrap
 from stepquant.pipelines import draw, make_request
 
-SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+SMALL = stepquant.Calibration(samples=4, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 
 PROMPTS = ["a red bicycle", "a"]
-SMALL = stepquant.Calibration(samples=12, steps=2, batch_size=12, size=16)
+SMALL = stepquant.Calibration(samples=12, steps=2, size=16)
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

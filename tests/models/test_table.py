@@ -48,7 +48,7 @@ def pictures(pipeline):
 
 @pytest.fixture(scope="module")
 def quantized(pipeline):
-    calibration = stepquant.Calibration(samples=8, steps=2, batch_size=8, size=size(pipeline))
+    calibration = stepquant.Calibration(samples=8, steps=2, size=size(pipeline))
     return stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=calibration, **options(pipeline))
 
 

@@ -17,7 +17,7 @@ from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 
-SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+SMALL = stepquant.Calibration(samples=4, steps=2)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
 
 

@@ -31,7 +31,7 @@ SCHEDULERS = {
 }
 FLOW = {"FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler}
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
-SMALL = stepquant.Calibration(samples=8, steps=4, batch_size=8)
+SMALL = stepquant.Calibration(samples=8, steps=4)
 
 
 def times(scheduler, steps: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from stepquant.progress import Progress
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
 from stepquant.recipes.quest import most_relieving
 
-SMALL = stepquant.Calibration(samples=4, steps=2, batch_size=4)
+SMALL = stepquant.Calibration(samples=4, steps=2)
 
 
 def test_every_recipe_has_a_line_and_defaults():

@@ -23,9 +23,9 @@ from stepquant.reconstruction.replay import Replay
 PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 
 
-def samples_of(pipeline, count=6, batch_size=4):
+def samples_of(pipeline, count=6):
     steps = uniform_steps(count, 3, torch.Generator().manual_seed(0))
-    calibration = Calibration(samples=count, steps=3, batch_size=batch_size)
+    calibration = Calibration(samples=count, steps=3)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     return denoiser, collect(pipeline, denoiser, make_request(pipeline, 3), steps, calibration, 0, Progress())
 
@@ -78,7 +78,7 @@ def test_blocks_that_run_alone_know_their_step(name, request, tmp_path):
 
 
 def test_guided_sampling_gives_samples_with_and_without_the_condition(class_pipeline):
-    _, samples = samples_of(class_pipeline, count=12, batch_size=2)
+    _, samples = samples_of(class_pipeline, count=12)
     labels = samples.tensors["class_labels"].tolist()
     assert 1000 in labels and any(label < 10 for label in labels)
 
@@ -103,7 +103,7 @@ class StopAfter(Progress):
 
 
 def quantize(pipeline, workspace, progress=None, **arguments):
-    calibration = stepquant.Calibration(samples=8, steps=4, batch_size=arguments.pop("batch_size", 4))
+    calibration = stepquant.Calibration(samples=8, steps=4)
     return stepquant.quantize(
         pipeline, "w4a8", recipe="q-diffusion", calibration=calibration, workspace=workspace, progress=progress,
         iterations=3, **arguments,
@@ -155,7 +155,7 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 def test_reconstruction_beats_minmax_on_a_real_model():
     """Held-out noise: the output's error is a fraction of the baseline's, and pictures are far closer."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
-    denoiser, held_out = samples_of(pipeline, count=24, batch_size=24)
+    denoiser, held_out = samples_of(pipeline, count=24)
     arguments, request = held_out.arguments(slice(0, 24)), make_request(pipeline, 20)
     calibration = stepquant.Calibration(samples=48, steps=10, trajectories=16)
     with torch.no_grad():

@@ -99,7 +99,7 @@ def quest(pipeline, workspace=None, progress=None, **arguments):
         pipeline,
         "w4a4",
         recipe="quest",
-        calibration=stepquant.Calibration(samples=8, steps=4, batch_size=4),
+        calibration=stepquant.Calibration(samples=8, steps=4),
         workspace=workspace,
         progress=progress,
         **{"rounding_iterations": 0, "time_iterations": 3, "iterations": 3, "weight_rate": 0.05} | arguments,

@@ -11,7 +11,7 @@ from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.pipelines import make_request
 from stepquant.progress import Progress
 
-SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4, batch_size=4)
+SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4)
 
 
 def train(pipeline, bits="w4a4", **arguments):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models import ModelDescription
 from stepquant.nn.attention import OPERANDS
@@ -85,15 +86,17 @@ def instrument(
     description: ModelDescription,
     spec: QuantSpec,
     *,
-    timesteps: torch.Tensor | None = None,
+    timesteps: Tensor | None = None,
     weight_range: RangeMethod = "least-error",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Instrumented:
     """Copy `denoiser` and put quantizers on it.
 
     Args:
         timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
         weight_range: how weight ranges are found.
+        ranks: share the search.
 
     Raises:
         StepquantError: if an exception of the spec matches no layer.
@@ -108,6 +111,7 @@ def instrument(
     clock = StepClock(timesteps)
     rows = len(clock.timesteps)
     layers: dict[str, TrainableLayer] = {}
+    ranks = ranks or Ranks()
     quantized = description.quantized_bits(spec)
     with (progress or Progress()).task("Searching weight ranges", len(quantized)) as advance:
         for name, bits in quantized.items():
@@ -120,8 +124,13 @@ def instrument(
                 split=description.skip_splits.get(name) if spec.split_skips else None,
                 group_size=spec.group_size,
                 rows=rows,
-                weight_range=weight_range,
+                # The others get what the process whose turn it is finds.
+                weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
             )
+    weights = [layer.weight_quantizer for layer in layers.values()]
+    grids = ranks.deal(lambda weight: (weight.scale, weight.zero_point), weights)
+    for weight, (scale, zero_point) in zip(weights, grids, strict=True):
+        weight.scale, weight.zero_point = scale, zero_point
     attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -155,25 +164,49 @@ def calibrate_ranges(
     *,
     per_row: bool = True,
     quantized_weights: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Observe every activation of the network on the samples, then set all ranges and switch them on.
 
     Args:
         per_row: a range for every table row; else one for all.
         quantized_weights: observe what the quantized weights make of the samples, not the full-precision ones.
+        ranks: share the samples and the search.
     """
     quantizers = list(instrumented.activation_quantizers())
     for layer in instrumented.layers.values():
         layer.quantizing_weight = quantized_weights
     for quantizer in quantizers:
         quantizer.observing = True
-    with progress.task("Observing activations", len(samples)) as advance:
-        for chosen in samples.batches(batch_size):
+    ranks = ranks or Ranks()
+    batches = list(samples.batches(batch_size))
+    with progress.task("Observing activations", len(batches)) as advance:
+        for chosen in batches[ranks.share(len(batches))]:
             instrumented.model(**samples.arguments(chosen))
-            advance(chosen.stop - chosen.start)
+            advance(ranks.count)
     with progress.task("Searching activation ranges", len(quantizers)) as advance:
-        for quantizer in quantizers:
-            quantizer.set_range(method, per_row=per_row)
-            advance(1)
+        search_ranges(quantizers, method, per_row=per_row, ranks=ranks, advance=advance)
     for layer in instrumented.layers.values():
         layer.quantizing_weight = True
+
+
+def search_ranges(
+    quantizers: Sequence[ActivationQuantizer],
+    method: RangeMethod,
+    *,
+    per_row: bool,
+    ranks: Ranks,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Set the range of quantizers that have observed each process's share of the samples."""
+
+    def search(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        quantizer.set_range(method, per_row=per_row)
+        return quantizer.scale, quantizer.zero_point, quantizer.found_gain
+
+    if ranks.count > 1:
+        for quantizer in quantizers:
+            quantizer.observations.merge(ranks.gather(quantizer.observations.parts()))
+    for quantizer, found in zip(quantizers, ranks.deal(search, quantizers), strict=True):
+        quantizer.take_range(*found)
+        advance(1)

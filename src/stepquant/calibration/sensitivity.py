@@ -88,6 +88,7 @@ def measure(
 
     A layer is what an exception of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
     `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
+    The workspace's processes share the layers.
 
     Args:
         instrumented: its ranges are found and its quantizers switched on; they are on again afterwards.
@@ -103,11 +104,13 @@ def measure(
         measured |= {"steps": network.group_ends(), "whole": network.error(names, rest=True)}
         with progress.task(f"Ranking layers ({how})", len(names)) as advance:
             advance(len(names) - len(missing))
-            for name in missing:
+
+            def error_of(name: str) -> Tensor:
                 if how == "alone":
-                    error = network.error([name], rest=False)
-                else:
-                    error = measured["whole"] - network.error(set(names) - {name}, rest=True)
+                    return network.error([name], rest=False)
+                return measured["whole"] - network.error(set(names) - {name}, rest=True)
+
+            for name, error in zip(missing, workspace.ranks.deal(error_of, missing), strict=True):
                 measured[f"layer.{name}"] = error
                 workspace.save(stage, measured)
                 advance(1)

@@ -13,10 +13,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.models import chunk_size
 from stepquant.models.description import main_tensor
-from stepquant.pipelines import Request, draw
+from stepquant.pipelines import Request, batches, draw
 from stepquant.progress import Progress
+from stepquant.workspace import Workspace, allocate
 
 NOISE_OFFSET = 1_000_000_000
 """Added to the seed of calibration pictures, so that none starts from the noise of a picture that is evaluated."""
@@ -28,6 +31,12 @@ OUTPUT = "-> output"
 """What the denoiser answered, among its recorded arguments: no argument can have that name."""
 
 
+INDEX = "index"
+"""Name under which the numbers of some samples, int64 [n], lie beside their tensors; no denoiser has that argument."""
+SHARED = "shared:"
+"""Marks there the arguments that all samples have in common."""
+
+
 class Calibration(BaseModel):
     """How calibration samples are collected.
 
@@ -35,7 +44,6 @@ class Calibration(BaseModel):
         samples: inputs of the denoiser to keep.
         steps: denoising steps of the trajectories they come from.
         trajectories: pictures drawn for it; None means up to 64, and never more than samples.
-        batch_size: pictures drawn at a time, and samples passed through the model at a time.
         size: height and width of the pictures in pixels; None means the model's own.
     """
 
@@ -44,7 +52,6 @@ class Calibration(BaseModel):
     samples: PositiveInt = 256
     steps: PositiveInt = 50
     trajectories: PositiveInt | None = None
-    batch_size: PositiveInt = 16
     size: PositiveInt | None = None
 
     @property
@@ -98,6 +105,9 @@ def collect(
     progress: Progress,
     *,
     outputs: bool = False,
+    workspace: Workspace | None = None,
+    cache: Workspace | None = None,
+    stage: str = "samples",
 ) -> CalibrationSet:
     """Run the pipeline and keep what the denoiser sees at the wanted steps.
 
@@ -107,40 +117,62 @@ def collect(
     Args:
         steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
         outputs: keep what the denoiser answers, too.
+        workspace: keeps the samples of every few trajectories as they are finished, shares the trajectories among its
+            processes, and holds the whole set in files mapped into memory; None: all stays in memory.
+        cache: keeps the finished samples in place of the workspace.
+        stage: name of what is kept.
 
     Raises:
         StepquantError: if the sampler takes fewer calls than the steps asked for.
     """
     pictures = calibration.pictures
-    rows: list[dict[str, Tensor]] = [{} for _ in range(len(steps))]
+    parts = batches(pictures, chunk_size(denoiser))
+    memory: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    scratch = None if workspace is None else workspace.scratch(stage)
+    kept = cache or workspace
+
+    def seen_in(indices: range) -> dict[str, Tensor]:
+        recorder = _Recorder(denoiser, steps, indices, pictures)
+        try:
+            on_step = partial(advance, len(indices))
+            draw(pipeline, request, indices, seed + NOISE_OFFSET, decode=False, on_step=on_step)
+        finally:
+            recorder.remove()
+        samples = recorder.samples(request.steps)
+        return samples if outputs else {name: tensor for name, tensor in samples.items() if name != OUTPUT}
+
+    def keep(samples: dict[str, Tensor]) -> None:
+        chosen = samples.pop(INDEX)
+        for name, part in samples.items():
+            if name.startswith(SHARED):
+                shared[name.removeprefix(SHARED)] = part
+                continue
+            if name not in memory:
+                shape = (len(steps), *part.shape[1:])
+                path = None if scratch is None else scratch / f"{len(memory)}.bin"
+                memory[name] = allocate(path, shape, part.dtype)
+            memory[name][chosen] = part
+
+    def name_of(indices: range) -> str:
+        return f"{stage}-{indices.start:06d}"
+
     with progress.task(COLLECTING, pictures * request.steps) as advance:
-        for start in range(0, pictures, calibration.batch_size):
-            indices = range(start, min(start + calibration.batch_size, pictures))
-            wanted: dict[int, list[int]] = defaultdict(list)
-            for sample, step in enumerate(steps.tolist()):
-                if sample % pictures in indices:
-                    wanted[step].append(sample)
-            recorder = _Recorder(denoiser, wanted, start, pictures, len(indices), rows)
-            try:
-                draw(
-                    pipeline,
-                    request,
-                    indices,
-                    seed + NOISE_OFFSET,
-                    decode=False,
-                    on_step=partial(advance, len(indices)),
-                )
-            finally:
-                recorder.remove()
-    missing = [sample for sample, row in enumerate(rows) if not row]
-    if missing:
-        raise StepquantError(
-            f"{len(missing)} calibration samples were never seen: the sampler took fewer than {request.steps} steps; "
-            "ask for fewer steps."
-        )
-    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    answered = tensors.pop(OUTPUT)
-    return CalibrationSet(tensors, steps, recorder.shared, answered if outputs else None)
+        missing = []
+        for indices in parts:
+            stored = None if kept is None else kept.load(name_of(indices))
+            if stored is None:
+                missing.append(indices)
+            else:
+                keep(stored)
+                advance(len(indices) * request.steps)
+        ranks = Ranks() if workspace is None else workspace.ranks
+        for indices, samples in zip(missing, ranks.deal(seen_in, missing), strict=True):
+            if kept is not None:
+                kept.save(name_of(indices), samples)
+            keep(samples)
+    answered = memory.pop(OUTPUT, None)
+    return CalibrationSet(memory, steps, shared, answered)
 
 
 def collect_all(
@@ -157,19 +189,20 @@ def collect_all(
     half to twice those of `request`: together they visit far more timesteps than one of them.
 
     Args:
-        calibration: `pictures` are drawn, `batch_size` at a time.
+        calibration: `pictures` are drawn.
     """
     count, most = calibration.pictures, int(pipeline.scheduler.config.num_train_timesteps)
-    starts = range(0, count, calibration.batch_size)
+    chunk = chunk_size(denoiser)
+    starts = range(0, count, chunk)
     fewest = max(1, request.steps // 2)
     choose = torch.Generator().manual_seed(seed)
     numbers = torch.randint(fewest, min(2 * request.steps, most) + 1, (len(starts),), generator=choose).tolist()
     parts = []
     with progress.task("Drawing trajectories", count) as advance:
         for start, number in zip(starts, numbers, strict=True):
-            pictures = min(calibration.batch_size, count - start)
+            pictures = min(chunk, count - start)
             steps = torch.arange(number).repeat_interleave(pictures)
-            batch = Calibration(samples=len(steps), steps=number, trajectories=pictures, batch_size=pictures)
+            batch = Calibration(samples=len(steps), steps=number, trajectories=pictures)
             conditions = request.conditions[start % max(1, len(request.conditions)) :] + request.conditions
             these = replace(request, conditions=conditions, steps=number)
             parts.append(collect(pipeline, denoiser, these, steps, batch, seed + start, Progress(), outputs=True))
@@ -185,23 +218,33 @@ class _Recorder:
     Steps are counted by changes of timestep.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        wanted: dict[int, list[int]],
-        start: int,
-        pictures: int,
-        batch: int,
-        rows: list[dict[str, Tensor]],
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, steps: Tensor, indices: range, pictures: int) -> None:
         self.signature = inspect.signature(denoiser.forward)
-        self.wanted, self.start, self.pictures, self.batch = wanted, start, pictures, batch
-        self.rows = rows
+        self.indices, self.pictures = indices, pictures
+        self.wanted: dict[int, list[int]] = defaultdict(list)
+        for sample, step in enumerate(steps.tolist()):
+            if sample % pictures in indices:
+                self.wanted[step].append(sample)
+        self.rows: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self.shared: dict[str, Tensor] = {}
         self.step = -1
         self.time: float | None = None
         self.calls = 0
         self.remove = denoiser.register_forward_hook(self._read, with_kwargs=True).remove
+
+    def samples(self, steps: int) -> dict[str, Tensor]:
+        """What was copied, argument name -> [n, ...]; what all have in common, marked `SHARED`; and the `INDEX`."""
+        wanted = sorted(sample for samples in self.wanted.values() for sample in samples)
+        missing = [sample for sample in wanted if sample not in self.rows]
+        if missing:
+            raise StepquantError(
+                f"{len(missing)} calibration samples were never seen: the sampler took fewer than {steps} steps; "
+                "ask for fewer steps."
+            )
+        names = self.rows[wanted[0]] if wanted else ()
+        rows = {name: torch.stack([self.rows[sample][name] for sample in wanted]) for name in names}
+        shared = {f"{SHARED}{name}": tensor for name, tensor in self.shared.items()}
+        return rows | shared | {INDEX: torch.tensor(wanted)}
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = self.signature.bind(*args, **kwargs).arguments
@@ -220,13 +263,14 @@ class _Recorder:
         }
         others = {name: value for name, value in flat.items() if isinstance(value, Tensor) and name not in per_sample}
         self.shared = {name: value.detach().clone() for name, value in others.items()}
-        halves = sample.shape[0] // self.batch
+        batch = len(self.indices)
+        halves = sample.shape[0] // batch
         for wanted in self.wanted.get(self.step, ()):
             turn = wanted + wanted // self.pictures
             if turn % self.calls != self.calls - 1:
                 continue  # an earlier call of this step is this sample's
             half = turn % halves
-            row = half * self.batch + wanted % self.pictures - self.start
+            row = half * batch + wanted % self.pictures - self.indices.start
             self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import ModuleType
 
 import diffusers
 
+from stepquant.checkpoint.format import read_json
 from stepquant.errors import StepquantError
 
 
@@ -19,10 +20,10 @@ def check_index(folder: Path) -> None:
         StepquantError: naming what is wrong.
     """
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_json(folder / "model_index.json")
         name = index["_class_name"]
         libraries = {key: value[0] for key, value in index.items() if isinstance(value, list) and key[0] != "_"}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (StepquantError, KeyError, TypeError, IndexError, AttributeError):
         raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise StepquantError(
@@ -30,6 +31,8 @@ def check_index(folder: Path) -> None:
             "code of its own is not run."
         )
     for component, library in libraries.items():
-        known = library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
+        known = library in (None, "diffusers", "transformers") or isinstance(
+            getattr(diffusers.pipelines, str(library), None), ModuleType
+        )
         if not known or any((folder / component).glob("*.py")):
             raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")

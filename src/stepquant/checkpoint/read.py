@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from stepquant.checkpoint.bounds import bounded_by, check_configurations, check_numbers
 from stepquant.checkpoint.format import (
     DIGEST,
     QUANT_METHOD,
@@ -48,19 +49,23 @@ def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manif
     manifest = read_manifest(folder)
     verify(folder, manifest)
     check_index(folder)
+    check_configurations(folder)
     if manifest.component not in DENOISERS:
         raise StepquantError(f"{folder} names {manifest.component!r} as its denoiser: the checkpoint is damaged.")
     denoiser = load_denoiser(folder / manifest.component)
     prepare(denoiser, backend)
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            **{manifest.component: denoiser},
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        with bounded_by(sorted(folder.glob("*/*.safetensors"))):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                **{manifest.component: denoiser},
+            )
+    except StepquantError:
+        raise
+    except Exception as error:  # what lies beside the denoiser is read by other libraries, and can fail in any way
         raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {first_line(error)}.") from None
     correct_sampler(pipeline, denoiser)
     return pipeline, manifest
@@ -76,9 +81,12 @@ def load_denoiser(folder: Path) -> nn.Module:
     cls: Any = getattr(diffusers, str(name), None)
     if not _is_model(cls):
         raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
+    check_numbers(folder / "config.json", config)
     try:
-        with init_empty_weights():
+        with bounded_by([folder / WEIGHTS]), init_empty_weights():
             model = cls.from_config(config)
+    except StepquantError:
+        raise
     except Exception as error:  # a damaged configuration can fail in any way inside the model's constructor
         raise StepquantError(f"{folder}/config.json does not describe a {name}: {first_line(error)}.") from None
     install_empty(model, quantization.get("structure") or {}, device="meta")
@@ -156,7 +164,9 @@ def check_tensor(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the dtype of `like`; raises `StepquantError` unless shape, kind and values are as they must be."""
     if tensor.shape != like.shape:
         raise StepquantError(f"{path}: tensor {name!r} has another shape than the model: damaged.")
-    if like.dtype.is_floating_point != tensor.dtype.is_floating_point:
+    # Floats are widened; other integers would be cut to fit, and become other numbers.
+    is_float = like.dtype.is_floating_point and tensor.dtype.is_floating_point
+    if not is_float and tensor.dtype != like.dtype:
         raise StepquantError(f"{path}: tensor {name!r} is {tensor.dtype}, expected {like.dtype}: damaged.")
     tensor = tensor.to(like.dtype)
     if like.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):

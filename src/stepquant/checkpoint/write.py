@@ -15,9 +15,10 @@ from torch import Tensor
 
 from stepquant.checkpoint.card import CARD, model_card
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, is_checkpoint, record
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import made_by_quantization
-from stepquant.workspace import cannot_write, sync
+from stepquant.workspace import cannot_write, remove, sync, uninterrupted
 
 
 def save_pipeline(
@@ -25,15 +26,26 @@ def save_pipeline(
 ) -> Manifest:
     """Write `pipeline`, whose denoiser is quantized, to the folder `out`; returns the manifest written.
 
-    The folder appears under its name only when it is complete; one that it replaces is removed after that.
+    The folder appears under its name only when it is complete; one that it replaces is removed after that. An
+    interruption (SIGINT) waits until then. Of several processes the main one writes, and the others wait for it.
 
     Raises:
         StepquantError: if `out` exists and may not be replaced, or cannot be written.
     """
-    out = Path(out)
-    check_out(out, overwrite=overwrite)
+    ranks = Ranks.current()
+    manifest = None
+    if ranks.main:
+        with uninterrupted():
+            manifest = _save(pipeline, component, provenance, Path(out), overwrite)
+    return ranks.send(manifest)
+
+
+def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, overwrite: bool) -> Manifest:
     draft = out.with_name(f".{out.name}.draft")
     previous = out.with_name(f".{out.name}.previous")
+    if previous.exists() and not out.exists():
+        previous.rename(out)  # a process was killed between two renames
+    check_out(out, overwrite=overwrite)
     denoiser = getattr(pipeline, component)
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -70,7 +82,7 @@ def save_pipeline(
             previous.rename(out)
         raise cannot_write(out, error) from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
     return manifest
 
 

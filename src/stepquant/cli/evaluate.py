@@ -48,6 +48,7 @@ def evaluate(
 ) -> None:
     """Compare a quantized model with its full-precision origin."""
     from stepquant import evaluation
+    from stepquant.distributed import Ranks
     from stepquant.evaluation.metrics import NAMES, check_wanted
     from stepquant.evaluation.prompts import prompt_set
     from stepquant.pictures import picture_format, save_picture, side_by_side
@@ -79,6 +80,8 @@ def evaluate(
         cache=Path("out/features"),
         progress=progress(),
     )
+    if not Ranks.current().main:
+        return
     result = evaluated.result
     console().print(_table(result))
     if json is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ from stepquant.cli.sensitivity import sensitivity
 from stepquant.cli.study import study
 from stepquant.cli.train import train
 from stepquant.cli.ui import ui
+from stepquant.distributed import Ranks, joined
 from stepquant.errors import StepquantError
 from stepquant.quiet import silence_libraries
 
@@ -42,7 +45,8 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)  # typer reads the signature
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with joined() as ranks, _only_main_speaks(ranks):
+                command(*args, **kwargs)
         except StepquantError as error:
             _say(str(error))
             raise typer.Exit(USAGE_ERROR) from None
@@ -51,6 +55,16 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+@contextmanager
+def _only_main_speaks(ranks: Ranks) -> Iterator[None]:
+    """Of several processes, keep the results of all but the main one off standard output."""
+    if ranks.main:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - no file
+        yield
 
 
 def _say(message: str) -> None:

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 
 from stepquant.cli.progress import RichProgress
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.progress import Progress
 from stepquant.workspace import cannot_write
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
@@ -25,9 +27,9 @@ WIDTH = 160
 MEGABYTE = 1_000_000
 
 
-def progress() -> RichProgress:
-    """Progress on standard error, so that standard output holds results alone."""
-    return RichProgress(Console(stderr=True))
+def progress() -> Progress:
+    """Progress on standard error, so that standard output holds results alone; of several processes the main one's."""
+    return RichProgress(Console(stderr=True)) if Ranks.current().main else Progress()
 
 
 def console() -> Console:

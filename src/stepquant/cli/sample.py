@@ -24,6 +24,7 @@ def sample(
     backend: Backend = "auto",
 ) -> None:
     """Draw pictures and write them as one grid."""
+    from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
     from stepquant.pictures import grid, picture_format, save_picture
     from stepquant.pipelines import draw_many, make_request
@@ -34,6 +35,7 @@ def sample(
     check_writable_file(out)
     pipeline = resolve_pipeline(model, backend)
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
-    pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing")
-    save_picture(grid(pictures), out)
+    pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
+    if Ranks.current().main:
+        save_picture(grid(pictures), out)
     typer.echo(f"{count} pictures in {steps} steps, seed {seed}: {out}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -14,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
 from stepquant.evaluation.features import FolderPictures
@@ -114,7 +114,7 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Draw the same pictures with both pipelines and compare them.
+    """Draw the same pictures with both pipelines and compare them; processes of one group share the drawing.
 
     Args:
         folder: a quantized pipeline.
@@ -137,9 +137,10 @@ def evaluate(
     denoiser = _check_same(folder, quantized, against, original)
     request = make_request(original, steps, prompts=prompts, guidance=guidance)
 
+    ranks = Ranks.current()
     shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
-    reference = _draw_shadowed(original, request, count, seed, shadow, progress)
-    pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized")
+    reference = _draw_shadowed(original, request, count, seed, shadow, progress, ranks)
+    pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized", ranks=ranks)
     decibels, similarity = psnr(pictures, reference), ssim(pictures, reference)
     drawn_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
     figures = measure(wanted, Judged(against, pictures, reference, drawn_prompts, real, cache), progress)
@@ -148,9 +149,9 @@ def evaluate(
     note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
-        memory = peak_memory_bytes(str(folder), batch_size, backend)
+        memory = ranks.send(peak_memory_bytes(str(folder), batch_size, backend) if ranks.main else None)
         advance(1)
-        memory_fp32 = peak_memory_bytes(against, batch_size)
+        memory_fp32 = ranks.send(peak_memory_bytes(against, batch_size) if ranks.main else None)
         advance(1)
     result = EvaluationResult(
         model=str(folder),
@@ -184,13 +185,20 @@ def evaluate(
 
 
 def _draw_shadowed(
-    pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress
+    pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress, ranks: Ranks
 ) -> Tensor:
-    pictures = []
+    parts = batches(count)
+    compared = [indices for indices in parts if indices.start < SHADOWED]
     with progress.task("Drawing full precision", count * request.steps) as advance:
-        for indices in batches(count):
-            with shadow if indices.start < SHADOWED else nullcontext():
-                pictures.append(draw(pipeline, request, indices, seed, on_step=partial(advance, len(indices))))
+
+        def pictures_of(indices: range) -> Tensor:
+            return draw(pipeline, request, indices, seed, on_step=partial(advance, len(indices)))
+
+        pictures = []
+        for indices in compared:  # by every process: each has its own times, and the errors are few
+            with shadow:
+                pictures.append(pictures_of(indices))
+        pictures += ranks.deal(pictures_of, parts[len(compared) :])
     return torch.cat(pictures)
 
 

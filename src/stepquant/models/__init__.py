@@ -42,4 +42,21 @@ def denoiser_name(pipeline: object) -> str:
     )
 
 
-__all__ = ["DENOISERS", "FAMILIES", "ModelDescription", "denoiser_name", "describe"]
+MOST_SAMPLES = 8
+"""Samples that pass through a denoiser at a time; on two cores twice as many were no faster."""
+MOST_POSITIONS = 1 << 14
+"""Pixels or latent positions at a time: four samples at 64x64, one at 128x128."""
+
+
+def chunk_size(denoiser: nn.Module) -> int:
+    """How many samples pass through a denoiser at a time while it is calibrated.
+
+    It follows from the model alone and is no setting: kernels add in an order that depends on the size of the batch, so
+    other batches would give other last bits, and in the end other integers.
+    """
+    size = getattr(denoiser, "config", {}).get("sample_size") or 64
+    height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])
+    return max(1, min(MOST_SAMPLES, MOST_POSITIONS // (height * width)))
+
+
+__all__ = ["DENOISERS", "FAMILIES", "ModelDescription", "chunk_size", "denoiser_name", "describe"]

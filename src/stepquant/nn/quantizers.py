@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import TURNS, IntervalGenerator, TableGain
+from stepquant.nn.observations import Observations
 from stepquant.nn.tables import ActivationTable, expand_groups
 from stepquant.numerics.affine import affine_from_range, largest_code
+from stepquant.numerics.noise import SampleNoise
 from stepquant.numerics.ranges import RangeMethod, find_range, least_error_gain
 from stepquant.numerics.rounding import (
     inverse_rectified_sigmoid,
@@ -47,8 +49,6 @@ class ActivationQuantizer(nn.Module):
     zero_point: Tensor
     balance: Tensor | None
 
-    OBSERVED_VALUES = 1 << 12
-    """Values kept of each observed batch, row and group for the range search, next to the true min and max."""
     SEARCHED_VALUES = 1 << 16
     """Values the search looks at, of all that were kept."""
 
@@ -67,13 +67,14 @@ class ActivationQuantizer(nn.Module):
         self.enabled = False
         self.observing = False
         self.drop_probability = 0.0
+        self.noise: SampleNoise | None = None
         shape = (rows, max(1, len(group_sizes)))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape))
         self.register_buffer("balance", None)
         self.gain: TableGain | IntervalGenerator | None = None
         self.found_gain: tuple[Tensor, Tensor] | None = None
-        self._samples: list[tuple[int, Tensor]] = []
+        self.observations = Observations(*shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
@@ -84,7 +85,8 @@ class ActivationQuantizer(nn.Module):
         quantized = learned_quantize(x, scale, zero_point, self.bits)
         if self.drop_probability > 0 and torch.is_grad_enabled():
             # QDrop (arXiv 2203.05740): element by element, keep the full-precision value with this probability.
-            return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
+            assert self.noise is not None
+            return torch.where(self.noise.uniform(x) < self.drop_probability, x, quantized)
         return quantized
 
     def current_scale(self, row: Tensor | None = None) -> Tensor:
@@ -92,8 +94,12 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale if row is None else self.scale[row]
         if self.gain is None:
             return scale
+        training = self.gain.training
+        self.gain.train(training and torch.is_grad_enabled())  # a generator drops out while it learns, at no other time
         every = torch.arange(self.rows, device=scale.device)
-        return scale * self.gain(every if row is None else row)
+        current = scale * self.gain(every if row is None else row)
+        self.gain.train(training)
+        return current
 
     def learn(self, *, over_time: bool = False, turns: float | None = TURNS) -> list[nn.Parameter]:
         """Make the scale learnable, as a gain on the present one that starts at 1; returns its parameters.
@@ -151,17 +157,9 @@ class ActivationQuantizer(nn.Module):
         if self.balance is not None:
             x = x / self._along_channels(self.balance, x)
         groups = x.movedim(self.channel_dim, 1).split(self.group_sizes or (x.shape[self.channel_dim],), dim=1)
-        samples = [group.reshape(x.shape[0], -1) for group in groups]
-        if self.rows == 1:
-            samples = [sample.reshape(1, -1) for sample in samples]
-            rows = torch.zeros(1, dtype=torch.long)
-        else:
-            rows = self.clock.row.expand(x.shape[0]) if self.clock.row.dim() == 0 else self.clock.row
-            rows = rows.repeat_interleave(x.shape[0] // rows.shape[0])
-        for index, row in enumerate(rows.tolist()):
-            self._samples.append(
-                (row, torch.stack([_thin(sample[index].detach(), self.OBSERVED_VALUES) for sample in samples]))
-            )
+        rows = self.clock.row if self.rows > 1 else torch.zeros((), dtype=torch.long)
+        rows = rows.expand(x.shape[0]) if rows.dim() == 0 else rows.repeat_interleave(x.shape[0] // rows.shape[0])
+        self.observations.add(rows, [group.reshape(x.shape[0], -1) for group in groups])
 
     def set_range(self, method: RangeMethod, *, per_row: bool = True) -> None:
         """Search the range of what was observed, row by row, switch the quantizer on and forget the observations.
@@ -172,9 +170,9 @@ class ActivationQuantizer(nn.Module):
             per_row: False: one range over the observations of all rows, the same in each. Those of the single rows
                 are only remembered, as where a generator starts (`learn`).
         """
-        if not self._samples:
+        rows = self.observations.rows
+        if not rows:
             raise RuntimeError("set_range: nothing was observed")
-        rows = sorted({row for row, _ in self._samples})
         if per_row:
             grids = [affine_from_range(*self._search(method, row), self.bits) for row in rows]
             filled = torch.tensor(rows)
@@ -185,8 +183,13 @@ class ActivationQuantizer(nn.Module):
             self.scale, self.zero_point = scale.expand(self.rows, -1).clone(), zero_point.expand(self.rows, -1).clone()
             if self.rows > 1:
                 self.found_gain = torch.tensor(rows), torch.stack(self._gains(rows, scale, zero_point))
+        self.take_range(self.scale, self.zero_point, self.found_gain)
+
+    def take_range(self, scale: Tensor, zero_point: Tensor, found_gain: tuple[Tensor, Tensor] | None) -> None:
+        """Take over what `set_range` found, here or in another process."""
+        self.scale, self.zero_point, self.found_gain = scale, zero_point, found_gain
         self.enabled, self.observing = True, False
-        self._samples.clear()
+        self.observations = Observations(*self.scale.shape)
 
     def _gains(self, rows: list[int], scale: Tensor, zero_point: Tensor) -> list[Tensor]:
         """The best gain of each row, float [S] each, on what its neighbours saw as well.
@@ -202,24 +205,20 @@ class ActivationQuantizer(nn.Module):
 
     def _observed(self, row: int | None = None) -> Tensor:
         """What was observed, of one row or of all: float [S, n]."""
-        parts = [kept for other, kept in self._samples if row is None or other == row]
-        return torch.cat(parts, dim=1).float()
+        return self.observations.values(row)
 
     def _search(self, method: RangeMethod, row: int | None = None) -> tuple[Tensor, Tensor]:
         """The range of what was observed, of one row or of all: float [S] twice."""
         values = self._observed(row)
-        low, high = values.aminmax(dim=1)
+        lows, highs = self.observations.low, self.observations.high
+        low, high = (lows.amin(0), highs.amax(0)) if row is None else (lows[row], highs[row])
         if self.unsigned:
             low = torch.zeros_like(low)
         return find_range(self._thinned(values), self.bits, method, low=low, high=high)
 
     def _thinned(self, values: Tensor) -> Tensor:
         """At most about `SEARCHED_VALUES` of what was observed: float [S, n]."""
-        stride = math.ceil(values.shape[1] / self.SEARCHED_VALUES)
-        # Each observation ends in its min and max: a stride that divides its length would never, or only, meet them.
-        while math.gcd(stride, self.OBSERVED_VALUES + 2) > 1:
-            stride += 1
-        return values[:, ::stride]
+        return values[:, :: math.ceil(values.shape[1] / self.SEARCHED_VALUES)]
 
     def table(self) -> ActivationTable:
         """The learned grid as it ships."""
@@ -387,11 +386,3 @@ class WeightQuantizer(nn.Module):
         ]
         quantized = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return quantized if along is None else quantized / along
-
-
-def _thin(values: Tensor, count: int) -> Tensor:
-    """`count` values spread evenly over a 1-d tensor, and its min and max: [count + 2]."""
-    # Beyond 2^24 values float32 no longer holds every index.
-    exact = torch.float32 if values.numel() <= 1 << 24 else torch.float64
-    index = torch.linspace(0, values.numel() - 1, count, dtype=exact).long()
-    return torch.cat([values[index], values.amin()[None], values.amax()[None]])

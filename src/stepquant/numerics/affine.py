@@ -54,5 +54,7 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool =
         scale = torch.maximum(-low / half, high / (half - 1)).clamp(min=SMALLEST_SCALE)
         return scale, torch.full_like(scale, half)
     top = largest_code(bits)
-    scale = ((high - low) / top).clamp(min=SMALLEST_SCALE)
+    spread = high - low
+    # The spread of a range that uses all of the dtype is beyond it.
+    scale = torch.where(spread.isfinite(), spread / top, high / top - low / top).clamp(min=SMALLEST_SCALE)
     return scale, torch.round(-low / scale).clamp(0, top)

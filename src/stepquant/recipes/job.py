@@ -20,13 +20,14 @@ from stepquant.calibration.sensitivity import How, Sensitivity, measure
 from stepquant.calibration.trajectories import (
     NOISE_OFFSET,
     OUTPUT,
+    SHARED,
     Calibration,
     CalibrationSet,
     collect,
     collect_all,
 )
 from stepquant.config import QuantSpec
-from stepquant.models import ModelDescription, describe
+from stepquant.models import ModelDescription, chunk_size, describe
 from stepquant.nn.correction import Correction
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
@@ -35,14 +36,14 @@ from stepquant.reconstruction.blocks import Settings, reconstruct
 from stepquant.reconstruction.network import Finetuning, finetune
 from stepquant.workspace import Workspace, digest, tensors_digest
 
-SHARED = "shared:"
-"""Marks, in a kept stage, the arguments that all samples have in common."""
 RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""
 RANKING_TRAJECTORIES = 16
 """Pictures drawn for them."""
 CORRECTION_OFFSET = 1_000_000
 """Added to the seed of the pictures that a correction is estimated on."""
+FEATURE_PICTURES = 16
+"""Pictures whose features the steps are selected by."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Job:
             [
                 tensors_digest(dict(self.denoiser.state_dict())),
                 self.calibration.model_dump(),
+                self.chunk,
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
                 {name: _fingerprint(value) for name, value in self.request.inputs.items()},
                 type(self.pipeline.scheduler).__name__,
@@ -90,6 +92,11 @@ class Job:
                 self.seed,
             ]
         )
+
+    @cached_property
+    def chunk(self) -> int:
+        """Samples that pass through the model at a time."""
+        return chunk_size(self.denoiser)
 
     @cached_property
     def key(self) -> str:
@@ -102,13 +109,18 @@ class Job:
 
     def collect(self, steps: Tensor) -> CalibrationSet:
         """Calibration samples at the wanted sampler steps, int64 [N]; kept in the cache."""
-
-        def compute() -> CalibrationSet:
-            return collect(
-                self.pipeline, self.denoiser, self.request, steps, self.calibration, self.seed, self.progress
-            )
-
-        return self._kept_samples(f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}", compute)
+        return collect(
+            self.pipeline,
+            self.denoiser,
+            self.request,
+            steps,
+            self.calibration,
+            self.seed,
+            self.progress,
+            workspace=self.workspace,
+            cache=self.cache,
+            stage=f"samples-{digest([self.sampling_key, steps.tolist()])[:16]}",
+        )
 
     def trajectories(self, index: int) -> CalibrationSet:
         """Whole trajectories with the denoiser's outputs, other ones for every index; kept in the cache."""
@@ -147,7 +159,7 @@ class Job:
         stored = self.workspace.load(stage)
         if stored is not None:
             return stored["steps"]
-        pictures = min(self.calibration.pictures, self.calibration.batch_size)
+        pictures = min(self.calibration.pictures, FEATURE_PICTURES)
         middle = self.denoiser.get_submodule(self.description.middle)
         seed = self.seed + NOISE_OFFSET
         features = step_features(self.pipeline, middle, self.request, pictures, seed, self.progress)
@@ -174,6 +186,7 @@ class Job:
             timesteps=timesteps,
             weight_range=weight_range,
             progress=self.progress,
+            ranks=self.workspace.ranks,
         )
 
     def calibrate_ranges(
@@ -191,10 +204,11 @@ class Job:
             instrumented,
             samples,
             method,
-            self.calibration.batch_size,
+            self.chunk,
             self.progress,
             per_row=per_row,
             quantized_weights=quantized_weights,
+            ranks=self.workspace.ranks,
         )
 
     def balance(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
@@ -205,7 +219,7 @@ class Job:
         stage = f"balance-{digest([self.key, tensors_digest(samples.tensors)])[:16]}"
         balances = self.workspace.load(stage)
         if balances is None:
-            balances = find_balances(instrumented, samples, self.calibration.batch_size, self.progress)
+            balances = find_balances(instrumented, samples, self.chunk, self.progress)
             self.workspace.save(stage, balances)
         for name, balance in balances.items():
             instrumented.layers[name].balance(balance)
@@ -227,7 +241,7 @@ class Job:
             instrumented,
             samples,
             how,
-            batch_size=self.calibration.batch_size,
+            batch_size=self.chunk,
             workspace=self.workspace,
             stage=f"sensitivity-{stage[:16]}",
             progress=self.progress,
@@ -269,7 +283,7 @@ class Job:
         """
         job = replace(self, seed=self.seed + CORRECTION_OFFSET)
         samples = job.collect(uniform_steps(self.calibration.samples, self.request.steps, job.generator()))
-        batch_size = self.calibration.batch_size
+        batch_size = self.chunk
         return estimate_correction(self.denoiser, instrumented, samples, batch_size, self.progress)
 
     def training_timesteps(self) -> Tensor:
@@ -302,7 +316,7 @@ class Job:
             workspace=self.workspace,
             key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())]),
             seed=self.seed,
-            batch_size=self.calibration.batch_size,
+            batch_size=self.chunk,
             progress=self.progress,
         )
 

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.instrument import Instrumented, search_ranges
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.distributed import Ranks
 from stepquant.models.description import main_tensor
 from stepquant.nn.trainable import TrainableLayer
+from stepquant.numerics.noise import SampleNoise
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.numerics.rounding import annealed_beta
 from stepquant.progress import Progress
@@ -94,18 +96,20 @@ def reconstruct(
 ) -> None:
     """Reconstruct `blocks` in order, each on what the quantized blocks before it put out.
 
-    A finished block is kept in the workspace; an interrupted run loses at most the block it was in.
+    A finished block is kept in the workspace; an interrupted run loses at most the block it was in. The workspace's
+    processes share the samples and the minibatches.
 
     Args:
         full_precision: the original denoiser, the source of targets; each of its blocks runs once over the samples.
         instrumented: the copy to learn on; afterwards its quantizers are settled.
         key: stands for everything that the result depends on besides `settings` and `seed`.
-        batch_size: samples passed through the networks at a time (memory, not the result, depends on it).
+        batch_size: samples passed through the networks at a time.
     """
     key = digest([key, asdict(settings), seed, list(blocks)])[:16]
-    original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"))
+    ranks = workspace.ranks
+    original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"), ranks=ranks)
     scratch = workspace.scratch("quantized")
-    quantized = Replay(instrumented.model, samples, batch_size, scratch, instrumented.clock)
+    quantized = Replay(instrumented.model, samples, batch_size, scratch, instrumented.clock, ranks)
     timesteps = samples.tensors["timestep"]
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
@@ -117,14 +121,16 @@ def reconstruct(
             stored = workspace.load(stage)
             if stored is None:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed * 100_003 + index)
+                    start = seed * 100_003 + index
+                    torch.manual_seed(start)
                     if settings.learn_scales:
-                        _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size)
+                        _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size, ranks)
                     if settings.rounding == "compensated":
                         coarse = _coarse_layers(instrumented, block)
-                        compensate(full_precision, instrumented, block, coarse, clean, inputs, samples, batch_size)
+                        passed = (samples, batch_size, ranks)
+                        compensate(full_precision, instrumented, block, coarse, clean, inputs, *passed)
                     targets = LayerOutputs(target, layer_targets)
-                    _learn(instrumented, block, inputs, clean, targets, timesteps, settings, advance)
+                    _learn(instrumented, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
                 workspace.save(stage, _block_state(instrumented, block))
             else:
                 _restore(instrumented, block, stored, settings)
@@ -145,18 +151,20 @@ def _initialise_ranges(
     settings: Settings,
     samples: CalibrationSet,
     batch_size: int,
+    ranks: Ranks,
 ) -> None:
     """Find the ranges of the block's activations on what really reaches them."""
     quantizers = list(instrumented.activation_quantizers(block))
     for quantizer in quantizers:
         quantizer.observing = True
     with torch.no_grad():
-        for chosen in samples.batches(batch_size):
+        batches = list(samples.batches(batch_size))
+        for chosen in batches[ranks.share(len(batches))]:
             args, kwargs = inputs.at(chosen)
             instrumented.clock.set(samples.tensors["timestep"][chosen])
             instrumented.model.get_submodule(block)(*args, **kwargs)
+    search_ranges(quantizers, settings.activation_range, per_row=settings.over_time == "table", ranks=ranks)
     for quantizer in quantizers:
-        quantizer.set_range(settings.activation_range, per_row=settings.over_time == "table")
         # Before the weights are rounded: they are compensated for the intervals that they will meet.
         quantizer.learn(over_time=settings.over_time == "generator")
 
@@ -169,6 +177,8 @@ def _learn(
     targets: LayerOutputs,
     timesteps: Tensor,
     settings: Settings,
+    seed: int,
+    ranks: Ranks,
     advance: Any,
 ) -> None:
     module = instrumented.model.get_submodule(block)
@@ -194,22 +204,34 @@ def _learn(
         return
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.iterations))
+    generator = torch.Generator().manual_seed(seed)
     unit: Tensor | None = None
     learned = {name: instrumented.layers[name] for name in targets.layers}
     for iteration in range(settings.iterations):
-        chosen = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),))
-        instrumented.clock.set(timesteps[chosen])
-        args, kwargs = inputs.mixed(clean, chosen, settings.dropped)
-        with LayerOutputs.recorded(learned) as layer_outputs:
-            outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
-        missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)
-        unit = missed.detach().clamp(min=1e-12) if unit is None else unit
-        beta = annealed_beta(iteration / settings.iterations)
+        minibatch = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),), generator=generator)
+        share = ranks.share(len(minibatch))
+        chosen = minibatch[share]
+        missed = torch.zeros(())
+        if len(chosen):
+            instrumented.clock.set(timesteps[chosen])
+            noise = SampleNoise(seed, iteration, range(share.start, share.stop))
+            for quantizer in quantizers:
+                quantizer.noise = noise
+            args, kwargs = inputs.mixed(clean, chosen, settings.dropped, noise)
+            with LayerOutputs.recorded(learned) as layer_outputs:
+                outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
+            missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)
+            missed = missed * (len(chosen) / len(minibatch))
+        unit = ranks.add(missed.detach()).clamp(min=1e-12) if unit is None else unit
         loss = missed / unit
-        for layer in coarse:
-            loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
+        if ranks.main:
+            beta = annealed_beta(iteration / settings.iterations)
+            for layer in coarse:
+                loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+        ranks.add_gradients(parameter for group in groups for parameter in group["params"])
         optimizer.step()
         schedule.step()
         advance(1)
@@ -217,7 +239,7 @@ def _learn(
         layer.weight_quantizer.settle(layer.inner.weight)
     for quantizer in quantizers:
         quantizer.settle()
-        quantizer.drop_probability = 0.0
+        quantizer.drop_probability, quantizer.noise = 0.0, None
 
 
 def _block_state(instrumented: Instrumented, block: str) -> dict[str, Tensor]:

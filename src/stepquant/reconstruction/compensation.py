@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.distributed import Ranks
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.affine import largest_code
 from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows, sparser
 from stepquant.reconstruction.replay import BlockInputs
+
+SUMS = 16
+"""Parts that the samples are divided into: each is added up by one process, and the parts in order by all, so that the
+sum is the same however many processes there are. More parts would mean more to send, two matrices of [in, in] each."""
 
 
 @torch.no_grad()
@@ -26,6 +33,7 @@ def compensate(
     inputs: BlockInputs,
     samples: CalibrationSet,
     batch_size: int,
+    ranks: Ranks,
 ) -> None:
     """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
 
@@ -36,30 +44,56 @@ def compensate(
         full_precision: the original denoiser.
         layers: those of the block to compensate, by name and in order.
         clean, inputs: of the block, in full precision and as the quantized blocks before it make them.
+        ranks: share the samples.
     """
     dense = {name: layer for name, layer in layers.items() if _is_dense(layer.inner)}
     for layer in dense.values():
         layer.quantizing_weight = False
+    batches = list(samples.batches(batch_size))
+    each = math.ceil(len(batches) / SUMS)
+    parts = [batches[start : start + each] for start in range(0, len(batches), each)]
     for name, layer in dense.items():
         size = layer.inner.weight[0].numel()
         moments, cross = torch.zeros(size, size), torch.zeros(size, size)
-        original = full_precision.get_submodule(name)
-        for chosen in samples.batches(batch_size):
-            with _input_of(original) as wanted:
-                args, kwargs = clean.at(chosen)
-                full_precision.get_submodule(block)(*args, **kwargs)
-            with _input_of(layer) as seen:
-                args, kwargs = inputs.at(chosen)
-                instrumented.clock.set(samples.tensors["timestep"][chosen])
-                instrumented.model.get_submodule(block)(*args, **kwargs)
-                quantizer = layer.activation_quantizer
-                given = seen[0] if quantizer is None else quantizer(seen[0])
-            step = sparser(len(samples), given, layer.inner)
-            rows = input_rows(given, layer.inner, step)
-            moments += rows.t() @ rows
-            cross += input_rows(wanted[0], layer.inner, step).t() @ rows
-        _compensate_layer(layer, moments, cross)
+        products = partial(_products, full_precision, instrumented, block, name, clean, inputs, samples)
+        for moment, crossed in ranks.deal(products, parts):
+            moments += moment
+            cross += crossed
+        if ranks.main:
+            _compensate_layer(layer, moments, cross)
+        layer.weight_quantizer.decided = ranks.send(layer.weight_quantizer.decided)
         layer.quantizing_weight = True
+
+
+def _products(
+    full_precision: nn.Module,
+    instrumented: Instrumented,
+    block: str,
+    name: str,
+    clean: BlockInputs,
+    inputs: BlockInputs,
+    samples: CalibrationSet,
+    batches: list[slice],
+) -> tuple[Tensor, Tensor]:
+    """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X."""
+    original, layer = full_precision.get_submodule(name), instrumented.layers[name]
+    size = layer.inner.weight[0].numel()
+    moments, cross = torch.zeros(size, size), torch.zeros(size, size)
+    for chosen in batches:
+        with _input_of(original) as wanted:
+            args, kwargs = clean.at(chosen)
+            full_precision.get_submodule(block)(*args, **kwargs)
+        with _input_of(layer) as seen:
+            args, kwargs = inputs.at(chosen)
+            instrumented.clock.set(samples.tensors["timestep"][chosen])
+            instrumented.model.get_submodule(block)(*args, **kwargs)
+            quantizer = layer.activation_quantizer
+            given = seen[0] if quantizer is None else quantizer(seen[0])
+        step = sparser(len(samples), given, layer.inner)
+        rows = input_rows(given, layer.inner, step)
+        moments += rows.t() @ rows
+        cross += input_rows(wanted[0], layer.inner, step).t() @ rows
+    return moments, cross
 
 
 def _compensate_layer(layer: TrainableLayer, moments: Tensor, cross: Tensor) -> None:

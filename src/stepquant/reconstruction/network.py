@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.distributed import Ranks
 from stepquant.models.description import main_tensor
 from stepquant.progress import Progress
 from stepquant.reconstruction.objectives import LayerOutputs, squared_error
@@ -76,7 +77,7 @@ def finetune(
         def loss(iteration: int) -> Tensor:
             torch.manual_seed(seed * 100_003 + iteration)
             chosen = torch.randint(len(samples), (min(settings.batch_size, len(samples)),))
-            return network_error(full_precision, instrumented, samples, chosen, settings)
+            return network_error(full_precision, instrumented, samples, chosen, settings, workspace.ranks)
 
         optimize(
             parameters,
@@ -100,22 +101,28 @@ def network_error(
     samples: CalibrationSet,
     chosen: Tensor,
     settings: Finetuning,
+    ranks: Ranks,
 ) -> Tensor:
-    """The loss of `finetune` over the chosen samples, a scalar."""
+    """The loss of `finetune` over the chosen samples, a scalar; of several processes, this one's part of the sum."""
+    minibatch, chosen = len(chosen), chosen[ranks.share(len(chosen))]
+    if not len(chosen):
+        return ranks.add(torch.zeros(1 + len(settings.aligned))).sum()
     arguments = samples.arguments(chosen)
     originals = {name: full_precision.get_submodule(name) for name in settings.aligned}
     with torch.no_grad(), LayerOutputs.recorded(originals) as targets:
         target = main_tensor(full_precision(**arguments, return_dict=False))
     with LayerOutputs.recorded({name: instrumented.layers[name] for name in settings.aligned}) as outputs:
         output = main_tensor(instrumented.model(**arguments, return_dict=False))
-    total = settings.global_weight * _relative_error(output, target)
-    for name in settings.aligned:
-        total = total + _relative_error(outputs[name], targets[name])
-    return total
-
-
-def _relative_error(x: Tensor, target: Tensor) -> Tensor:
-    return squared_error(x, target) / squared_error(target, torch.zeros_like(target)).clamp(min=1e-12)
+    share = len(chosen) / minibatch
+    wanted = [target, *(targets[name] for name in settings.aligned)]
+    power = ranks.add(torch.stack([squared_error(x, torch.zeros_like(x)) * share for x in wanted])).clamp(min=1e-12)
+    missed = torch.stack(
+        [
+            settings.global_weight * squared_error(output, target),
+            *(squared_error(outputs[name], targets[name]) for name in settings.aligned),
+        ]
+    )
+    return (missed * share / power).sum()
 
 
 def _parameters(instrumented: Instrumented, settings: Finetuning) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def optimize(
     Args:
         groups: Adam's parameter groups: ``params`` and ``lr``; rates fall to zero along a cosine.
         loss: a scalar; everything random in it must follow from the iteration alone, so that a continued run ends in
-            the same bytes as an unbroken one.
+            the same bytes as an unbroken one. Of several processes, each gives its part of a sum.
         stage: name of the state in the workspace.
         clip_norm: gradients of a larger norm, over all parameters, are scaled down to it.
         ema_decay: above 0, parameters end at their exponential moving average, whose first iterations decay faster.
@@ -49,7 +49,10 @@ def optimize(
         advance(done)
         for iteration in range(done, iterations):
             optimizer.zero_grad(set_to_none=True)
-            loss(iteration).backward()
+            part = loss(iteration)
+            if part.requires_grad:
+                part.backward()
+            workspace.ranks.add_gradients(parameters)
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -93,7 +93,7 @@ def train(
                     "use lower learning rates."
                 )
             mean.add(iteration, error.item())
-            return error
+            return error / workspace.ranks.count  # every process takes the whole batch; the gradients are added up
 
         optimize(
             groups,

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.nn.clock import StepClock
+from stepquant.numerics.noise import SampleNoise
 from stepquant.reconstruction.objectives import LayerOutputs
+from stepquant.workspace import allocate
 
 
 class BlockInputs:
@@ -32,16 +35,17 @@ class BlockInputs:
         """Positional and keyword arguments for some of the samples."""
         return self._arguments([self._pick(leaf, chosen) for leaf in self.leaves], chosen)
 
-    def mixed(self, other: BlockInputs, chosen: Tensor, probability: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def mixed(
+        self, other: BlockInputs, chosen: Tensor, probability: float, noise: SampleNoise
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `at`, but each floating element comes from `other` with the given probability (QDrop)."""
         if probability == 0:
             return self.at(chosen)
         leaves = []
         for mine, theirs in zip(self.leaves, other.leaves, strict=True):
             leaf = self._pick(mine, chosen)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                swap = torch.rand_like(leaf) < probability
-                leaf = torch.where(swap, self._pick(theirs, chosen), leaf)
+            if self._has_samples(mine) and leaf.is_floating_point():
+                leaf = torch.where(noise.uniform(leaf) < probability, self._pick(theirs, chosen), leaf)
             leaves.append(leaf)
         return self._arguments(leaves, chosen)
 
@@ -51,8 +55,10 @@ class BlockInputs:
         return args, {name: count if value is _BATCH else value for name, value in kwargs.items()}
 
     def _pick(self, leaf: Any, chosen: slice | Tensor) -> Any:
-        is_per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
-        return leaf[chosen] if is_per_sample else leaf
+        return leaf[chosen] if self._has_samples(leaf) else leaf
+
+    def _has_samples(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
 
 
 class Replay:
@@ -62,8 +68,9 @@ class Replay:
         model: the denoiser.
         samples: its inputs.
         batch_size: samples passed through at a time.
-        scratch: an empty folder for the files behind the outputs.
+        scratch: an empty folder for the files behind inputs and outputs.
         clock: the denoiser's; a block that runs alone has no timestep to set it by.
+        ranks: share the running of blocks; each holds all outputs.
     """
 
     def __init__(
@@ -73,9 +80,10 @@ class Replay:
         batch_size: int,
         scratch: Path,
         clock: StepClock | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.samples, self.batch_size, self.scratch = model, samples, batch_size, scratch
-        self.clock = clock
+        self.clock, self.ranks = clock, ranks or Ranks()
         self._outputs: dict[str, tuple[list[Any], Any]] = {}
 
     @torch.no_grad()
@@ -84,8 +92,6 @@ class Replay:
         target = self.model.get_submodule(block)
         stubs = {name: self.model.get_submodule(name) for name in self._outputs}
         position = {"chosen": slice(0, 0)}
-        parts: list[list[Any]] = []
-        structure: Any = None
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise _Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
@@ -100,24 +106,36 @@ class Replay:
 
             return forward
 
+        def called_with(chosen: slice) -> tuple[list[Any], Any]:
+            position["chosen"] = chosen
+            try:
+                self.model(**self.samples.arguments(chosen))
+            except _Reached as reached:
+                return pytree.tree_flatten((reached.args_, reached.kwargs_))
+            raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
+
+        batches = list(self.samples.batches(self.batch_size))
         try:
             for name, module in stubs.items():
                 module.forward = answer(name)
             target.forward = stop
-            for chosen in self.samples.batches(self.batch_size):
-                position["chosen"] = chosen
-                try:
-                    self.model(**self.samples.arguments(chosen))
-                except _Reached as reached:
-                    leaves, structure = pytree.tree_flatten((reached.args_, reached.kwargs_))
-                    parts.append(leaves)
+            # The last batch may be smaller: with the first it tells which arguments have a row a sample.
+            first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
+            joined = [
+                self._allocate(f"inputs-{index}", leaf)
+                if _is_per_sample((leaf, end), (batches[0], batches[-1]))
+                else leaf
+                for index, (leaf, end) in enumerate(zip(first, last, strict=True))
+            ]
+            for chosen in batches:
+                leaves, structure = called_with(chosen)
+                for memory, before, leaf in zip(joined, first, leaves, strict=True):
+                    if memory is not before:
+                        memory[chosen] = leaf
         finally:
             for module in (target, *stubs.values()):
                 module.__dict__.pop("forward", None)
-        if len(parts) == 0:
-            raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
-        sizes = [chosen.stop - chosen.start for chosen in self.samples.batches(self.batch_size)]
-        return BlockInputs([_join(leaf, sizes) for leaf in zip(*parts, strict=True)], structure, len(self.samples))
+        return BlockInputs(joined, structure, len(self.samples))
 
     @torch.no_grad()
     def run(self, block: str, inputs: BlockInputs, record: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,7 +148,8 @@ class Replay:
         leaves: list[Any] = []
         kept: dict[str, Tensor] = {}
         tree: Any = None
-        for chosen in self.samples.batches(self.batch_size):
+
+        def put_out(chosen: slice) -> tuple[list[Any], list[Tensor], Any]:
             args, kwargs = inputs.at(chosen)
             if self.clock is not None:
                 self.clock.set(self.samples.tensors["timestep"][chosen])
@@ -142,12 +161,15 @@ class Replay:
                     f"block {block} folds something else into the batch, so that its samples cannot be told apart: "
                     "this model cannot be reconstructed block by block; use recipe minmax or ptq4dm."
                 )
+            return produced, [layers[name] for name in record], tree
+
+        batches = list(self.samples.batches(self.batch_size))
+        for chosen, put in zip(batches, self.ranks.deal(put_out, batches), strict=True):
+            produced, layers, tree = put
             if not leaves:
                 leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]
-                kept = {name: self._allocate(f"layer-{index}", layers[name]) for index, name in enumerate(record)}
-            for memory, leaf in zip(
-                leaves + list(kept.values()), produced + [layers[name] for name in record], strict=True
-            ):
+                kept = {name: self._allocate(f"layer-{index}", layers[index]) for index, name in enumerate(record)}
+            for memory, leaf in zip(leaves + list(kept.values()), produced + layers, strict=True):
                 if isinstance(leaf, Tensor):
                     memory[chosen] = leaf
         self._outputs[block] = (leaves, tree)
@@ -156,10 +178,7 @@ class Replay:
     def _allocate(self, name: str, like: Any) -> Any:
         if not isinstance(like, Tensor):
             return like
-        shape = (len(self.samples), *like.shape[1:])
-        count = torch.Size(shape).numel()
-        path = self.scratch / f"{name}.bin"
-        return torch.from_file(str(path), shared=True, size=count, dtype=like.dtype).reshape(shape)
+        return allocate(self.scratch / f"{name}.bin", (len(self.samples), *like.shape[1:]), like.dtype)
 
 
 _BATCH = object()
@@ -174,12 +193,9 @@ class _Reached(Exception):
         self.args_, self.kwargs_ = args, kwargs
 
 
-def _join(parts: tuple[Any, ...], sizes: list[int]) -> Any:
-    first = parts[0]
-    if (
-        isinstance(first, Tensor)
-        and first.dim() > 0
-        and all(part.shape[0] == size for part, size in zip(parts, sizes, strict=True))
-    ):
-        return torch.cat(parts)
-    return first
+def _is_per_sample(leaves: tuple[Any, Any], batches: tuple[slice, slice]) -> bool:
+    """Whether an argument, seen in two batches, has as many rows as each batch has samples."""
+    return all(
+        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == chosen.stop - chosen.start
+        for leaf, chosen in zip(leaves, batches, strict=True)
+    )

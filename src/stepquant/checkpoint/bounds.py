@@ -1,0 +1,110 @@
+"""What a folder may ask for before it is believed: configurations are numbers that anybody can have written.
+
+A few bytes of JSON can name a model of a million layers, or tables that fill the memory. Nothing that a configuration
+describes is much larger than the weights that lie beside it, so these are the bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from stepquant.checkpoint.format import LARGEST_JSON, read_json
+from stepquant.errors import StepquantError
+
+LARGEST_VOCABULARY = 4 * LARGEST_JSON
+"""Bytes of a tokenizer's file."""
+LARGEST_NUMBER = 1 << 24
+"""No size or count in a configuration is larger; timesteps of training, say, become tables of that length."""
+LARGEST_GRID = 1 << 29
+"""Numbers in a table of position embeddings, which is computed from the configuration and not stored."""
+SPARE_PARAMETERS = 1000
+SPARE_NUMBERS = 1 << 20
+
+
+def check_configurations(folder: Path) -> None:
+    """Refuse configurations of a pipeline that are too large, too deep, or name code or sizes that no model has.
+
+    Raises:
+        StepquantError: naming the file.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        if not path.name.endswith(("config.json", "model_index.json")):
+            if path.stat().st_size > LARGEST_VOCABULARY:
+                raise StepquantError(f"{path} is larger than any file of its kind: the checkpoint is damaged.")
+            continue
+        config = read_json(path)
+        if "auto_map" in config:
+            raise StepquantError(f"{path} brings code of its own: it is not run.")
+        check_numbers(path, config)
+
+
+def check_numbers(path: Path, config: dict[str, Any]) -> None:
+    """Raise `StepquantError` if a number of a configuration is far beyond what it can mean."""
+    for number in _integers({name: value for name, value in config.items() if name != "quantization_config"}):
+        if abs(number) > LARGEST_NUMBER:
+            raise StepquantError(f"{path} holds the number {number}: no model has such a size, it is damaged.")
+    sides = [config.get(name) for name in ("sample_size", "pos_embed_max_size")]
+    side = max((max(_integers(side), default=0) for side in sides), default=0)
+    patch = config.get("patch_size")
+    if isinstance(patch, int) and patch > 0:
+        width = max(_integers(config.get("num_attention_heads")), default=1)
+        width *= max(_integers(config.get("attention_head_dim")), default=1)
+        if (side // patch) ** 2 * width > LARGEST_GRID:
+            raise StepquantError(f"{path} describes pictures of {side} x {side}: too large, it is damaged.")
+
+
+@contextmanager
+def bounded_by(files: list[Path]) -> Iterator[None]:
+    """Stop the building of a model that has far more parameters than `files`, safetensors of its folder, can hold.
+
+    Raises:
+        StepquantError: as soon as it does, or if a file cannot be read.
+    """
+    names = stored = 0
+    for path in files:
+        stored += path.stat().st_size
+        try:
+            with safe_open(path, "pt") as file:
+                names += len(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise StepquantError(f"{path} cannot be read ({error}): the checkpoint is damaged.") from None
+    parameters, numbers = 2 * names + SPARE_PARAMETERS, 2 * stored + SPARE_NUMBERS  # codes of 4 bits: two to a byte
+    thread, seen = threading.get_ident(), [0, 0]
+
+    def count(_module: nn.Module, _name: str, parameter: Tensor | None) -> None:
+        if parameter is None or threading.get_ident() != thread:
+            return
+        seen[0] += 1
+        seen[1] += parameter.numel()
+        # A model is built more than once while it is loaded, and quantized layers take the place of others.
+        if seen[0] > 4 * parameters or seen[1] > 4 * numbers:
+            raise StepquantError(
+                "a configuration describes a model far larger than the weights beside it: the checkpoint is damaged."
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """All integers in a JSON value."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, int) and not isinstance(item, bool):
+            yield item

@@ -1,0 +1,77 @@
+"""Several quantized pipelines at once: in threads, step by step in turn, and with many timesteps in one batch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import stepquant
+from stepquant.pipelines import draw, make_request
+
+CALIBRATION = stepquant.Calibration(samples=16, steps=4)
+
+
+@pytest.fixture(scope="module")
+def quantized(text_pipeline):
+    """Two pipelines of one origin, with tables of a row a step."""
+
+    def make(bits: str):
+        settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
+        return stepquant.quantize(text_pipeline, bits, recipe="quest", calibration=CALIBRATION, **settings)
+
+    return make("w4a4"), make("w8a8")
+
+
+def test_pipelines_share_nothing_that_changes_while_they_run(quantized, text_pipeline):
+    every = [*quantized, text_pipeline]
+    assert len({id(pipeline.scheduler) for pipeline in every}) == 3
+    assert len({id(pipeline.unet) for pipeline in every}) == 3
+
+
+def test_two_threads_draw_what_each_draws_alone(quantized, text_pipeline):
+    pairs = zip((*quantized, text_pipeline), (5, 3, 4), strict=True)
+    jobs = [(pipeline, steps, seed) for pipeline, steps in pairs for seed in (0, 7)]
+
+    def pictures(job) -> torch.Tensor:
+        pipeline, steps, seed = job
+        return draw(pipeline, make_request(pipeline, steps), range(2), seed)
+
+    alone = [pictures(job) for job in jobs]
+    with ThreadPoolExecutor(3) as threads:
+        for turn in (0, 1):  # one thread a pipeline
+            together = list(threads.map(pictures, jobs[turn::2]))
+            assert all(torch.equal(*pair) for pair in zip(alone[turn::2], together, strict=True))
+
+
+def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 4, 8, 8, generator=generator), torch.randn(4, 16, 16, generator=generator)
+
+
+@torch.no_grad()
+def test_steps_of_two_models_in_turn(quantized):
+    x, text = inputs(0)
+    times = (750, 500, 250, 0)
+    alone = [[pipeline.unet(x, time, text).sample for time in times] for pipeline in quantized]
+    for index, time in enumerate(times):
+        other = times[-1 - index]
+        first = quantized[0].unet(x, time, text).sample
+        second = quantized[1].unet(x, other, text).sample
+        assert torch.equal(first, alone[0][index]) and torch.equal(second, alone[1][-1 - index])
+
+
+@torch.no_grad()
+def test_a_batch_of_many_timesteps_is_its_samples_alone(quantized):
+    """To float rounding only: kernels of another batch size add in another order."""
+    x, text = inputs(1)
+    times = torch.tensor([750, 0, 500, 750])
+    for pipeline in quantized:
+        mixed = pipeline.unet(x, times, text).sample
+        for index, time in enumerate(times):
+            alone = pipeline.unet(x[index : index + 1], time, text[index : index + 1]).sample
+            error = (mixed[index] - alone[0]).square().mean().sqrt() / alone.square().mean().sqrt()
+            assert error < 0.02  # a rounding error may cross the edge of a 4-bit code, a wrong row changes everything
+        swapped = pipeline.unet(x, times.flip(0), text).sample
+        assert (swapped[1] - mixed[1]).square().mean().sqrt() > 0.02 * mixed[1].square().mean().sqrt()
