@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint study study-qat reports
+.PHONY: install demo test lint study study-qat reports trust-interruption trust-damage trust-memory fuzz audit package lowest
 
 install: $(VENV)/installed
 
@@ -56,3 +56,38 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests training benchmarks examples
 	$(BIN)/ruff format --check src tests training benchmarks examples
 	$(BIN)/mypy
+
+# What docs/trust.md promises, measured: minutes each.
+trust-interruption: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/trust/interruption.py --trials 100 --json benchmarks/results/trust-interruption.json
+
+trust-damage: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/trust/damage.py --trials 1000 --json benchmarks/results/trust-damage.json
+
+trust-memory: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/trust/memory.py --json benchmarks/results/trust-memory.json
+
+SECONDS ?= 60
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
+	PYTHONPATH=.:src $(BIN)/python benchmarks/trust/fuzz_reader.py -max_total_time=$(SECONDS)
+
+# --strict: a package that the database does not know is a failure, not a pass.
+audit: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+# Wheel and sdist, each in an empty environment: installed, quantizing, drawing.
+package: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
+	rm -rf dist && $(BIN)/python -m build
+	sh benchmarks/trust/package.sh $(PYTHON) dist/*.whl
+	sh benchmarks/trust/package.sh $(PYTHON) dist/*.tar.gz
+
+# The tests with the lowest versions that pyproject.toml allows; torch stays that of constraints.txt.
+lowest:
+	rm -rf out/lowest && $(PYTHON) -m venv out/lowest
+	out/lowest/bin/python -m pip install -c constraints.txt torch
+	$(PYTHON) benchmarks/trust/lowest.py > out/lowest/constraints.txt
+	out/lowest/bin/python -m pip install -c out/lowest/constraints.txt -e '.[dev]'
+	out/lowest/bin/python -m pytest

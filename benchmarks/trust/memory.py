@@ -1,0 +1,102 @@
+"""Memory of quantizing and of sampling: what a process has of its own, not what it has mapped from files.
+
+    python benchmarks/trust/memory.py --json benchmarks/results/trust-memory.json
+
+Quantizes a small model with some samples and with four times as many, and draws 1,000 steps with the result. Memory is
+the anonymous resident set, looked at every few milliseconds; files mapped into memory are given back under pressure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import stepquant
+from stepquant.loading import resolve_pipeline
+from stepquant.pipelines import draw, make_request
+from stepquant.quiet import silence_libraries
+
+
+def own_bytes() -> int:
+    """Anonymous memory of this process that is resident now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """Collects the highest `own_bytes` beyond the present while the context lasts, as its one entry."""
+    gc.collect()
+    start, highest, done = own_bytes(), [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.005):
+            highest[0] = max(highest[0], own_bytes() - start)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()
+
+
+def quantizing(model: str, samples: int, recipe: str, **arguments: int) -> int:
+    """Peak bytes of quantizing `model` with so many samples."""
+    pipeline = resolve_pipeline(model)
+    calibration = stepquant.Calibration(samples=samples, steps=4, trajectories=16)
+    with tempfile.TemporaryDirectory() as workspace, peak() as highest:
+        stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, workspace=workspace, **arguments)
+    return highest[0]
+
+
+def sampling(model: str, steps: int) -> tuple[int, int]:
+    """Bytes held after `steps` steps, and after as many again, beyond those before."""
+    pipeline = resolve_pipeline(model)
+    calibration = stepquant.Calibration(samples=8, steps=2)
+    quantized = stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=calibration)
+    draw(quantized, make_request(quantized, 10), range(2), 0)
+    held = []
+    gc.collect()
+    start = own_bytes()
+    for _ in range(2):
+        draw(quantized, make_request(quantized, steps), range(2), 0)
+        gc.collect()
+        held.append(own_bytes() - start)
+    return held[0], held[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="zoo:fashion-ddpm")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    silence_libraries()
+    few, many = arguments.samples, 4 * arguments.samples
+    quantizing(arguments.model, 8, "minmax")  # what libraries keep after their first use is not counted
+    result: dict[str, object] = {"model": arguments.model, "torch": torch.__version__.partition("+")[0]}
+    for name, settings in {"minmax": {}, "q-diffusion": {"iterations": 4}}.items():
+        result[f"{name}_peak_bytes"] = {
+            count: quantizing(arguments.model, count, name, **settings) for count in (few, many)
+        }
+    half = arguments.steps // 2
+    result["bytes_held_after_steps"] = dict(zip((half, 2 * half), sampling(arguments.model, half), strict=True))
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if arguments.json:
+        arguments.json.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
