@@ -98,7 +98,7 @@ def test_a_sampler_without_a_noise_schedule_is_sent_to_distillation(unconditiona
 
 
 def test_trajectories_hold_what_full_precision_answers_at_many_timesteps(class_pipeline):
-    calibration = Calibration(samples=6, steps=4, trajectories=6, batch_size=2)
+    calibration = Calibration(samples=20, steps=4, trajectories=20)  # three batches
     request = make_request(class_pipeline, 4, guidance=4.0)
     drawn = [
         collect_all(class_pipeline, class_pipeline.transformer, request, calibration, seed, Progress())
