@@ -13,7 +13,7 @@ from stepquant.calibration.instrument import instrument
 from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers
 from stepquant.config import QuantSpec
 from stepquant.models import describe
-from stepquant.nn.quantizers import WeightQuantizer
+from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.progress import Progress
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"

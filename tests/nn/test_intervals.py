@@ -2,9 +2,9 @@ import math
 
 import torch
 
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import IntervalGenerator, time_features
-from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.numerics.affine import fake_quantize
 
 

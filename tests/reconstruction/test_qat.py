@@ -6,8 +6,8 @@ from test_network import Stop, StopIn
 import stepquant
 from stepquant.calibration.trajectories import collect_all
 from stepquant.errors import StepquantError
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.pipelines import make_request
 from stepquant.progress import Progress
 

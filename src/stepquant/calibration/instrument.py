@@ -16,11 +16,11 @@ from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models import ModelDescription
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.attention import OPERANDS
 from stepquant.nn.clock import StepClock
 from stepquant.nn.deploy import Quantization, replace_module
 from stepquant.nn.layers import can_quantize
-from stepquant.nn.quantizers import ActivationQuantizer
 from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.progress import Progress

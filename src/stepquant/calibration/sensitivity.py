@@ -21,7 +21,7 @@ from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
-from stepquant.nn.quantizers import ActivationQuantizer
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 

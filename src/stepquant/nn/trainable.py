@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.config import FLOAT_BITS, LayerBits
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.attention import OPERANDS, AttentionProcessor
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import can_quantize
-from stepquant.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from stepquant.nn.tables import QuantizedAttention, QuantizedLayer, QuantizedWeight
+from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 
 
