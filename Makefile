@@ -25,8 +25,9 @@ demo: $(VENV)/installed
 		--samples 128 --steps 50 --iterations 60 --overwrite
 	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
 
+# Models under test run on one thread each, so two processes use two cores.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Hours on two cores; can be stopped and started again. Each job is a process with one thread.
 STUDIES := papers ablations
