@@ -6,6 +6,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -67,10 +70,16 @@ def test_a_study_from_the_first_cell_to_the_table(write_study):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interruption_ends_the_workers_and_leaves_no_half_line(write_study, tmp_path):
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets of processes, whose paths have a hundred characters at most; those of pytest use them up."""
+    with tempfile.TemporaryDirectory(prefix="sq") as folder:
+        yield Path(folder)
+
+
+def test_an_interruption_ends_the_workers_and_leaves_no_half_line(write_study, tmp_path, short_folder):
     path = write_study('sleeping = { recipe = "OWN:sleeping" }')
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONUNBUFFERED": "1"}
-    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(short_folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "stepquant.cli.main", "study", str(path), "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
@@ -85,7 +94,7 @@ def test_an_interruption_ends_the_workers_and_leaves_no_half_line(write_study, t
     assert complaint.count("\n") == 1
     assert "run the same command again" in complaint
     assert not read_lines(path.parent.parent / "results" / "small.jsonl")
-    assert not list((tmp_path / "temporary").glob("stepquant-*"))
+    assert not list(short_folder.glob("stepquant-*"))
 
 
 def test_a_line_that_a_crash_cut_off_is_neither_counted_nor_built_on(tmp_path):
