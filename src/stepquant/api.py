@@ -33,7 +33,7 @@ from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
 from stepquant.recipes.qat import qat
-from stepquant.runtime import prepare
+from stepquant.runtime import Backend, prepare
 from stepquant.sampler import correct_sampler
 from stepquant.version import __version__
 from stepquant.workspace import Workspace
@@ -54,7 +54,7 @@ def quantize(
     workspace: Path | str | None = None,
     cache: Path | str | None = None,
     progress: Progress | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     source: str | None = None,
     **arguments: Any,
 ) -> Any:
@@ -84,7 +84,7 @@ def quantize(
         cache: folder of calibration samples that several calls, also at the same time, share: those of the same model,
             conditions and seed are collected once, whatever the bits. By default they lie in the workspace.
         progress: is told how far the work is.
-        backend: the runtime (``stepquant.runtime.BACKENDS``).
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
             path, which says nothing on another machine.
         arguments: hyperparameters of the recipe.
@@ -216,7 +216,7 @@ def train(
 
 
 def assemble(
-    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: str = "auto"
+    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: Backend = "auto"
 ) -> Any:
     """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
     component = denoiser_name(pipeline)
@@ -264,7 +264,7 @@ def provenance_of(denoiser: Any) -> dict[str, Any]:
     return dict(denoiser.config.get("quantization_config") or {}).get("provenance") or {}
 
 
-def load(folder: Path | str, *, backend: str = "auto") -> Any:
+def load(folder: Path | str, *, backend: Backend = "auto") -> Any:
     """The quantized pipeline in `folder`, every file verified, and ready to run.
 
     ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component.

@@ -29,7 +29,7 @@ from stepquant.checkpoint.write import narrow_tensors
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import install_empty, made_by_quantization
-from stepquant.runtime import prepare
+from stepquant.runtime import Backend, prepare
 from stepquant.workspace import tensors_digest
 
 OLDEST = "0.40"
@@ -64,7 +64,7 @@ class StepquantConfig(QuantizationConfigMixin):
         bits: of weights, with activations in floating point: ``"w8a16"``, ``"w4a16"``. What activations need is found
             on samples, which `stepquant.quantize` draws.
         spec: a `QuantSpec` or its dictionary instead of `bits`, for exceptions and groups.
-        backend: the runtime, one of ``stepquant.runtime.BACKENDS``.
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own.
         structure, format_version, provenance: of a component that is quantized already, as its ``config.json`` has
             them.
 
@@ -77,7 +77,7 @@ class StepquantConfig(QuantizationConfigMixin):
         bits: str | None = None,
         *,
         spec: QuantSpec | dict[str, Any] | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         structure: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         provenance: dict[str, Any] | None = None,

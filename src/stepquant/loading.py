@@ -17,12 +17,12 @@ from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
 from stepquant.nn.deploy import quantized_modules
-from stepquant.runtime import prepare
+from stepquant.runtime import Backend, prepare
 
 ZOO_PREFIX = "zoo:"
 
 
-def resolve_pipeline(model: str, backend: str = "auto") -> Any:
+def resolve_pipeline(model: str, backend: Backend = "auto") -> Any:
     """The pipeline that `model` names: full precision in float32, or quantized with its kernels installed.
 
     Args:

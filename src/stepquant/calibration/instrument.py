@@ -21,7 +21,9 @@ from stepquant.nn.attention import OPERANDS
 from stepquant.nn.clock import StepClock
 from stepquant.nn.deploy import Quantization, replace_module
 from stepquant.nn.layers import can_quantize
+from stepquant.nn.tables import InvalidTable
 from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
+from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.progress import Progress
 
@@ -71,14 +73,24 @@ class Instrumented:
         return state
 
     def freeze(self) -> Quantization:
-        """The integers and tables, as they ship."""
+        """The integers and tables, as they ship; raises `StepquantError` where they break an invariant of theirs."""
         return Quantization(
             self.clock.timesteps,
-            {name: layer.freeze() for name, layer in self.layers.items()},
-            {name: attention.freeze() for name, attention in self.attentions.items() if attention.quantizers},
+            {name: _frozen(name, layer) for name, layer in self.layers.items()},
+            {name: _frozen(name, attention) for name, attention in self.attentions.items() if attention.quantizers},
             self.time_layers,
             parameters={name: self.model.get_parameter(name).detach().cpu().clone() for name in self.trained},
         )
+
+
+def _frozen(name: str, part: Any) -> Any:
+    """A layer or attention under calibration -> its integers and tables, checked."""
+    try:
+        frozen = part.freeze()
+        frozen.check()
+    except InvalidTable as error:
+        raise StepquantError(f"the quantizers of {name} have found what cannot be stored: {error.what}.") from None
+    return frozen
 
 
 def instrument(
@@ -90,6 +102,8 @@ def instrument(
     weight_range: RangeMethod = "least-error",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    weight_quantizer: type[WeightQuantizer] = WeightQuantizer,
+    activation_quantizer: type[ActivationQuantizer] = ActivationQuantizer,
 ) -> Instrumented:
     """Copy `denoiser` and put quantizers on it.
 
@@ -97,6 +111,7 @@ def instrument(
         timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
         weight_range: how weight ranges are found.
         ranks: share the search.
+        weight_quantizer, activation_quantizer: classes of one's own, derived from ours.
 
     Raises:
         StepquantError: if an exception of the spec matches no layer.
@@ -126,12 +141,16 @@ def instrument(
                 rows=rows,
                 # The others get what the process whose turn it is finds.
                 weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
+                weight_quantizer=weight_quantizer,
+                activation_quantizer=activation_quantizer,
             )
     weights = [layer.weight_quantizer for layer in layers.values()]
     grids = ranks.deal(lambda weight: (weight.scale, weight.zero_point), weights)
     for weight, (scale, zero_point) in zip(weights, grids, strict=True):
         weight.scale, weight.zero_point = scale, zero_point
-    attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
+    attentions = {
+        name: _wrap_attention(name, spec, clock, rows, activation_quantizer) for name in description.attentions
+    }
     for name, layer in layers.items():
         replace_module(model, name, layer)
     for name, attention in attentions.items():
@@ -141,7 +160,9 @@ def instrument(
     return Instrumented(model, clock, layers, attentions, time_layers)
 
 
-def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> TrainableAttention:
+def _wrap_attention(
+    name: str, spec: QuantSpec, clock: StepClock, rows: int, quantizer: type[ActivationQuantizer]
+) -> TrainableAttention:
     """Query, key and value take the bits of the layer that makes them; the probabilities take the spec's."""
     quantizers: dict[str, ActivationQuantizer] = {}
     for operand in OPERANDS:
@@ -150,7 +171,7 @@ def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> 
         if operand == "probability" and bits != FLOAT_BITS:
             bits = spec.softmax_bits
         if bits != FLOAT_BITS:
-            quantizers[operand] = ActivationQuantizer(bits, clock, rows=rows, unsigned=operand == "probability")
+            quantizers[operand] = quantizer(bits, clock, rows=rows, unsigned=operand == "probability")
     return TrainableAttention(quantizers)
 
 

@@ -30,12 +30,12 @@ from stepquant.models import DENOISERS
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.correction import OutputCorrection
 from stepquant.nn.deploy import install_empty
-from stepquant.runtime import prepare
+from stepquant.runtime import Backend, prepare
 from stepquant.sampler import correct_sampler
 from stepquant.workspace import tensors_digest
 
 
-def load_pipeline(folder: Path | str, backend: str = "auto") -> tuple[Any, Manifest]:
+def load_pipeline(folder: Path | str, backend: Backend = "auto") -> tuple[Any, Manifest]:
     """The diffusers pipeline in `folder`, its denoiser quantized and given the kernels of `backend`; and its manifest.
 
     Every file is checked against the manifest before it is opened; no code of the folder is executed.

@@ -15,7 +15,9 @@ from stepquant.errors import StepquantError
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="How to quantize, see: stepquant recipes.")] = "q-diffusion",
+    recipe: Annotated[
+        str, typer.Option(help="How to quantize, see: stepquant recipes; or path.py:function.")
+    ] = "q-diffusion",
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w8a8, w4a8, w4a16.")] = "w8a8",
     effort: Annotated[
         str, typer.Option(help="Samples, steps and iterations at once: quick, standard or thorough.")
@@ -59,6 +61,7 @@ def quantize(
     from stepquant.pipelines import make_request, read_prompts
     from stepquant.planning import EFFORTS, make_plan
     from stepquant.recipes import hyperparameters
+    from stepquant.recipes.files import resolve_recipe
 
     if effort not in EFFORTS:
         raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")
@@ -66,9 +69,10 @@ def quantize(
     for name, value in (("samples", samples), ("steps", steps), ("size", size)):
         at_least_one(name, 1 if value is None else value)
     arguments: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
-    if iterations is None and effort != "standard" and "iterations" in hyperparameters(recipe):
+    chosen = resolve_recipe(recipe) if ":" in recipe else recipe
+    if iterations is None and effort != "standard" and "iterations" in hyperparameters(chosen):
         arguments["iterations"] = preset.iterations  # standard leaves it to the recipe
-    values = hyperparameters(recipe, arguments)
+    values = hyperparameters(chosen, arguments)
     spec = QuantSpec.parse(
         {"bits": bits, "exceptions": exceptions_from(exception or []), "exact_time": exact_time, "balance": balance}
     )
@@ -88,7 +92,7 @@ def quantize(
         spec,
         budget=budget_bits,
         correction=correct,
-        recipe=recipe,
+        recipe=chosen,
         calibration=calibration,
         seed=seed,
         prompts=lines,

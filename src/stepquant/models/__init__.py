@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from stepquant.errors import StepquantError
-from stepquant.models.description import Describer, ModelDescription
+from stepquant.models.description import Describer, ModelDescription, describe_blocks
 from stepquant.models.dit import describe_dit
 from stepquant.models.flux import describe_flux
 from stepquant.models.generic import describe_generic
@@ -30,6 +30,17 @@ DENOISERS = ("unet", "transformer")
 def describe(model: nn.Module) -> ModelDescription:
     """The description of a denoiser; raises `StepquantError` for one that has none and shows none by its structure."""
     return FAMILIES.get(type(model).__name__, describe_generic)(model)
+
+
+def register(denoiser: type[nn.Module], describer: Describer) -> None:
+    """Describe denoisers of a class by `describer` from now on, in this process.
+
+    Raises:
+        StepquantError: if another function describes the class already: a family has one description.
+    """
+    known = FAMILIES.setdefault(denoiser.__name__, describer)
+    if known is not describer:
+        raise StepquantError(f"{denoiser.__name__} is described already, by {known.__name__} of {known.__module__}.")
 
 
 def denoiser_name(pipeline: object) -> str:
@@ -59,4 +70,14 @@ def chunk_size(denoiser: nn.Module) -> int:
     return max(1, min(MOST_SAMPLES, MOST_POSITIONS // (height * width)))
 
 
-__all__ = ["DENOISERS", "FAMILIES", "ModelDescription", "chunk_size", "denoiser_name", "describe"]
+__all__ = [
+    "DENOISERS",
+    "FAMILIES",
+    "Describer",
+    "ModelDescription",
+    "chunk_size",
+    "denoiser_name",
+    "describe",
+    "describe_blocks",
+    "register",
+]

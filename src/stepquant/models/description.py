@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,25 +69,35 @@ def describe_blocks(
     skip_splits: dict[str, int] | None = None,
     time_unit: float = 1.0,
 ) -> ModelDescription:
-    """Complete a description from its blocks: list their layers and attentions, and check that nothing is left out.
+    """Complete a description from its blocks: list their layers and attentions, and check that it fits the model.
 
     Raises:
-        StepquantError: if a layer lies outside every block (a variant of the family that its file does not know).
+        StepquantError: if a layer lies outside every block (a variant of the family that its file does not know) or in
+            two, or something is named that the model does not have.
     """
+    modules = dict(model.named_modules())
+    _check_names(model, family, [*blocks, middle], modules, "module")
     layers: list[str] = []
     for block in blocks:
-        module = model.get_submodule(block)
         layers += [
-            f"{block}.{name}".rstrip(".") for name, submodule in module.named_modules() if can_quantize(submodule)
+            f"{block}.{name}".rstrip(".")
+            for name, submodule in modules[block].named_modules()
+            if can_quantize(submodule)
         ]
-    every = {name for name, module in model.named_modules() if can_quantize(module)}
+    twice = sorted({name for name in layers if layers.count(name) > 1})
+    if twice:
+        raise StepquantError(
+            f"the {family} description of {type(model).__name__} has blocks that overlap: {twice[0]} is in two of them."
+        )
+    every = {name for name, module in modules.items() if can_quantize(module)}
     outside = sorted(every - set(layers))
     if outside:
         raise StepquantError(
             f"{type(model).__name__} has layers that the {family} description does not place in a block: "
             f"{', '.join(outside[:5])}; this variant of the model cannot be quantized yet."
         )
-    attentions = [name for name, module in model.named_modules() if can_quantize_attention(module)]
+    _check_names(model, family, [first, last, *time_layers, *(skip_splits or {})], every, "linear or convolution")
+    attentions = [name for name, module in modules.items() if can_quantize_attention(module)]
     return ModelDescription(
         family=family,
         blocks=tuple(blocks),
@@ -100,6 +110,15 @@ def describe_blocks(
         skip_splits=dict(skip_splits or {}),
         time_unit=time_unit,
     )
+
+
+def _check_names(model: nn.Module, family: str, names: list[str], known: Container[str], what: str) -> None:
+    """Raise `StepquantError` for the first of `names` that the model has not."""
+    for name in names:
+        if name not in known:
+            raise StepquantError(
+                f"the {family} description names {name!r}, which is no {what} of this {type(model).__name__}."
+            )
 
 
 def numbered(model: nn.Module, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from stepquant.nn.attention import per_sample
 from stepquant.nn.clock import StepClock
 from stepquant.nn.intervals import TURNS, IntervalGenerator, TableGain
 from stepquant.nn.observations import Observations
-from stepquant.nn.tables import ActivationTable
+from stepquant.nn.tables import ActivationTable, stored_zero_point
 from stepquant.numerics.affine import affine_from_range
 from stepquant.numerics.noise import SampleNoise
 from stepquant.numerics.ranges import RangeMethod, find_range, least_error_gain
@@ -208,7 +208,14 @@ class ActivationQuantizer(nn.Module):
         low, high = (lows.amin(0), highs.amax(0)) if row is None else (lows[row], highs[row])
         if self.unsigned:
             low = torch.zeros_like(low)
-        return find_range(self._thinned(values), self.bits, method, low=low, high=high)
+        return self.find_range(self._thinned(values), method, low, high)
+
+    def find_range(self, values: Tensor, method: RangeMethod, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of the grid for `values`, float [S, n], whose true ends are `low` and `high`: float [S] twice.
+
+        A quantizer of one's own overrides it.
+        """
+        return find_range(values, self.bits, method, low=low, high=high)
 
     def _thinned(self, values: Tensor) -> Tensor:
         """At most about `SEARCHED_VALUES` of what was observed: float [S, n]."""
@@ -218,7 +225,7 @@ class ActivationQuantizer(nn.Module):
         """The learned grid as it ships."""
         return ActivationTable(
             self.current_scale().detach().float().cpu().clone(),
-            self.zero_point.to(torch.uint8).cpu().clone(),
+            stored_zero_point(self.zero_point),
             self.bits,
             self.group_sizes if len(self.group_sizes) > 1 else (),
         )

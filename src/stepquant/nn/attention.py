@@ -183,10 +183,9 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     def attention(self) -> QuantizedAttention:
         """All four grids, checked; raises `StepquantError` on damage."""
         tables = {name: self.table(name) if name in self.bits else None for name in OPERANDS}
-        for table in tables.values():
-            if table is not None:
-                table.check()
-        return QuantizedAttention(**tables)
+        attention = QuantizedAttention(**tables)
+        attention.check()
+        return attention
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))

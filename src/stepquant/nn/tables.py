@@ -15,6 +15,14 @@ from stepquant.errors import StepquantError
 from stepquant.numerics.affine import largest_code
 
 
+class InvalidTable(StepquantError):
+    """Integers or tables that break an invariant below; `what` says which, without a guess at why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: the checkpoint is damaged, quantize the model again.")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Integer weight of a linear or convolution: ``w[o, i] ~ (codes[o, i] - zero_point[g, o]) * scale[g, o]``.
@@ -41,9 +49,9 @@ class QuantizedWeight:
         _check_codes("weight zero points", self.zero_point, self.bits)
         _check_codes("weight codes", self.codes, self.bits)
         if self.zero_point.shape != self.scale.shape or sum(self.group_sizes) != self.codes.shape[1]:
-            raise StepquantError(_damaged("weight groups do not add up"))
+            raise InvalidTable("weight groups do not add up")
         if self.bits == 8 and bool((self.zero_point != 128).any()):
-            raise StepquantError(_damaged("8-bit weights must have zero point 128"))
+            raise InvalidTable("8-bit weights must have zero point 128")
 
     def integers(self) -> Tensor:
         """``codes - zero_point`` as int8 [out, in, *kernel]."""
@@ -76,11 +84,11 @@ class ActivationTable:
     def check(self) -> None:
         """Raise `StepquantError` unless the invariants above hold."""
         if self.scale.dim() != 2 or self.scale.shape[0] == 0:
-            raise StepquantError(_damaged(f"an activation table has shape {list(self.scale.shape)}"))
+            raise InvalidTable(f"an activation table has shape {list(self.scale.shape)}")
         _check_scale("activation", self.scale, (self.scale.shape[0], max(1, len(self.group_sizes))))
         _check_codes("activation zero points", self.zero_point, self.bits)
         if self.zero_point.shape != self.scale.shape:
-            raise StepquantError(_damaged("activation scales and zero points differ in shape"))
+            raise InvalidTable("activation scales and zero points differ in shape")
 
     def at(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point at the clock's row: float32 [S] and uint8 [S], or [B, S] for a row of shape [B]."""
@@ -110,7 +118,7 @@ class QuantizedLayer:
         """Raise `StepquantError` unless the invariants of all parts hold."""
         self.weight.check()
         if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
-            raise StepquantError(_damaged("a bias is not finite"))
+            raise InvalidTable("a bias is not finite")
         if self.activation is not None:
             self.activation.check()
         if self.balance is not None:
@@ -126,6 +134,12 @@ class QuantizedAttention:
     value: ActivationTable | None
     probability: ActivationTable | None
 
+    def check(self) -> None:
+        """Raise `StepquantError` unless the invariants of all grids hold."""
+        for table in (self.query, self.key, self.value, self.probability):
+            if table is not None:
+                table.check()
+
 
 def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     """Repeat per-group values along their last-but-one (weights, [G, out]) axis to one an input channel: [in, out]."""
@@ -134,21 +148,23 @@ def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     return values.repeat_interleave(torch.tensor(group_sizes), dim=0)
 
 
+def stored_zero_point(values: Tensor) -> Tensor:
+    """A zero point as it ships, uint8; raises `StepquantError` where it is no integer that a code can be."""
+    stored = values.to(torch.uint8)
+    if bool((stored.to(values.dtype) != values).any()):
+        raise InvalidTable("a zero point is no integer from 0 to 255")
+    return stored.cpu().clone()
+
+
 def _check_scale(what: str, scale: Tensor, shape: tuple[int, ...]) -> None:
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
-        raise StepquantError(
-            _damaged(f"{what} scales are {scale.dtype} {list(scale.shape)}, not float32 {list(shape)}")
-        )
+        raise InvalidTable(f"{what} scales are {scale.dtype} {list(scale.shape)}, not float32 {list(shape)}")
     if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise StepquantError(_damaged(f"a scale of the {what} is not a positive number"))
+        raise InvalidTable(f"a scale of the {what} is not a positive number")
 
 
 def _check_codes(what: str, codes: Tensor, bits: int) -> None:
     if not 2 <= bits <= 8:
-        raise StepquantError(_damaged(f"{what} have {bits} bits"))
+        raise InvalidTable(f"{what} have {bits} bits")
     if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) > largest_code(bits)):
-        raise StepquantError(_damaged(f"{what} exceed {bits} bits"))
-
-
-def _damaged(what: str) -> str:
-    return f"{what}: the checkpoint is damaged, quantize the model again."
+        raise InvalidTable(f"{what} exceed {bits} bits")

@@ -6,7 +6,6 @@ simulated in floating point.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.attention import OPERANDS, AttentionProcessor
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import can_quantize
-from stepquant.nn.tables import QuantizedAttention, QuantizedLayer, QuantizedWeight
+from stepquant.nn.tables import QuantizedAttention, QuantizedLayer, QuantizedWeight, stored_zero_point
 from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 
@@ -55,7 +54,7 @@ class TrainableLayer(nn.Module):
         quantized = QuantizedWeight(
             weight.codes(self.inner.weight).cpu().clone(),
             weight.scale.float().cpu().clone(),
-            weight.zero_point.to(torch.uint8).cpu().clone(),
+            stored_zero_point(weight.zero_point),
             weight.bits,
             weight.group_sizes,
         )
@@ -112,16 +111,18 @@ def wrap(
     group_size: int | None = None,
     rows: int = 1,
     weight_range: RangeMethod = "least-error",
+    weight_quantizer: type[WeightQuantizer] = WeightQuantizer,
+    activation_quantizer: type[ActivationQuantizer] = ActivationQuantizer,
 ) -> TrainableLayer:
     """A linear or convolution -> the same layer under calibration, its weight range already found."""
     assert can_quantize(module) and isinstance(module, nn.Linear | nn.Conv2d)
     channels = module.weight.shape[1]
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         split = group_size = None
-    weight = WeightQuantizer(module.weight, weight_bits, group_channels(channels, split, group_size), weight_range)
+    weight = weight_quantizer(module.weight, weight_bits, group_channels(channels, split, group_size), weight_range)
     activation = None
     if activation_bits is not None:
         sides = group_channels(channels, split, None) if split is not None else ()
         channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
-        activation = ActivationQuantizer(activation_bits, clock, channel_dim, sides, rows)
+        activation = activation_quantizer(activation_bits, clock, channel_dim, sides, rows)
     return TrainableLayer(module, weight, activation)

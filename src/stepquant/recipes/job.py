@@ -28,7 +28,9 @@ from stepquant.calibration.trajectories import (
 )
 from stepquant.config import QuantSpec
 from stepquant.models import ModelDescription, chunk_size, describe
+from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.correction import Correction
+from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
 from stepquant.progress import Progress
@@ -168,13 +170,20 @@ class Job:
         return steps
 
     def instrument(
-        self, weight_range: RangeMethod, *, split_skips: bool = False, timesteps: Tensor | None = None
+        self,
+        weight_range: RangeMethod,
+        *,
+        split_skips: bool = False,
+        timesteps: Tensor | None = None,
+        weight_quantizer: type[WeightQuantizer] = WeightQuantizer,
+        activation_quantizer: type[ActivationQuantizer] = ActivationQuantizer,
     ) -> Instrumented:
         """A copy of the denoiser with quantizers.
 
         Args:
             split_skips: for a spec that leaves it to the recipe.
             timesteps: float [R], of the rows that activation tables get; None for static scales.
+            weight_quantizer, activation_quantizer: classes of your own, derived from these.
         """
         spec = self.spec
         if spec.split_skips is None:
@@ -187,6 +196,8 @@ class Job:
             weight_range=weight_range,
             progress=self.progress,
             ranks=self.workspace.ranks,
+            weight_quantizer=weight_quantizer,
+            activation_quantizer=activation_quantizer,
         )
 
     def calibrate_ranges(
@@ -307,6 +318,8 @@ class Job:
     def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
         """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""
         self._balance_once(instrumented, samples)
+        # How one finds its range while learning is not in what it has found before.
+        quantizers = sorted({type(quantizer).__qualname__ for quantizer in instrumented.activation_quantizers()})
         reconstruct(
             self.denoiser,
             instrumented,
@@ -314,7 +327,7 @@ class Job:
             samples,
             settings,
             workspace=self.workspace,
-            key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())]),
+            key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned()), quantizers]),
             seed=self.seed,
             batch_size=self.chunk,
             progress=self.progress,

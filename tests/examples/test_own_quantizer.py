@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stepquant
+from stepquant.errors import StepquantError
+from stepquant.functions import load_function
+from stepquant.nn.activation_quantizer import ActivationQuantizer
+from stepquant.nn.clock import StepClock
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.weight_quantizer import WeightQuantizer
+from stepquant.numerics.affine import affine_from_range, fake_quantize
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_quantizer.py"
+closed_form = load_function(f"{EXAMPLE}:closed_form", "recipe")
+LeastSquaresWeight = load_function(f"{EXAMPLE}:LeastSquaresWeight", "quantizer")
+LaplaceActivation = load_function(f"{EXAMPLE}:LaplaceActivation", "quantizer")
+SMALL = stepquant.Calibration(samples=8, steps=2)
+
+
+def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
+    """Other scales than those of the baseline, less squared error in every weight below 8 bits, and a checkpoint."""
+    quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe=closed_form, calibration=SMALL)
+    baseline = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
+    found, before = quantized_modules(quantized.unet), quantized_modules(baseline.unet)
+    errors = {}
+    for name, module in found.items():
+        weight = unconditional_pipeline.unet.get_submodule(name).weight.detach()
+        mine, theirs = (m.layer().weight.dequantize() - weight for m in (module, before[name]))
+        errors[name] = float(mine.square().sum() / theirs.square().sum())
+    narrow = {name for name, module in found.items() if module.layer_format.weight_bits == 4}
+    assert len(narrow) == len(found) - 2 and all(errors[name] < 1 for name in narrow)
+    inputs = {name for name, module in found.items() if module.layer_format.activation_bits is not None}
+    assert any(not torch.equal(found[name].input_scale, before[name].input_scale) for name in inputs)
+    stepquant.save(quantized, tmp_path / "model")
+    x = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(stepquant.load(tmp_path / "model").unet(x, 500).sample, quantized.unet(x, 500).sample)
+
+
+@pytest.mark.parametrize("groups", [(12,), (5, 7)])
+def test_balanced_and_grouped_weights_gain_as_well(groups):
+    torch.manual_seed(0)
+    weight, balance = torch.randn(6, 12, 3, 3), torch.rand(12) + 0.5
+    errors = []
+    for quantizer in (WeightQuantizer(weight, 3, groups, "minmax"), LeastSquaresWeight(weight, 3, groups, "minmax")):
+        quantizer.set_range(weight, balance)
+        errors.append((quantizer(weight) - weight).mul(balance[:, None, None]).square().flatten(1).sum(1))
+    assert bool((errors[1] < errors[0]).all())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_on_laplaces_distribution_no_other_reach_is_better(bits):
+    values = torch.distributions.Laplace(0.5, 2.0).icdf((torch.arange(200_000) + 0.5)[None] / 200_000)
+    ends = LaplaceActivation(bits, StepClock()).find_range(values, "minmax", values.amin(1), values.amax(1))
+
+    def error(factor: float) -> float:
+        grid = affine_from_range(*(0.5 + factor * (end - 0.5) for end in ends), bits)
+        return float((fake_quantize(values, *(part[:, None] for part in grid), bits) - values).square().mean())
+
+    # The paper takes errors inside a cell for uniform, so its optimum is the true one to a few per cent.
+    assert error(1.0) < 1.05 * min(error(0.9), error(1.1)) and error(1.0) < min(error(0.7), error(1.4))
+
+
+class Shifted(ActivationQuantizer):
+    """Breaks an invariant: its zero point lies between two codes."""
+
+    def set_range(self, *args, **kwargs):
+        super().set_range(*args, **kwargs)
+        self.zero_point = self.zero_point + 0.5
+
+
+class Negative(WeightQuantizer):
+    def set_range(self, weight, balance):
+        super().set_range(weight, balance)
+        self.scale = -self.scale
+
+
+@pytest.mark.parametrize(
+    ("classes", "reason"),
+    [
+        ({"activation_quantizer": Shifted}, "quantizers of .*: a zero point is no integer from 0 to 255"),
+        ({"weight_quantizer": Negative}, "quantizers of .*: a scale of the weight is not a positive number"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(classes, reason, unconditional_pipeline):
+    def broken(job):
+        samples = job.collect(torch.zeros(4, dtype=torch.long))
+        model = job.instrument("minmax", **classes)
+        job.calibrate_ranges(model, samples, "minmax")
+        return model
+
+    with pytest.raises(StepquantError, match=reason):
+        stepquant.quantize(unconditional_pipeline, "w4a8", recipe=broken, calibration=SMALL)
+
+
+def test_the_usual_ones_are_the_default(unconditional_pipeline):
+    kinds = set()
+
+    def watched(job):
+        samples = job.collect(torch.zeros(4, dtype=torch.long))
+        model = job.instrument("minmax")
+        job.calibrate_ranges(model, samples, "minmax")
+        kinds.update(type(module) for module in model.model.modules() if isinstance(module, nn.Module))
+        return model
+
+    stepquant.quantize(unconditional_pipeline, "w4a8", recipe=watched, calibration=SMALL)
+    assert {ActivationQuantizer, WeightQuantizer} <= kinds

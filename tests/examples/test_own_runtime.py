@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import stepquant
+from stepquant.calibration.selection import uniform_steps
+from stepquant.errors import StepquantError
+from stepquant.functions import load_function
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import QuantizedLinear
+from stepquant.runtime import fallbacks, prepare
+from stepquant.runtime.reference import ReferenceKernel
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_runtime.py"
+int_matmul = load_function(f"{EXAMPLE}:int_matmul", "runtime")
+
+
+def per_step(job):
+    """A scale a step, so that the kernel reads its table row by row."""
+    samples = job.collect(uniform_steps(job.calibration.samples, job.request.steps, job.generator()))
+    model = job.instrument("minmax", timesteps=samples.tensors["timestep"].unique())
+    job.calibrate_ranges(model, samples, "minmax")
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantized(unconditional_pipeline):
+    calibration = stepquant.Calibration(samples=8, steps=4)
+    return stepquant.quantize(
+        unconditional_pipeline, "w4a8", recipe=per_step, calibration=calibration, backend=int_matmul
+    )
+
+
+@pytest.mark.parametrize("time", [torch.tensor(0), torch.tensor([0, 750, 250])], ids=["one step", "mixed steps"])
+@pytest.mark.parametrize("shape", [(3, -1), (3, 5, -1)])
+def test_it_equals_the_reference_bit_for_bit(quantized, time, shape):
+    layers = {
+        name: module
+        for name, module in quantized_modules(quantized.unet).items()
+        if type(module.kernel).__name__ == "IntMatmul"
+    }
+    assert layers and any(module.layer_format.activation_rows > 1 for module in layers.values())
+    for module in layers.values():
+        module.clock.set(time)
+        x = torch.randn(*shape[:-1], module.in_features) * 3
+        assert torch.equal(module.kernel(x, module.clock.row), ReferenceKernel(module)(x, module.clock.row))
+
+
+def test_layers_it_has_no_kernel_for_run_as_the_reference_does(quantized):
+    modules = quantized_modules(quantized.unet)
+    assert fallbacks(quantized.unet) == [n for n, m in modules.items() if not isinstance(m, QuantizedLinear)]
+    x = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        mine = quantized.unet(x, 500).sample
+        assert prepare(quantized.unet, "reference") == "reference"
+        expected = quantized.unet(x, 500).sample
+        assert prepare(quantized.unet, int_matmul) == "int_matmul"
+        assert torch.equal(mine, expected) and torch.equal(mine, quantized.unet(x, 500).sample)
+
+
+def test_a_checkpoint_loads_with_it(quantized, tmp_path):
+    stepquant.save(quantized, tmp_path / "model")
+    loaded = stepquant.load(tmp_path / "model", backend=int_matmul)
+    assert fallbacks(loaded.unet) == fallbacks(quantized.unet)
+
+
+def test_what_is_no_kernel_is_refused(quantized):
+    with pytest.raises(StepquantError, match=r"gave layer .* a Linear: expected a Kernel, or None"):
+        prepare(quantized.unet, lambda module: torch.nn.Linear(1, 1))
