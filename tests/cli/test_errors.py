@@ -27,6 +27,7 @@ def _fails(*arguments: object) -> str:
         (["zoo:nope"], "no model 'nope'"),
         (["no-such-folder"], "no model 'no-such-folder'"),
         (["zoo:fashion-ddpm", "--recipe", "magic"], "unknown recipe 'magic'"),
+        (["zoo:fashion-ddpm", "--recipe", "none.py:mine"], "there is no recipe file 'none.py'"),
         (["zoo:fashion-ddpm", "--bits", "w5a99"], "activation bits"),
         (["zoo:fashion-ddpm", "--bits", "four"], "not understood"),
         (["zoo:fashion-ddpm", "--samples", "0"], "samples is 0"),
