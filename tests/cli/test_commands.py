@@ -156,3 +156,17 @@ def test_the_program_itself(tmp_path):
     assert process.stdout == ""
     process = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
     assert process.stdout == f"stepquant {__version__}\n"
+
+
+def test_a_run_killed_after_its_result_was_written_is_finished_by_the_same_command(
+    unconditional_folder, tmp_path, monkeypatch
+):
+    command = ["quantize", unconditional_folder, "--recipe", "minmax", "--samples", 4, "--steps", 2]
+    with monkeypatch.context() as killed:
+        killed.setattr("stepquant.cli.quantize.shutil.rmtree", lambda *_args, **_options: None)
+        _run(*command, "--out", tmp_path / "out")
+    assert (tmp_path / ".out.work").is_dir()
+    other = CliRunner().invoke(app, [str(part) for part in (*command, "--seed", 1, "--out", tmp_path / "out")])
+    assert other.exit_code == 2 and "--overwrite" in other.stderr, "another command's result is not taken for its own"
+    assert str(tmp_path / "out") in _run(*command, "--out", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

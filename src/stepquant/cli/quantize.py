@@ -11,6 +11,9 @@ import typer
 from stepquant.cli.options import Model, Prompts, Seed, at_least_one, check_space, check_writable_folder, progress
 from stepquant.errors import StepquantError
 
+FINISHED = "finished"
+"""File in a workspace: the result is about to be written. It holds a digest of what was asked and what was made."""
+
 
 def quantize(
     model: Model,
@@ -53,15 +56,19 @@ def quantize(
 
     Interrupted, the same command continues where it stopped.
     """
+    asked = {name: str(value) for name, value in locals().items() if name != "overwrite"}
     import stepquant
     from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
+    from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
+    from stepquant.models import denoiser_name
     from stepquant.pipelines import make_request, read_prompts
     from stepquant.planning import EFFORTS, make_plan
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
+    from stepquant.workspace import digest, write_atomic
 
     if effort not in EFFORTS:
         raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")
@@ -78,6 +85,12 @@ def quantize(
     )
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
+    workspace = out.with_name(f".{out.name}.work")
+    said = f"{model} quantized to {spec} with {recipe}: {out}"
+    if _finished(workspace, out, asked):
+        shutil.rmtree(workspace, ignore_errors=True)
+        typer.echo(said)
+        return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
     pipeline = resolve_pipeline(model)
@@ -86,7 +99,6 @@ def quantize(
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)
     request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
     typer.echo(str(make_plan(pipeline, request, calibration, values)), err=True)
-    workspace = out.with_name(f".{out.name}.work")
     quantized = stepquant.quantize(
         pipeline,
         spec,
@@ -101,9 +113,24 @@ def quantize(
         source=model,
         **arguments,
     )
+    provenance = getattr(quantized, denoiser_name(quantized)).config["quantization_config"]["provenance"]
+    if Ranks.current().main:
+        write_atomic(workspace / FINISHED, lambda draft: draft.write_text(digest([asked, provenance])))
     stepquant.save(quantized, out, overwrite=overwrite)
     shutil.rmtree(workspace, ignore_errors=True)
-    typer.echo(f"{model} quantized to {spec} with {recipe}: {out}")
+    typer.echo(said)
+
+
+def _finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
+    """Whether a run of this very command wrote `out`, and was killed before it had removed its workspace."""
+    from stepquant.checkpoint import is_checkpoint, read_manifest
+    from stepquant.workspace import digest
+
+    try:
+        finished = (workspace / FINISHED).read_text()
+    except OSError:
+        return False
+    return is_checkpoint(out) and finished == digest([asked, read_manifest(out).provenance])
 
 
 def exceptions_from(given: list[str]) -> dict[str, str]:
