@@ -15,6 +15,7 @@ import diffusers
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.allocation import check_budget, weight_sizes
 from stepquant.calibration.instrument import Instrumented
@@ -63,8 +64,8 @@ def quantize(
     Within a process group of torch (``torchrun``, ``accelerate launch``) the processes share the work, and each returns
     the same pipeline.
 
-    The given pipeline is not changed; the new one has a denoiser and a scheduler of its own and shares the other
-    components. Its ``save_pretrained(folder)`` writes a checkpoint that `load` reads.
+    The given pipeline is not changed; the new one has a denoiser, scheduler and tokenizers of its own, and shares the
+    other components. Its ``save_pretrained(folder)`` writes a checkpoint that `load` reads.
 
     Args:
         pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
@@ -237,8 +238,14 @@ def assemble(
     )
     prepare(denoiser, backend)
     quantized = copy.copy(pipeline)
-    # A scheduler knows how far it is: with one of its own, the pipeline may run beside the original.
-    quantized.register_modules(**{component: denoiser, "scheduler": copy.deepcopy(pipeline.scheduler)})
+    # A scheduler knows how far it is, a tokenizer how it was last asked to pad and cut: with its own, the pipeline may
+    # run beside the original.
+    own = {
+        name: copy.deepcopy(part)
+        for name, part in pipeline.components.items()
+        if name == "scheduler" or isinstance(part, PreTrainedTokenizerBase)
+    }
+    quantized.register_modules(**own | {component: denoiser})
     correct_sampler(quantized, denoiser)
     return _bound(quantized)
 
