@@ -63,7 +63,7 @@ class Plan:
 
     def __str__(self) -> str:
         learning = f"{self.iterations} iterations each" if self.iterations else "nothing is learned"
-        collecting, calibrating = (_duration(seconds) for seconds in self.seconds)
+        collecting, calibrating = (duration(seconds) for seconds in self.seconds)
         return (
             f"plan: {self.family}, {self.parameters / 1e6:.1f} M parameters; "
             f"{self.samples} samples from {self.pictures} pictures of {self.steps} steps (about {collecting}), "
@@ -119,7 +119,8 @@ def _seconds_of_a_call(pipeline: Any, denoiser: nn.Module, request: Request) -> 
     return min(spent)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people, in the unit that fits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

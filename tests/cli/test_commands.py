@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def quantized(unconditional_folder, tmp_path_factory):
         out,
     )
     assert str(out) in said
+    assert re.search(r" in \d+ s: ", said), "the time it took"
     assert [path.name for path in out.parent.iterdir()] == ["model"], "the workspace is still there"
     return out
 

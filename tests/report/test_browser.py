@@ -226,6 +226,7 @@ def test_a_comparison_sorts_and_fits(browser, report, width):
     ]
     browser.show_page(render_comparison(Comparison("zoo:model", models, report.full_precision)), width)
     assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.one(".strips th").rect["width"] >= 80, "a name is not broken into letters"
     size = next(head for head in browser.all("table.models thead th") if head.text.startswith("size"))
     browser.driver.execute_script("arguments[0].firstElementChild.click()", size)
     assert browser.column("table.models", 1) == ["small", "large", "zoo:model"]

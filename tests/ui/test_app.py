@@ -1,4 +1,4 @@
-"""The page, served and asked. Skipped where Gradio (the extra `ui`) is not installed."""
+"""The page, served and asked. Skipped where Gradio is not installed; the extra `dev` has it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,7 @@ def quantize(
     from stepquant.loading import resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines import make_request, read_prompts
-    from stepquant.planning import EFFORTS, make_plan
+    from stepquant.planning import EFFORTS, duration, make_plan
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
     from stepquant.workspace import digest, write_atomic
@@ -86,10 +87,10 @@ def quantize(
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
     workspace = out.with_name(f".{out.name}.work")
-    said = f"{model} quantized to {spec} with {recipe}: {out}"
+    said = f"{model} quantized to {spec} with {recipe}"
     if _finished(workspace, out, asked):
         shutil.rmtree(workspace, ignore_errors=True)
-        typer.echo(said)
+        typer.echo(f"{said}: {out}")
         return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
@@ -99,6 +100,7 @@ def quantize(
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)
     request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
     typer.echo(str(make_plan(pipeline, request, calibration, values)), err=True)
+    start = time.perf_counter()
     quantized = stepquant.quantize(
         pipeline,
         spec,
@@ -118,7 +120,8 @@ def quantize(
         write_atomic(workspace / FINISHED, lambda draft: draft.write_text(digest([asked, provenance])))
     stepquant.save(quantized, out, overwrite=overwrite)
     shutil.rmtree(workspace, ignore_errors=True)
-    typer.echo(said)
+    # Told, not kept: a checkpoint of the same inputs is the same bytes.
+    typer.echo(f"{said} in {duration(time.perf_counter() - start)}: {out}")
 
 
 def _finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
