@@ -39,6 +39,12 @@ def test_the_front_is_what_none_dominates():
     assert "better than a, b" in drawn.alt
 
 
+def test_thousands_are_written_out():
+    drawn = scatter([700.0, 1600.0], [30.0, 40.0], ["a", "b"], "ms", "dB")
+    assert [tick.label for tick in drawn.x_ticks] == ["0", "500", "1000", "1500", "2000"]
+    assert [tick.label for tick in scatter([0.3], [30.0], ["a"], "MB", "dB").x_ticks] == ["0", "0.1", "0.2", "0.3"]
+
+
 @pytest.mark.parametrize(("costs", "qualities"), [([1.0], [30.0]), ([2.0, 2.0], [30.0, 30.0]), ([0.001], [-3.0])])
 def test_few_and_equal_models_stay_inside(costs, qualities):
     drawn = scatter(costs, qualities, ["m"] * len(costs), "MB", "dB")

@@ -79,7 +79,7 @@ def scatter(
         alt=f"{len(labels)} models by {x_label} and {y_label}; none is both cheaper and better than {best}.",
         x_label=x_label,
         y_label=y_label,
-        x_ticks=[Tick(across(tick), f"{tick:.3g}") for tick in x_ticks],
+        x_ticks=[Tick(across(tick), f"{tick:.6g}") for tick in x_ticks],
         y_ticks=[Tick(down(tick), f"{tick:.4g}") for tick in y_ticks if math.isfinite(tick)],
         dots=[
             Dot(across(cost), down(quality), label, index in front)
