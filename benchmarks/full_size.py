@@ -1,21 +1,24 @@
 """Stable Diffusion 1.5 at full size, from config with random weights: quantized, saved, loaded and drawn with.
 
-    python benchmarks/full_size.py                     # 860 M parameters
-    python benchmarks/full_size.py --scale tiny        # the same with 3 M, to see that it works
+    python benchmarks/full_size.py                     # 860 M parameters: half an hour on one core, 10 GB of memory
+    python benchmarks/full_size.py --scale quarter     # the same with 215 M
+    python benchmarks/full_size.py --scale tiny        # with 3 M, to see that it works
 
-What is measured is whether all of it works at that size, how long each stage takes and how much memory; the weights are
-untrained, so the pictures show nothing. Appends a line to ``benchmarks/results/full_size.jsonl``.
+What is measured is whether all of it works at that size, how long each stage takes and how much memory, beside what the
+plan said before; the weights are untrained, so the pictures show nothing. ``--json benchmarks/results/full-size.json``
+keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,21 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stepquant
-from stepquant.cli.options import progress
 from stepquant.evaluation.cost import folder_bytes, own_peak_bytes
 from stepquant.pipelines import draw, make_request
+from stepquant.planning import make_plan
+from stepquant.progress import Progress
+from stepquant.recipes import hyperparameters
 
-RESULTS = Path(__file__).with_name("results") / "full_size.jsonl"
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCALES: dict[str, dict[str, Any]] = {
     "full": {"unet": {}, "vae": (128, 256, 512, 512), "text": (768, 3072, 12, 12), "size": 512},
+    "quarter": {
+        "unet": {"block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 384},
+        "vae": (64, 128, 256, 256),
+        "text": (384, 1536, 12, 6),
+        "size": 512,
+    },
     "tiny": {
         "unet": {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32, "attention_head_dim": 4},
         "vae": (32, 32, 32, 32),
@@ -69,60 +79,75 @@ def build(scale: dict[str, Any], folder: Path) -> Any:
     )  # fmt: skip
 
 
+class Stages(Progress):
+    """Seconds that each stage takes, and the peak of the process's memory when it ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+
+    @contextmanager
+    def task(self, description: str, total: int = 1) -> Iterator[Callable[[int], None]]:
+        print(description, flush=True)
+        start = time.perf_counter()
+        yield lambda _: None
+        self.seconds[description] = round(time.perf_counter() - start, 1)
+        self.peak[description] = own_peak_bytes()
+        print(f"    {self.seconds[description]} s, peak {self.peak[description] / 1e9:.2f} GB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--recipe", default="pqd")
     parser.add_argument("--bits", default="w8a8")
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2, help="of the calibration trajectories, and of the picture")
-    parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--calibration-size", type=int, default=256, help="pixels of the calibration pictures")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="of the calibration trajectories, and of the picture")
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--calibration-size", type=int, default=512, help="pixels of the calibration pictures")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
-    seconds: dict[str, float] = {}
-    peak: dict[str, int] = {}
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        print(name, flush=True)
-        start = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - start, 1)
-        peak[name] = own_peak_bytes()
-        print(f"    {seconds[name]} s, peak memory so far {peak[name] / 1e9:.2f} GB", flush=True)
-
+    stages = Stages()
+    prompts = ["a red bicycle"]
     diffusers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with stage("build"):
+        with stages.task("build"):
             pipeline = build(scale, folder)
         parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
         print(f"    UNet of {parameters / 1e6:.1f} M parameters")
         calibration = stepquant.Calibration(
-            samples=arguments.samples, steps=arguments.steps, trajectories=1, batch_size=1,
+            samples=arguments.samples, steps=arguments.steps, trajectories=1,
             size=min(arguments.calibration_size, scale["size"]),
         )  # fmt: skip
-        with stage("quantize"):
+        learning = {"iterations": arguments.iterations, "batch_size": arguments.samples}
+        with stages.task("plan"):
+            request = make_request(pipeline, calibration.steps, prompts=prompts, size=calibration.size)
+            values = hyperparameters(arguments.recipe, learning)
+            plan = make_plan(pipeline, request, calibration, values)
+            print(f"    {plan}")
+        with stages.task("quantize"):
             quantized = stepquant.quantize(
-                pipeline, arguments.bits, recipe=arguments.recipe, calibration=calibration, prompts=["a red bicycle"],
-                iterations=arguments.iterations, batch_size=1, workspace=folder / "work", progress=progress(),
+                pipeline, arguments.bits, recipe=arguments.recipe, calibration=calibration, prompts=prompts,
+                workspace=folder / "work", progress=stages, **learning,
             )  # fmt: skip
-        with stage("save"):
+        with stages.task("save"):
             quantized.save_pretrained(folder / "model")
         stored = folder_bytes(folder / "model" / "unet")
         del quantized, pipeline
-        with stage("load"):
+        with stages.task("load"):
             loaded = diffusers.DiffusionPipeline.from_pretrained(folder / "model")
-        with stage("draw"):
-            request = make_request(loaded, arguments.steps, prompts=["a red bicycle"], size=scale["size"])
+        with stages.task("draw"):
+            request = make_request(loaded, arguments.steps, prompts=prompts, size=scale["size"])
             picture = draw(loaded, request, [0], 0)
         assert picture.shape == (1, 3, scale["size"], scale["size"]) and bool(torch.isfinite(picture).all())
-    line = {
-        "arguments": vars(arguments),
+    figures = {
+        "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
         "parameters": parameters,
-        "seconds": seconds,
-        "peak_memory_bytes": peak,
+        "plan": dataclasses.asdict(plan),
+        "seconds": stages.seconds,
+        "peak_memory_bytes": stages.peak,
         "unet_bytes": stored,
         "of_float32": round(stored / 4 / parameters, 4),
         "threads": torch.get_num_threads(),
@@ -130,9 +155,10 @@ def main() -> None:
         "versions": {"stepquant": stepquant.__version__, "torch": torch.__version__.partition("+")[0],
                      "diffusers": diffusers.__version__, "python": platform.python_version()},
     }  # fmt: skip
-    print(json.dumps(line, indent=2))
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,19 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from stepquant.numerics import compensation
-from stepquant.numerics.compensation import MOST_ROWS, aligned_weight, compensated_weight, input_rows, sparser
+from stepquant.numerics.compensation import (
+    MOST_INPUTS,
+    MOST_ROWS,
+    aligned_weight,
+    compensated_weight,
+    input_rows,
+    parts_of_inputs,
+    sparser,
+)
 
 
 def grid(weight, bits):
@@ -101,3 +111,11 @@ def test_large_pictures_give_fewer_rows_at_even_distances():
     step = sparser(samples, x, conv)
     assert 0.5 * MOST_ROWS < samples * (64 / step**2) <= MOST_ROWS
     assert sparser(7 * MOST_ROWS, torch.randn(1, 1, 2), nn.Linear(2, 2)) == 7
+
+
+@pytest.mark.parametrize("channels, taps, count", [(512, 9, 1), (2560, 9, 5), (1280, 9, 3), (5120, 1, 2), (999, 25, 6)])
+def test_wide_layers_are_taken_apart_between_channels(channels, taps, count):
+    parts = parts_of_inputs(channels, taps)
+    assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == channels * taps
+    assert all(one.stop == other.start for one, other in pairwise(parts))
+    assert all(part.start % taps == 0 and part.stop - part.start <= MOST_INPUTS for part in parts)

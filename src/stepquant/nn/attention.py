@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import Kernel, keep_dtypes
@@ -21,6 +22,9 @@ from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
 
 OPERANDS = ("query", "key", "value", "probability")
+
+MOST_SCORES = 1 << 26
+"""Scores of an attention that are held at a time: 256 MB in float32."""
 
 REPRODUCED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "FluxAttnProcessor")
 """Processors of diffusers whose flow `AttentionProcessor` has."""
@@ -141,9 +145,36 @@ class AttentionProcessor(nn.Module):
             return picture
         return picture, text if attn.context_pre_only else attn.to_add_out(text)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether `operand` does the same again on the same x, so that a backward pass may compute it again."""
+        return True
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Scaled dot-product attention on quantized operands; all [B, heads, N, d]."""
+        """Scaled dot-product attention on quantized operands; all [B, heads, N, d].
+
+        Where the scores of all heads are more than `MOST_SCORES`, as many heads are taken at a time as stay below it,
+        and a backward pass computes their scores again: at 64x64 those of one sample and eight heads are 0.5 GB, and
+        learning through them keeps half a dozen such tensors.
+        """
         query, key = self.operand("query", query), self.operand("key", key)
+        batch, heads, length = query.shape[:3]
+        at_once = max(1, MOST_SCORES // (batch * length * key.shape[2]))
+        if at_once >= heads:
+            return self._attend_heads(query, key, value, mask)
+        if mask is not None:
+            mask = mask.expand(batch, heads, length, key.shape[2])
+        again = torch.is_grad_enabled() and self.repeatable
+        parts = []
+        for start in range(0, heads, at_once):
+            these = [None if x is None else x[:, start : start + at_once] for x in (query, key, value, mask)]
+            if again:
+                parts.append(checkpoint(self._attend_heads, *these, use_reentrant=False))
+            else:
+                parts.append(self._attend_heads(*these))  # type: ignore[arg-type]
+        return torch.cat(parts, dim=1)
+
+    def _attend_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5)
         if mask is not None:
             scores = scores + mask

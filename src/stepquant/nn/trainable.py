@@ -77,6 +77,11 @@ class TrainableAttention(AttentionProcessor):
         super().__init__()
         self.quantizers = nn.ModuleDict(quantizers)
 
+    @property
+    def repeatable(self) -> bool:
+        """Not while QDrop draws random numbers."""
+        return all(quantizer.drop_probability == 0 for quantizer in self.quantizers.children())
+
     def operand(self, name: str, x: Tensor) -> Tensor:
         return self.quantizers[name](x) if name in self.quantizers else x
 

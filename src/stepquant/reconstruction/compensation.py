@@ -15,7 +15,7 @@ from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.affine import largest_code
-from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows, sparser
+from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows, parts_of_inputs, sparser
 from stepquant.reconstruction.replay import BlockInputs
 
 SUMS = 16
@@ -38,7 +38,8 @@ def compensate(
     """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
 
     Layer after layer, in their order inside the block: the least-squares weight from the layer's quantized input to its
-    full-precision output, then GPTQ's greedy rounding of that. Depthwise and grouped convolutions are left as they are.
+    full-precision output, then GPTQ's greedy rounding of that; some inputs at a time where they are many. Depthwise and
+    grouped convolutions are left as they are.
 
     Args:
         full_precision: the original denoiser.
@@ -53,12 +54,11 @@ def compensate(
     each = math.ceil(len(batches) / SUMS)
     parts = [batches[start : start + each] for start in range(0, len(batches), each)]
     for name, layer in dense.items():
-        size = layer.inner.weight[0].numel()
-        moments, cross = torch.zeros(size, size), torch.zeros(size, size)
+        moments, cross = _zeros(layer), _zeros(layer)
         products = partial(_products, full_precision, instrumented, block, name, clean, inputs, samples)
-        for moment, crossed in ranks.deal(products, parts):
-            moments += moment
-            cross += crossed
+        for added in ranks.deal(products, parts):
+            for total, part in zip(moments + cross, added, strict=True):
+                total += part
         if ranks.main:
             _compensate_layer(layer, moments, cross)
         layer.weight_quantizer.decided = ranks.send(layer.weight_quantizer.decided)
@@ -74,11 +74,13 @@ def _products(
     inputs: BlockInputs,
     samples: CalibrationSet,
     batches: list[slice],
-) -> tuple[Tensor, Tensor]:
-    """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X."""
+) -> list[Tensor]:
+    """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X.
+
+    First all of the one kind, then all of the other, each for every part of the inputs (`parts_of_inputs`).
+    """
     original, layer = full_precision.get_submodule(name), instrumented.layers[name]
-    size = layer.inner.weight[0].numel()
-    moments, cross = torch.zeros(size, size), torch.zeros(size, size)
+    moments, cross = _zeros(layer), _zeros(layer)
     for chosen in batches:
         with _input_of(original) as wanted:
             args, kwargs = clean.at(chosen)
@@ -91,19 +93,35 @@ def _products(
             given = seen[0] if quantizer is None else quantizer(seen[0])
         step = sparser(len(samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
-        moments += rows.t() @ rows
-        cross += input_rows(wanted[0], layer.inner, step).t() @ rows
-    return moments, cross
+        wanted_rows = input_rows(wanted[0], layer.inner, step)
+        for index, part in enumerate(_parts(layer)):
+            moments[index] += rows[:, part].t() @ rows[:, part]
+            cross[index] += wanted_rows[:, part].t() @ rows[:, part]
+    return moments + cross
 
 
-def _compensate_layer(layer: TrainableLayer, moments: Tensor, cross: Tensor) -> None:
+def _parts(layer: TrainableLayer) -> list[slice]:
+    weight = layer.inner.weight
+    return parts_of_inputs(weight.shape[1], weight[0, 0].numel())
+
+
+def _zeros(layer: TrainableLayer) -> list[Tensor]:
+    sizes = [part.stop - part.start for part in _parts(layer)]
+    return [torch.zeros(size, size) for size in sizes]
+
+
+def _compensate_layer(layer: TrainableLayer, moments: list[Tensor], cross: list[Tensor]) -> None:
     weight, quantizer = layer.inner.weight, layer.weight_quantizer
     flat = weight.flatten(1)
     scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
-    aligned = aligned_weight(flat, moments, cross)
-    compensated = compensated_weight(aligned, moments, scale, zero_point, quantizer.bits)
-    codes = (torch.round(compensated / scale) + zero_point).clamp(0, largest_code(quantizer.bits))
-    quantizer.decided = codes.to(torch.uint8).view_as(weight)
+    decided = torch.empty(flat.shape, dtype=torch.uint8)
+    for part, moment, crossed in zip(_parts(layer), moments, cross, strict=True):
+        grid = (scale[:, part], zero_point[:, part])
+        aligned = aligned_weight(flat[:, part], moment, crossed)
+        compensated = compensated_weight(aligned, moment, *grid, quantizer.bits)
+        codes = (torch.round(compensated / grid[0]) + grid[1]).clamp(0, largest_code(quantizer.bits))
+        decided[:, part] = codes.to(torch.uint8)
+    quantizer.decided = decided.view_as(weight)
 
 
 def _is_dense(module: nn.Module) -> bool:
