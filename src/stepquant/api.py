@@ -23,6 +23,7 @@ from stepquant.calibration.sensitivity import How, Sensitivity, check_how
 from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
+from stepquant.components import Also, check_components, quantize_component
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
@@ -46,6 +47,7 @@ def quantize(
     *,
     budget: float | None = None,
     correction: bool = False,
+    also: Also | None = None,
     recipe: str | Recipe = "q-diffusion",
     calibration: Calibration | None = None,
     prompts: Sequence[str] | None = None,
@@ -73,6 +75,8 @@ def quantize(
         budget: most bits of a weight, on average: the layers that suffer most keep 8 within it (see `sensitivity`).
         correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
             every recipe and costs one multiplication of the output.
+        also: other models of the pipeline and the bits of their weights, ``{"text_encoder": "w8a16", "vae": "w8a16"}``;
+            rounded to nearest, with activations in floating point. By default they stay as they are.
         recipe: name of a recipe (``stepquant.recipes.RECIPES``), or a function of your own that is one: it takes a
             `Job`, and its hyperparameters as keyword-only arguments.
         calibration: how many samples, over how many steps.
@@ -97,6 +101,7 @@ def quantize(
     calibration = calibration or Calibration()
     values = hyperparameters(recipe, arguments)
     denoiser = check_quantizable(pipeline, spec, budget)
+    others = check_components(pipeline, also or {})
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
     )
@@ -127,7 +132,12 @@ def quantize(
         "seed": seed,
         "versions": _versions(),
     }
-    return assemble(pipeline, quantization, spec, provenance, backend)
+    if others:
+        provenance["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
+    quantized = assemble(pipeline, quantization, spec, provenance, backend)
+    for name, config in others.items():
+        quantized.register_modules(**{name: quantize_component(getattr(pipeline, name), config, backend)})
+    return quantized
 
 
 def sensitivity(

@@ -21,9 +21,9 @@ thing for the model.
 """
 TAIL = """
 Any other denoiser of diffusers that repeats its blocks is described by its structure (tests: Wan, and AnimateDiff's
-motion UNet, weights only). Wan's code asks for the type of its time embedding's parameters: except it, with
-`StepquantConfig(spec={"bits": "w8a16", "exceptions": {"time_embedder": "w16a16"}})`. Models whose blocks fold frames
-into the batch cannot be reconstructed block by block, and say so.
+motion UNet, weights only). Models whose blocks fold frames into the batch cannot be reconstructed block by block, and
+say so. Text encoders and autoencoders keep full precision, unless `--also text_encoder=w8a16` asks for their weights to
+be rounded. Layers that a model's class keeps in float32 stay so: T5's `wo`, Wan's `time_embedder`.
 
 img2img, inpainting, ControlNet beside the denoiser and LCM are tested on Stable Diffusion 1. Attention operands are
 quantized in the plain and the joint flows; an attention of another kind, or one that an IP-Adapter has taken over,

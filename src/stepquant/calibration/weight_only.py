@@ -22,6 +22,8 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
 
     Ranges are each output channel's smallest and largest value, codes the nearest. Any model of diffusers will do: no
     family has to describe it. So no layer counts as first or last, and what is to keep more bits is an exception.
+    Layers that the model's own class keeps in float32 (``_keep_in_fp32_modules``: T5's ``wo``, Wan's ``time_embedder``)
+    stay as they are: its code reads the type of their parameters.
 
     Returns:
         The structure of the quantization, as a configuration holds it.
@@ -30,9 +32,10 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         StepquantError: if there is nothing to quantize, or an exception of the spec quantizes an activation.
     """
     layers, clock = {}, StepClock()
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, module in list(model.named_modules()):
         bits = spec.layer_bits(name)
-        if not can_quantize(module) or bits.is_float:
+        if not can_quantize(module) or bits.is_float or kept & set(name.split(".")):
             continue
         if bits.activation < 16:
             raise StepquantError(f"exception {bits} of layer {name} needs samples: give bits such as w8a16.")

@@ -42,8 +42,13 @@ def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denois
         'pipe = DiffusionPipeline.from_pretrained("...")  # this repository or folder',
         "```",
     ]
+    others = provenance.get("also", {})
+    rest = "Everything else in the folder is as it was."
+    if others:
+        named = ", ".join(f"{name} ({entry['bits']})" for name, entry in others.items())
+        rest = f"Weights of other models were rounded to nearest: {named}. The rest of the folder is as it was."
     about = (
         f"The denoiser of {source or 'a diffusers pipeline'}, quantized to {bits or 'integers'} by "
-        f"stepquant's recipe `{recipe}`. Everything else in the folder is as it was."
+        f"stepquant's recipe `{recipe}`. {rest}"
     )
     return "\n".join([*head, "---", "", f"# {title}", "", about, "", *code, "", *table, ""])

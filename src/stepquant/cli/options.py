@@ -44,6 +44,21 @@ def at_least_one(name: str, value: int) -> None:
         raise StepquantError(f"{name} is {value}: expected at least 1.")
 
 
+def pairs_from(given: Sequence[str] | None, what: str, form: str) -> dict[str, str]:
+    """``["mid_block=w8a8"]`` -> ``{"mid_block": "w8a8"}``; what stands before may hold ``=`` itself.
+
+    Args:
+        what, form: of the option, for the sentence that says what is wrong.
+    """
+    pairs = {}
+    for text in given or ():
+        name, equals, bits = text.rpartition("=")
+        if not equals or not name:
+            raise StepquantError(f"{what} {text!r} is not understood: write it as {form}.")
+        pairs[name] = bits
+    return pairs
+
+
 def check_writable_file(path: Path) -> None:
     """Raise `StepquantError` unless a file can be written at `path`; makes the folder it lies in."""
     if path.is_dir():

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import Model, Prompts, Seed, at_least_one, check_space, check_writable_folder, progress
+from stepquant.cli.options import (
+    Model,
+    Prompts,
+    Seed,
+    at_least_one,
+    check_space,
+    check_writable_folder,
+    pairs_from,
+    progress,
+)
 from stepquant.errors import StepquantError
 
 FINISHED = "finished"
@@ -51,6 +60,12 @@ def quantize(
     correct: Annotated[
         bool, typer.Option("--correct", help="Undo the part of the error that follows the output, step by step (PTQD).")
     ] = False,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BITS", help="Round the weights of another model, such as text_encoder=w8a16; may be repeated."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Quantize a diffusion model and write it as a diffusers folder.
@@ -81,9 +96,9 @@ def quantize(
     if iterations is None and effort != "standard" and "iterations" in hyperparameters(chosen):
         arguments["iterations"] = preset.iterations  # standard leaves it to the recipe
     values = hyperparameters(chosen, arguments)
-    spec = QuantSpec.parse(
-        {"bits": bits, "exceptions": exceptions_from(exception or []), "exact_time": exact_time, "balance": balance}
-    )
+    exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
+    spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time, "balance": balance})
+    others = pairs_from(also, "option --also", "NAME=BITS, as in text_encoder=w8a16")
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
     workspace = out.with_name(f".{out.name}.work")
@@ -106,6 +121,7 @@ def quantize(
         spec,
         budget=budget_bits,
         correction=correct,
+        also=others,
         recipe=chosen,
         calibration=calibration,
         seed=seed,
@@ -134,17 +150,6 @@ def _finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
     except OSError:
         return False
     return is_checkpoint(out) and finished == digest([asked, read_manifest(out).provenance])
-
-
-def exceptions_from(given: list[str]) -> dict[str, str]:
-    """``["mid_block=w8a8"]`` -> ``{"mid_block": "w8a8"}``; the expression may hold ``=`` itself."""
-    exceptions = {}
-    for text in given:
-        pattern, equals, bits = text.rpartition("=")
-        if not equals or not pattern:
-            raise StepquantError(f"exception {text!r} is not understood: write it as REGEX=BITS, as in mid_block=w8a8.")
-        exceptions[pattern] = bits
-    return exceptions
 
 
 def parameter_bytes(pipeline: Any) -> int:

@@ -8,8 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import Model, Prompts, Seed, at_least_one, check_space, check_writable_folder, progress
-from stepquant.cli.quantize import exceptions_from, parameter_bytes
+from stepquant.cli.options import (
+    Model,
+    Prompts,
+    Seed,
+    at_least_one,
+    check_space,
+    check_writable_folder,
+    pairs_from,
+    progress,
+)
+from stepquant.cli.quantize import parameter_bytes
 from stepquant.errors import StepquantError
 
 BYTES_A_PARAMETER = 6
@@ -75,7 +84,8 @@ def train(
         "ema_decay": ema_decay,
     }
     hyperparameters(qat, arguments)
-    spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions_from(exception or []), "exact_time": exact_time})
+    exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
+    spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)

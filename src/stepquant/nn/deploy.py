@@ -151,7 +151,8 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
         StepquantError: if `structure` is malformed, or names a layer that `model` does not have or of another kind.
     """
     structure = Structure.parse(structure)
-    clock = StepClock(torch.tensor(structure.timesteps, dtype=torch.float32))
+    with torch.device("cpu"):  # transformers builds its models under a device without memory
+        clock = StepClock(torch.tensor(structure.timesteps, dtype=torch.float32))
     with torch.device(device):
         for name, layer_format in structure.layers.items():
             module = _submodule(model, name)

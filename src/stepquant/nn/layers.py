@@ -108,15 +108,16 @@ class QuantizedModule(nn.Module):
         groups, out = len(layer_format.weight_groups), weight_shape[0]
         stored = packed_bytes(math.prod(weight_shape), layer_format.weight_bits)
         self.register_buffer("weight_packed", torch.zeros(stored, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(groups, out))
+        # The type is said: a model may be built under another default.
+        self.register_buffer("weight_scale", torch.ones(groups, out, dtype=torch.float32))
         self.register_buffer("weight_zero_point", torch.zeros(groups, out, dtype=torch.uint8))
-        self.register_buffer("bias", torch.zeros(out) if bias else None)
+        self.register_buffer("bias", torch.zeros(out, dtype=torch.float32) if bias else None)
         if layer_format.activation_bits is not None:
             table = (layer_format.activation_rows, max(1, len(layer_format.activation_groups)))
-            self.register_buffer("input_scale", torch.ones(table))
+            self.register_buffer("input_scale", torch.ones(table, dtype=torch.float32))
             self.register_buffer("input_zero_point", torch.zeros(table, dtype=torch.uint8))
         if layer_format.balanced:
-            self.register_buffer("input_balance", torch.ones(weight_shape[1]))
+            self.register_buffer("input_balance", torch.ones(weight_shape[1], dtype=torch.float32))
 
     def fill(self, layer: QuantizedLayer) -> None:
         """Copy the tensors of `layer`, whose format must be this module's."""
