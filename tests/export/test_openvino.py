@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -58,6 +60,28 @@ def test_network(unet, tmp_path):
             expected = reference(x, timestep).sample
             assert signal_to_noise(exported(x, timestep).sample, expected) > 25
     assert signal_to_noise(exported(sample, 100).sample, reference(sample, 900).sample) < 25
+
+
+def test_a_failed_export_leaves_nothing(unet, tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+
+    def full_disk(network, path, **_options):
+        path.with_suffix(".bin").write_bytes(b"half of it")
+        raise RuntimeError("No space left on device")
+
+    def refused(*_arguments, **_options):
+        raise ValueError("no such operation.\nand a trace")
+
+    converted = SimpleNamespace(inputs=[MagicMock(), MagicMock()])
+    arguments = {"sample": torch.randn(2, 1, 16, 16), "timestep": torch.tensor(500.0)}
+    monkeypatch.setattr(openvino, "save_model", full_disk)
+    monkeypatch.setattr(openvino, "convert_model", lambda *_arguments, **_options: converted)
+    with pytest.raises(StepquantError, match="no space left on the disk"):
+        export_openvino(unet, arguments, tmp_path / "unet.xml")
+    monkeypatch.setattr(openvino, "convert_model", refused)
+    with pytest.raises(StepquantError, match=r"OpenVINO cannot take this network: no such operation\.$"):
+        export_openvino(unet, arguments, tmp_path / "unet.xml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_precision_is_refused(unconditional_pipeline, tmp_path):

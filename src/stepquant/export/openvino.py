@@ -12,22 +12,21 @@ exactly zero. Weights are stored as int8.
 
 from __future__ import annotations
 
-import copy
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import FrozenDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepquant.errors import StepquantError
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.clock import StepClock
+from stepquant.errors import StepquantError, first_line
+from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
 from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.numerics.affine import largest_code
-from stepquant.runtime import prepare
+from stepquant.workspace import cannot_write
 
 
 class FoldedKernel(Kernel):
@@ -89,93 +88,69 @@ def can_fold(module: QuantizedModule) -> bool:
     return layer_format.activation_bits is not None and groups[0] == 1 and groups[1] <= 1
 
 
-class _Row:
-    """Stands for a `StepClock` while tracing: its row is part of the traced graph."""
-
-    row: Tensor
-
-
-class _Traced(nn.Module):
-    """A denoiser of positional arguments that finds its table row in the graph."""
-
-    boundaries: Tensor
-
-    def __init__(self, model: nn.Module, names: list[str], clock: StepClock) -> None:
-        super().__init__()
-        self.model, self.names, self.clock = model, names, _Row()
-        grid = clock.timesteps
-        self.register_buffer("boundaries", (grid[1:] + grid[:-1]) / 2)
-        for module in model.modules():
-            if isinstance(module, (QuantizedModule, QuantizedAttentionProcessor)):
-                module.clock = self.clock  # type: ignore[assignment]
-            if isinstance(module, QuantizedModule):
-                module.memo = None
-
-    def forward(self, *values: Tensor) -> Tensor:
-        arguments = dict(zip(self.names, values, strict=True))
-        self.clock.row = (arguments["timestep"].reshape(-1)[:1] > self.boundaries).sum()
-        result: Tensor = self.model(**arguments, return_dict=False)[0]
-        return result
-
-
 @torch.no_grad()
 def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list[str]:
     """Write `denoiser`, quantized, as `path` (.xml) and its weights beside it; returns the layers left in float.
 
     All samples of a batch share the step, as in every sampler. The batch is free, other dimensions are those of
-    `arguments`, one step's arguments by name.
+    `arguments`, one step's arguments by flat name (`export.network.example_arguments`).
 
     Raises:
-        StepquantError: if the model is not quantized, or OpenVINO is not installed.
+        StepquantError: if the model is not quantized, OpenVINO is not installed or refuses the network, or the file
+            cannot be written.
     """
     openvino = _openvino()
-    if not quantized_modules(denoiser):
-        raise StepquantError("the denoiser is not quantized: give a folder that `stepquant quantize` wrote.")
-    model = copy.deepcopy(denoiser)
-    prepare(model, "reference")
-    layers = quantized_modules(model)
-    for layer in layers.values():
-        if can_fold(layer):
-            layer.kernel = FoldedKernel(layer)
-    clock = next(iter(layers.values())).clock
-    model._forward_pre_hooks.clear()
-    # OpenVINO takes a quantization in the configuration for one of those it unpacks itself.
-    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
-    values = tuple(value if value.dim() else value[None] for value in arguments.values())
-    traced = _Traced(model, list(arguments), clock)
-    shapes = [[-1, *value.shape[1:]] if value.dim() > 1 else list(value.shape) for value in values]
-    network = openvino.convert_model(traced, example_input=values, input=shapes)
-    openvino.save_model(network, path, compress_to_fp16=False)
-    return [name for name, layer in layers.items() if not can_fold(layer)]
+    traceable = Traceable(denoiser, list(arguments), lambda layer: FoldedKernel(layer) if can_fold(layer) else None)
+    values, free = traced_values(arguments), batched(arguments)
+    shapes = [
+        [-1, *value.shape[1:]] if name in free else list(value.shape)
+        for name, value in zip(arguments, values, strict=True)
+    ]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that become constants, as they should
+            network = openvino.convert_model(traceable, example_input=values, input=shapes)
+    except Exception as error:  # of many classes, whatever the network has that OpenVINO has not
+        raise StepquantError(f"OpenVINO cannot take this network: {first_line(error)}.") from None
+    for node, name in zip(network.inputs, arguments, strict=True):
+        node.get_tensor().set_names({name})
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as draft:
+            openvino.save_model(network, Path(draft) / path.name, compress_to_fp16=False)
+            for name in (path.with_suffix(".bin").name, path.name):  # the network last: it needs its weights
+                (Path(draft) / name).replace(path.parent / name)
+    except (OSError, RuntimeError) as error:
+        raise cannot_write(path, error) from None
+    return [name for name, layer in quantized_modules(denoiser).items() if not can_fold(layer)]
 
 
-class OpenVinoDenoiser(nn.Module):
+class OpenVinoDenoiser(ExportedDenoiser):
     """The network of `path` in the place of a diffusers denoiser: ``pipeline.unet = OpenVinoDenoiser(path, unet)``.
 
     Args:
         path: the .xml that `export_openvino` wrote.
-        like: the denoiser it was made from, whose configuration and output class it keeps.
+        like: the denoiser it was made from, whose configuration and arguments it keeps.
         precision: of what is not in integers, "f32" or "bf16".
+
+    Raises:
+        StepquantError: if OpenVINO is not installed, or cannot read the network.
     """
 
     def __init__(self, path: Path, like: Any, precision: str = "f32", threads: int | None = None) -> None:
-        super().__init__()
-        self.config, self.dtype, self.device = like.config, torch.float32, torch.device("cpu")
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        self.request = _openvino().Core().compile_model(path, "CPU", options).create_infer_request()
+        openvino = _openvino()
+        try:
+            network = openvino.Core().compile_model(path, "CPU", options)
+        except RuntimeError as error:
+            raise StepquantError(f"OpenVINO cannot read {path}: {first_line(error)}.") from None
+        super().__init__(like, [node.get_any_name() for node in network.inputs])
+        self.request = network.create_infer_request()
 
-    def forward(self, sample: Tensor, timestep: Any, *more: Tensor, return_dict: bool = True, **_kwargs: Any) -> Any:
-        time = torch.as_tensor(timestep).float().reshape(-1)[:1]
-        given = [sample.numpy(), time.numpy(), *(value.numpy() for value in more)]
-        given += [_kwargs["encoder_hidden_states"].numpy()] if "encoder_hidden_states" in _kwargs else []
-        result = torch.from_numpy(next(iter(self.request.infer(given).values())).copy())
-        if not return_dict:
-            return (result,)
-        from diffusers.models.unets.unet_2d import UNet2DOutput
-
-        return UNet2DOutput(sample=result)
+    def run(self, arguments: dict[str, Tensor]) -> Tensor:
+        results = self.request.infer({name: value.numpy() for name, value in arguments.items()})
+        return torch.from_numpy(next(iter(results.values())).copy())
 
 
 def _openvino() -> Any:

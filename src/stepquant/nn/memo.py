@@ -55,9 +55,9 @@ class TimeMemo:
 
 
 class TimeLinear(nn.Linear):
-    """A linear in floating point that remembers its outputs by timestep."""
+    """A linear in floating point that remembers its outputs by timestep; without a `memo` it computes them."""
 
-    memo: TimeMemo
+    memo: TimeMemo | None
     clock: StepClock
 
     @classmethod
@@ -69,6 +69,8 @@ class TimeLinear(nn.Linear):
         return linear.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.memo is None:
+            return super().forward(input)
         return self.memo(input, self.clock.time, self._state(), super().forward)
 
     def _state(self) -> object:

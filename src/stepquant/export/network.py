@@ -1,0 +1,139 @@
+"""What the exporters share: a denoiser as a function of tensors, its table row found inside, and a stand-in for it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from stepquant.calibration.trajectories import Calibration, collect, flatten, nest
+from stepquant.errors import StepquantError
+from stepquant.models import denoiser_name
+from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.correction import OutputCorrection
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import QuantizedModule
+from stepquant.nn.memo import TimeLinear
+from stepquant.pipelines import make_request
+from stepquant.progress import Progress
+from stepquant.runtime import KernelFactory, prepare
+
+TIMESTEP = "timestep"
+
+
+def example_arguments(pipeline: Any) -> dict[str, Tensor]:
+    """What the pipeline gives its denoiser at the first step of two pictures, by flat name (`calibration.flatten`).
+
+    Raises:
+        StepquantError: if the pipeline cannot draw from noise alone.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    calibration = Calibration(samples=2, steps=1)
+    steps = torch.zeros(2, dtype=torch.long)
+    seen = collect(pipeline, denoiser, make_request(pipeline, 1), steps, calibration, 0, Progress())
+    return seen.tensors | seen.shared
+
+
+class _Time:
+    """Stands for a `StepClock` while tracing: time and row are part of the traced graph."""
+
+    time: Tensor
+    row: Tensor
+
+
+class Traceable(nn.Module):
+    """A quantized denoiser as a function of positional tensors, to be traced; a copy, the original is not changed.
+
+    All samples of a batch share the step, as in every sampler, so the timestep is of shape [1]; its row of the tables
+    is found in the graph.
+
+    Args:
+        names: of the arguments, flat, in the order in which `forward` takes them.
+        kernel_of: the kernel of a layer in operations that the other runtime knows; None leaves it in floating point.
+
+    Raises:
+        StepquantError: if the denoiser is not quantized.
+    """
+
+    boundaries: Tensor
+
+    def __init__(self, denoiser: Any, names: list[str], kernel_of: KernelFactory) -> None:
+        super().__init__()
+        if not quantized_modules(denoiser):
+            raise StepquantError("the denoiser is not quantized: give a folder that `stepquant quantize` wrote.")
+        self.names, self.clock = names, _Time()
+        model = copy.deepcopy(denoiser)
+        prepare(model, kernel_of)
+        grid = next(iter(quantized_modules(model).values())).clock.timesteps
+        self.register_buffer("boundaries", (grid[1:] + grid[:-1]) / 2)
+        model._forward_pre_hooks.clear()
+        # OpenVINO takes a quantization in the configuration for one of those it unpacks itself.
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        for module in model.modules():
+            if isinstance(module, (QuantizedModule, QuantizedAttentionProcessor, OutputCorrection)):
+                module.clock = self.clock  # type: ignore[assignment]
+            if isinstance(module, (QuantizedModule, TimeLinear)):
+                module.memo = None  # what it remembers would be a constant of the graph
+        self.model = model
+
+    def forward(self, *values: Tensor) -> Tensor:
+        arguments = dict(zip(self.names, values, strict=True))
+        time = arguments[TIMESTEP]
+        self.clock.time, self.clock.row = time[0], (time > self.boundaries).sum()
+        arguments[TIMESTEP] = time.expand(values[0].shape[0])
+        result: Tensor = self.model(**nest(arguments), return_dict=False)[0]
+        return result
+
+
+def traced_values(arguments: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The arguments as `Traceable.forward` takes them: the timestep float32 [1]."""
+    return tuple(
+        value.float().reshape(-1)[:1] if name == TIMESTEP else value.contiguous() for name, value in arguments.items()
+    )
+
+
+def batched(arguments: dict[str, Tensor]) -> list[str]:
+    """Names of those whose first dimension is the batch's, which stays free."""
+    batch = next(iter(arguments.values())).shape[0]
+    return [
+        name for name, value in arguments.items() if name != TIMESTEP and value.dim() > 0 and value.shape[0] == batch
+    ]
+
+
+class ExportedDenoiser(nn.Module):
+    """A network in the place of a diffusers denoiser; a subclass runs it.
+
+    Args:
+        like: the denoiser it was made from, whose configuration and arguments it keeps.
+        names: of the network's inputs, the flat names of `example_arguments`.
+    """
+
+    def __init__(self, like: Any, names: list[str]) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = like.config, torch.float32, torch.device("cpu")
+        self.order = list(inspect.signature(like.forward).parameters)
+        self.names = names
+
+    def run(self, arguments: dict[str, Tensor]) -> Tensor:
+        """The network's output for all of `names`, contiguous."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        given = dict(zip(self.order, args, strict=False)) | kwargs
+        given[TIMESTEP] = time = torch.as_tensor(given[TIMESTEP]).float().reshape(-1)
+        if bool((time != time[0]).any()):
+            raise StepquantError("the samples of a batch have several timesteps: an exported network takes one.")
+        flat = {name: value for key, entry in given.items() for name, value in flatten(key, entry)}
+        tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+        if set(tensors) != set(self.names):
+            odd = sorted(set(tensors) ^ set(self.names))[0]
+            state = "does not take" if odd in tensors else "needs"
+            raise StepquantError(f"the network {state} {odd!r}: export it from a pipeline that is used the same way.")
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        result = self.run({name: value.contiguous() for name, value in tensors.items()} | {TIMESTEP: time[:1]})
+        return UNet2DOutput(sample=result) if return_dict else (result,)

@@ -1,0 +1,271 @@
+"""ONNX: a network in integer operations with the step's scales inside, and a denoiser that onnxruntime runs.
+
+    codes = QuantizeLinear(x * (1 / s_t), 1, z_t)              s_t, z_t: the step's row of the layer's tables
+    y = MatMulInteger(codes, w, z_t) * (s_t * s_w) + bias      one kernel of onnxruntime, scales in its epilogue
+
+Codes are those of `numerics.affine` and sums are exact. A convolution is the product of its windows, taken from the
+codes with channels last. In ONNX's other form, floating point between QuantizeLinear and DequantizeLinear, onnxruntime
+runs a convolution in integers only where its output is rounded to 8 bits as well, which here none is; and its
+ConvInteger has no kernel for signed weights that is faster than floating point.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepquant.errors import StepquantError, first_line
+from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
+from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.nn.tables import ActivationTable
+from stepquant.numerics.affine import largest_code
+from stepquant.runtime.onednn import can_run
+from stepquant.runtime.segments import along_channels, channel_dim, linear_map, segments_of
+from stepquant.workspace import write_atomic
+
+OPSET = 17
+MOST_BYTES = (1 << 31) - (1 << 20)
+"""Of a file: protobuf counts them in 32 bits."""
+
+
+class _QuantizeLinear(torch.autograd.Function):
+    """``clamp(round(steps) + zero_point, 0, 255)``; steps: float32, zero_point: uint8 []."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, zero_point: Tensor) -> Tensor:
+        return (steps.round() + zero_point).clamp(0, 255).to(torch.uint8)
+
+    @staticmethod
+    def symbolic(g: Any, steps: Any, zero_point: Any) -> Any:
+        return g.op("QuantizeLinear", steps, g.op("Constant", value_t=torch.tensor(1.0)), zero_point)
+
+
+class _MatMulInteger(torch.autograd.Function):
+    """``(a - a_zero) @ (b - b_zero)`` in int32; a: uint8, b: uint8, or int8 without a zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, a_zero: Tensor, b_zero: Tensor | None) -> Tensor:
+        right = b.double() if b_zero is None else b.double() - b_zero
+        return ((a.double() - a_zero) @ right).to(torch.int32)
+
+    @staticmethod
+    def symbolic(g: Any, a: Any, b: Any, a_zero: Any, b_zero: Any) -> Any:
+        zeros = (a_zero,) if b_zero is None or b_zero.node().mustBeNone() else (a_zero, b_zero)
+        return g.op("MatMulInteger", a, b, *zeros)
+
+
+def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """uint8 codes of x on a grid given by the reciprocal of its scale, which broadcasts against x."""
+    steps = x * inverse
+    if bits < 8:  # the operation itself clamps to 0 and 255 only
+        zero = zero_point.float()
+        steps = torch.minimum(torch.maximum(steps, -zero), largest_code(bits) - zero)
+    return _QuantizeLinear.apply(steps, zero_point)
+
+
+def _within(table: ActivationTable, row: Tensor) -> Tensor:
+    """The clock's row, or 0 in a static table, which is looked up like any other: onnxruntime puts a product's scale
+    into its kernel only where it is no constant."""
+    return row.clamp(max=len(table.scale) - 1)
+
+
+class OnnxKernel(Kernel):
+    """A linear or convolution; a segment of channels with a scale of its own is a product of its own.
+
+    All samples share the step: row is int64 [].
+    """
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        assert layer.activation is not None
+        self.table, self.bias, self.dim = layer.activation, layer.bias, channel_dim(module)
+        self.geometry: tuple[tuple[int, ...], ...] | None = None
+        if isinstance(module, QuantizedConv2d):
+            self.geometry = (module.padding, module.stride, module.dilation, module.weight_shape[2:])
+        self.segments = segments_of(layer)
+        self.inverses = []
+        for index, segment in enumerate(self.segments):
+            self.register_buffer(f"weight_{index}", self._columns(segment.weight))
+            scale = layer.activation.scale[:, segment.group, None]
+            if layer.balance is not None:
+                scale = scale * layer.balance[segment.start : segment.stop]
+            self.inverses.append(scale.reciprocal())
+
+    def _columns(self, weight: Tensor) -> Tensor:
+        """int8 [products of an output, out]; those of a convolution tap by tap."""
+        return (weight.permute(2, 3, 1, 0).flatten(0, 2) if weight.dim() == 4 else weight.t()).contiguous()
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        row = _within(self.table, row)
+        scale, zero_point = self.table.scale[row], self.table.zero_point[row]
+        y: Tensor | None = None
+        for index, (segment, inverses) in enumerate(zip(self.segments, self.inverses, strict=True)):
+            part = x
+            if len(self.segments) > 1:
+                part = x.narrow(self.dim, segment.start, segment.stop - segment.start)
+            inverse = inverses[row]
+            zero = zero_point[segment.group]
+            if self.geometry is None:
+                codes = _codes(part, inverse, zero, self.table.bits)
+            else:
+                codes = self._windows(part, inverse[:, None, None], zero, *self.geometry)
+            sums = _MatMulInteger.apply(codes, self.get_buffer(f"weight_{index}"), zero, None)
+            product = sums.float() * (scale[segment.group] * segment.scale)
+            y = product if y is None else y + product
+        assert y is not None
+        if self.bias is not None:
+            y = y + self.bias
+        return y if self.geometry is None else y.permute(0, 3, 1, 2)
+
+    def _windows(self, x: Tensor, inverse: Tensor, zero_point: Tensor, *geometry: tuple[int, ...]) -> Tensor:
+        """uint8 [B, H', W', products of an output], the codes of each output's window."""
+        (ph, pw), (sh, sw), (dh, dw), (kh, kw) = geometry
+        x = F.pad(x, (pw, pw, ph, ph))  # zero has a code of its own
+        codes = _codes(x, inverse, zero_point, self.table.bits).permute(0, 2, 3, 1)
+        height, width = (int(size) for size in codes.shape[1:3])
+        down = height - dh * (kh - 1)
+        right = width - dw * (kw - 1)
+        taps = [
+            codes[:, i * dh : i * dh + down : sh, j * dw : j * dw + right : sw] for i in range(kh) for j in range(kw)
+        ]
+        return torch.cat(taps, dim=3)
+
+
+class OnnxWeightKernel(Kernel):
+    """A layer whose activation stays floating point: the weight is int8 in the file, multiplied out when it is read.
+
+    Not by DequantizeLinear: onnxruntime takes that before a linear as leave to round the activation as well.
+    """
+
+    integers: Tensor
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        self.apply_map, self.bias, self.dim = linear_map(module), layer.bias, channel_dim(module)
+        self.scale = layer.weight.scale[0]
+        self.register_buffer("integers", layer.weight.integers())
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        weight = self.integers.float() * self.scale.reshape(-1, *(1,) * (self.integers.dim() - 1))
+        y = self.apply_map(x, weight)
+        return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim())
+
+
+class OnnxAttention(Kernel):
+    """Both products of an attention; its four operands are quantized."""
+
+    def __init__(self, processor: QuantizedAttentionProcessor) -> None:
+        super().__init__()
+        self.tables = {name: processor.table(name) for name in OPERANDS}
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
+        def coded(name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            table = self.tables[name]
+            at = _within(table, row)
+            scale, inverse, zero_point = table.scale[at, 0], table.scale.reciprocal()[at, 0], table.zero_point[at, 0]
+            return _codes(x, inverse, zero_point, table.bits), scale, zero_point
+
+        codes, scale, zero_point = coded("key", key)
+        scores = _product(coded("query", query), (codes.transpose(-1, -2), scale, zero_point))
+        scores = scores * (int(query.shape[-1]) ** -0.5)
+        if mask is not None:
+            scores = scores + mask
+        return _product(coded("probability", torch.softmax(scores, dim=-1)), coded("value", value))
+
+
+def _product(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Of two tensors of codes with their scale and zero point: float32."""
+    (a_codes, a_scale, a_zero), (b_codes, b_scale, b_zero) = a, b
+    return _MatMulInteger.apply(a_codes, b_codes, a_zero, b_zero).float() * (a_scale * b_scale)
+
+
+@torch.no_grad()
+def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list[str]:
+    """Write `denoiser`, quantized, as `path` (.onnx); returns the layers that do not run in integers.
+
+    All samples of a batch share the step, as in every sampler. The batch is free, other dimensions are those of
+    `arguments`, one step's arguments by flat name (`export.network.example_arguments`).
+
+    Raises:
+        StepquantError: if the model is not quantized, the package onnx is not installed, torch cannot write the network
+            as ONNX, or the file cannot be written.
+    """
+    _import("onnx")
+    traceable = Traceable(denoiser, list(arguments), lambda layer: OnnxKernel(layer) if can_run(layer) else None)
+    for module in traceable.modules():
+        if isinstance(module, QuantizedAttentionProcessor) and set(module.bits) == set(OPERANDS):
+            module.kernel = OnnxAttention(module)
+        elif isinstance(module, QuantizedModule) and _is_weight_only(module):
+            module.kernel = OnnxWeightKernel(module)
+    file = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that become constants, as they should
+            torch.onnx.export(
+                traceable,
+                traced_values(arguments),
+                file,  # type: ignore[arg-type]  # annotated as a path only
+                dynamo=False,
+                opset_version=OPSET,
+                do_constant_folding=False,  # or int8 weights of float layers would be multiplied out in the file
+                input_names=list(arguments),
+                output_names=["output"],
+                dynamic_axes={name: {0: "batch"} for name in (*batched(arguments), "output")},
+            )
+    except Exception as error:  # of many classes, whatever the network has that ONNX has not
+        raise StepquantError(f"torch cannot write this network as ONNX: {first_line(error)}.") from None
+    if file.getbuffer().nbytes > MOST_BYTES:
+        raise StepquantError("the network is larger than the 2 GB of an ONNX file: export it to openvino.")
+    write_atomic(path, lambda draft: draft.write_bytes(file.getbuffer()))
+    return [name for name, layer in quantized_modules(denoiser).items() if not can_run(layer)]
+
+
+def _is_weight_only(module: QuantizedModule) -> bool:
+    return module.layer_format.activation_bits is None and len(module.layer_format.weight_groups) == 1
+
+
+class OnnxDenoiser(ExportedDenoiser):
+    """The network of `path` in the place of a diffusers denoiser: ``pipeline.unet = OnnxDenoiser(path, unet)``.
+
+    Args:
+        path: the .onnx that `export_onnx` wrote.
+        like: the denoiser it was made from, whose configuration and arguments it keeps.
+
+    Raises:
+        StepquantError: if onnxruntime is not installed, or cannot read the network.
+    """
+
+    def __init__(self, path: Path, like: Any, threads: int | None = None) -> None:
+        runtime = _import("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        # Sums are exact on processors without VNNI, too, whose fastest instructions saturate.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        try:
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its classes are made at run time
+            raise StepquantError(f"onnxruntime cannot read {path}: {first_line(error)}.") from None
+        super().__init__(like, [entry.name for entry in session.get_inputs()])
+        self.session = session
+
+    def run(self, arguments: dict[str, Tensor]) -> Tensor:
+        given = {name: value.numpy() for name, value in arguments.items()}
+        return torch.from_numpy(self.session.run(None, given)[0])
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise StepquantError(f"{name} is not installed: pip install 'stepquant[onnx]'.") from None
