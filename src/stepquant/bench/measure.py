@@ -17,12 +17,14 @@ class Timing(BaseModel):
         seconds: median of a step.
         speedup: median over rounds of the first contestant's time over this one's, in the same round.
         speedup_quartiles: first and third quartile of that ratio: its spread.
+        times: of each round, in seconds.
     """
 
     name: str
     seconds: float
     speedup: float
     speedup_quartiles: tuple[float, float]
+    times: list[float]
 
 
 def measure(
@@ -30,11 +32,14 @@ def measure(
 ) -> list[Timing]:
     """Time every contestant once a round, after a round that does not count.
 
-    Because they alternate, a machine that is busy with something else slows all alike, and ratios stay meaningful.
+    Because they alternate, a machine that is busy with something else slows all alike, and ratios stay meaningful. Each
+    runs twice and its second time counts, since the first finds another's data in the caches; every other round goes
+    backwards.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_index in range(-1, rounds):
-        for name, run in contestants.items():
+        for name, run in list(contestants.items())[:: -1 if round_index % 2 else 1]:
+            run()
             start = time.perf_counter()
             run()
             if round_index >= 0:
@@ -47,6 +52,12 @@ def measure(
         ratios = [first / own for first, own in zip(base, seconds, strict=True)]
         low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
         results.append(
-            Timing(name=name, seconds=median(seconds), speedup=median(ratios), speedup_quartiles=(low, high))
+            Timing(
+                name=name,
+                seconds=median(seconds),
+                speedup=median(ratios),
+                speedup_quartiles=(low, high),
+                times=[round(value, 6) for value in seconds],
+            )
         )
     return results

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from stepquant.calibration.instrument import instrument
@@ -74,13 +74,17 @@ def example(model: Any, batch: int) -> dict[str, Tensor]:
     Raises:
         StepquantError: for a family that bench does not know.
     """
-    if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
-        raise StepquantError(f"bench times UNets, this is a {type(model).__name__}: give another model.")
+    if not isinstance(model, (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)):
+        raise StepquantError(f"bench times UNets and DiT, this is a {type(model).__name__}: give another model.")
     torch.manual_seed(0)
     config = model.config
     size = config["sample_size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    arguments = {"sample": torch.randn(batch, config["in_channels"], height, width), "timestep": torch.tensor(500.0)}
+    sample = torch.randn(batch, config["in_channels"], height, width)
+    if isinstance(model, DiTTransformer2DModel):
+        classes = torch.arange(batch) % config["num_embeds_ada_norm"]
+        return {"hidden_states": sample, "timestep": torch.full((batch,), 500.0), "class_labels": classes}
+    arguments = {"sample": sample, "timestep": torch.tensor(500.0)}
     if isinstance(model, UNet2DConditionModel):
         arguments["encoder_hidden_states"] = torch.randn(batch, TOKENS, config["cross_attention_dim"])
     return arguments

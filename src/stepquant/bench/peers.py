@@ -32,8 +32,9 @@ def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[
 
 def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
     half: Any = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    halved = {key: value.bfloat16() if value.dim() else value for key, value in arguments.items()}
-    halved["sample"] = halved["sample"].contiguous(memory_format=torch.channels_last)
+    halved = {key: value.bfloat16() if value.dim() > 1 else value for key, value in arguments.items()}
+    picture = next(iter(halved))
+    halved[picture] = halved[picture].contiguous(memory_format=torch.channels_last)
     whole_compiled, half_compiled = torch.compile(model), torch.compile(half)
     return {
         "torch.compile float32": lambda: whole_compiled(**arguments),
@@ -54,6 +55,13 @@ class _Positional(nn.Module):
         return result
 
 
+def _random(name: str, value: Tensor, step: float) -> Tensor:
+    """An argument like `value` at another step, for calibration."""
+    if name == "timestep":
+        return torch.full_like(value, step)
+    return torch.randn_like(value) if value.is_floating_point() else value
+
+
 def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[str, Contestant]:
     import nncf
     import openvino
@@ -63,7 +71,7 @@ def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int
     inputs = [list(value.shape) for value in values]
     converted = openvino.convert_model(_Positional(model, list(arguments)), example_input=values, input=inputs)
     samples = [
-        tuple((torch.randn_like(value) if value.dim() > 1 else torch.tensor([step])).numpy() for value in values)
+        tuple(_random(name, value, step).numpy() for name, value in zip(arguments, values, strict=True))
         for step in CALIBRATION_STEPS
     ]
     quantized = nncf.quantize(

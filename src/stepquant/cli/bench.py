@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,6 +77,8 @@ def bench(
         found = roofline(per_step, arguments) if shares else None
     machine = f"{_processor()}, {torch.get_num_threads()} threads"
     console().print(_table(f"{model}, batch {batch}, {machine}", timings))
+    price = _median_ratio(timings[1], timings[2])
+    typer.echo(f"a scale a step takes {price:.3f} times as long as static scales (median over the rounds)")
     if slow:
         typer.echo(f"{len(slow)} layers have no integer kernel and run in floating point: {', '.join(slow[:5])}")
     if found is not None:
@@ -89,12 +92,17 @@ def bench(
             "machine": machine,
             "backend": backend,
             "fallbacks": slow,
+            "per_step_over_static": price,
             "timings": [timing.model_dump() for timing in timings],
         }
         if found is not None:
             figures |= {"int8_peak": found[0], "roofline": [share.model_dump() for share in found[1]]}
         write_atomic(json, lambda draft: draft.write_text(_pretty(figures)))
         typer.echo(f"figures: {json}")
+
+
+def _median_ratio(first: Timing, second: Timing) -> float:
+    return median(one / other for one, other in zip(first.times, second.times, strict=True))
 
 
 def _pretty(figures: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from torch import nn
 
 from stepquant.runtime import native
 from stepquant.runtime.native.build import has_amx
-from stepquant.runtime.native.kernel import NativeKernel, Norm, group_norm
+from stepquant.runtime.native.kernel import NativeKernel
+from stepquant.runtime.native.norms import Norm, group_norm
 from stepquant.runtime.reference import ReferenceKernel
 from tests.runtime.test_runtimes import convolution, linear
 
@@ -42,7 +43,7 @@ def test_everything_fused(shape, row, dtype):
             x,
             row,
             norm=norm,
-            silu=True,
+            activation="silu",
             upsample=2,
             channel_add=added,
             residual=residual,

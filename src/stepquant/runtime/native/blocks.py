@@ -4,6 +4,7 @@
                      results are stored
     attention        group normalization and quantization in one pass; residual and scale as results are stored
     samplers         nearest-neighbour upsampling and padding while codes are made
+    transformers     see `transformer`
 
 What is fused keeps its modules and parameters: only `forward` is another. Between blocks activations stay float32: in
 float16 a step takes about a seventh less, but so many codes round otherwise that the result is as far from the
@@ -16,15 +17,19 @@ from types import MethodType
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.layers import QuantizedModule
-from stepquant.runtime.native.kernel import NativeKernel, Norm, dense, group_norm
+from stepquant.runtime.native import transformer
+from stepquant.runtime.native.kernel import is_native
+from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 
 
 def fuse(model: nn.Module) -> None:
@@ -38,6 +43,10 @@ def fuse(model: nn.Module) -> None:
             module.forward = MethodType(_upsample, module)
         elif isinstance(module, Downsample2D) and _fits_downsample(module):
             module.forward = MethodType(_downsample, module)
+        elif isinstance(module, BasicTransformerBlock) and transformer.fits_block(module):
+            module.forward = MethodType(transformer.block_forward, module)
+        elif isinstance(module, Transformer2DModel) and transformer.fits_picture(module):
+            module.forward = MethodType(transformer.picture_forward, module)
 
 
 def separate(model: nn.Module) -> None:
@@ -48,17 +57,8 @@ def separate(model: nn.Module) -> None:
             del module.forward
 
 
-def _native(module: Any) -> bool:
-    return isinstance(module, QuantizedModule) and isinstance(module.kernel, NativeKernel)
-
-
 def _has_kernel(module: Any) -> bool:
     return isinstance(module, QuantizedModule) and module.kernel is not None
-
-
-def _present(norm: nn.GroupNorm) -> bool:
-    """Whether its parameters are there to be read: offloaded, they come back only while the norm itself runs."""
-    return norm.affine and not norm.weight.is_meta
 
 
 def _fits_resnet(block: ResnetBlock2D) -> bool:
@@ -67,11 +67,13 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
         isinstance(block.nonlinearity, nn.SiLU)
         and block.upsample is None
         and block.downsample is None
-        and _native(block.conv1)
-        and _native(block.conv2)
+        and is_native(block.conv1)
+        and is_native(block.conv2)
         and (shortcut is None or _has_kernel(shortcut))
-        and _present(block.norm1)
-        and _present(block.norm2)
+        and block.norm1.affine
+        and is_present(block.norm1)
+        and block.norm2.affine
+        and is_present(block.norm2)
     )
 
 
@@ -87,7 +89,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
             scaled = time.chunk(2, dim=1)
         else:
             added = time.contiguous()
-    hidden = block.conv1.kernel.run(x, row, norm=group_norm(x, block.norm1), silu=True, channel_add=added)
+    hidden = block.conv1.kernel.run(x, row, norm=group_norm(x, block.norm1), activation="silu", channel_add=added)
     norm = group_norm(hidden, block.norm2)
     if scaled is not None:
         scale, shift = 1 + scaled[0], scaled[1]
@@ -97,7 +99,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
         hidden,
         row,
         norm=norm,
-        silu=True,
+        activation="silu",
         residual=residual.contiguous(memory_format=torch.channels_last),
         factor=1 / block.output_scale_factor,
         dtype=x.dtype,
@@ -111,11 +113,12 @@ def _fits_attention(block: Attention) -> bool:
         isinstance(block.processor, QuantizedAttentionProcessor)
         and block.processor.kernel is not None
         and block.group_norm is not None
-        and _present(block.group_norm)
+        and block.group_norm.affine
+        and is_present(block.group_norm)
         and block.spatial_norm is None
         and block.norm_q is None
         and block.norm_k is None
-        and all(_native(projection) for projection in projections)
+        and all(is_native(projection) for projection in projections)
     )
 
 
@@ -141,7 +144,9 @@ def _attention(
 
 
 def _fits_upsample(block: Upsample2D) -> bool:
-    return block.norm is None and block.interpolate and block.use_conv and block.name == "conv" and _native(block.conv)
+    return (
+        block.norm is None and block.interpolate and block.use_conv and block.name == "conv" and is_native(block.conv)
+    )
 
 
 def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -154,7 +159,7 @@ def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None,
 
 
 def _fits_downsample(block: Downsample2D) -> bool:
-    return block.norm is None and block.use_conv and _native(block.conv)
+    return block.norm is None and block.use_conv and is_native(block.conv)
 
 
 def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -164,4 +169,4 @@ def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwar
     return block.conv.kernel.run(hidden_states, block.conv.clock.row, extra=1 if block.padding == 0 else 0)
 
 
-FUSED = (_resnet, _attention, _upsample, _downsample)
+FUSED = (_resnet, _attention, _upsample, _downsample, transformer.block_forward, transformer.picture_forward)

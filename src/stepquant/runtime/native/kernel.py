@@ -9,22 +9,25 @@ from ctypes import byref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import (
+    ACTIVATIONS,
     TYPES,
     Ending,
     Grid,
     Layer,
+    Normalization,
     Plane,
     Positions,
     Source,
     pack_columns,
     padded,
 )
+from stepquant.runtime.native.norms import Norm, dense
 from stepquant.runtime.segments import Segment, segments_of
 
 MOST_INPUTS = (1 << 31) // (255 * 128)
@@ -32,13 +35,6 @@ MOST_INPUTS = (1 << 31) // (255 * 128)
 
 
 _THREAD = threading.local()
-
-
-class Norm(NamedTuple):
-    """``x * multiply + add`` before a layer: float32 [B, C] each, of a group normalization."""
-
-    multiply: Tensor
-    add: Tensor
 
 
 class Piece(NamedTuple):
@@ -100,7 +96,7 @@ class NativeKernel(Kernel):
         self.library = library()
         self.amx = int(has_amx() if amx is None else amx)
         self.output_dtype: torch.dtype | None = None
-        self.outputs = module.weight_shape[0]
+        self.outputs, self.inputs = module.weight_shape[:2]
         self.is_convolution = isinstance(module, QuantizedConv2d)
         self.kernel_size: tuple[int, int] = (1, 1)
         self.stride: tuple[int, int] = (1, 1)
@@ -117,6 +113,11 @@ class NativeKernel(Kernel):
         self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
         self.pieces = [self._pack(segment) for segment in segments_of(layer)]
         self.geometries: dict[tuple[int, ...], Geometry] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all input channels are one piece, so that a pass over codes sees every channel of a position."""
+        return len(self.pieces) == 1
 
     def _pack(self, segment: Segment) -> Piece:
         """A row of taps is one run of bytes where it can be."""
@@ -144,21 +145,25 @@ class NativeKernel(Kernel):
         row: Tensor,
         *,
         norm: Norm | None = None,
-        silu: bool = False,
+        activation: str | None = None,
         upsample: int = 1,
         extra: int = 0,
         channel_add: Tensor | None = None,
+        gate: Tensor | None = None,
         residual: Tensor | None = None,
         factor: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``(layer(upsample(silu(norm(x)))) + channel_add + residual) * factor``.
+        """``((layer(upsample(activation(norm(x)))) + channel_add) * gate + residual) * factor``.
 
         Args:
-            x: float [B, C, H, W], or [B, ..., in] for a linear; [B, N, in] with a normalization.
+            x: float [B, C, H, W], or [B, ..., in] for a linear; [B, N, in] with what is of each sample. With ``geglu``
+                the last dimension is 2 in.
+            norm: one with an epsilon only where `whole`.
+            activation: one of `ACTIVATIONS`; after a normalization only ``silu``, and that of a group normalization.
             upsample: 2 repeats every pixel in both directions.
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
-            channel_add: float32 [B, out], contiguous; of a convolution.
+            channel_add, gate: float32 [B, out], contiguous.
             residual: float, of the output's shape; channels-last, or contiguous for a linear.
             dtype: of the result; by default `output_dtype`, or that of x.
         """
@@ -170,7 +175,8 @@ class NativeKernel(Kernel):
             batch, height, width = shape[0], shape[2] * upsample, shape[3] * upsample
             strides = (x.stride(0), x.stride(2), x.stride(3))
         else:
-            batch, height = (shape[0] if per_sample or norm is not None else 1), 1
+            of_samples = per_sample or (norm is not None and len(norm.multiply) > 1)
+            batch, height = (shape[0] if of_samples or channel_add is not None or gate is not None else 1), 1
             width = x.numel() // (batch * shape[-1])
             strides = (width * shape[-1], 0, shape[-1])
         grid, keep = self._grid(row, batch, per_sample)
@@ -184,22 +190,19 @@ class NativeKernel(Kernel):
             scale, zero_point = grid(piece.group)
             values = Grid(scale, zero_point, per_sample, self.top)
             at = piece.start * x.element_size()
-            source = Source(x.data_ptr() + at, TYPES[x.dtype], upsample, *strides, batch, height, width, piece.channels)
-            multiply = add = None
-            if norm is not None:
-                # Rows of a normalization are as long as all channels: a piece of them is copied.
-                span = slice(piece.start, piece.start + piece.channels)
-                multiply, add = (v if len(self.pieces) == 1 else v[:, span].contiguous() for v in norm)
+            source = Source(
+                x.data_ptr() + at, TYPES[x.dtype], upsample, *strides, batch, height, width, piece.channels, self.inputs
+            )
             self.library.sq_codes(
-                byref(source), byref(values), byref(geometry.plane),
-                None if multiply is None else multiply.data_ptr(), None if add is None else add.data_ptr(),
-                None if self.balance is None else self.balance.data_ptr() + 4 * piece.start, silu, codes.data_ptr(),
-                threads,
+                byref(source), byref(values), byref(geometry.plane), None if norm is None else _of_piece(norm, piece),
+                None if self.balance is None else self.balance.data_ptr() + 4 * piece.start, ACTIVATIONS[activation],
+                codes.data_ptr(), threads,
             )  # fmt: skip
             other = residual if y is None else y
             ending = Ending(
                 target.data_ptr(), TYPES[target.dtype], 0 if other is None else TYPES[other.dtype], self.outputs,
                 None if channel_add is None or y is not None else channel_add.data_ptr(),
+                None if gate is None else gate.data_ptr(),
                 None if other is None else other.data_ptr(), self.outputs, factor if last else 1.0,
             )  # fmt: skip
             self.library.sq_layer(
@@ -268,6 +271,11 @@ class NativeKernel(Kernel):
         )
 
 
+def _of_piece(norm: Norm, piece: Piece) -> Any:
+    at, image = 4 * piece.start, norm.multiply.stride(0) if len(norm.multiply) > 1 else 0
+    return byref(Normalization(norm.multiply.data_ptr() + at, norm.add.data_ptr() + at, image, norm.epsilon))
+
+
 def scratch(size: int) -> Tensor:
     """uint8 [at least size], this thread's own until its next call: fresh memory would cost a fault a page."""
     buffer: Tensor | None = getattr(_THREAD, "buffer", None)
@@ -276,30 +284,6 @@ def scratch(size: int) -> Tensor:
     return buffer
 
 
-def dense(x: Tensor, *, image: bool) -> Tensor:
-    """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other."""
-    if x.dtype not in TYPES:
-        x = x.float()
-    if image:
-        return (
-            x
-            if x.stride(1) == 1 or (x.shape[1] == 1 and x.is_contiguous())
-            else x.contiguous(memory_format=torch.channels_last)
-        )
-    return x.contiguous()
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
-    """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
-    image = x.dim() == 4
-    x = dense(x, image=image)
-    batch, channels = x.shape[0], x.shape[1 if image else 2]
-    pixels = x.shape[2] * x.shape[3] if image else x.shape[1]
-    multiply, add = torch.empty(batch, channels), torch.empty(batch, channels)
-    weight, bias = norm.weight.float(), norm.bias.float()
-    library().sq_group_norm(
-        x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(3 if image else 1), batch, pixels, channels,
-        norm.num_groups, norm.eps, weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return Norm(multiply, add)
+def is_native(module: Any) -> bool:
+    """Whether `module` is a layer with a kernel of this runtime."""
+    return isinstance(module, QuantizedModule) and isinstance(module.kernel, NativeKernel)

@@ -12,6 +12,10 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dtypes that activations may have."""
 
 
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "geglu": 4}
+"""What may be applied before values are quantized. Of ``geglu`` x has twice the channels, values and then gates."""
+
+
 def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
@@ -21,8 +25,9 @@ Plane = _structure(
 )  # fmt: skip
 Source = _structure(
     "Source", x=c_void_p, type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64,
-    batch=c_int64, height=c_int64, width=c_int64, channels=c_int64,
+    batch=c_int64, height=c_int64, width=c_int64, channels=c_int64, gate=c_int64,
 )  # fmt: skip
+Normalization = _structure("Normalization", multiply=c_void_p, add=c_void_p, image=c_int64, epsilon=c_float)
 Grid = _structure("Grid", values=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
 Layer = _structure(
     "Layer", weight=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p, taps=c_void_p,
@@ -33,8 +38,8 @@ Positions = _structure(
     width=c_int64, flat=c_int64,
 )  # fmt: skip
 Ending = _structure(
-    "Ending", y=c_void_p, type=c_int32, residual_type=c_int32, pixel=c_int64, channel_add=c_void_p, residual=c_void_p,
-    residual_pixel=c_int64, factor=c_float,
+    "Ending", y=c_void_p, type=c_int32, residual_type=c_int32, pixel=c_int64, channel_add=c_void_p, gate=c_void_p,
+    residual=c_void_p, residual_pixel=c_int64, factor=c_float,
 )  # fmt: skip
 Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
 Attention = _structure(
@@ -47,7 +52,7 @@ Attention = _structure(
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take, so that pointers are not cut to 32 bits."""
     pointer = c_void_p
-    library.sq_codes.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, c_int32, pointer, c_int32]
+    library.sq_codes.argtypes = [pointer, pointer, pointer, pointer, pointer, c_int32, pointer, c_int32]
     library.sq_group_norm.argtypes = [
         pointer, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, pointer, pointer, pointer,
         pointer, c_int32,

@@ -1,4 +1,4 @@
-// From activations to codes in one pass: normalization, SiLU, upsampling, quantization, and the border of the picture.
+// From activations to codes in one pass: normalization, SiLU or GELU, upsampling, quantization, the border of the picture.
 //
 // Codes of a picture lie row by row, a pixel's channels together. Between two rows is a gap that serves as the right
 // border of the one and the left border of the other, so that a convolution reads every window without a condition.
@@ -18,7 +18,16 @@ struct Source {
   int32_t scale;                             // 2: every pixel is repeated in both directions
   int64_t image, row, pixel;                 // strides in elements; channels are adjacent
   int64_t batch, height, width, channels;    // of the codes, without border
+  int64_t gate;                              // elements from a value to its gate, where the activation has one
 };
+
+struct Norm {
+  const float *multiply, *add;  // [batch or 1, channels]
+  int64_t image;                // from a sample's to the next
+  float epsilon;                // 0: multiply and add are all of it; else each pixel's channels are normalized first
+};
+
+enum Activation : int32_t { NONE, SILU, GELU, GELU_TANH, GEGLU };
 
 struct Grid {
   const float* scale;         // [batch] or [1]
@@ -28,16 +37,39 @@ struct Grid {
 
 namespace {
 
-// Codes of a row of pixels; `multiply` and `add` are [channels], or null, and so is `inverse`, 1 / (scale * balance).
-template <int32_t TYPE, bool NORM, bool SILU>
-void code_row(const Source& s, int64_t from, const float* multiply, const float* add, const float* inverse,
-              const Quantizer& quantizer, uint8_t* out) {
+enum Normalization : int32_t { AFFINE = 1, LAYER = 2 };
+
+// Mean and reciprocal deviation of a pixel's channels.
+template <int32_t TYPE>
+void statistics(const Source& s, int64_t from, float epsilon, __m512& mean, __m512& inverse) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t c = 0; c < s.channels; c += 16) sum = _mm512_add_ps(sum, load16(s.x, TYPE, from + c, first(s.channels - c)));
+  mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / s.channels);
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t c = 0; c < s.channels; c += 16) {
+    const __mmask16 mask = first(s.channels - c);
+    const __m512 v = _mm512_maskz_sub_ps(mask, load16(s.x, TYPE, from + c, mask), mean);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / s.channels + epsilon));
+}
+
+// Codes of a row of pixels. `multiply` and `add` are [channels]; so is `inverse`, 1 / (scale * balance), or null.
+template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
+void code_row(const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
+              const float* inverse, const Quantizer& quantizer, uint8_t* out) {
+  __m512 mean, deviation;
   for (int64_t x = 0; x < s.width; x += s.scale) {
+    if (NORM == LAYER) statistics<TYPE>(s, from, epsilon, mean, deviation);
     for (int64_t c = 0; c < s.channels; c += 16) {
       const __mmask16 mask = first(s.channels - c);
       __m512 v = load16(s.x, TYPE, from + c, mask);
+      if (NORM == LAYER) v = _mm512_mul_ps(_mm512_sub_ps(v, mean), deviation);
       if (NORM) v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, multiply + c), _mm512_maskz_loadu_ps(mask, add + c));
-      if (SILU) v = silu(v);
+      if (ACTIVATION == SILU) v = silu(v);
+      if (ACTIVATION == GELU) v = gelu(v);
+      if (ACTIVATION == GELU_TANH) v = gelu_tanh(v);
+      if (ACTIVATION == GEGLU) v = _mm512_mul_ps(v, gelu(load16(s.x, TYPE, from + s.gate + c, mask)));
       const __m128i codes = inverse ? quantizer(v, _mm512_maskz_loadu_ps(mask, inverse + c)) : quantizer(v);
       _mm_mask_storeu_epi8(out + c, mask, codes);
     }
@@ -50,25 +82,34 @@ void code_row(const Source& s, int64_t from, const float* multiply, const float*
   }
 }
 
-using CodeRow = void (*)(const Source&, int64_t, const float*, const float*, const float*, const Quantizer&, uint8_t*);
+using CodeRow = void (*)(const Source&, int64_t, const float*, const float*, float, const float*, const Quantizer&,
+                         uint8_t*);
 
+// Only what denoisers have: an activation that stands behind a linear has no normalization before it.
 template <int32_t TYPE>
-CodeRow code_row_of(bool norm, bool silu) {
-  if (norm) return silu ? code_row<TYPE, true, true> : code_row<TYPE, true, false>;
-  return silu ? code_row<TYPE, false, true> : code_row<TYPE, false, false>;
+CodeRow code_row_of(const Norm* norm, int32_t activation) {
+  if (norm && norm->epsilon != 0) return code_row<TYPE, LAYER, NONE>;
+  if (norm) return activation == SILU ? code_row<TYPE, AFFINE, SILU> : code_row<TYPE, AFFINE, NONE>;
+  switch (activation) {
+    case SILU: return code_row<TYPE, 0, SILU>;
+    case GELU: return code_row<TYPE, 0, GELU>;
+    case GELU_TANH: return code_row<TYPE, 0, GELU_TANH>;
+    case GEGLU: return code_row<TYPE, 0, GEGLU>;
+    default: return code_row<TYPE, 0, NONE>;
+  }
 }
 
 }  // namespace
 
-// multiply, add: [batch, channels] of a normalization, or null. balance: [channels], or null: divides x first.
-extern "C" void sq_codes(const Source* source, const Grid* grid, const Plane* plane, const float* multiply,
-                         const float* add, const float* balance, int32_t activation, uint8_t* codes, int32_t threads) {
+// norm: or null. balance: [channels], or null: divides x first.
+extern "C" void sq_codes(const Source* source, const Grid* grid, const Plane* plane, const Norm* norm,
+                         const float* balance, int32_t activation, uint8_t* codes, int32_t threads) {
   const Source s = *source;
   const Plane p = *plane;
   const int64_t rows = p.top + s.height + p.bottom;
-  const CodeRow make = s.type == FLOAT32   ? code_row_of<FLOAT32>(multiply, activation)
-                       : s.type == FLOAT16 ? code_row_of<FLOAT16>(multiply, activation)
-                                           : code_row_of<BFLOAT16>(multiply, activation);
+  const CodeRow make = s.type == FLOAT32   ? code_row_of<FLOAT32>(norm, activation)
+                       : s.type == FLOAT16 ? code_row_of<FLOAT16>(norm, activation)
+                                           : code_row_of<BFLOAT16>(norm, activation);
   const int64_t grids = grid->per_sample ? s.batch : 1;
   std::vector<float> inverse(balance ? grids * s.channels : 0);
   for (int64_t i = 0; i < (int64_t)inverse.size(); i++) {
@@ -86,9 +127,9 @@ extern "C" void sq_codes(const Source* source, const Grid* grid, const Plane* pl
         memset(out, zero, p.row_pixels * s.channels);
         continue;
       }
-      const int64_t norm = multiply ? b * s.channels : 0;
+      const float *multiply = norm ? norm->multiply + b * norm->image : nullptr, *add = norm ? norm->add + b * norm->image : nullptr;
       const float* own = balance ? inverse.data() + (grid->per_sample ? b * s.channels : 0) : nullptr;
-      make(s, b * s.image + y / s.scale * s.row, multiply + norm, add + norm, own, quantizer, out);
+      make(s, b * s.image + y / s.scale * s.row, multiply, add, norm ? norm->epsilon : 0, own, quantizer, out);
       memset(out + s.width * s.channels, zero, (p.row_pixels - s.width) * s.channels);
     }
   }

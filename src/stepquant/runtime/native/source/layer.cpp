@@ -33,7 +33,8 @@ struct Ending {
   void* y;
   int32_t type, residual_type;
   int64_t pixel;              // elements from an output pixel to the next
-  const float* channel_add;   // [batch, outputs] or null, added before the residual
+  const float* channel_add;   // [batch, outputs] or null, added after the bias
+  const float* gate;          // [batch, outputs] or null, multiplied before the residual is added
   const void* residual;       // or null; may be y
   int64_t residual_pixel;
   float factor;               // the result is multiplied by it
@@ -45,7 +46,7 @@ extern "C" void sq_layer(const Layer* layer, const Positions* positions, const u
   const Positions p = *positions;
   const Ending e = *ending;
   const int64_t wide = (l.outputs + 31) / 32 * 32, column_blocks = wide / 32;
-  const bool per_sample = scales->per_sample || e.channel_add;
+  const bool per_sample = scales->per_sample || e.channel_add || e.gate;
   const int64_t samples = per_sample ? p.batch : 1;
   std::vector<int32_t> initial(samples * wide);
   std::vector<float> scale(samples * wide), offset(samples * wide);
@@ -53,9 +54,10 @@ extern "C" void sq_layer(const Layer* layer, const Positions* positions, const u
     const int64_t at = scales->per_sample ? b : 0;
     for (int64_t o = 0; o < wide; o++) {
       initial[b * wide + o] = -scales->zero_point[at] * l.weight_sum[o];
-      scale[b * wide + o] = scales->input[at] * l.weight_scale[o] * e.factor;
+      const float factor = e.gate && o < l.outputs ? e.gate[b * l.outputs + o] * e.factor : e.factor;
+      scale[b * wide + o] = scales->input[at] * l.weight_scale[o] * factor;
       const float added = (l.bias ? l.bias[o] : 0) + (e.channel_add && o < l.outputs ? e.channel_add[b * l.outputs + o] : 0);
-      offset[b * wide + o] = added * e.factor;
+      offset[b * wide + o] = added * factor;
     }
   }
   const int64_t row_tiles = p.flat ? 0 : (p.width + 15) / 16;

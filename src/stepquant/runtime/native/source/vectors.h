@@ -61,6 +61,28 @@ static inline __m512 silu(__m512 x) {
   return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 
+// x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): what GELU's approximation by tanh comes to.
+static inline __m512 gelu_tanh(__m512 x) {
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+  const __m512 u = _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(-2.0f * 0.797884561f * 1.44269504f));
+  return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(exp2_16(u), _mm512_set1_ps(1.0f))));
+}
+
+// x (1 + erf(x / sqrt(2))) / 2; erf by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
+static inline __m512 gelu(__m512 x) {
+  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
+  const __m512 t = reciprocal(_mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f)));
+  __m512 y = _mm512_set1_ps(1.061405429f);
+  y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-1.453152027f));
+  y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.421413741f));
+  y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-0.284496736f));
+  y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(0.254829592f));
+  const __m512 e = exp2_16(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(y, t), e), _mm512_set1_ps(0.5f));  // erfc(z) / 2
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OS);
+  return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, (__mmask16)~negative, _mm512_set1_ps(1.0f), tail));
+}
+
 // The grid of one sample: codes are clamp(round(x * (1 / scale)) + zero_point, 0, top).
 struct Quantizer {
   __m512 inverse, low, high;
