@@ -30,7 +30,7 @@ from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
 from stepquant.picture_folder import open_pictures
-from stepquant.pipelines import make_request
+from stepquant.pipelines import kind_of, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
@@ -70,7 +70,8 @@ def quantize(
     other components. Its ``save_pretrained(folder)`` writes a checkpoint that `load` reads.
 
     Args:
-        pipeline: a full-precision pipeline with a UNet or a transformer, in float32.
+        pipeline: a full-precision pipeline with a UNet or a transformer. In bfloat16 or float16 its weights stay so
+            while they are calibrated, at half the memory, and so does what the quantized pipeline keeps of it.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
         budget: most bits of a weight, on average: the layers that suffer most keep 8 within it (see `sensitivity`).
         correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
@@ -178,6 +179,8 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser):
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
+    if kind_of(pipeline) == "unconditional" and pipeline.dtype == torch.bfloat16:
+        raise StepquantError(f"{type(pipeline).__name__} cannot draw in bfloat16: give it in float16 or float32.")
     if spec.default_bits.is_float:
         raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
     if budget is not None:

@@ -22,12 +22,16 @@ from stepquant.runtime import Backend, prepare
 ZOO_PREFIX = "zoo:"
 
 
-def resolve_pipeline(model: str, backend: Backend = "auto") -> Any:
-    """The pipeline that `model` names: full precision in float32, or quantized with its kernels installed.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_pipeline(model: str, backend: Backend = "auto", dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline that `model` names: full precision, or quantized with its kernels installed.
 
     Args:
         model: a diffusers folder, a folder written by stepquant, ``zoo:NAME``, or the id of a model on the hub.
         backend: the runtime of a quantized model, see `stepquant.runtime`.
+        dtype: of the models of one in full precision.
 
     Raises:
         StepquantError: if there is no such model, it is damaged, needs code of its own, or has weights that are not
@@ -40,7 +44,7 @@ def resolve_pipeline(model: str, backend: Backend = "auto") -> Any:
     try:
         # Weights in another format than safetensors are never read: they may hold code.
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except StepquantError:
         raise

@@ -83,7 +83,7 @@ def best_balance(layer: TrainableLayer, x: Tensor) -> Tensor | None:
     Args:
         x: float [in, n], the layer's input at n positions.
     """
-    weight = layer.inner.weight.float().transpose(0, 1).flatten(1)
+    weight = layer.weight.transpose(0, 1).flatten(1)
     best, least = None, output_error(layer, x, torch.ones(len(x)))
     for kind, a, b in SIZES:
         balance = _size(x, kind) ** a / _size(weight, kind) ** b
@@ -98,7 +98,7 @@ def output_error(layer: TrainableLayer, x: Tensor, balance: Tensor) -> float:
     """What `best_balance` minimises; x: float [in, n], balance: float [in]."""
     activation, weight = layer.activation_quantizer, layer.weight_quantizer
     assert activation is not None
-    values = layer.inner.weight.float().transpose(0, 1).flatten(1)
+    values = layer.weight.transpose(0, 1).flatten(1)
     total = 0.0
     start = 0
     for size in activation.group_sizes or (len(x),):
@@ -109,7 +109,7 @@ def output_error(layer: TrainableLayer, x: Tensor, balance: Tensor) -> float:
     start = 0
     for size in weight.group_sizes:
         part = slice(start, start := start + size)
-        multiplied = (layer.inner.weight[:, part].float().transpose(1, -1) * balance[part]).transpose(1, -1)
+        multiplied = (layer.weight[:, part].transpose(1, -1) * balance[part]).transpose(1, -1)
         error = _range_error(multiplied.flatten(1), weight.bits, minmax=weight.bits == 8).view_as(multiplied)
         error = error.transpose(0, 1).flatten(1).sum(dim=1)
         total += float((error / balance[part].square() * x[part].square().mean(dim=1)).sum())

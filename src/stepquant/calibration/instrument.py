@@ -64,7 +64,7 @@ class Instrumented:
         """Everything found and learned so far, by name: what later stages start from."""
         state: dict[str, Tensor] = {"timesteps": self.clock.timesteps}
         for name, layer in self.layers.items():
-            state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.inner.weight)
+            state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.weight)
             state[f"{name}.scale"] = layer.weight_quantizer.scale
             if layer.inner.bias is not None:
                 state[f"{name}.bias"] = layer.inner.bias

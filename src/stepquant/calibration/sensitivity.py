@@ -118,7 +118,7 @@ def measure(
     ends = tuple((first, last) for first, last in measured["steps"].tolist())
     errors = torch.stack([measured[f"layer.{name}"] for name in names])
     bits = {name: layer.bits for name, layer in instrumented.layers.items()}
-    sizes = {name: layer.inner.weight.numel() for name, layer in instrumented.layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in instrumented.layers.items()}
     return Sensitivity(how, bits, sizes, ends, errors, measured["whole"])
 
 

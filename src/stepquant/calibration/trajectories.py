@@ -242,8 +242,8 @@ class _Recorder:
                 "ask for fewer steps."
             )
         names = self.rows[wanted[0]] if wanted else ()
-        rows = {name: torch.stack([self.rows[sample][name] for sample in wanted]) for name in names}
-        shared = {f"{SHARED}{name}": tensor for name, tensor in self.shared.items()}
+        rows = {name: _widened(torch.stack([self.rows[sample][name] for sample in wanted])) for name in names}
+        shared = {f"{SHARED}{name}": _widened(tensor) for name, tensor in self.shared.items()}
         return rows | shared | {INDEX: torch.tensor(wanted)}
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -272,6 +272,11 @@ class _Recorder:
             half = turn % halves
             row = half * batch + wanted % self.pictures - self.indices.start
             self.rows[wanted].update({name: value[row].detach().clone() for name, value in per_sample.items()})
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """What a pipeline in half precision draws is calibrated on in float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -60,6 +60,10 @@ def quantize(
     correct: Annotated[
         bool, typer.Option("--correct", help="Undo the part of the error that follows the output, step by step (PTQD).")
     ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Type that full precision is held in: float32, or bfloat16 or float16 in half the memory."),
+    ] = "float32",
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,7 +82,7 @@ def quantize(
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
-    from stepquant.loading import resolve_pipeline
+    from stepquant.loading import DTYPES, resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines import make_request, read_prompts
     from stepquant.planning import EFFORTS, duration, make_plan
@@ -88,6 +92,8 @@ def quantize(
 
     if effort not in EFFORTS:
         raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")
+    if dtype not in DTYPES:
+        raise StepquantError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}.")
     preset = EFFORTS[effort]
     for name, value in (("samples", samples), ("steps", steps), ("size", size)):
         at_least_one(name, 1 if value is None else value)
@@ -109,7 +115,7 @@ def quantize(
         return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
-    pipeline = resolve_pipeline(model)
+    pipeline = resolve_pipeline(model, dtype=DTYPES[dtype])
     check_space(out.parent, parameter_bytes(pipeline))
 
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)

@@ -36,11 +36,16 @@ class TrainableLayer(nn.Module):
         x = input  # named as in torch's own layers, which some models call by keyword
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
-        weight = self.weight_quantizer(self.inner.weight) if self.quantizing_weight else self.inner.weight
+        weight = self.weight_quantizer(self.weight) if self.quantizing_weight else self.weight
         if isinstance(self.inner, nn.Linear):
             return F.linear(x, weight, self.inner.bias)
         conv = self.inner
         return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in, *kernel], widened where the weight is held in less (`stepquant.nn.masters`)."""
+        return self.inner.weight.float()
 
     @property
     def bits(self) -> LayerBits:
@@ -52,7 +57,7 @@ class TrainableLayer(nn.Module):
         """What calibration found, as it ships."""
         weight = self.weight_quantizer
         quantized = QuantizedWeight(
-            weight.codes(self.inner.weight).cpu().clone(),
+            weight.codes(self.weight).cpu().clone(),
             weight.scale.float().cpu().clone(),
             stored_zero_point(weight.zero_point),
             weight.bits,
@@ -66,7 +71,7 @@ class TrainableLayer(nn.Module):
     def balance(self, balance: Tensor) -> None:
         """Divide input channels by `balance`, float [in], and multiply the weight's by it; searches its range anew."""
         assert self.activation_quantizer is not None
-        self.weight_quantizer.set_range(self.inner.weight, balance)
+        self.weight_quantizer.set_range(self.weight, balance)
         self.activation_quantizer.balance = balance
 
 

@@ -30,6 +30,7 @@ from stepquant.config import QuantSpec
 from stepquant.models import ModelDescription, chunk_size, describe
 from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.correction import Correction
+from stepquant.nn.masters import computing_in_float32
 from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
@@ -74,6 +75,11 @@ class Job:
     workspace: Workspace
     progress: Progress = field(default_factory=Progress)
     cache: Workspace | None = None
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """What the quantized denoiser is fitted to: the denoiser, computing in float32 whatever its weights are in."""
+        return computing_in_float32(self.denoiser)
 
     @cached_property
     def description(self) -> ModelDescription:
@@ -189,7 +195,7 @@ class Job:
         if spec.split_skips is None:
             spec = spec.model_copy(update={"split_skips": split_skips})
         return instrument(
-            self.denoiser,
+            self.reference,
             self.description,
             spec,
             timesteps=timesteps,
@@ -295,7 +301,7 @@ class Job:
         job = replace(self, seed=self.seed + CORRECTION_OFFSET)
         samples = job.collect(uniform_steps(self.calibration.samples, self.request.steps, job.generator()))
         batch_size = self.chunk
-        return estimate_correction(self.denoiser, instrumented, samples, batch_size, self.progress)
+        return estimate_correction(self.reference, instrumented, samples, batch_size, self.progress)
 
     def training_timesteps(self) -> Tensor:
         """Every timestep that the model was trained at, as the denoiser is given it: float [T]."""
@@ -305,7 +311,7 @@ class Job:
     def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
         """Train weights and scales network-wise against the full-precision denoiser; kept in the workspace."""
         finetune(
-            self.denoiser,
+            self.reference,
             instrumented,
             samples,
             settings,
@@ -321,7 +327,7 @@ class Job:
         # How one finds its range while learning is not in what it has found before.
         quantizers = sorted({type(quantizer).__qualname__ for quantizer in instrumented.activation_quantizers()})
         reconstruct(
-            self.denoiser,
+            self.reference,
             instrumented,
             self.description.blocks,
             samples,

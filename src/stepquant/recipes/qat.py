@@ -73,7 +73,7 @@ def qat(
         learned_from = pictures.key()
         batches = picture_batches(
             job.pipeline,
-            job.denoiser,
+            job.reference,
             pictures,
             lambda compute: job.kept(f"latents-{digest([job.sampling_key, learned_from])[:16]}", compute)["latents"],
             size=batch_size,

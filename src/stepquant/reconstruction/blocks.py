@@ -185,14 +185,14 @@ def _learn(
     quantizers = list(instrumented.activation_quantizers(block)) if settings.learn_scales else []
     moved: list[TrainableLayer] = []
     coarse = list(_coarse_layers(instrumented, block).values()) if settings.rounding == "adaround" else []
-    roundings = [layer.weight_quantizer.learn(layer.inner.weight) for layer in coarse]
+    roundings = [layer.weight_quantizer.learn(layer.weight) for layer in coarse]
     weights = max(1, sum(rounding.numel() for rounding in roundings))
     groups: list[dict[str, Any]] = []
     if roundings:
         groups.append({"params": roundings, "lr": settings.rounding_rate})
     if settings.rounding == "compensated" and settings.weight_rate > 0:
         moved = list(_coarse_layers(instrumented, block).values())
-        shifts = [layer.weight_quantizer.finetune(layer.inner.weight, HOLD) for layer in moved]
+        shifts = [layer.weight_quantizer.finetune(layer.weight, HOLD) for layer in moved]
         groups += [{"params": shifts, "lr": settings.weight_rate}] if shifts else []
     if quantizers:
         gains = [parameter for quantizer in quantizers for parameter in quantizer.learned()]
@@ -236,7 +236,7 @@ def _learn(
         schedule.step()
         advance(1)
     for layer in coarse + moved:
-        layer.weight_quantizer.settle(layer.inner.weight)
+        layer.weight_quantizer.settle(layer.weight)
     for quantizer in quantizers:
         quantizer.settle()
         quantizer.drop_probability, quantizer.noise = 0.0, None
@@ -246,7 +246,7 @@ def _block_state(instrumented: Instrumented, block: str) -> dict[str, Tensor]:
     """What was learned in one block, by name."""
     state: dict[str, Tensor] = {}
     for name, layer in instrumented.layers_in(block).items():
-        state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.inner.weight)
+        state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.weight)
     for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
         state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
     return state

@@ -101,7 +101,7 @@ def _products(
 
 
 def _parts(layer: TrainableLayer) -> list[slice]:
-    weight = layer.inner.weight
+    weight = layer.weight
     return parts_of_inputs(weight.shape[1], weight[0, 0].numel())
 
 
@@ -111,7 +111,7 @@ def _zeros(layer: TrainableLayer) -> list[Tensor]:
 
 
 def _compensate_layer(layer: TrainableLayer, moments: list[Tensor], cross: list[Tensor]) -> None:
-    weight, quantizer = layer.inner.weight, layer.weight_quantizer
+    weight, quantizer = layer.weight, layer.weight_quantizer
     flat = weight.flatten(1)
     scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
     decided = torch.empty(flat.shape, dtype=torch.uint8)

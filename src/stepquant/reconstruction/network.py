@@ -89,7 +89,7 @@ def finetune(
             progress=progress,
         )
     for layer in instrumented.layers.values():
-        layer.weight_quantizer.settle(layer.inner.weight)
+        layer.weight_quantizer.settle(layer.weight)
         layer.inner.requires_grad_(False)
     for quantizer in instrumented.activation_quantizers():
         quantizer.settle()
@@ -135,7 +135,7 @@ def _parameters(instrumented: Instrumented, settings: Finetuning) -> list[dict[s
         ]
     groups = [
         {
-            "params": [layer.weight_quantizer.finetune(layer.inner.weight) for layer in trained],
+            "params": [layer.weight_quantizer.finetune(layer.weight) for layer in trained],
             "lr": settings.weight_rate,
         },
         {

@@ -108,7 +108,7 @@ def train(
         )
     _set_memory_format(model, torch.contiguous_format)
     for layer in instrumented.layers.values():
-        layer.weight_quantizer.settle(layer.inner.weight)
+        layer.weight_quantizer.settle(layer.weight)
     for quantizer in instrumented.activation_quantizers():
         quantizer.settle()
     model.requires_grad_(False)
@@ -135,7 +135,7 @@ def _release(instrumented: Instrumented, training: Training) -> list[dict[str, A
     model = instrumented.model
     weights = dict(model.named_parameters())
     for parameter in weights.values():
-        parameter.data = parameter.data.clone()  # the copy shares the original's weights until they move
+        parameter.data = parameter.data.float().clone()  # the copy shares the original's weights until they move
         parameter.requires_grad_()
     inside = tuple(f"{name}." for name in instrumented.layers)
     instrumented.trained[:] = [name for name in weights if not name.startswith(inside)]
