@@ -53,3 +53,10 @@ def test_compiled_once(monkeypatch, tmp_path):
     written = path.stat().st_mtime_ns
     assert isinstance(build.library(), ctypes.CDLL)
     assert path.stat().st_mtime_ns == written
+
+
+def test_the_sources_compile_where_they_can(monkeypatch):
+    """Without this a broken source would only skip the tests of the kernels."""
+    if build._compiler() is None or not set(build.INSTRUCTIONS) <= build._processor_flags():
+        pytest.skip("no compiler, or not the instructions")
+    assert build.supported() is None

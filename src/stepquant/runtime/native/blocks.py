@@ -13,7 +13,7 @@ simulation as that is from full precision.
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.layers import QuantizedModule
 from stepquant.runtime.native import transformer
+from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 
@@ -35,26 +36,15 @@ from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 def fuse(model: nn.Module) -> None:
     """Fuse every block of `model` that can be; call it when all layers have their kernels."""
     for module in model.modules():
-        if isinstance(module, Attention) and _fits_attention(module):
-            module.forward = MethodType(_attention, module)
-        elif isinstance(module, ResnetBlock2D) and _fits_resnet(module):
-            module.forward = MethodType(_resnet, module)
-        elif isinstance(module, Upsample2D) and _fits_upsample(module):
-            module.forward = MethodType(_upsample, module)
-        elif isinstance(module, Downsample2D) and _fits_downsample(module):
-            module.forward = MethodType(_downsample, module)
-        elif isinstance(module, BasicTransformerBlock) and transformer.fits_block(module):
-            module.forward = MethodType(transformer.block_forward, module)
-        elif isinstance(module, Transformer2DModel) and transformer.fits_picture(module):
-            module.forward = MethodType(transformer.picture_forward, module)
+        for kind, fits, forward in FUSED:
+            if isinstance(module, kind) and fits(module):
+                replace_forward(module, forward)
 
 
 def separate(model: nn.Module) -> None:
     """Undo `fuse`, for another runtime."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, MethodType) and forward.__func__ in FUSED:
-            del module.forward
+        restore_forward(module)
 
 
 def _has_kernel(module: Any) -> bool:
@@ -79,22 +69,23 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
 
 def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_args: Any, **_kwargs: Any) -> Tensor:
     """``ResnetBlock2D.forward``; input_tensor: [B, C, H, W], temb: [B, D]."""
-    if not _fits_resnet(block):  # an adapter was put on one of its layers since
+    if not is_unchanged(block):
         return type(block).forward(block, input_tensor, temb)
-    row = block.conv1.clock.row
+    conv1, shortcut, projection = block.conv1, block.conv_shortcut, block.time_emb_proj
+    row = conv1.clock.row
     x, added, scaled = input_tensor, None, None
-    if block.time_emb_proj is not None and temb is not None:
-        time = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb)).float()
+    if projection is not None and temb is not None:
+        time = projection(temb if block.skip_time_act else block.nonlinearity(temb)).float()
         if block.time_embedding_norm == "scale_shift":
             scaled = time.chunk(2, dim=1)
         else:
             added = time.contiguous()
-    hidden = block.conv1.kernel.run(x, row, norm=group_norm(x, block.norm1), activation="silu", channel_add=added)
+    hidden = conv1.kernel.run(x, row, norm=group_norm(x, block.norm1), activation="silu", channel_add=added)
     norm = group_norm(hidden, block.norm2)
     if scaled is not None:
         scale, shift = 1 + scaled[0], scaled[1]
         norm = Norm(norm.multiply * scale, norm.add * scale + shift)
-    residual = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    residual = x if shortcut is None else shortcut(x)
     return block.conv2.kernel.run(
         hidden,
         row,
@@ -127,7 +118,7 @@ def _attention(
 ) -> Tensor:
     """``Attention.forward``; hidden_states: [B, C, H, W] is fused, anything else runs as it is."""
     masked = args or kwargs.get("attention_mask") is not None
-    if hidden_states.dim() != 4 or encoder_hidden_states is not None or masked or not _fits_attention(block):
+    if hidden_states.dim() != 4 or encoder_hidden_states is not None or masked or not is_unchanged(block):
         return type(block).forward(block, hidden_states, encoder_hidden_states, *args, **kwargs)
     row = block.to_q.clock.row
     image = dense(hidden_states, image=True)
@@ -153,7 +144,7 @@ def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None,
     """``Upsample2D.forward``; output_size is given where the picture has not twice the size."""
     height, width = hidden_states.shape[2:]
     other_size = output_size is not None and tuple(output_size) != (2 * height, 2 * width)
-    if other_size or not _fits_upsample(block):
+    if other_size or not is_unchanged(block):
         return Upsample2D.forward(block, hidden_states, output_size)
     return block.conv.kernel.run(hidden_states, block.conv.clock.row, upsample=2)
 
@@ -164,9 +155,17 @@ def _fits_downsample(block: Downsample2D) -> bool:
 
 def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     """``Downsample2D.forward``, which pads by one pixel below and to the right where its layer does not pad."""
-    if not _fits_downsample(block):
+    if not is_unchanged(block):
         return Downsample2D.forward(block, hidden_states)
     return block.conv.kernel.run(hidden_states, block.conv.clock.row, extra=1 if block.padding == 0 else 0)
 
 
-FUSED = (_resnet, _attention, _upsample, _downsample, transformer.block_forward, transformer.picture_forward)
+FUSED: tuple[tuple[type, Callable[[Any], bool], Callable[..., Any]], ...] = (
+    (ResnetBlock2D, _fits_resnet, _resnet),
+    (Attention, _fits_attention, _attention),
+    (Upsample2D, _fits_upsample, _upsample),
+    (Downsample2D, _fits_downsample, _downsample),
+    (BasicTransformerBlock, transformer.fits_block, transformer.block_forward),
+    (Transformer2DModel, transformer.fits_picture, transformer.picture_forward),
+)
+"""Class of a block, whether one of them can be fused, and its `forward` then."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from ctypes import byref
 from typing import Any, NamedTuple
 
@@ -17,10 +16,8 @@ from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import (
     ACTIVATIONS,
     TYPES,
-    Ending,
-    Grid,
+    Call,
     Layer,
-    Normalization,
     Plane,
     Positions,
     Source,
@@ -61,8 +58,7 @@ class Geometry(NamedTuple):
 
     Attributes:
         plane, positions: structures for the kernels.
-        taps: int64, offset of each run of a window; `layers` points into it.
-        layers: structures without and with the bias.
+        taps: int64, offset of each run of a window.
         bytes: of the codes.
         output: height and width.
     """
@@ -70,9 +66,27 @@ class Geometry(NamedTuple):
     plane: Any
     positions: Any
     taps: Tensor
-    layers: list[Any]
     bytes: int
     output: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """What is the same in every call with inputs of one shape, layout and type: of one piece, or of all.
+
+    Attributes:
+        calls: for each piece, a `Call` without the addresses of this call; kept alive by `geometries`.
+        offsets: for each piece, bytes from x to its first channel.
+        shape: of the output; `memory_format` and `dtype` of it.
+        batch: samples that have values of their own.
+    """
+
+    calls: list[Any]
+    offsets: list[int]
+    geometries: list[Geometry]
+    shape: tuple[int, ...]
+    memory_format: torch.memory_format
+    dtype: torch.dtype
+    batch: int
 
 
 def can_run(module: QuantizedModule) -> bool:
@@ -112,7 +126,7 @@ class NativeKernel(Kernel):
         self.rows, self.groups = self.scale.shape
         self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
         self.pieces = [self._pack(segment) for segment in segments_of(layer)]
-        self.geometries: dict[tuple[int, ...], Geometry] = {}
+        self.plans: dict[tuple[Any, ...], Plan] = {}
 
     @property
     def whole(self) -> bool:
@@ -169,74 +183,105 @@ class NativeKernel(Kernel):
         """
         dtype = dtype or self.output_dtype or x.dtype
         x = dense(x, image=self.is_convolution)
-        shape = x.shape
-        per_sample = row.dim() == 1 and self.rows > 1
-        if self.is_convolution:
-            batch, height, width = shape[0], shape[2] * upsample, shape[3] * upsample
-            strides = (x.stride(0), x.stride(2), x.stride(3))
-        else:
-            of_samples = per_sample or (norm is not None and len(norm.multiply) > 1)
-            batch, height = (shape[0] if of_samples or channel_add is not None or gate is not None else 1), 1
-            width = x.numel() // (batch * shape[-1])
-            strides = (width * shape[-1], 0, shape[-1])
-        grid, keep = self._grid(row, batch, per_sample)
-        threads = torch.get_num_threads()
-        y: Tensor | None = None
+        of_samples = (
+            row.dim() == 1 and self.rows > 1,
+            norm is not None and len(norm.multiply) > 1,
+            channel_add is not None or gate is not None,
+        )
+        key = (
+            x.shape, x.stride(), x.dtype, dtype, None if residual is None else residual.dtype, of_samples,
+            None if norm is None else norm.epsilon, activation, upsample, extra, factor, torch.get_num_threads(),
+        )  # fmt: skip
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._plan(*key)
+        y = torch.empty(plan.shape, dtype=plan.dtype, memory_format=plan.memory_format)
+        sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+        scale, zero_point, step, keep = self._grid(row, plan.batch, of_samples[0])
         for index, piece in enumerate(self.pieces):
-            geometry = self._geometry(index, batch, height, width, extra)
-            last = index == len(self.pieces) - 1
-            target = self._output(shape, geometry, dtype if last else torch.float32)
-            codes = scratch(geometry.bytes)
-            scale, zero_point = grid(piece.group)
-            values = Grid(scale, zero_point, per_sample, self.top)
-            at = piece.start * x.element_size()
-            source = Source(
-                x.data_ptr() + at, TYPES[x.dtype], upsample, *strides, batch, height, width, piece.channels, self.inputs
-            )
-            self.library.sq_codes(
-                byref(source), byref(values), byref(geometry.plane), None if norm is None else _of_piece(norm, piece),
-                None if self.balance is None else self.balance.data_ptr() + 4 * piece.start, ACTIVATIONS[activation],
-                codes.data_ptr(), threads,
-            )  # fmt: skip
-            other = residual if y is None else y
-            ending = Ending(
-                target.data_ptr(), TYPES[target.dtype], 0 if other is None else TYPES[other.dtype], self.outputs,
-                None if channel_add is None or y is not None else channel_add.data_ptr(),
-                None if gate is None else gate.data_ptr(),
-                None if other is None else other.data_ptr(), self.outputs, factor if last else 1.0,
-            )  # fmt: skip
-            self.library.sq_layer(
-                byref(geometry.layers[y is None]), byref(geometry.positions), codes.data_ptr(),
-                byref(values), byref(ending), self.amx, threads,
-            )  # fmt: skip
-            y = target
+            call = Call.from_buffer_copy(plan.calls[index])
+            call.x = x.data_ptr() + plan.offsets[index]
+            call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
+            call.codes = scratch(plan.geometries[index].bytes).data_ptr()
+            call.y = (y if index == len(self.pieces) - 1 else sums).data_ptr()
+            if norm is not None:
+                call.multiply = norm.multiply.data_ptr() + 4 * piece.start
+                call.add = norm.add.data_ptr() + 4 * piece.start
+            if gate is not None:
+                call.gate = gate.data_ptr()
+            if index > 0:
+                call.residual = sums.data_ptr()
+            else:
+                if channel_add is not None:
+                    call.channel_add = channel_add.data_ptr()
+                if residual is not None:
+                    call.residual = residual.data_ptr()
+            self.library.sq_codes(byref(call))
+            self.library.sq_layer(byref(call))
         del keep
-        assert y is not None
         return y
 
-    def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[Callable[[int], tuple[int, int]], Any]:
-        """Addresses of scale and zero point of a channel group; and the tensors that they point into."""
+    def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[int, int, int, Any]:
+        """Addresses of the first group's scale and zero point, bytes to the next group's, and what they point into."""
         if not per_sample:
             at = (0 if self.rows == 1 else int(row)) * self.groups * 4
-            scales, zero_points = self.scale.data_ptr() + at, self.zero_point.data_ptr() + at
-            return lambda group: (scales + group * 4, zero_points + group * 4), None
+            return self.scale.data_ptr() + at, self.zero_point.data_ptr() + at, 4, None
         rows = row.repeat_interleave(batch // row.shape[0])
         tables = [values[rows].t().contiguous() for values in (self.scale, self.zero_point)]
-        scales, zero_points = (table.data_ptr() for table in tables)
-        return lambda group: (scales + group * batch * 4, zero_points + group * batch * 4), tables
+        return tables[0].data_ptr(), tables[1].data_ptr(), 4 * batch, tables
 
-    def _output(self, shape: torch.Size, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-        if not self.is_convolution:
-            return torch.empty((*shape[:-1], self.outputs), dtype=dtype)
-        return torch.empty((shape[0], self.outputs, *geometry.output), dtype=dtype, memory_format=torch.channels_last)
+    def _plan(
+        self,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        x_type: torch.dtype,
+        dtype: torch.dtype,
+        residual_type: torch.dtype | None,
+        of_samples: tuple[bool, bool, bool],
+        epsilon: float | None,
+        activation: str | None,
+        upsample: int,
+        extra: int,
+        factor: float,
+        threads: int,
+    ) -> Plan:
+        if self.is_convolution:
+            batch, height, width = shape[0], shape[2] * upsample, shape[3] * upsample
+            strides = (stride[0], stride[2], stride[3])
+        else:
+            batch, height = (shape[0] if any(of_samples) else 1), 1
+            width = shape.numel() // max(1, batch * shape[-1])
+            strides = (width * shape[-1], 0, shape[-1])
+        geometries = [self._geometry(piece, batch, height, width, extra) for piece in self.pieces]
+        calls = []
+        for index, (piece, geometry) in enumerate(zip(self.pieces, geometries, strict=True)):
+            first, last = index == 0, index == len(self.pieces) - 1
+            other = residual_type if first else torch.float32
+            bias = self.bias if first else None
+            calls.append(Call(
+                balance=None if self.balance is None else self.balance.data_ptr() + 4 * piece.start,
+                source=Source(
+                    TYPES[x_type], upsample, *strides, batch, height, width, piece.channels, self.inputs
+                ),
+                plane=geometry.plane,
+                layer=Layer(
+                    piece.weight.data_ptr(), piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(),
+                    None if bias is None else bias.data_ptr(), geometry.taps.data_ptr(), len(geometry.taps),
+                    (piece.run + 63) // 64, self.outputs,
+                ),
+                positions=geometry.positions,
+                per_sample=of_samples[0], top=self.top,
+                norm_image=self.inputs if of_samples[1] else 0, epsilon=epsilon or 0.0,
+                activation=ACTIVATIONS[activation],
+                y_type=TYPES[dtype if last else torch.float32], residual_type=0 if other is None else TYPES[other],
+                factor=factor if last else 1.0, amx=self.amx, threads=threads,
+            ))  # fmt: skip
+        size = torch.finfo(x_type).bits // 8
+        output = (shape[0], self.outputs, *geometries[0].output) if self.is_convolution else (*shape[:-1], self.outputs)
+        layout = torch.channels_last if self.is_convolution else torch.contiguous_format
+        return Plan(calls, [piece.start * size for piece in self.pieces], geometries, output, layout, dtype, batch)
 
-    def _geometry(self, index: int, batch: int, height: int, width: int, extra: int) -> Geometry:
-        key = (index, batch, height, width, extra)
-        if key not in self.geometries:
-            self.geometries[key] = self._new_geometry(self.pieces[index], batch, height, width, extra)
-        return self.geometries[key]
-
-    def _new_geometry(self, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
+    def _geometry(self, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel_size, self.stride, self.padding, self.dilation
         # The gap between two rows is the right border of one and the left border of the next.
         pixels = width + pw + extra
@@ -252,28 +297,14 @@ class NativeKernel(Kernel):
         flat = pixels if sh == sw and (out_height * pixels + 15) // 16 < out_height * ((out_width + 15) // 16) else 0
         step = sw * piece.channels
         table = torch.tensor(taps, dtype=torch.int64)
-        layers = [
-            Layer(
-                piece.weight.data_ptr(), piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(),
-                None if bias is None else bias.data_ptr(), table.data_ptr(), len(taps),
-                (piece.run + 63) // 64, self.outputs,
-            )
-            for bias in (None, self.bias)
-        ]  # fmt: skip
         return Geometry(
             Plane(image, pixels, ph, ph + extra, pw),
             Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),
             table,
-            layers,
             # The last tile reads up to 15 rows past the end, and a row up to 63 bytes.
             batch * image + (16 + pixels) * step + 64,
             (out_height, out_width),
         )
-
-
-def _of_piece(norm: Norm, piece: Piece) -> Any:
-    at, image = 4 * piece.start, norm.multiply.stride(0) if len(norm.multiply) > 1 else 0
-    return byref(Normalization(norm.multiply.data_ptr() + at, norm.add.data_ptr() + at, image, norm.epsilon))
 
 
 def scratch(size: int) -> Tensor:

@@ -24,11 +24,9 @@ Plane = _structure(
     "Plane", image_bytes=c_int64, row_pixels=c_int64, top=c_int64, bottom=c_int64, left=c_int64
 )  # fmt: skip
 Source = _structure(
-    "Source", x=c_void_p, type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64,
-    batch=c_int64, height=c_int64, width=c_int64, channels=c_int64, gate=c_int64,
+    "Source", type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64, batch=c_int64, height=c_int64,
+    width=c_int64, channels=c_int64, gate=c_int64,
 )  # fmt: skip
-Normalization = _structure("Normalization", multiply=c_void_p, add=c_void_p, image=c_int64, epsilon=c_float)
-Grid = _structure("Grid", values=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
 Layer = _structure(
     "Layer", weight=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p, taps=c_void_p,
     tap_count=c_int64, pieces=c_int64, outputs=c_int64,
@@ -37,10 +35,13 @@ Positions = _structure(
     "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
     width=c_int64, flat=c_int64,
 )  # fmt: skip
-Ending = _structure(
-    "Ending", y=c_void_p, type=c_int32, residual_type=c_int32, pixel=c_int64, channel_add=c_void_p, gate=c_void_p,
-    residual=c_void_p, residual_pixel=c_int64, factor=c_float,
+Call = _structure(
+    "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,
+    y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, balance=c_void_p, source=Source, plane=Plane,
+    layer=Layer, positions=Positions, per_sample=c_int32, top=c_int32, norm_image=c_int64, epsilon=c_float,
+    activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, amx=c_int32, threads=c_int32,
 )  # fmt: skip
+Grid = _structure("Grid", values=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
 Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=Grid * 4, mask=c_void_p, mask_image=c_int64,
@@ -52,12 +53,11 @@ Attention = _structure(
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take, so that pointers are not cut to 32 bits."""
     pointer = c_void_p
-    library.sq_codes.argtypes = [pointer, pointer, pointer, pointer, pointer, c_int32, pointer, c_int32]
+    library.sq_codes.argtypes = library.sq_layer.argtypes = [pointer]
     library.sq_group_norm.argtypes = [
         pointer, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, pointer, pointer, pointer,
         pointer, c_int32,
     ]  # fmt: skip
-    library.sq_layer.argtypes = [pointer, pointer, pointer, pointer, pointer, c_int32, c_int32]
     library.sq_attention.argtypes = [pointer, c_int32, c_int32]
     for name in ("sq_codes", "sq_group_norm", "sq_layer", "sq_attention"):
         getattr(library, name).restype = None

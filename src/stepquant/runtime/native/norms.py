@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,14 @@ def dense(x: Tensor, *, image: bool) -> Tensor:
 
 def layer_norm(norm: nn.LayerNorm, multiply: Tensor | None = None, add: Tensor | None = None) -> Norm:
     """A layer normalization over the last dimension, then ``* multiply + add``, float32 [B, C] each."""
-    size = norm.normalized_shape[-1]
-    if norm.elementwise_affine:
-        weight = norm.weight.float()[None]
-        bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.float()[None]
-    else:
-        weight, bias = torch.ones(1, size), torch.zeros(1, size)
+    weight, bias = _affine(norm, norm.normalized_shape[-1])
+    weight, bias = weight[None], bias[None]
     if multiply is not None:
         weight, bias = weight * multiply, bias * multiply
     if add is not None:
         bias = bias + add
+    if len(bias) != len(weight):
+        weight = weight.expand_as(bias)
     return Norm(weight.contiguous(), bias.contiguous(), norm.eps)
 
 
@@ -55,18 +53,29 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
     image = x.dim() == 4
     x = dense(x, image=image)
-    batch, channels = x.shape[0], x.shape[1 if image else 2]
-    pixels = x.shape[2] * x.shape[3] if image else x.shape[1]
-    multiply, add = torch.empty(batch, channels), torch.empty(batch, channels)
-    weight, bias = norm.weight.float(), norm.bias.float()
+    shape, stride = x.shape, x.stride()
+    batch, channels = shape[0], shape[1 if image else 2]
+    pixels = shape[2] * shape[3] if image else shape[1]
+    weight, bias = _affine(norm, channels)
+    multiply, add = torch.empty(2, batch, channels)
     library().sq_group_norm(
-        x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(3 if image else 1), batch, pixels, channels,
+        x.data_ptr(), TYPES[x.dtype], stride[0], stride[3 if image else 1], batch, pixels, channels,
         norm.num_groups, norm.eps, weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return Norm(multiply, add)
 
 
-def is_present(norm: Any) -> bool:
+def _affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float32, as they are where they are."""
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    return (
+        torch.ones(channels) if weight is None else weight.detach().float(),
+        torch.zeros(channels) if bias is None else bias.detach().float(),
+    )
+
+
+def is_present(norm: nn.Module) -> bool:
     """Whether its parameters are there to be read: offloaded, they come back only while the norm itself runs."""
-    return norm.weight is None or not norm.weight.is_meta
+    weight = norm._parameters["weight"]
+    return weight is None or not weight.is_meta

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.runtime.native.fusion import is_unchanged
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, layer_norm
 
@@ -28,16 +29,16 @@ NORMS = ("layer_norm", "ada_norm_zero")
 
 def fits_block(block: BasicTransformerBlock) -> bool:
     """Whether every layer of a block is where `block_forward` expects it."""
-    norms = [block.norm1 if block.norm_type == "layer_norm" else getattr(block.norm1, "norm", None), block.norm3]
+    if block.norm_type not in NORMS:
+        return False
+    norms = [block.norm1 if block.norm_type == "layer_norm" else block.norm1.norm, block.norm3]
     attentions = [block.attn1]
     if block.attn2 is not None:
         norms.append(block.norm2)
         attentions.append(block.attn2)
     return (
-        block.norm_type in NORMS
-        and block.pos_embed is None
+        block.pos_embed is None
         and not block.only_cross_attention
-        and block._chunk_size is None
         and all(isinstance(norm, nn.LayerNorm) and is_present(norm) for norm in norms)
         and all(_fits_attention(attention) for attention in attentions)
         and _activation(block.ff) is not None
@@ -57,7 +58,7 @@ def block_forward(
 ) -> Tensor:
     """``BasicTransformerBlock.forward``; hidden_states: [B, N, C], encoder_hidden_states: [B, M, D]."""
     masked = attention_mask is not None or encoder_attention_mask is not None
-    if masked or cross_attention_kwargs or not fits_block(block):
+    if masked or cross_attention_kwargs or block._chunk_size is not None or not is_unchanged(block):
         y: Tensor = type(block).forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
             cross_attention_kwargs, class_labels, added_cond_kwargs,
@@ -130,7 +131,7 @@ def picture_forward(
     return_dict: bool = True,
 ) -> Any:
     """``Transformer2DModel.forward``; hidden_states: [B, C, H, W]."""
-    if attention_mask is not None or encoder_attention_mask is not None or not fits_picture(model):
+    if attention_mask is not None or encoder_attention_mask is not None or not is_unchanged(model):
         return type(model).forward(
             model, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
             cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,

@@ -5,29 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "call.h"
 #include "vectors.h"
-
-struct Plane {  // where the codes of one picture go; see geometry() in kernel.py
-  int64_t image_bytes, row_pixels;
-  int64_t top, bottom, left;  // border pixels; the gap is row_pixels - width
-};
-
-struct Source {
-  const void* x;
-  int32_t type;
-  int32_t scale;                             // 2: every pixel is repeated in both directions
-  int64_t image, row, pixel;                 // strides in elements; channels are adjacent
-  int64_t batch, height, width, channels;    // of the codes, without border
-  int64_t gate;                              // elements from a value to its gate, where the activation has one
-};
-
-struct Norm {
-  const float *multiply, *add;  // [batch or 1, channels]
-  int64_t image;                // from a sample's to the next
-  float epsilon;                // 0: multiply and add are all of it; else each pixel's channels are normalized first
-};
-
-enum Activation : int32_t { NONE, SILU, GELU, GELU_TANH, GEGLU };
 
 struct Grid {
   const float* scale;         // [batch] or [1]
@@ -41,14 +20,14 @@ enum Normalization : int32_t { AFFINE = 1, LAYER = 2 };
 
 // Mean and reciprocal deviation of a pixel's channels.
 template <int32_t TYPE>
-void statistics(const Source& s, int64_t from, float epsilon, __m512& mean, __m512& inverse) {
+void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m512& mean, __m512& inverse) {
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t c = 0; c < s.channels; c += 16) sum = _mm512_add_ps(sum, load16(s.x, TYPE, from + c, first(s.channels - c)));
+  for (int64_t c = 0; c < s.channels; c += 16) sum = _mm512_add_ps(sum, load16(x, TYPE, from + c, first(s.channels - c)));
   mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / s.channels);
   __m512 squares = _mm512_setzero_ps();
   for (int64_t c = 0; c < s.channels; c += 16) {
     const __mmask16 mask = first(s.channels - c);
-    const __m512 v = _mm512_maskz_sub_ps(mask, load16(s.x, TYPE, from + c, mask), mean);
+    const __m512 v = _mm512_maskz_sub_ps(mask, load16(x, TYPE, from + c, mask), mean);
     squares = _mm512_fmadd_ps(v, v, squares);
   }
   inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / s.channels + epsilon));
@@ -56,20 +35,20 @@ void statistics(const Source& s, int64_t from, float epsilon, __m512& mean, __m5
 
 // Codes of a row of pixels. `multiply` and `add` are [channels]; so is `inverse`, 1 / (scale * balance), or null.
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
-void code_row(const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
+void code_row(const void* x, const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
               const float* inverse, const Quantizer& quantizer, uint8_t* out) {
   __m512 mean, deviation;
-  for (int64_t x = 0; x < s.width; x += s.scale) {
-    if (NORM == LAYER) statistics<TYPE>(s, from, epsilon, mean, deviation);
+  for (int64_t column = 0; column < s.width; column += s.scale) {
+    if (NORM == LAYER) statistics<TYPE>(x, s, from, epsilon, mean, deviation);
     for (int64_t c = 0; c < s.channels; c += 16) {
       const __mmask16 mask = first(s.channels - c);
-      __m512 v = load16(s.x, TYPE, from + c, mask);
+      __m512 v = load16(x, TYPE, from + c, mask);
       if (NORM == LAYER) v = _mm512_mul_ps(_mm512_sub_ps(v, mean), deviation);
       if (NORM) v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, multiply + c), _mm512_maskz_loadu_ps(mask, add + c));
       if (ACTIVATION == SILU) v = silu(v);
       if (ACTIVATION == GELU) v = gelu(v);
       if (ACTIVATION == GELU_TANH) v = gelu_tanh(v);
-      if (ACTIVATION == GEGLU) v = _mm512_mul_ps(v, gelu(load16(s.x, TYPE, from + s.gate + c, mask)));
+      if (ACTIVATION == GEGLU) v = _mm512_mul_ps(v, gelu(load16(x, TYPE, from + s.gate + c, mask)));
       const __m128i codes = inverse ? quantizer(v, _mm512_maskz_loadu_ps(mask, inverse + c)) : quantizer(v);
       _mm_mask_storeu_epi8(out + c, mask, codes);
     }
@@ -82,14 +61,15 @@ void code_row(const Source& s, int64_t from, const float* multiply, const float*
   }
 }
 
-using CodeRow = void (*)(const Source&, int64_t, const float*, const float*, float, const float*, const Quantizer&,
-                         uint8_t*);
+using CodeRow = void (*)(const void*, const Source&, int64_t, const float*, const float*, float, const float*,
+                         const Quantizer&, uint8_t*);
 
 // Only what denoisers have: an activation that stands behind a linear has no normalization before it.
 template <int32_t TYPE>
-CodeRow code_row_of(const Norm* norm, int32_t activation) {
-  if (norm && norm->epsilon != 0) return code_row<TYPE, LAYER, NONE>;
-  if (norm) return activation == SILU ? code_row<TYPE, AFFINE, SILU> : code_row<TYPE, AFFINE, NONE>;
+CodeRow code_row_of(const Call& call) {
+  const int32_t activation = call.activation;
+  if (call.multiply && call.epsilon != 0) return code_row<TYPE, LAYER, NONE>;
+  if (call.multiply) return activation == SILU ? code_row<TYPE, AFFINE, SILU> : code_row<TYPE, AFFINE, NONE>;
   switch (activation) {
     case SILU: return code_row<TYPE, 0, SILU>;
     case GELU: return code_row<TYPE, 0, GELU>;
@@ -101,35 +81,35 @@ CodeRow code_row_of(const Norm* norm, int32_t activation) {
 
 }  // namespace
 
-// norm: or null. balance: [channels], or null: divides x first.
-extern "C" void sq_codes(const Source* source, const Grid* grid, const Plane* plane, const Norm* norm,
-                         const float* balance, int32_t activation, uint8_t* codes, int32_t threads) {
-  const Source s = *source;
-  const Plane p = *plane;
+extern "C" void sq_codes(const Call* given) {
+  const Call call = *given;
+  const Source& s = call.source;
+  const Plane& p = call.plane;
   const int64_t rows = p.top + s.height + p.bottom;
-  const CodeRow make = s.type == FLOAT32   ? code_row_of<FLOAT32>(norm, activation)
-                       : s.type == FLOAT16 ? code_row_of<FLOAT16>(norm, activation)
-                                           : code_row_of<BFLOAT16>(norm, activation);
-  const int64_t grids = grid->per_sample ? s.batch : 1;
-  std::vector<float> inverse(balance ? grids * s.channels : 0);
+  const CodeRow make = s.type == FLOAT32   ? code_row_of<FLOAT32>(call)
+                       : s.type == FLOAT16 ? code_row_of<FLOAT16>(call)
+                                           : code_row_of<BFLOAT16>(call);
+  const int64_t grids = call.per_sample ? s.batch : 1;
+  std::vector<float> inverse(call.balance ? grids * s.channels : 0);
   for (int64_t i = 0; i < (int64_t)inverse.size(); i++) {
-    inverse[i] = 1.0f / (grid->scale[i / s.channels] * balance[i % s.channels]);
+    inverse[i] = 1.0f / (call.scale[i / s.channels] * call.balance[i % s.channels]);
   }
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+#pragma omp parallel for collapse(2) num_threads(call.threads) schedule(static)
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t r = 0; r < rows; r++) {
-      const Quantizer quantizer(grid->scale, grid->zero_point, grid->per_sample ? b : 0, grid->top);
+      const Quantizer quantizer(call.scale, call.zero_point, call.per_sample ? b : 0, call.top);
       const int32_t zero = quantizer.zero_point;
-      uint8_t* out = codes + b * p.image_bytes + (p.left + r * p.row_pixels) * s.channels;
-      if (r == 0) memset(codes + b * p.image_bytes, zero, p.left * s.channels);
+      uint8_t* out = call.codes + b * p.image_bytes + (p.left + r * p.row_pixels) * s.channels;
+      if (r == 0) memset(call.codes + b * p.image_bytes, zero, p.left * s.channels);
       const int64_t y = r - p.top;
       if (y < 0 || y >= s.height) {
         memset(out, zero, p.row_pixels * s.channels);
         continue;
       }
-      const float *multiply = norm ? norm->multiply + b * norm->image : nullptr, *add = norm ? norm->add + b * norm->image : nullptr;
-      const float* own = balance ? inverse.data() + (grid->per_sample ? b * s.channels : 0) : nullptr;
-      make(s, b * s.image + y / s.scale * s.row, multiply, add, norm ? norm->epsilon : 0, own, quantizer, out);
+      const float* own = call.balance ? inverse.data() + (call.per_sample ? b * s.channels : 0) : nullptr;
+      const int64_t norm = b * call.norm_image;
+      make(call.x, s, b * s.image + y / s.scale * s.row, call.multiply + norm, call.add + norm, call.epsilon, own,
+           quantizer, out);
       memset(out + s.width * s.channels, zero, (p.row_pixels - s.width) * s.channels);
     }
   }
