@@ -284,15 +284,19 @@ def provenance_of(denoiser: Any) -> dict[str, Any]:
     return dict(denoiser.config.get("quantization_config") or {}).get("provenance") or {}
 
 
-def load(folder: Path | str, *, backend: Backend = "auto") -> Any:
+def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpacked") -> Any:
     """The quantized pipeline in `folder`, every file verified, and ready to run.
+
+    Args:
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
+        memory: ``"unpacked"``, or ``"packed"``: weights of up to 4 bits stay two to a byte. Results are the same.
 
     ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component.
 
     Raises:
         StepquantError: for a folder that is foreign, damaged, or of a newer format.
     """
-    return _bound(load_pipeline(folder, backend)[0])
+    return _bound(load_pipeline(folder, backend, memory)[0])
 
 
 def _bound(pipeline: Any) -> Any:

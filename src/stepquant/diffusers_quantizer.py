@@ -188,7 +188,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         **__: Any,
     ) -> None:
         """Codes and tables are taken as the file has them; `param_value` is rounded to ``torch_dtype`` already."""
-        value = state_dict[param_name]
+        value = state_dict[param_name].clone()  # it lies in the mapped file
         set_module_tensor_to_device(model, param_name, target_device, value=value, dtype=value.dtype)
 
     def get_state_dict_and_metadata(

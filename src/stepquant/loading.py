@@ -25,12 +25,14 @@ ZOO_PREFIX = "zoo:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_pipeline(model: str, backend: Backend = "auto", dtype: torch.dtype = torch.float32) -> Any:
+def resolve_pipeline(
+    model: str, backend: Backend = "auto", memory: str = "unpacked", *, dtype: torch.dtype = torch.float32
+) -> Any:
     """The pipeline that `model` names: full precision, or quantized with its kernels installed.
 
     Args:
         model: a diffusers folder, a folder written by stepquant, ``zoo:NAME``, or the id of a model on the hub.
-        backend: the runtime of a quantized model, see `stepquant.runtime`.
+        backend, memory: the runtime of a quantized model, and how it holds weights, see `stepquant.runtime.prepare`.
         dtype: of the models of one in full precision.
 
     Raises:
@@ -39,7 +41,7 @@ def resolve_pipeline(model: str, backend: Backend = "auto", dtype: torch.dtype =
     """
     folder = locate(model)
     if is_checkpoint(folder):
-        return load_pipeline(folder, backend)[0]
+        return load_pipeline(folder, backend, memory)[0]
     check_index(folder)
     try:
         # Weights in another format than safetensors are never read: they may hold code.
@@ -53,7 +55,7 @@ def resolve_pipeline(model: str, backend: Backend = "auto", dtype: torch.dtype =
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     check_finite(denoiser, model)
     if quantized_modules(denoiser):  # by stepquant, and saved again by diffusers, which writes no manifest
-        prepare(denoiser, backend)
+        prepare(denoiser, backend, memory)
     return pipeline
 
 

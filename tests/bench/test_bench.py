@@ -7,12 +7,14 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from typer.testing import CliRunner
 
 from stepquant.bench import measure as measuring
 from stepquant.bench import networks, peers
 from stepquant.bench.measure import measure
 from stepquant.bench.networks import example, quantize_network
+from stepquant.bench.resident import resident
 from stepquant.bench.roofline import roofline
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
@@ -97,9 +99,26 @@ def test_the_command(tiny, tmp_path):
     assert "a scale a step" in result.output and figures["fallbacks"] == ["conv_in"]
 
 
+@needs_native
+def test_resident_memory():
+    """Half a byte a weight, and little beside them."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(128, 256), layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, add_attention=False,
+    )  # fmt: skip
+    weights = sum(parameter.numel() for parameter in unet.parameters())
+    model = quantize_network(unet, example(unet, 1), "w4a8", 2)
+    prepare(model, "auto", "packed")
+    measured = resident("packed", model, 1, "packed")
+    assert 0.5 * weights < measured.held < 0.8 * weights
+    assert measured.held <= measured.peak
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["arch:cifar-ddpm", "--memory", "folded"], "memory is 'folded': expected unpacked or packed."),
         (["arch:none"], "there is no architecture 'arch:none': expected one of arch:cifar-ddpm, arch:sd15."),
         (["arch:cifar-ddpm", "--device", "tpu"], "device is 'tpu': expected cpu or cuda."),
         (["arch:cifar-ddpm", "--rounds", "0"], "rounds is 0: expected at least 1."),

@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from stepquant.calibration.instrument import instrument
+from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.loading import resolve_pipeline
@@ -105,6 +106,9 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     instrumented.model(**arguments)
     for quantizer in quantizers:
         quantizer.set_range("minmax", per_row=False)
-    result = copy.deepcopy(model)
-    install(result, instrumented.freeze())
+    result: Any = copy.deepcopy(model)
+    quantization = instrumented.freeze()
+    install(result, quantization)
+    structure = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "structure": quantization.structure()}
+    result.register_to_config(quantization_config=structure)
     return result

@@ -34,8 +34,11 @@ from stepquant.runtime import Backend, prepare
 from stepquant.sampler import correct_sampler
 from stepquant.workspace import tensors_digest
 
+PIECE = 64
+"""Tensors that are read while the file is open once."""
 
-def load_pipeline(folder: Path | str, backend: Backend = "auto") -> tuple[Any, Manifest]:
+
+def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "unpacked") -> tuple[Any, Manifest]:
     """The diffusers pipeline in `folder`, its denoiser quantized and given the kernels of `backend`; and its manifest.
 
     Every file is checked against the manifest before it is opened; no code of the folder is executed.
@@ -53,7 +56,7 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto") -> tuple[Any, M
     if manifest.component not in DENOISERS:
         raise StepquantError(f"{folder} names {manifest.component!r} as its denoiser: the checkpoint is damaged.")
     denoiser = load_denoiser(folder / manifest.component)
-    prepare(denoiser, backend)
+    prepare(denoiser, backend, memory)
     try:
         with bounded_by(sorted(folder.glob("*/*.safetensors"))):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
@@ -147,7 +150,12 @@ def _fill(model: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             check_names(path, set(file.keys()), set(expected))
-            tensors = {name: check_tensor(path, name, file.get_tensor(name), like) for name, like in expected.items()}
+        # What was read of a file is in memory until it is closed, and its tensors are copied: a part at a time.
+        names, tensors = list(expected), {}
+        for start in range(0, len(names), PIECE):
+            with safe_open(path, "pt") as file:
+                for name in names[start : start + PIECE]:
+                    tensors[name] = check_tensor(path, name, file.get_tensor(name), expected[name]).clone()
     except (OSError, SafetensorError) as error:
         raise StepquantError(f"{path} cannot be read ({first_line(error)}): the checkpoint is damaged.") from None
     model.load_state_dict(tensors, assign=True)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import at_least_one, check_writable_file, console, progress
+from stepquant.cli.options import Memory, at_least_one, check_writable_file, console, progress
 from stepquant.errors import StepquantError
 
 if TYPE_CHECKING:
     from stepquant.bench.measure import Timing
+    from stepquant.bench.resident import Resident
     from stepquant.bench.roofline import Share
 
 PER_STEP_ROWS = 50
@@ -32,6 +33,10 @@ def bench(
     shares: Annotated[
         bool, typer.Option("--roofline", help="Also tell where a step's time goes, and the share of the int8 peak.")
     ] = False,
+    memory: Memory = "unpacked",
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Also measure the memory of the network, full precision and quantized.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
@@ -41,12 +46,14 @@ def bench(
     from stepquant.bench.measure import measure
     from stepquant.bench.networks import example, find_network, quantize_network
     from stepquant.bench.peers import peers as peers_of
+    from stepquant.bench.resident import resident as resident_of
     from stepquant.bench.roofline import roofline
-    from stepquant.runtime import fallbacks, prepare
+    from stepquant.runtime import MEMORY, check_memory, fallbacks, prepare
     from stepquant.workspace import write_atomic
 
     at_least_one("batch", batch)
     at_least_one("rounds", rounds)
+    check_memory(memory)
     if device not in ("cpu", "cuda"):
         raise StepquantError(f"device is {device!r}: expected cpu or cuda.")
     if device == "cuda":
@@ -61,8 +68,8 @@ def bench(
     arguments = example(network, batch)
     per_step = quantize_network(network, arguments, bits, PER_STEP_ROWS)
     static = quantize_network(network, arguments, bits, 1)
-    backend = prepare(per_step, "auto")
-    prepare(static, backend)
+    backend = prepare(per_step, "auto", memory)
+    prepare(static, backend, memory)
     slow = fallbacks(per_step)
     with torch.no_grad():
         contestants: dict[str, Any] = {
@@ -75,6 +82,10 @@ def bench(
         with progress().task("Timing", rounds + 1) as advance:
             timings = measure(contestants, rounds, advance)
         found = roofline(per_step, arguments) if shares else None
+    sizes = []
+    if resident:
+        sizes = [resident_of("torch float32", network, batch)]
+        sizes += [resident_of(f"stepquant {bits}, {kind}", per_step, batch, kind) for kind in MEMORY]
     machine = f"{_processor()}, {torch.get_num_threads()} threads"
     console().print(_table(f"{model}, batch {batch}, {machine}", timings))
     price = _median_ratio(timings[1], timings[2])
@@ -83,6 +94,8 @@ def bench(
         typer.echo(f"{len(slow)} layers have no integer kernel and run in floating point: {', '.join(slow[:5])}")
     if found is not None:
         console().print(_roofline_table(*found))
+    if sizes:
+        console().print(_memory_table(sizes))
     if json is not None:
         figures = {
             "model": model,
@@ -91,10 +104,13 @@ def bench(
             "rounds": rounds,
             "machine": machine,
             "backend": backend,
+            "memory": memory,
             "fallbacks": slow,
             "per_step_over_static": price,
             "timings": [timing.model_dump() for timing in timings],
         }
+        if sizes:
+            figures |= {"resident": [size.model_dump() for size in sizes]}
         if found is not None:
             figures |= {"int8_peak": found[0], "roofline": [share.model_dump() for share in found[1]]}
         write_atomic(json, lambda draft: draft.write_text(_pretty(figures)))
@@ -127,6 +143,17 @@ def _table(title: str, timings: list[Timing]) -> Table:
         low, high = timing.speedup_quartiles
         row = (f"{timing.seconds * 1e3:.1f} ms", f"{timing.speedup:.2f}x", f"{low:.2f} to {high:.2f}")
         table.add_row(timing.name, *row)
+    return table
+
+
+def _memory_table(sizes: list[Resident]) -> Table:
+    table = Table(title="memory of the network, in a process of its own", title_justify="left")
+    table.add_column("")
+    for name in ("held", "of float32", "peak of a step"):
+        table.add_column(name, justify="right")
+    for size in sizes:
+        ratio = f"{size.held / sizes[0].held:.2f}x"
+        table.add_row(size.name, f"{size.held / 1e6:.1f} MB", ratio, f"{size.peak / 1e6:.1f} MB")
     return table
 
 

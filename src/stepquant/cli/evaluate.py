@@ -11,6 +11,7 @@ from rich.table import Table
 from stepquant.cli.options import (
     Backend,
     Guidance,
+    Memory,
     Seed,
     Steps,
     at_least_one,
@@ -45,6 +46,7 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with pictures of the data, for FID and its kin.")] = None,
     backend: Backend = "auto",
+    memory: Memory = "unpacked",
 ) -> None:
     """Compare a quantized model with its full-precision origin."""
     from stepquant import evaluation
@@ -52,6 +54,7 @@ def evaluate(
     from stepquant.evaluation.metrics import NAMES, check_wanted
     from stepquant.evaluation.prompts import prompt_set
     from stepquant.pictures import picture_format, save_picture, side_by_side
+    from stepquant.runtime import check_memory
     from stepquant.workspace import write_atomic
 
     if metric == ["help"]:
@@ -59,6 +62,7 @@ def evaluate(
         return
     wanted = {name: path for name, _, path in (text.partition("=") for text in metric or [])}
     check_wanted(wanted, data)
+    check_memory(memory)
     at_least_one("count", count)
     at_least_one("steps", steps)
     if grid is not None:
@@ -75,6 +79,7 @@ def evaluate(
         guidance=guidance,
         prompts=prompt_set(prompts) if prompts else None,
         backend=backend,
+        memory=memory,
         metrics=wanted,
         data=data,
         cache=Path("out/features"),

@@ -20,6 +20,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder,
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, native, onednn or reference.")]
+Memory = Annotated[
+    str, typer.Option(help="How weights of up to 4 bits are held: unpacked, or packed: half of it, a little slower.")
+]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File with a prompt a line; default: the model's own prompts.")]
 

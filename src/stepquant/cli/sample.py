@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Backend, Guidance, Seed, Steps, at_least_one, check_writable_file, progress
+from stepquant.cli.options import Backend, Guidance, Memory, Seed, Steps, at_least_one, check_writable_file, progress
 
 
 def sample(
@@ -22,18 +22,21 @@ def sample(
     seed: Seed = 0,
     guidance: Guidance = None,
     backend: Backend = "auto",
+    memory: Memory = "unpacked",
 ) -> None:
     """Draw pictures and write them as one grid."""
     from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
     from stepquant.pictures import grid, picture_format, save_picture
     from stepquant.pipelines import draw_many, make_request
+    from stepquant.runtime import check_memory
 
+    check_memory(memory)
     at_least_one("count", count)
     at_least_one("steps", steps)
     picture_format(out)
     check_writable_file(out)
-    pipeline = resolve_pipeline(model, backend)
+    pipeline = resolve_pipeline(model, backend, memory)
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
     pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
     if Ranks.current().main:

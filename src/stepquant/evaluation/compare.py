@@ -109,6 +109,7 @@ def evaluate(
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
     backend: str = "auto",
+    memory: str = "unpacked",
     metrics: dict[str, str] | None = None,
     data: Path | None = None,
     cache: Path | None = None,
@@ -117,7 +118,7 @@ def evaluate(
     """Draw the same pictures with both pipelines and compare them; processes of one group share the drawing.
 
     Args:
-        folder: a quantized pipeline.
+        folder: a quantized pipeline; run with the given `backend` and `memory`, see `stepquant.runtime.prepare`.
         against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
         metrics: further metrics, name -> what it needs (`stepquant.evaluation.metrics.NAMES`).
         data: folder with pictures of the data, for those that compare with it.
@@ -133,7 +134,7 @@ def evaluate(
     wanted = metrics or {}
     check_wanted(wanted, data)
     real = None if data is None else FolderPictures(data)
-    quantized, original = resolve_pipeline(str(folder), backend), resolve_pipeline(against)
+    quantized, original = resolve_pipeline(str(folder), backend, memory), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
     request = make_request(original, steps, prompts=prompts, guidance=guidance)
 
@@ -149,9 +150,9 @@ def evaluate(
     note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
-        memory = ranks.send(peak_memory_bytes(str(folder), batch_size, backend) if ranks.main else None)
+        peak = ranks.send(peak_memory_bytes(str(folder), batch_size, backend, memory) if ranks.main else None)
         advance(1)
-        memory_fp32 = ranks.send(peak_memory_bytes(against, batch_size) if ranks.main else None)
+        peak_fp32 = ranks.send(peak_memory_bytes(against, batch_size) if ranks.main else None)
         advance(1)
     result = EvaluationResult(
         model=str(folder),
@@ -167,8 +168,8 @@ def evaluate(
         frechet_note=note,
         denoiser_bytes=folder_bytes(folder / denoiser),
         denoiser_bytes_fp32=float32_bytes(getattr(original, denoiser)),
-        peak_memory_bytes=memory,
-        peak_memory_bytes_fp32=memory_fp32,
+        peak_memory_bytes=peak,
+        peak_memory_bytes_fp32=peak_fp32,
         seconds_per_step=seconds,
         seconds_per_step_fp32=seconds_fp32,
         speedup=seconds_fp32 / seconds,

@@ -1,4 +1,4 @@
-"""``python -m stepquant.evaluation.memory MODEL BATCH BACKEND``: prints the peak memory of drawing, for `cost`."""
+"""``python -m stepquant.evaluation.memory MODEL BATCH BACKEND MEMORY``: prints the peak memory of drawing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STEPS = 2
 """The second step shows what stays allocated after the first."""
 
 
-def main(model: str, batch_size: str, backend: str) -> None:
+def main(model: str, batch_size: str, backend: str, memory: str) -> None:
     """Draw one batch and print the bytes."""
-    pipeline = resolve_pipeline(model, backend)
+    pipeline = resolve_pipeline(model, backend, memory)
     draw(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
     print(own_peak_bytes())
 

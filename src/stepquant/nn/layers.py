@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
 from stepquant.nn.memo import TimeMemo
-from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
+from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight, spread_zero_point
 from stepquant.numerics.packing import pack, packed_bytes, unpack
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -105,6 +105,7 @@ class QuantizedModule(nn.Module):
         self.clock = clock
         self.kernel: Kernel | None = None
         self.memo: TimeMemo | None = None
+        self._integers: Callable[[], Tensor] | None = None
         groups, out = len(layer_format.weight_groups), weight_shape[0]
         stored = packed_bytes(math.prod(weight_shape), layer_format.weight_bits)
         self.register_buffer("weight_packed", torch.zeros(stored, dtype=torch.uint8))
@@ -121,7 +122,7 @@ class QuantizedModule(nn.Module):
 
     def fill(self, layer: QuantizedLayer) -> None:
         """Copy the tensors of `layer`, whose format must be this module's."""
-        self.weight_packed = pack(layer.weight.codes, layer.weight.bits)
+        self.weight_packed, self._integers = pack(layer.weight.codes, layer.weight.bits), None
         self.weight_scale = layer.weight.scale.clone()
         self.weight_zero_point = layer.weight.zero_point.clone()
         self.bias = None if layer.bias is None else layer.bias.detach().float().clone()
@@ -134,7 +135,7 @@ class QuantizedModule(nn.Module):
     def layer(self) -> QuantizedLayer:
         """The layer's integers and tables, unpacked and checked; raises `StepquantError` on damage."""
         layer_format = self.layer_format
-        codes = unpack(self.weight_packed, self.weight_shape, layer_format.weight_bits)
+        codes = unpack(self._packed(), self.weight_shape, layer_format.weight_bits)
         weight = QuantizedWeight(
             codes, self.weight_scale, self.weight_zero_point, layer_format.weight_bits, layer_format.weight_groups
         )
@@ -147,6 +148,39 @@ class QuantizedModule(nn.Module):
         layer = QuantizedLayer(weight, self.bias, activation, balance)
         layer.check()
         return layer
+
+    def release(self, integers: Callable[[], Tensor]) -> None:
+        """Hold the codes no longer, since a kernel does, in an order of its own: no weight is in memory twice.
+
+        The state dict and `layer` have them as before. What stays in their place has their shape, dtype and device, and
+        takes one byte.
+
+        Args:
+            integers: gives back what `QuantizedWeight.integers` was.
+        """
+        self._integers = integers
+        self.weight_packed = self.weight_packed.new_zeros(1).expand(self.weight_packed.shape)
+
+    def restore(self) -> None:
+        """Undo `release`."""
+        self.weight_packed, self._integers = self._packed(), None
+
+    def _packed(self) -> Tensor:
+        """The codes as the checkpoint has them."""
+        if self._integers is None:
+            return self.weight_packed
+        layer_format = self.layer_format
+        zero_point = spread_zero_point(self.weight_zero_point, layer_format.weight_groups, len(self.weight_shape))
+        codes = self._integers().to(self.weight_zero_point.device) + zero_point
+        return pack(codes.to(torch.uint8), layer_format.weight_bits)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_packed"] = self._packed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         return keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))

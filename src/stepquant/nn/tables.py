@@ -55,8 +55,7 @@ class QuantizedWeight:
 
     def integers(self) -> Tensor:
         """``codes - zero_point`` as int8 [out, in, *kernel]."""
-        zero_point = expand_groups(self.zero_point.short(), self.group_sizes).t()
-        zero_point = zero_point.reshape(zero_point.shape + (1,) * (self.codes.dim() - 2))
+        zero_point = spread_zero_point(self.zero_point, self.group_sizes, self.codes.dim())
         return (self.codes.short() - zero_point).to(torch.int8)
 
     def dequantize(self) -> Tensor:
@@ -146,6 +145,12 @@ def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     if len(group_sizes) == 1:
         return values.expand(group_sizes[0], *values.shape[1:])
     return values.repeat_interleave(torch.tensor(group_sizes), dim=0)
+
+
+def spread_zero_point(zero_point: Tensor, group_sizes: tuple[int, ...], dims: int) -> Tensor:
+    """uint8 [G, out] -> int16 [out, in, 1, ...] of `dims` dimensions, to be taken off a weight's codes."""
+    spread = expand_groups(zero_point.short(), group_sizes).t()
+    return spread.reshape(spread.shape + (1,) * (dims - 2))
 
 
 def stored_zero_point(values: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import quantized_modules
@@ -18,12 +20,15 @@ BACKENDS = ("auto", "native", "onednn", "reference")
 INTEGER = {"native": native.supported, "onednn": onednn.supported}
 """Runtimes in integers, the fastest first -> why this machine cannot run it, or None."""
 
+MEMORY = ("unpacked", "packed")
+"""How weights of up to 4 bits are held: a byte each, or two to a byte, unpacked piece by piece as they are used."""
+
 KernelFactory = Callable[[QuantizedModule], Kernel | None]
 """A runtime of one's own: the kernel of a layer whose activation is quantized, or None to run it as the reference."""
 Backend = str | KernelFactory
 
 
-def prepare(model: nn.Module, backend: Backend = "auto") -> str:
+def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked") -> str:
     """Give every quantized layer of `model` a kernel; returns the name of the backend.
 
     ``"auto"`` takes the fastest that the machine runs: our own int8 kernels (``native``), else those of oneDNN that
@@ -33,11 +38,17 @@ def prepare(model: nn.Module, backend: Backend = "auto") -> str:
 
     Args:
         backend: one of `BACKENDS`, or a function of your own that gives layers their kernels.
+        memory: one of `MEMORY`. Results are the same; packed, the native runtime takes a little longer, and layers that
+            run in another one much longer, since they are made ready for each call.
 
     Raises:
-        StepquantError: for an unknown backend, one this machine cannot run, or a function that gives something else.
+        StepquantError: for an unknown backend, one this machine cannot run, a function that gives something else, or an
+            unknown kind of memory.
     """
+    check_memory(memory)
     if callable(backend):
+        if memory != "unpacked":
+            raise StepquantError("a runtime of your own holds weights as it likes: leave memory out.")
         native.undo(model)
         for name, module in quantized_modules(model).items():
             module.kernel = _kernel_of(name, module, backend)
@@ -50,19 +61,48 @@ def prepare(model: nn.Module, backend: Backend = "auto") -> str:
     if backend == "auto":
         backend = next((name for name, reason_of in INTEGER.items() if reason_of() is None), "reference")
     native.undo(model)
+    packed = memory == "packed"
     for module in quantized_modules(model).values():
-        if module.layer_format.activation_bits is None:
-            module.kernel = WeightOnlyKernel(module)
-        elif backend == "native" and native.can_run(module):
-            module.kernel = native.NativeKernel(module)
-        elif backend == "onednn" and onednn.can_run(module):
-            module.kernel = OneDnnKernel(module)
+        make = _kernel_class(module, backend)
+        if make is native.NativeKernel:
+            native.install(module, packed=packed)
         else:
-            module.kernel = ReferenceKernel(module)
+            module.kernel = PassingKernel(module, make) if packed else make(module)
     if backend == "native":
         native.finish(model)
     _lay_out(model)
     return backend
+
+
+def check_memory(memory: str) -> None:
+    """Raise `StepquantError` unless `memory` is one of `MEMORY`."""
+    if memory not in MEMORY:
+        raise StepquantError(f"memory is {memory!r}: expected {' or '.join(MEMORY)}.")
+
+
+def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
+    if module.layer_format.activation_bits is None:
+        return WeightOnlyKernel
+    if backend == "native" and native.can_run(module):
+        return native.NativeKernel
+    if backend == "onednn" and onednn.can_run(module):
+        return OneDnnKernel
+    return ReferenceKernel
+
+
+class PassingKernel(Kernel):
+    """A kernel that is made for each call and forgotten, so that only the codes stay in memory."""
+
+    def __init__(self, module: QuantizedModule, make: type[Kernel]) -> None:
+        super().__init__()
+        self.layer, self.make = (module,), make  # in a tuple: a kernel is part of its layer, not the other way round
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassingKernel:
+        return PassingKernel(copy.deepcopy(self.layer[0], memo), self.make)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        y: Tensor = self.make(self.layer[0])(x, row)
+        return y
 
 
 def _kernel_of(name: str, module: QuantizedModule, make: KernelFactory) -> Kernel:
@@ -82,11 +122,12 @@ def _lay_out(model: nn.Module) -> None:
 
 def fallbacks(model: nn.Module) -> list[str]:
     """Names of the quantized layers that do not run in integers."""
-    return [
-        name
-        for name, module in quantized_modules(model).items()
-        if isinstance(module.kernel, (ReferenceKernel, WeightOnlyKernel))
-    ]
+    names = []
+    for name, module in quantized_modules(model).items():
+        kernel = module.kernel.make if isinstance(module.kernel, PassingKernel) else type(module.kernel)
+        if issubclass(kernel, (ReferenceKernel, WeightOnlyKernel)):
+            names.append(name)
+    return names
 
 
-__all__ = ["BACKENDS", "Backend", "KernelFactory", "fallbacks", "prepare"]
+__all__ = ["BACKENDS", "MEMORY", "Backend", "KernelFactory", "check_memory", "fallbacks", "prepare"]

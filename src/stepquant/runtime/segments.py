@@ -24,6 +24,7 @@ class Segment:
     Attributes:
         weight: int8 [out, stop - start, *kernel].
         scale: float32 [out], of the weight.
+        zero_point: uint8 [out], of the weight's codes.
         group: index of the activation group, the column of the activation table.
     """
 
@@ -31,6 +32,7 @@ class Segment:
     stop: int
     weight: Tensor
     scale: Tensor
+    zero_point: Tensor
     group: int
 
 
@@ -46,7 +48,8 @@ def segments_of(layer: QuantizedLayer) -> list[Segment]:
     for stop in sorted({*weight_ends, *activation_ends}):
         row = next(index for index, end in enumerate(weight_ends) if stop <= end)
         group = next(index for index, end in enumerate(activation_ends) if stop <= end)
-        segments.append(Segment(start, stop, integers[:, start:stop].contiguous(), weight.scale[row], group))
+        part, scale, zero_point = integers[:, start:stop].contiguous(), weight.scale[row], weight.zero_point[row]
+        segments.append(Segment(start, stop, part, scale, zero_point, group))
         start = stop
     return segments
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.deploy import quantized_modules
+from stepquant.nn.layers import QuantizedModule
 from stepquant.runtime.native import attention, blocks
 from stepquant.runtime.native.build import supported
 from stepquant.runtime.native.kernel import NativeKernel, can_run
+
+
+def install(module: QuantizedModule, *, packed: bool) -> None:
+    """Give a layer its kernel, which from then on holds the weight alone."""
+    kernel = NativeKernel(module, packed=packed)
+    module.kernel = kernel
+    module.release(kernel.integers)
 
 
 def finish(model: nn.Module) -> None:
@@ -19,7 +28,9 @@ def finish(model: nn.Module) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Undo `finish`: another runtime takes the layers over."""
+    """Undo `install` and `finish`: another runtime takes the layers over."""
+    for module in quantized_modules(model).values():
+        module.restore()
     blocks.separate(model)
     for processor in _processors(model):
         processor.kernel = None
@@ -30,4 +41,4 @@ def _processors(model: nn.Module) -> list[QuantizedAttentionProcessor]:
     return [processor for processor in found if isinstance(processor, QuantizedAttentionProcessor)]
 
 
-__all__ = ["NativeKernel", "can_run", "finish", "supported", "undo"]
+__all__ = ["NativeKernel", "can_run", "finish", "install", "supported", "undo"]

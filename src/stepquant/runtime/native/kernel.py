@@ -22,7 +22,10 @@ from stepquant.runtime.native.library import (
     Positions,
     Source,
     pack_columns,
+    pack_nibbles,
     padded,
+    unpack_columns,
+    unpack_nibbles,
 )
 from stepquant.runtime.native.norms import Norm, dense
 from stepquant.runtime.segments import Segment, segments_of
@@ -40,17 +43,27 @@ class Piece(NamedTuple):
     Attributes:
         start, channels: which input channels.
         group: column of the activation table.
-        run: bytes of a window that are adjacent in memory.
+        taps, run: pieces of a window, and bytes of each that are adjacent in memory.
         weight: int8 tiles, see `pack_columns`; weight_sum: int32 and weight_scale: float32, [out] padded.
+        zero_point: uint8 [out] padded, where the weight is held as codes of 4 bits, see `pack_nibbles`; else None.
     """
 
     start: int
     channels: int
     group: int
+    taps: int
     run: int
     weight: Tensor
     weight_sum: Tensor
     weight_scale: Tensor
+    zero_point: Tensor | None
+
+    def integers(self, out: int) -> Tensor:
+        """int8 [out, taps, run]."""
+        tiles = self.weight
+        if self.zero_point is not None:
+            tiles = unpack_nibbles(tiles, self.zero_point, self.taps)
+        return unpack_columns(tiles, (out, self.taps, self.run))
 
 
 class Geometry(NamedTuple):
@@ -99,11 +112,15 @@ def can_run(module: QuantizedModule) -> bool:
 class NativeKernel(Kernel):
     """One layer. `forward` is the layer alone; `run` has what can be fused with it.
 
+    Args:
+        packed: hold weights of up to 4 bits as codes, two to a byte, which are unpacked some columns at a time as they
+            are multiplied; results are the same.
+
     Attributes:
         output_dtype: of the result; None means that of x.
     """
 
-    def __init__(self, module: QuantizedModule, *, amx: bool | None = None) -> None:
+    def __init__(self, module: QuantizedModule, *, amx: bool | None = None, packed: bool = False) -> None:
         super().__init__()
         layer = module.layer()
         assert layer.activation is not None
@@ -125,6 +142,7 @@ class NativeKernel(Kernel):
         self.top = largest_code(layer.activation.bits)
         self.rows, self.groups = self.scale.shape
         self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
+        self.packed = packed and layer.weight.bits <= 4
         self.pieces = [self._pack(segment) for segment in segments_of(layer)]
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
@@ -139,16 +157,30 @@ class NativeKernel(Kernel):
         taps = weight[:, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
         if weight.dim() == 4 and self.dilation[1] == 1:
             taps = taps.reshape(weight.shape[0], weight.shape[2], -1)
-        total = weight.flatten(1).sum(1, dtype=torch.int32)
+        tiles, total = pack_columns(taps), weight.flatten(1).sum(1, dtype=torch.int32)
+        zero_point = padded(segment.zero_point, torch.uint8) if self.packed else None
         return Piece(
             segment.start,
             segment.stop - segment.start,
             segment.group,
+            taps.shape[1],
             taps.shape[2],
-            pack_columns(taps),
+            tiles if zero_point is None else pack_nibbles(tiles, zero_point),
             padded(total, torch.int32),
             padded(segment.scale, torch.float32),
+            zero_point,
         )
+
+    def integers(self) -> Tensor:
+        """The weight that the kernel holds, as `QuantizedWeight.integers` has it."""
+        parts = [piece.integers(self.outputs) for piece in self.pieces]
+        if not self.is_convolution:
+            return torch.cat([part[:, 0] for part in parts], dim=1)
+        pictures = [
+            part.reshape(self.outputs, *self.kernel_size, piece.channels).permute(0, 3, 1, 2)
+            for part, piece in zip(parts, self.pieces, strict=True)
+        ]
+        return torch.cat(pictures, dim=1)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         return self.run(x, row)
@@ -265,7 +297,8 @@ class NativeKernel(Kernel):
                 ),
                 plane=geometry.plane,
                 layer=Layer(
-                    piece.weight.data_ptr(), piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(),
+                    piece.weight.data_ptr(), None if piece.zero_point is None else piece.zero_point.data_ptr(),
+                    piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(),
                     None if bias is None else bias.data_ptr(), geometry.taps.data_ptr(), len(geometry.taps),
                     (piece.run + 63) // 64, self.outputs,
                 ),

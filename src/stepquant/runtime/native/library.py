@@ -28,8 +28,8 @@ Source = _structure(
     width=c_int64, channels=c_int64, gate=c_int64,
 )  # fmt: skip
 Layer = _structure(
-    "Layer", weight=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p, taps=c_void_p,
-    tap_count=c_int64, pieces=c_int64, outputs=c_int64,
+    "Layer", weight=c_void_p, zero_point=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p,
+    taps=c_void_p, tap_count=c_int64, pieces=c_int64, outputs=c_int64,
 )  # fmt: skip
 Positions = _structure(
     "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
@@ -71,6 +71,29 @@ def pack_columns(weight: Tensor) -> Tensor:
     padded = weight.new_zeros(tiles * 16, taps, pieces * 64)
     padded[:out, :, :run] = weight
     return padded.view(tiles, 16, taps, pieces, 16, 4).permute(0, 2, 3, 4, 1, 5).contiguous()
+
+
+def unpack_columns(tiles: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Inverse of `pack_columns`: int8 of `shape`, [out, taps, run]."""
+    out, taps, run = shape
+    return tiles.permute(0, 4, 1, 2, 3, 5).reshape(tiles.shape[0] * 16, taps, -1)[:out, :, :run]
+
+
+def pack_nibbles(tiles: Tensor, zero_point: Tensor) -> Tensor:
+    """Tiles of `pack_columns` as codes of 4 bits: byte i of each 32 holds those of weights i (low) and i + 32 (high).
+
+    Args:
+        zero_point: uint8 [tiles * 16], one a column; the code of a weight is weight + zero point.
+    """
+    codes = (tiles + zero_point.view(torch.int8).view(-1, 1, 1, 1, 16, 1)).view(torch.uint8).view(-1, 2, 32)
+    return codes[:, 0] | (codes[:, 1] << 4)
+
+
+def unpack_nibbles(nibbles: Tensor, zero_point: Tensor, taps: int) -> Tensor:
+    """Inverse of `pack_nibbles`."""
+    codes = torch.stack([nibbles & 0xF, nibbles >> 4], dim=1).view(torch.int8)
+    tiles = codes.view(zero_point.shape[0] // 16, taps, -1, 16, 16, 4)
+    return tiles - zero_point.view(torch.int8).view(-1, 1, 1, 1, 16, 1)
 
 
 def padded(values: Tensor, dtype: torch.dtype) -> Tensor:

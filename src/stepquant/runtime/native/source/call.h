@@ -16,7 +16,8 @@ struct Source {
 };
 
 struct Layer {
-  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][16][16][4]
+  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][16][16][4]; half as many bytes of codes
+  const uint8_t* zero_point;    // of 4-bit codes, two to a byte: [outputs rounded up to 32]; or null
   const int32_t* weight_sum;    // [outputs rounded up to 32]
   const float* weight_scale;    // [outputs rounded up to 32]
   const float* bias;            // [outputs rounded up to 32], or null

@@ -8,6 +8,19 @@
 #include "call.h"
 #include "product.h"
 
+// Rows of 64 weights of a tile from their codes: byte i of 32 holds those of i (low) and of i + 32 (high).
+static void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point, int8_t* out) {
+  const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zero_point));
+  const __m512i zero = _mm512_mullo_epi32(column, _mm512_set1_epi32(0x01010101));  // four weights of a column adjoin
+  const __m256i nibble = _mm256_set1_epi8(0xF);
+  for (int64_t i = 0; i < rows; i++) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)(codes + i * 32));
+    const __m256i low = _mm256_and_si256(both, nibble), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+    const __m512i row = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    _mm512_storeu_si512(out + i * 64, _mm512_sub_epi8(row, zero));
+  }
+}
+
 extern "C" void sq_layer(const Call* given) {
   const Call call = *given;
   const Layer& l = call.layer;
@@ -31,8 +44,8 @@ extern "C" void sq_layer(const Call* given) {
   const int64_t image_tiles = p.flat ? (p.height * p.flat + 15) / 16 : p.height * row_tiles;
   const int64_t tiles = p.batch * image_tiles, row_blocks = (tiles + 1) / 2;
   const int64_t column_bytes = 2 * l.tap_count * l.pieces * TILE;
-  // The side that does not fit the second-level cache is walked once.
-  const bool rows_inside = column_blocks * column_bytes > (1 << 20) && row_blocks < 64;
+  // The side that does not fit the second-level cache is walked once; columns that have to be unpacked are, too.
+  const bool rows_inside = l.zero_point || (column_blocks * column_bytes > (1 << 20) && row_blocks < 64);
   const int64_t blocks = row_blocks * column_blocks;
   const Product product = product_for(call.amx);
 #pragma omp parallel num_threads(call.threads)
@@ -41,7 +54,9 @@ extern "C" void sq_layer(const Call* given) {
     alignas(64) int32_t sums[4 * 256];
     int64_t pixel[2][16], image[2];
     Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces};
-    int64_t ready = -1;
+    int64_t ready = -1, unpacked = -1;
+    static thread_local std::vector<int8_t> columns_of_block;  // kept: fresh memory would cost a fault a page
+    if (l.zero_point && (int64_t)columns_of_block.size() < column_bytes) columns_of_block.resize(column_bytes);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t rb = rows_inside ? block % row_blocks : block / column_blocks;
@@ -65,9 +80,18 @@ extern "C" void sq_layer(const Call* given) {
           }
         }
       }
+      const int64_t tile_bytes = column_bytes / 2;
+      if (l.zero_point && cb != unpacked) {
+        unpacked = cb;
+        for (int64_t n = 0; n < 2; n++) {
+          const uint8_t* packed = (const uint8_t*)l.weight + (cb * 2 + n) * tile_bytes / 2;
+          unpack(packed, tile_bytes / 64, l.zero_point + cb * 32 + n * 16, columns_of_block.data() + n * tile_bytes);
+        }
+      }
+      const int8_t* first_column = l.zero_point ? columns_of_block.data() : l.weight + cb * column_bytes;
       Columns columns;
       for (int n = 0; n < 2; n++) {
-        columns.tiles[n] = l.weight + (cb * 2 + n) * l.tap_count * l.pieces * TILE;
+        columns.tiles[n] = first_column + n * tile_bytes;
         for (int t = 0; t < 2; t++) {
           columns.initial[t][n] = initial.data() + (per_sample ? image[t] : 0) * wide + cb * 32 + n * 16;
         }

@@ -1,0 +1,106 @@
+"""Resident memory of a network: loaded and run for a step in a process of its own, and what that adds to an empty one.
+
+``python -m stepquant.bench.resident FOLDER BATCH THREADS MEMORY`` is that process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from pydantic import BaseModel
+from safetensors.torch import save_file
+from torch import nn
+
+from stepquant.bench.networks import example
+from stepquant.checkpoint.format import WEIGHTS
+from stepquant.checkpoint.read import load_denoiser
+from stepquant.checkpoint.write import narrow_tensors
+from stepquant.errors import StepquantError
+from stepquant.evaluation.cost import own_bytes, own_peak_bytes
+from stepquant.nn.deploy import made_by_quantization, quantized_modules
+from stepquant.runtime import prepare
+
+
+class Resident(BaseModel):
+    """Memory of one network.
+
+    Attributes:
+        name: for people.
+        held: bytes after a step, when it is ready for the next: files that are mapped into memory have been read.
+        peak: most bytes while it was loaded and run.
+    """
+
+    name: str
+    held: int
+    peak: int
+
+
+def resident(name: str, model: nn.Module, batch: int, memory: str = "unpacked") -> Resident:
+    """Measure a denoiser, quantized or not; its weights are written to a temporary folder for the other process.
+
+    Raises:
+        StepquantError: if that process fails.
+    """
+    saved: Any = model
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as folder:
+        saved.save_config(folder)
+        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+        if quantized_modules(model):
+            tensors = narrow_tensors(tensors, made_by_quantization(model))
+        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+        command = [sys.executable, "-m", __name__, folder, str(batch), str(torch.get_num_threads()), memory]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise StepquantError(f"the memory of {name} could not be measured: {reason}")
+    return Resident(name=name, **json.loads(process.stdout.splitlines()[-1]))
+
+
+@torch.no_grad()
+def main(folder: str, batch: str, threads: str, memory: str) -> None:
+    """Load and run the network of `folder`; print the bytes as JSON.
+
+    Twice, since the first time more than the network comes into memory: code of libraries, and their own workspaces.
+    """
+    torch.set_num_threads(int(threads))
+    empty = _settled()
+    _load_and_run(Path(folder), int(batch), memory)
+    peak = own_peak_bytes() - empty
+    empty = _settled()
+    model = _load_and_run(Path(folder), int(batch), memory)
+    print(json.dumps({"held": _settled() - empty, "peak": peak}))
+    del model
+
+
+def _load_and_run(folder: Path, batch: int, memory: str) -> nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    model: Any
+    if "quantization_config" in config:
+        model = load_denoiser(folder)
+        prepare(model, "auto", memory)
+    else:
+        model = getattr(diffusers, config["_class_name"]).from_pretrained(folder).eval()
+    model(**example(model, batch))
+    return model
+
+
+def _settled() -> int:
+    """Resident bytes, without what the allocator keeps for later."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return own_bytes()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
