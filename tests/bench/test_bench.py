@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from stepquant.bench.networks import example, quantize_network
 from stepquant.bench.resident import resident
 from stepquant.bench.roofline import roofline
 from stepquant.cli.main import app
-from stepquant.errors import StepquantError
 from stepquant.runtime import native, prepare
+from tests.runtime.native.test_native_blocks import signal_to_noise
 
 needs_native = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
 
@@ -138,7 +140,58 @@ def test_no_gpu():
     )  # fmt: skip
 
 
-def test_peers_need_their_extra(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StepquantError, match=r"--peers needs openvino.*pip install 'stepquant\[bench\]'"):
-        peers.peers(torch.nn.Identity(), {}, 1)
+def test_peers_that_cannot_run_are_named(tiny, tmp_path, monkeypatch):
+    """One is missing, one fails, and the rest is timed all the same."""
+
+    def broken(*_arguments):
+        raise RuntimeError("no such instruction.\nand a trace")
+
+    absent = {"openvino": None, "optimum": True, "optimum.quanto": True, "torchao": None}
+    find_spec = peers.importlib.util.find_spec
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: absent.get(name, True) and find_spec)
+    monkeypatch.setattr(peers, "_quanto_peers", broken)
+    monkeypatch.setattr(peers, "_torch_peers", lambda model, arguments: {"another": lambda: model(**arguments)})
+    out = tmp_path / "figures.json"
+    command = ["bench", "arch:tiny", "--batch", "1", "--rounds", "1", "--peers", "--json", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "left out" in line]
+    assert lines == [
+        "OpenVINO is left out: openvino is not installed (pip install 'stepquant[bench]').",
+        "optimum-quanto is left out: no such instruction.",
+        "torchao is left out: torchao is not installed (pip install torchao).",
+    ]
+    figures = json.loads(out.read_text())
+    assert figures["timings"][-1]["name"] == "another"
+    assert list(figures["left_out"]) == ["OpenVINO", "optimum-quanto", "torchao"]
+
+
+@torch.no_grad()
+def test_quanto(unconditional_pipeline):
+    """Rounds the network, and leaves the original as it is."""
+    pytest.importorskip("optimum.quanto")
+    unet = unconditional_pipeline.unet
+    arguments = example(unet, 2)
+    expected = unet(**arguments).sample
+    ((name, step),) = peers._quanto_peers(unet, arguments).items()
+    assert name == "optimum-quanto int8"
+    assert 15 < signal_to_noise(step().sample, expected) < 60
+    assert torch.equal(unet(**arguments).sample, expected)
+
+
+def test_torchao(unconditional_pipeline, monkeypatch):
+    """A stand-in for the library: what it is asked to do, and with which model."""
+    asked = []
+    stand_in = ModuleType("torchao.quantization")
+    stand_in.Int8DynamicActivationInt8WeightConfig = lambda: "int8 dynamic"
+    stand_in.quantize_ = lambda model, config: asked.append((model, config))
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", stand_in)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda **arguments: (model, arguments))
+    unet = unconditional_pipeline.unet
+    ((name, step),) = peers._torchao_peers(unet, {"sample": 1}).items()
+    assert name == "torchao int8 (linears), torch.compile"
+    ((quantized, config),) = asked
+    assert config == "int8 dynamic"
+    assert quantized is not unet
+    assert step() == (quantized, {"sample": 1})

@@ -1,4 +1,5 @@
-"""What else runs the same network: torch as it is and compiled, OpenVINO in float, bfloat16 and its own int8."""
+"""What else runs the same network: torch as it is and compiled, OpenVINO in float, bfloat16 and its own int8, and
+other libraries' int8 of torch modules."""
 
 from __future__ import annotations
 
@@ -11,23 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepquantError
+from stepquant.errors import first_line
 
 Contestant = Callable[[], object]
-NEEDED = ("openvino", "nncf")
 CALIBRATION_STEPS = (10.0, 500.0, 900.0)
 
 
-def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[str, Contestant]:
-    """Name -> one step, ready to run.
-
-    Raises:
-        StepquantError: if the extra that brings them is not installed.
-    """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise StepquantError(f"--peers needs {missing[0]}, which is not installed: pip install 'stepquant[bench]'.")
-    return {**_torch_peers(model, arguments), **_openvino_peers(model, arguments, threads)}
+def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Name -> one step, ready to run; and name -> why not, of those that cannot run here."""
+    found: dict[str, Contestant] = _torch_peers(model, arguments)
+    left_out = {}
+    libraries: dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Contestant]]]] = {
+        "OpenVINO": (("openvino", "nncf"), lambda: _openvino_peers(model, arguments, threads)),
+        "optimum-quanto": (("optimum", "optimum.quanto"), lambda: _quanto_peers(model, arguments)),
+        "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
+    }
+    for name, (packages, build) in libraries.items():
+        missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
+        if missing is not None:
+            install = "torchao" if name == "torchao" else "'stepquant[bench]'"
+            left_out[name] = f"{missing} is not installed (pip install {install})"
+            continue
+        try:
+            found |= build()
+        except Exception as error:  # another library's, of many classes: it is no reason not to time the others
+            left_out[name] = first_line(error)
+    return found, left_out
 
 
 def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
@@ -41,6 +51,28 @@ def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Co
         "torch eager bfloat16": lambda: half(**halved),
         "torch.compile bfloat16": lambda: half_compiled(**halved),
     }
+
+
+def _quanto_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
+    """Convolutions and linears, weights and activations."""
+    from optimum import quanto
+
+    quantized: Any = copy.deepcopy(model)
+    quanto.quantize(quantized, weights=quanto.qint8, activations=quanto.qint8)
+    with quanto.Calibration():
+        quantized(**arguments)
+    quanto.freeze(quantized)
+    return {"optimum-quanto int8": lambda: quantized(**arguments)}
+
+
+def _torchao_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
+    """Linears, with a scale found for each row as it comes; compiled, as its documentation advises."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantized: Any = copy.deepcopy(model)
+    quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
+    compiled = torch.compile(quantized)
+    return {"torchao int8 (linears), torch.compile": lambda: compiled(**arguments)}
 
 
 class _Positional(nn.Module):

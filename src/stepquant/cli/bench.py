@@ -29,7 +29,9 @@ def bench(
     batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
     rounds: Annotated[int, typer.Option(help="Timed rounds; each contestant runs once a round.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own number.")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Also time torch.compile, bfloat16 and OpenVINO.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also time torch.compile, bfloat16, and other libraries' int8.")
+    ] = False,
     shares: Annotated[
         bool, typer.Option("--roofline", help="Also tell where a step's time goes, and the share of the int8 peak.")
     ] = False,
@@ -77,8 +79,10 @@ def bench(
             f"stepquant {bits}, {backend}, a scale a step": lambda: per_step(**arguments),
             f"stepquant {bits}, {backend}, static scales": lambda: static(**arguments),
         }
+        left_out: dict[str, str] = {}
         if peers:
-            contestants |= peers_of(network, arguments, torch.get_num_threads())
+            others, left_out = peers_of(network, arguments, torch.get_num_threads())
+            contestants |= others
         with progress().task("Timing", rounds + 1) as advance:
             timings = measure(contestants, rounds, advance)
         found = roofline(per_step, arguments) if shares else None
@@ -90,6 +94,8 @@ def bench(
     console().print(_table(f"{model}, batch {batch}, {machine}", timings))
     price = _median_ratio(timings[1], timings[2])
     typer.echo(f"a scale a step takes {price:.3f} times as long as static scales (median over the rounds)")
+    for name, reason in left_out.items():
+        typer.echo(f"{name} is left out: {reason}.")
     if slow:
         typer.echo(f"{len(slow)} layers have no integer kernel and run in floating point: {', '.join(slow[:5])}")
     if found is not None:
@@ -106,6 +112,7 @@ def bench(
             "backend": backend,
             "memory": memory,
             "fallbacks": slow,
+            "left_out": left_out,
             "per_step_over_static": price,
             "timings": [timing.model_dump() for timing in timings],
         }
