@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from stepquant.cli import evaluate, quantize
+from stepquant.cli import evaluate, quantize, train
 from stepquant.cli.main import app
 from stepquant.evaluation import compare
 from stepquant.progress import Progress
@@ -36,12 +36,15 @@ from stepquant.workspace import Workspace
 KILLS_A_TRIAL = 3
 """At most; after that a run is left alone."""
 SMALL = ["--samples", "8", "--steps", "3"]
+GROWING = ("network-", "train-", "sensitivity-")
+"""States of an optimizer and rankings, which are kept again and again as they grow; everything else is kept once."""
 RUNS: dict[str, list[str]] = {
-    "minmax": ["--recipe", "minmax", "--bits", "w8a8", *SMALL],
-    "q-diffusion": ["--recipe", "q-diffusion", "--bits", "w4a8", "--iterations", "3", *SMALL],
-    "quest": ["--recipe", "quest", "--bits", "w4a4", "--iterations", "3", *SMALL],
+    "minmax": ["quantize", "--recipe", "minmax", "--bits", "w8a8", *SMALL],
+    "q-diffusion": ["quantize", "--recipe", "q-diffusion", "--bits", "w4a8", "--iterations", "3", *SMALL],
+    "quest": ["quantize", "--recipe", "quest", "--bits", "w4a4", "--iterations", "3", *SMALL],
+    "training": ["train", "--distill", "--bits", "w4a4", "--iterations", "120", "--batch-size", "2", "--steps", "3"],
 }
-"""Name -> arguments of ``stepquant quantize``."""
+"""Name -> arguments of ``stepquant``, without model and folder."""
 
 
 def build(folder: Path) -> None:
@@ -104,7 +107,7 @@ def start(arguments: list[str], log: Log) -> int:
 
     Workspace.save = logged  # type: ignore[method-assign]
     compare.peak_memory_bytes = lambda *_: 0  # a process of its own for each: seconds, and nothing to lose
-    quantize.progress = evaluate.progress = lambda: Logged(log)  # type: ignore[assignment]
+    quantize.progress = train.progress = evaluate.progress = lambda: Logged(log)  # type: ignore[assignment]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     code = 1
@@ -145,7 +148,7 @@ def trials(count: int, seed: int, names: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         build(root / "model")
-        commands = {name: ["quantize", str(root / "model"), *RUNS[name]] for name in names if name in RUNS}
+        commands = {name: [*RUNS[name], str(root / "model")] for name in names if name in RUNS}
         wanted: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         for name, command in commands.items():
@@ -178,14 +181,17 @@ def trials(count: int, seed: int, names: list[str]) -> dict[str, Any]:
                 kills[stages[-1] if stages else "Loading"] += 1
             finished = log.events("kept")
             kept += len(finished)
-            # The state of an optimizer is kept again and again under one name; all else once.
-            again += sum(times - 1 for key, times in Counter(finished).items() if not key.startswith("network-"))
+            more = {key: times - 1 for key, times in Counter(finished).items() if not key.startswith(GROWING)}
+            again += sum(more.values())
             got = (figures_of(out) if name == "evaluate" else bytes_of(out)) if code == 0 else None
             if got != wanted[name]:
                 different.append(f"trial {trial} ({name}): exit code {code}")
             leftovers += [path.name for path in folder.iterdir() if path.name not in ("out", "log")]
             shutil.rmtree(folder)
-            print(f"trial {trial + 1} of {count}: {name}, {sum(kills.values())} kills so far", file=sys.stderr)
+            print(
+                f"trial {trial + 1} of {count}: {name}, {sum(kills.values())} kills and {again} stages computed twice so far",
+                file=sys.stderr,
+            )
     return {
         "trials": count,
         "kills": sum(kills.values()),
