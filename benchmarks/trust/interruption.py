@@ -189,7 +189,7 @@ def trials(count: int, seed: int, names: list[str]) -> dict[str, Any]:
             leftovers += [path.name for path in folder.iterdir() if path.name not in ("out", "log")]
             shutil.rmtree(folder)
             print(
-                f"trial {trial + 1} of {count}: {name}, {sum(kills.values())} kills and {again} stages computed twice so far",
+                f"trial {trial + 1} of {count}: {name}; {sum(kills.values())} kills, {again} stages computed twice",
                 file=sys.stderr,
             )
     return {
