@@ -47,10 +47,10 @@ reports: $(VENV)/installed
 	set -e; for entry in fashion-ddpm:q-diffusion fashion-class:tdq emoji-ldm:q-diffusion; do \
 		model=$${entry%%:*}; recipe=$${entry##*:}; \
 		$(BIN)/stepquant quantize zoo:$$model --recipe $$recipe --bits w4a8 --samples 128 --steps 20 --iterations 50 \
-			--out $(REPORTS)/$$model-w4a8 --overwrite; \
+			--out $(REPORTS)/$$model-w4a8 --overwrite --times $(REPORTS)/$$model-times.json; \
 		$(BIN)/stepquant sensitivity zoo:$$model --bits w4a8 --samples 16 --steps 20 --out $(REPORTS)/$$model-sensitivity; \
 		$(BIN)/stepquant report $(REPORTS)/$$model-w4a8 --steps 20 \
-			--sensitivity $(REPORTS)/$$model-sensitivity/sensitivity.json --out docs/reports/$$model.html; \
+			--sensitivity $(REPORTS)/$$model-sensitivity/sensitivity.json --times $(REPORTS)/$$model-times.json --out docs/reports/$$model.html; \
 	done
 
 lint: $(VENV)/installed-dev

@@ -51,14 +51,14 @@ def build(folder: Path) -> None:
     """A small unconditional pipeline with random weights."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=16,
+        sample_size=8,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
         attention_head_dim=8,
     )
     DDIMPipeline(unet.eval(), DDIMScheduler()).save_pretrained(folder)

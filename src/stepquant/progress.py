@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,3 +18,25 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Something worth a line."""
+
+
+class Stopwatch(Progress):
+    """Passes everything on, and adds up how long each piece of work takes.
+
+    Attributes:
+        seconds: of every description.
+    """
+
+    def __init__(self, inner: Progress | None = None) -> None:
+        self.inner = inner or Progress()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        start = time.monotonic()
+        with self.inner.task(description, total) as advance:
+            yield advance
+        self.seconds[description] += time.monotonic() - start
+
+    def note(self, message: str) -> None:
+        self.inner.note(message)

@@ -39,6 +39,27 @@ def test_it_writes_a_page_about_the_model(quantized_folder, unconditional_folder
     assert "up_blocks.0.resnets.0.conv1 [0:16]" in text
 
 
+def test_times_are_shown_of_the_run_they_are_about(quantized_folder, unconditional_folder, tmp_path):
+    file, page = tmp_path / "times.json", tmp_path / "page.html"
+    given = (quantized_folder, "--against", unconditional_folder, "--count", 1, "--steps", 1, "--out", page)
+    out = tmp_path / quantized_folder.name
+    command = ["quantize", str(unconditional_folder), "--bits", "w8a8", "--samples", "2", "--steps", "2"]
+    result = CliRunner().invoke(app, [*command, "--iterations", "1", "--out", str(out), "--times", str(file)])
+    assert result.exit_code == 0, result.output
+    took = json.loads(file.read_text())
+    assert took["stages"]["Reconstructing blocks"] > 0
+    assert sum(took["stages"].values()) <= took["seconds"] + 1
+    file.write_text(json.dumps(took | {"seconds": 100.0, "stages": {"Reconstructing blocks": 95.4}, "threads": 3}))
+    assert _run(*given, "--times", file).exit_code == 0
+    assert "2 min on 3 threads: reconstructing blocks 2 min<" in page.read_text()
+    page.unlink()
+    for damage, message in (({"out": "another"}, "is about another"), ({"seconds": -1}, "no file that stepquant")):
+        file.write_text(json.dumps(took | damage))
+        assert message in _fails(*given, "--times", file)
+    assert "cannot be read" in _fails(*given, "--times", tmp_path / "none")
+    assert not page.exists()
+
+
 def test_sensitivities_are_shown_beside_the_bits(quantized_folder, unconditional_folder, tmp_path):
     layer = {"name": "mid_block.resnets.0.conv1", "bits": "w4a8", "error": 0.5, "errors": [0.25, 0.75]}
     measured = {"how": "alone", "samples": 8, "step_groups": [[0, 1], [2, 3]], "layers": [layer], "model": "any"}

@@ -15,11 +15,13 @@ from stepquant.cli.options import (
     Seed,
     at_least_one,
     check_space,
+    check_writable_file,
     check_writable_folder,
     pairs_from,
     progress,
 )
 from stepquant.errors import StepquantError
+from stepquant.progress import Stopwatch
 
 FINISHED = "finished"
 """File in a workspace: the result is about to be written. It holds a digest of what was asked and what was made."""
@@ -70,13 +72,18 @@ def quantize(
             metavar="NAME=BITS", help="Round the weights of another model, such as text_encoder=w8a16; may be repeated."
         ),
     ] = None,
+    times: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write how long each stage took to this file.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Quantize a diffusion model and write it as a diffusers folder.
 
     Interrupted, the same command continues where it stopped.
     """
-    asked = {name: str(value) for name, value in locals().items() if name != "overwrite"}
+    asked = {name: str(value) for name, value in locals().items() if name not in ("overwrite", "times")}
+    import torch
+
     import stepquant
     from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
@@ -88,6 +95,7 @@ def quantize(
     from stepquant.planning import EFFORTS, duration, make_plan
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
+    from stepquant.report.times import Times
     from stepquant.workspace import digest, write_atomic
 
     if effort not in EFFORTS:
@@ -115,13 +123,15 @@ def quantize(
         return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
+    if times is not None:
+        check_writable_file(times)
     pipeline = resolve_pipeline(model, dtype=DTYPES[dtype])
     check_space(out.parent, parameter_bytes(pipeline))
 
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)
     request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
     typer.echo(str(make_plan(pipeline, request, calibration, values)), err=True)
-    start = time.perf_counter()
+    start, stopwatch = time.perf_counter(), Stopwatch(progress())
     quantized = stepquant.quantize(
         pipeline,
         spec,
@@ -133,7 +143,7 @@ def quantize(
         seed=seed,
         prompts=lines,
         workspace=workspace,
-        progress=progress(),
+        progress=stopwatch,
         source=model,
         **arguments,
     )
@@ -142,8 +152,13 @@ def quantize(
         write_atomic(workspace / FINISHED, lambda draft: draft.write_text(digest([asked, provenance])))
     stepquant.save(quantized, out, overwrite=overwrite)
     shutil.rmtree(workspace, ignore_errors=True)
-    # Told, not kept: a checkpoint of the same inputs is the same bytes.
-    typer.echo(f"{said} in {duration(time.perf_counter() - start)}: {out}")
+    seconds = time.perf_counter() - start
+    if times is not None and Ranks.current().main:
+        took = {name: round(value, 1) for name, value in stopwatch.seconds.items()}
+        written = Times(out=out.resolve().name, seconds=round(seconds, 1), stages=took, threads=torch.get_num_threads())
+        write_atomic(times, lambda draft: draft.write_text(written.model_dump_json(indent=2) + "\n"))
+    # Never in the checkpoint: of the same inputs it is the same bytes.
+    typer.echo(f"{said} in {duration(seconds)}: {out}")
 
 
 def _finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:

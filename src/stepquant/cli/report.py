@@ -22,6 +22,9 @@ def report(
     sensitivity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The sensitivity.json of its origin, to be shown too.")
     ] = None,
+    times: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What stepquant quantize --times wrote, to be shown too.")
+    ] = None,
 ) -> None:
     """Write a page about a quantized model: what was done, what it costs, what it changed."""
     from stepquant import report as page
@@ -31,7 +34,14 @@ def report(
     check_page(out, [folder])
     origin = against or page.origin_of(folder)
     gathered = page.gather(
-        folder, origin, count=count, steps=steps, seed=seed, sensitivity=sensitivity, progress=progress()
+        folder,
+        origin,
+        count=count,
+        steps=steps,
+        seed=seed,
+        sensitivity=sensitivity,
+        times=times,
+        progress=progress(),
     )
     page.write(gathered, out)
     typer.echo(f"{folder} against {origin}: {out}")

@@ -25,6 +25,7 @@ from stepquant.report.structure import (
     layer_rows,
     timesteps_of,
 )
+from stepquant.report.times import Times, read_times
 
 PICTURES_SHOWN = 16
 
@@ -64,6 +65,7 @@ class Report:
     component_bytes: dict[str, int]
     content_bytes: dict[str, int]
     sensitivity: SensitivityFile | None = None
+    times: Times | None = None
 
 
 def origin_of(folder: Path) -> str:
@@ -88,6 +90,7 @@ def gather(
     steps: int = 50,
     seed: int = 0,
     sensitivity: Path | None = None,
+    times: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Read the checkpoint in `folder`, draw the same pictures with it and its origin, and compare them.
@@ -96,10 +99,11 @@ def gather(
         against: the full-precision origin: a folder, a hub id or ``zoo:NAME``.
         count, steps, seed: what is drawn, see `stepquant.evaluation.evaluate`; with the guidance of the calibration.
         sensitivity: what ``stepquant sensitivity`` wrote about `against`.
+        times: what ``stepquant quantize --times`` wrote about `folder`.
 
     Raises:
         StepquantError: if one of them cannot be loaded, or `folder` is not made from `against`, or `sensitivity` is
-            about another model.
+            about another model, or `times` about another folder.
     """
     pipeline, manifest = load_pipeline(folder)
     request = make_request(pipeline, steps)
@@ -110,6 +114,7 @@ def gather(
     layers, content_bytes = layer_rows(denoiser), bytes_by_content(denoiser)
     prompts = [str(prompt) for prompt in request.conditions] if kind_of(pipeline) == "text" else None
     measured = read_sensitivity(sensitivity, {layer.name for layer in layers}) if sensitivity else None
+    took = read_times(times, folder) if times else None
     del pipeline, denoiser  # the evaluation loads its own
     evaluated = evaluate(
         folder,
@@ -138,6 +143,7 @@ def gather(
         component_bytes=_component_bytes(manifest),
         content_bytes=content_bytes,
         sensitivity=measured,
+        times=took,
     )
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from stepquant.evaluation.compare import SHADOWED
 from stepquant.pictures import SMALLEST_SIDE, grid
+from stepquant.planning import duration
 from stepquant.recipes import RECIPES, summary
 from stepquant.report.content import Report
 from stepquant.report.figures import LineChart, drawn_rows, line_chart, png_uri, range_map, sensitivity_map
@@ -74,6 +75,8 @@ def render(report: Report) -> str:
         curves=dict(curves),
         chosen=_most_changing(report.activations),
         sensitivity=report.sensitivity,
+        times=report.times,
+        duration=duration,
         sensitivity_map=sensitivity_map(report.sensitivity) if report.sensitivity else None,
         sensitivity_meaning=MEANING[report.sensitivity.how] if report.sensitivity else "",
         became={layer.name: layer for layer in report.layers},

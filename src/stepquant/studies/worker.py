@@ -5,9 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,26 +20,13 @@ from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.pipelines import draw_many, kind_of, make_request
-from stepquant.progress import Progress
+from stepquant.progress import Progress, Stopwatch
 from stepquant.quiet import silence_libraries
 from stepquant.recipes.files import resolve_recipe
 from stepquant.studies.reference import reference
 from stepquant.studies.spec import Cell
 
 PACKAGES = ("stepquant", "torch", "diffusers")
-
-
-class Stopwatch(Progress):
-    """Seconds spent in each task, by its description."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        start = time.monotonic()
-        yield lambda n: None
-        self.seconds[description] += time.monotonic() - start
 
 
 def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
