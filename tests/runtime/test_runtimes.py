@@ -16,7 +16,7 @@ from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.affine import quantize
-from stepquant.runtime import INTEGER, fallbacks, native, onednn, prepare
+from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
@@ -32,7 +32,8 @@ CONVOLUTIONS = {
 }
 SPLITS = {"one": ((), ()), "activation": ((), (3, 4)), "both": ((2, 5), (3, 4)), "weight": ((4, 3), ())}
 
-BACKENDS_HERE = [name for name, reason_of in INTEGER.items() if reason_of() is None]
+BACKENDS_HERE = [name for name, reason_of in INTEGER.items() if DEVICE[name] == "cpu" and reason_of() is None]
+"""Those of processors; for GPUs see ``cuda/``."""
 needs_onednn = pytest.mark.skipif(onednn.supported() is not None, reason=str(onednn.supported()))
 
 

@@ -222,7 +222,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if self.kernel is None:
+        if self.kernel is None or query.device.type != "cpu":  # kernels of attention are for processors
             return super().attend(query, key, value, mask)
         return self.kernel(query, key, value, mask, self.clock.row)
 

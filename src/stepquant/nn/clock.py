@@ -23,6 +23,8 @@ class StepClock:
     Attributes:
         timesteps: float32 [R], ascending: the timestep of each table row. R = 1 for a model of static tables only.
         time: float32 [] when all samples of the batch share a timestep, else float32 [B]. Valid during a forward pass.
+            Where the timestep lies on an accelerator, so do this and `row`: looking at it would wait for the device,
+            so there it has the shape it was given in, and no warning of steps that were not calibrated is made.
         row: int64, of the same shape: the table row of `time`.
     """
 
@@ -40,11 +42,14 @@ class StepClock:
 
     def set(self, timestep: Tensor | float | int) -> None:
         """Set the time: a number or a tensor [] or [B], in the units of the scheduler's timesteps."""
-        time = torch.as_tensor(timestep).detach().float().cpu()
-        if time.dim() == 1 and bool((time == time[0]).all()):
+        time = torch.as_tensor(timestep).detach().float()
+        here = time.device.type == "cpu"
+        if here and time.dim() == 1 and bool((time == time[0]).all()):
             time = time[0]
+        if self._boundaries.device != time.device:  # once: a CUDA graph could not hold the copy
+            self._boundaries = self._boundaries.to(time.device)
         self.time, self.row = time, torch.bucketize(time, self._boundaries)
-        if not self._told and len(self.timesteps) > 1:
+        if here and not self._told and len(self.timesteps) > 1:
             self._tell(time.reshape(-1))
 
     def _tell(self, times: Tensor) -> None:

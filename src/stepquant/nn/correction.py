@@ -66,8 +66,9 @@ class OutputCorrection(nn.Module):
 
     def at(self, values: Tensor, time: Tensor) -> Tensor:
         """The value of a table at the nearest of its timesteps: float32, of the shape of `time`."""
-        timesteps = self.timesteps.float().cpu()
-        return values.float().cpu()[torch.bucketize(time, (timesteps[1:] + timesteps[:-1]) / 2)]
+        timesteps, values = (table.float().to(time.device) for table in (self.timesteps, values))
+        nearest = torch.bucketize(time, (timesteps[1:] + timesteps[:-1]) / 2)
+        return values.index_select(0, nearest.reshape(-1)).reshape(time.shape)
 
     def forward(self, output: Tensor, channels: int) -> Tensor:
         """output: float [B, C, ...] -> the same, its first `channels` multiplied by the gain of the step."""

@@ -72,7 +72,8 @@ class LayerFormat(BaseModel):
 class Kernel(nn.Module):
     """Executes one layer: ``forward(x, row) -> y``. x is float [B, ...]; row is the clock's, int64 [] or [B].
 
-    A kernel is never changed once built, so copies of a model share it.
+    A kernel is never changed once built, so copies of a model share it; a layer that is moved to another device gets
+    another. What a kernel registers as a buffer is put on the layer's device before it first runs.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
@@ -83,7 +84,8 @@ class QuantizedModule(nn.Module):
     """What a quantized linear and convolution share: the stored tensors and the installed kernel.
 
     Buffers:
-        weight_packed: uint8, the weight's codes as `numerics.packing.pack` lays them out.
+        weight_packed: uint8, the weight's codes as `numerics.packing.pack` lays them out. They stay in the processor's
+            memory when the module goes to an accelerator: there kernels have the weight in a layout of their own.
         weight_scale: float32 [G, out]; weight_zero_point: uint8 [G, out].
         bias: float32 [out], or None.
         input_scale: float32 [R, S]; input_zero_point: uint8 [R, S]; absent when the activation is not quantized.
@@ -104,6 +106,8 @@ class QuantizedModule(nn.Module):
         self.layer_format = layer_format
         self.clock = clock
         self.kernel: Kernel | None = None
+        self.make_kernel: Callable[[QuantizedModule], Kernel] | None = None
+        self.kernel_device: torch.device | None = None
         self.memo: TimeMemo | None = None
         self._integers: Callable[[], Tensor] | None = None
         groups, out = len(layer_format.weight_groups), weight_shape[0]
@@ -133,19 +137,26 @@ class QuantizedModule(nn.Module):
             self.input_balance = layer.balance.clone()
 
     def layer(self) -> QuantizedLayer:
-        """The layer's integers and tables, unpacked and checked; raises `StepquantError` on damage."""
+        """The layer's integers and tables, unpacked and checked, on the CPU; raises `StepquantError` on damage."""
         layer_format = self.layer_format
-        codes = unpack(self._packed(), self.weight_shape, layer_format.weight_bits)
+        stored = {name: buffer.cpu() for name, buffer in self.named_buffers(recurse=False)}
+        codes = unpack(self._packed().cpu(), self.weight_shape, layer_format.weight_bits)
         weight = QuantizedWeight(
-            codes, self.weight_scale, self.weight_zero_point, layer_format.weight_bits, layer_format.weight_groups
+            codes,
+            stored["weight_scale"],
+            stored["weight_zero_point"],
+            layer_format.weight_bits,
+            layer_format.weight_groups,
         )
         activation = None
         if layer_format.activation_bits is not None:
             activation = ActivationTable(
-                self.input_scale, self.input_zero_point, layer_format.activation_bits, layer_format.activation_groups
+                stored["input_scale"],
+                stored["input_zero_point"],
+                layer_format.activation_bits,
+                layer_format.activation_groups,
             )
-        balance = self.input_balance if layer_format.balanced else None
-        layer = QuantizedLayer(weight, self.bias, activation, balance)
+        layer = QuantizedLayer(weight, stored.get("bias"), activation, stored.get("input_balance"))
         layer.check()
         return layer
 
@@ -182,8 +193,33 @@ class QuantizedModule(nn.Module):
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module is, but for `weight_packed`."""
+        return self.weight_scale.device
+
+    def use(self, make_kernel: Callable[[QuantizedModule], Kernel]) -> None:
+        """Run by the kernel that `make_kernel` gives this layer here, and on every device it is moved to."""
+        self.make_kernel = make_kernel
+        self._renew_kernel()
+
+    def _renew_kernel(self) -> None:
+        if self.make_kernel is None or self.device.type == "meta":
+            return
+        self.restore()
+        if self.device.type != "cpu":
+            self.weight_packed = self.weight_packed.cpu()
+        self.kernel = self.make_kernel(self).to(self.device)
+        self.kernel_device = self.device
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        return keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
+        stored = self.weight_packed
+        keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
+        if stored.device.type == "cpu" and self.weight_packed.device.type not in ("cpu", "meta"):
+            self.weight_packed = stored
+        if self.kernel_device not in (None, self.device):
+            self._renew_kernel()
+        return self
 
     def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         # Named as in torch's own layers, which some models call by keyword.
@@ -194,6 +230,8 @@ class QuantizedModule(nn.Module):
         return self._run(input)
 
     def _run(self, x: Tensor) -> Tensor:
+        if self.kernel_device not in (None, self.device):  # moved tensor by tensor, as accelerate does
+            self._renew_kernel()
         assert self.kernel is not None
         return self.kernel(x, self.clock.row)
 

@@ -84,7 +84,7 @@ def _move(model: nn.Module) -> None:
     linear, convolution = _classes()
     for module in model.modules():
         if isinstance(module, linear | convolution):
-            device = module.base_layer.weight_packed.device
+            device = module.base_layer.device
             module.lora_A.to(device)
             module.lora_B.to(device)
 

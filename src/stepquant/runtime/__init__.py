@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from stepquant.errors import StepquantError
 from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import Kernel, QuantizedModule
-from stepquant.runtime import native, onednn
+from stepquant.runtime import cuda, native, onednn
+from stepquant.runtime.cuda import CudaKernel
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
-BACKENDS = ("auto", "native", "onednn", "reference")
-INTEGER = {"native": native.supported, "onednn": onednn.supported}
+BACKENDS = ("auto", "native", "onednn", "cuda", "reference")
+INTEGER = {"native": native.supported, "onednn": onednn.supported, "cuda": cuda.supported}
 """Runtimes in integers, the fastest first -> why this machine cannot run it, or None."""
+DEVICE = {"native": "cpu", "onednn": "cpu", "cuda": "cuda"}
+"""The kind of device that a runtime in integers is for."""
 
 MEMORY = ("unpacked", "packed")
 """How weights of up to 4 bits are held: a byte each, or two to a byte, unpacked piece by piece as they are used."""
@@ -31,10 +35,11 @@ Backend = str | KernelFactory
 def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked") -> str:
     """Give every quantized layer of `model` a kernel; returns the name of the backend.
 
-    ``"auto"`` takes the fastest that the machine runs: our own int8 kernels (``native``), else those of oneDNN that
-    ship with torch, else the reference. A layer without an integer kernel (its activation is not quantized, or it is
-    a grouped convolution) runs as the reference does; `fallbacks` lists those. The model is laid out channels-last,
-    which the convolutions want.
+    ``"auto"`` takes the fastest that runs on the device the model lies on: on a processor our own int8 kernels
+    (``native``), else those of oneDNN that ship with torch; on a GPU Triton's (``cuda``); else the reference. A model
+    that is moved to another device later gets what `backend` means there, and the reference where that has no kernels.
+    A layer without an integer kernel (its activation is not quantized, or it is a grouped convolution) runs as the
+    reference does; `fallbacks` lists those. The model is laid out channels-last, which the convolutions want.
 
     Args:
         backend: one of `BACKENDS`, or a function of your own that gives layers their kernels.
@@ -49,29 +54,23 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
     if callable(backend):
         if memory != "unpacked":
             raise StepquantError("a runtime of your own holds weights as it likes: leave memory out.")
-        native.undo(model)
-        for name, module in quantized_modules(model).items():
-            module.kernel = _kernel_of(name, module, backend)
-        _lay_out(model)
-        return getattr(backend, "__name__", type(backend).__name__)
-    if backend not in BACKENDS:
-        raise StepquantError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}.")
-    if backend in INTEGER and (reason := INTEGER[backend]()) is not None:
-        raise StepquantError(f"backend {backend} cannot run here: {reason}; use --backend auto.")
-    if backend == "auto":
-        backend = next((name for name, reason_of in INTEGER.items() if reason_of() is None), "reference")
+        name = getattr(backend, "__name__", type(backend).__name__)
+    else:
+        if backend not in BACKENDS:
+            raise StepquantError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}.")
+        if backend in INTEGER and (reason := INTEGER[backend]()) is not None:
+            raise StepquantError(f"backend {backend} cannot run here: {reason}; use --backend auto.")
+        name = _resolve(backend, _device_of(model))
     native.undo(model)
-    packed = memory == "packed"
-    for module in quantized_modules(model).values():
-        make = _kernel_class(module, backend)
-        if make is native.NativeKernel:
-            native.install(module, packed=packed)
+    for layer_name, module in quantized_modules(model).items():
+        if callable(backend):
+            module.use(partial(_own_kernel, layer_name, backend))
         else:
-            module.kernel = PassingKernel(module, make) if packed else make(module)
-    if backend == "native":
+            module.use(partial(_kernel, backend, memory == "packed"))
+    if name == "native":
         native.finish(model)
     _lay_out(model)
-    return backend
+    return name
 
 
 def check_memory(memory: str) -> None:
@@ -80,13 +79,38 @@ def check_memory(memory: str) -> None:
         raise StepquantError(f"memory is {memory!r}: expected {' or '.join(MEMORY)}.")
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((module.device for module in quantized_modules(model).values()), torch.device("cpu"))
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    """What ``"auto"`` means on a device; any other backend is what it is."""
+    if backend != "auto":
+        return backend
+    candidates = (name for name, kind in DEVICE.items() if kind == device.type)
+    return next((name for name in candidates if INTEGER[name]() is None), "reference")
+
+
+def _kernel(backend: str, packed: bool, module: QuantizedModule) -> Kernel:
+    """The kernel that `backend` has for a layer on the device it is on."""
+    make = _kernel_class(module, _resolve(backend, module.device))
+    if make is native.NativeKernel or make is CudaKernel:
+        kernel: Any = native.NativeKernel(module, packed=packed) if make is native.NativeKernel else make(module)
+        module.release(kernel.integers)  # from now on the kernel holds the weight alone
+        return kernel
+    return PassingKernel(module, make) if packed else make(module)
+
+
 def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
+    device = module.device.type
     if module.layer_format.activation_bits is None:
         return WeightOnlyKernel
-    if backend == "native" and native.can_run(module):
+    if backend == "native" and device == "cpu" and native.can_run(module):
         return native.NativeKernel
-    if backend == "onednn" and onednn.can_run(module):
+    if backend == "onednn" and device == "cpu" and onednn.can_run(module):
         return OneDnnKernel
+    if backend == "cuda" and (device == "cuda" or cuda.interpreted()) and cuda.can_run(module):
+        return CudaKernel
     return ReferenceKernel
 
 
@@ -101,11 +125,13 @@ class PassingKernel(Kernel):
         return PassingKernel(copy.deepcopy(self.layer[0], memo), self.make)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        y: Tensor = self.make(self.layer[0])(x, row)
+        module = self.layer[0]
+        y: Tensor = self.make(module).to(module.device)(x, row)
         return y
 
 
-def _kernel_of(name: str, module: QuantizedModule, make: KernelFactory) -> Kernel:
+def _own_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> Kernel:
+    """The kernel that a runtime of one's own has for layer `name`."""
     if module.layer_format.activation_bits is None:
         return WeightOnlyKernel(module)
     kernel = make(module)

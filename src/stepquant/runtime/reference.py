@@ -6,11 +6,14 @@ computed in float64 (exact below 2^53, which no layer reaches); so accumulators 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from stepquant.nn.attention import per_sample
 from stepquant.nn.layers import Kernel, QuantizedModule
+from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import quantize
 from stepquant.runtime.segments import Apply, along_channels, bound, channel_dim, linear_map, segments_of
 
@@ -39,42 +42,68 @@ class WeightOnlyKernel(Kernel):
         return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim()).to(x.dtype)
 
 
+class Span(NamedTuple):
+    """Input channels [start, stop) that share one weight scale a channel and an activation scale, that of `group`."""
+
+    start: int
+    stop: int
+    group: int
+
+
 class ReferenceKernel(Kernel):
     """Quantize, accumulate integers exactly, scale: ``y = sum over groups of acc * (s_x * s_w) + bias``."""
+
+    table_scale: Tensor
+    table_zero_point: Tensor
+    balance: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
         assert layer.activation is not None
-        self.table, self.balance = layer.activation, layer.balance
-        self.bias = layer.bias
+        self.bits = layer.activation.bits
+        buffers = {
+            "table_scale": layer.activation.scale,
+            "table_zero_point": layer.activation.zero_point,
+            "balance": layer.balance,
+            "bias": layer.bias,
+        }
         self.apply_map: Apply = linear_map(module)
         self.dim = channel_dim(module)
-        self.segments = segments_of(layer)
-        self.weights = [segment.weight.to(self._exact_dtype(segment.weight)) for segment in self.segments]
+        self.spans = []
+        for index, segment in enumerate(segments_of(layer)):
+            self.spans.append(Span(segment.start, segment.stop, segment.group))
+            buffers[f"weight_{index}"] = segment.weight.to(self._exact_dtype(segment.weight))
+            buffers[f"weight_scale_{index}"] = segment.scale
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
 
     def _exact_dtype(self, weight: Tensor) -> torch.dtype:
-        return torch.float32 if bound(weight, self.table.bits) < EXACT_IN_FLOAT32 else torch.float64
+        return torch.float32 if bound(weight, self.bits) < EXACT_IN_FLOAT32 else torch.float64
+
+    def _at(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        return ActivationTable(self.table_scale, self.table_zero_point, self.bits).at(row)
 
     def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
         """Exact integer sums of each segment: float32 or float64 tensors of the output's shape."""
-        scale, zero_point = self.table.at(row)
+        scale, zero_point = self._at(row)
         sums = []
-        single = len(self.segments) == 1
-        for segment, weight in zip(self.segments, self.weights, strict=True):
-            part = (x if single else x.narrow(self.dim, segment.start, segment.stop - segment.start)).float()
-            s, z = (_broadcast(values[..., segment.group], part) for values in (scale, zero_point))
+        for index, span in enumerate(self.spans):
+            weight = self.get_buffer(f"weight_{index}")
+            part = (x if len(self.spans) == 1 else x.narrow(self.dim, span.start, span.stop - span.start)).float()
+            s, z = (_broadcast(values[..., span.group], part) for values in (scale, zero_point))
             if self.balance is not None:
-                s = s * along_channels(self.balance[segment.start : segment.stop], self.dim, part.dim())
-            codes = quantize(part, s, z, self.table.bits) - z
+                s = s * along_channels(self.balance[span.start : span.stop], self.dim, part.dim())
+            codes = quantize(part, s, z, self.bits) - z
             sums.append(self.apply_map(codes.to(weight.dtype), weight))
         return sums
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        scale, _ = self.table.at(row)
+        scale, _ = self._at(row)
         y: Tensor | None = None
-        for segment, total in zip(self.segments, self.accumulators(x, row), strict=True):
-            product = scale[..., segment.group, None] * segment.scale
+        for index, (span, total) in enumerate(zip(self.spans, self.accumulators(x, row), strict=True)):
+            product = scale[..., span.group, None] * self.get_buffer(f"weight_scale_{index}")
             if product.dim() == 2:
                 product = product.repeat_interleave(total.shape[0] // product.shape[0], dim=0)
             part = total.float() * along_channels(product, self.dim, total.dim())

@@ -6,17 +6,9 @@ from torch import nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import QuantizedModule
 from stepquant.runtime.native import attention, blocks
 from stepquant.runtime.native.build import supported
 from stepquant.runtime.native.kernel import NativeKernel, can_run
-
-
-def install(module: QuantizedModule, *, packed: bool) -> None:
-    """Give a layer its kernel, which from then on holds the weight alone."""
-    kernel = NativeKernel(module, packed=packed)
-    module.kernel = kernel
-    module.release(kernel.integers)
 
 
 def finish(model: nn.Module) -> None:
@@ -28,7 +20,7 @@ def finish(model: nn.Module) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Undo `install` and `finish`: another runtime takes the layers over."""
+    """Undo `finish`, and give layers their codes back: another runtime takes the layers over."""
     for module in quantized_modules(model).values():
         module.restore()
     blocks.separate(model)
@@ -41,4 +33,4 @@ def _processors(model: nn.Module) -> list[QuantizedAttentionProcessor]:
     return [processor for processor in found if isinstance(processor, QuantizedAttentionProcessor)]
 
 
-__all__ = ["NativeKernel", "can_run", "finish", "install", "supported", "undo"]
+__all__ = ["NativeKernel", "can_run", "finish", "supported", "undo"]

@@ -1,0 +1,8 @@
+"""int8 and int4 on a GPU: Triton kernels of our own, imported once a layer needs them."""
+
+from __future__ import annotations
+
+from stepquant.runtime.cuda.device import interpreted, supported
+from stepquant.runtime.cuda.kernel import CudaKernel, can_run
+
+__all__ = ["CudaKernel", "can_run", "interpreted", "supported"]

@@ -1,0 +1,232 @@
+"""A linear or convolution in integers on a GPU: codes made in one pass, multiplied, and scaled as they are stored."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.runtime.segments import Segment, segments_of
+
+MOST_INPUTS = (1 << 31) // (255 * 128)
+"""Products of a code and a weight that an accumulator holds in the worst case."""
+MIDDLE = 128
+"""Codes are stored less this, since integer tensor cores multiply signed numbers."""
+
+
+class Norm(NamedTuple):
+    """``x * multiply + add`` before a layer: float32 [B, C] each, of a group normalization."""
+
+    multiply: Tensor
+    add: Tensor
+
+
+def can_run(module: QuantizedModule) -> bool:
+    """Whether a layer has an integer kernel: quantized activations, no overflow, and not at once groups of a
+    convolution and groups of channels with scales of their own."""
+    layer_format = module.layer_format
+    if layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
+        return False
+    split = len(layer_format.weight_groups) > 1 or len(layer_format.activation_groups) > 1
+    return not (isinstance(module, QuantizedConv2d) and module.groups > 1 and split)
+
+
+class Piece(nn.Module):
+    """Input channels with one weight scale and one activation scale, laid out for the products.
+
+    Buffers:
+        weight: int8 [out, taps, in]; of up to 4 bits uint8 [out, taps, half of in], two to a byte (`products`).
+        weight_zero_point: int8 [out], of the latter, else None.
+        weight_sum: int32 [out], of the integer weight; weight_scale: float32 [out].
+    """
+
+    weight: Tensor
+    weight_zero_point: Tensor | None
+    weight_sum: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, segment: Segment, bits: int) -> None:
+        super().__init__()
+        self.start, self.channels, self.group = segment.start, segment.stop - segment.start, segment.group
+        weight, zero_point = segment.weight.flatten(2) if segment.weight.dim() == 4 else segment.weight[..., None], None
+        weight, total = weight.transpose(1, 2), weight.sum((1, 2), dtype=torch.int32)
+        if bits <= 4:
+            zero_point = segment.zero_point.to(torch.int8)
+            weight = pack_halves(weight + zero_point[:, None, None])
+        self.register_buffer("weight", weight.contiguous(), persistent=False)
+        self.register_buffer("weight_zero_point", zero_point, persistent=False)
+        self.register_buffer("weight_sum", total, persistent=False)
+        self.register_buffer("weight_scale", segment.scale.clone(), persistent=False)
+
+    def integers(self) -> Tensor:
+        """int8 [out, taps, in]."""
+        if self.weight_zero_point is None:
+            return self.weight
+        codes = torch.cat([self.weight & 15, self.weight >> 4], dim=2)[..., : self.channels].to(torch.int8)
+        return codes - self.weight_zero_point[:, None, None]
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """4-bit codes [out, taps, in] -> uint8 [out, taps, half of in]: channel j below channel j + half."""
+    half = (codes.shape[2] + 1) // 2
+    low, high = codes[..., :half], F.pad(codes[..., half:], (0, codes.shape[2] % 2))
+    return (low | (high << 4)).view(torch.uint8)
+
+
+class CudaKernel(Kernel):
+    """One layer. `forward` is the layer alone; `run` has what can be fused with it.
+
+    The table row is read on the device: a CUDA graph that was captured with the timestep in a tensor on the device
+    runs any step.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    balance: Tensor | None
+    bias: Tensor | None
+    first_row: Tensor
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        importlib.import_module("stepquant.runtime.cuda.ops")  # registers torch.ops.stepquant; needs triton
+        layer = module.layer()
+        assert layer.activation is not None
+        self.outputs, self.bits = module.weight_shape[0], layer.activation.bits
+        self.geometry = Geometry.of(module)
+        buffers = {
+            "scale": layer.activation.scale.clone(),
+            "zero_point": layer.activation.zero_point.int() - MIDDLE,
+            "balance": None if layer.balance is None else layer.balance.clone(),
+            "bias": None if layer.bias is None else layer.bias.clone(),
+            "first_row": torch.zeros(1, dtype=torch.int64),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+        self.pieces = nn.ModuleList(Piece(segment, layer.weight.bits) for segment in segments_of(layer))
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        return self.run(x, row)
+
+    def integers(self) -> Tensor:
+        """The weight as `QuantizedWeight.integers` has it: int8 [out, in, *kernel], on the kernel's device."""
+        weight = torch.cat([piece.integers() for piece in self._pieces()], dim=2).transpose(1, 2)
+        return weight.squeeze(2) if self.geometry is None else weight.unflatten(2, self.geometry.size)
+
+    def _pieces(self) -> list[Piece]:
+        return list(self.pieces)  # type: ignore[arg-type]
+
+    def run(
+        self,
+        x: Tensor,
+        row: Tensor,
+        *,
+        norm: Norm | None = None,
+        silu: bool = False,
+        upsample: int = 1,
+        extra: int = 0,
+        channel_add: Tensor | None = None,
+        residual: Tensor | None = None,
+        factor: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``(layer(upsample(silu(norm(x)))) + channel_add + residual) * factor``.
+
+        Args:
+            x: float [B, C, H, W], or [B, ..., in] for a linear.
+            row: int64 [] or [B], on any device; only one of x's own leaves it running.
+            upsample: 2 repeats every pixel in both directions; of a convolution.
+            extra: rows and columns of zeros below and to the right of the picture, besides the padding.
+            channel_add: float32 [B, out], contiguous; of a convolution.
+            residual: float, of the output's shape.
+            dtype: of the result; by default that of x.
+        """
+        row = self.first_row if self.scale.shape[0] == 1 else row.reshape(-1).to(x.device)
+        pixels = channels_adjacent(x, image=self.geometry is not None)
+        y: Tensor | None = None
+        for index, piece in enumerate(self._pieces()):
+            span = slice(None) if len(self.pieces) == 1 else slice(piece.start, piece.start + piece.channels)
+            codes = torch.ops.stepquant.quantize(
+                pixels[..., span], row, self.scale, self.zero_point, piece.group, self.bits,
+                None if self.balance is None else self.balance[span],
+                *((None, None) if norm is None else (values[:, span] for values in norm)), silu,
+            )  # fmt: skip
+            last = index == len(self.pieces) - 1
+            scaling = (
+                piece.weight_sum, piece.weight_scale, self.bias if y is None else None, row, self.scale,
+                self.zero_point, piece.group,
+            )  # fmt: skip
+            ending = (factor if last else 1.0, (dtype or x.dtype) if last else torch.float32)
+            if self.geometry is None:
+                other = y if y is not None or residual is None else residual.reshape(-1, self.outputs).contiguous()
+                y = torch.ops.stepquant.matmul(
+                    codes.flatten(0, 1), piece.weight.flatten(1), piece.weight_zero_point, *scaling, other, *ending
+                )
+                continue
+            other = y if y is not None or residual is None else residual.permute(0, 2, 3, 1).contiguous()
+            y = self.geometry.convolve(
+                codes.unflatten(1, x.shape[2:]), piece, scaling, channel_add if y is None else None, other, ending,
+                upsample, extra,
+            )  # fmt: skip
+        assert y is not None
+        return y.view(*x.shape[:-1], self.outputs) if self.geometry is None else y.permute(0, 3, 1, 2)
+
+
+class Geometry(NamedTuple):
+    """Where the windows of a convolution lie."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    parts: int
+
+    @classmethod
+    def of(cls, module: QuantizedModule) -> Geometry | None:
+        """None for a linear."""
+        if not isinstance(module, QuantizedConv2d):
+            return None
+        height, width = module.weight_shape[2:]
+        return cls((height, width), module.stride, module.padding, module.dilation, module.groups)
+
+    def convolve(
+        self,
+        codes: Tensor,
+        piece: Piece,
+        scaling: tuple[Any, ...],
+        channel_add: Tensor | None,
+        residual: Tensor | None,
+        ending: tuple[float, torch.dtype],
+        upsample: int,
+        extra: int,
+    ) -> Tensor:
+        """codes: int8 [B, H, W, C] -> float [B, H', W', out]."""
+        output = [
+            (pixels * upsample + 2 * padding + extra - dilation * (size - 1) - 1) // stride + 1
+            for pixels, size, stride, padding, dilation in zip(
+                codes.shape[1:3], self.size, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        factor, dtype = ending
+        return torch.ops.stepquant.convolution(
+            codes, piece.weight, piece.weight_zero_point, *scaling, channel_add, residual, factor, self.size[1],
+            list(self.stride), list(self.padding), list(self.dilation), self.parts, upsample, output, dtype,
+        )  # fmt: skip
+
+
+def channels_adjacent(x: Tensor, *, image: bool) -> Tensor:
+    """x, float [B, C, H, W] or [B, ..., C], as [B, pixels, C] whose channels lie side by side: a view where it can."""
+    if image:
+        return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+    batch = x.shape[0] if x.dim() > 1 else 1
+    return x.contiguous().view(batch, math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
+    """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
+    pixels = channels_adjacent(x, image=x.dim() == 4)
+    return Norm(*torch.ops.stepquant.group_norm(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps))

@@ -1,0 +1,191 @@
+"""The kernels as operators of torch, ``torch.ops.stepquant.*``: torch.compile takes them as they are, and CUDA graphs
+can hold them, since nothing waits for the device and the step is an index that lies on it.
+
+Arguments that all of them share:
+    row: int64 [n], table rows of the batch: one of all samples, or one of each n-th part of them.
+    scale, zero_point: float32 and int32 [R, S], the activation's table, zero points less 128; group: a column of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from stepquant.numerics.affine import largest_code
+from stepquant.runtime.cuda.codes import group_norm_kernel, quantize_kernel
+from stepquant.runtime.cuda.products import convolution_kernel, matmul_kernel
+from stepquant.runtime.cuda.tuning import bucket, chosen
+
+ELEMENTS = 4096
+"""Of an activation, that one program turns into codes."""
+WIDEST = 128
+"""Channels that one program turns into codes."""
+
+
+def _grid(rows: int, columns: int, parts: int) -> Any:
+    """Programs of a product, once its tile is known."""
+    return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]), parts)
+
+
+@torch.library.custom_op("stepquant::quantize", mutates_args=())
+def quantize(
+    x: Tensor,
+    row: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: int,
+    bits: int,
+    balance: Tensor | None,
+    multiply: Tensor | None,
+    add: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """Codes of ``silu(x * multiply + add)``, less 128: int8, contiguous, of x's shape.
+
+    Args:
+        x: float [B, pixels, C] with adjacent channels.
+        bits: of the codes.
+        balance: float32 [C], or None.
+        multiply, add: float32 [B, C], or None.
+    """
+    batch, pixels, channels = x.shape
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    rows = batch * pixels
+    if codes.numel() == 0:
+        return codes
+    wide = min(triton.next_power_of_2(channels), WIDEST)
+    high = ELEMENTS // wide
+    with torch.cuda.device_of(x):
+        quantize_kernel[(triton.cdiv(rows, high), triton.cdiv(channels, wide))](
+            x, multiply, add, balance, row, scale[:, group], zero_point[:, group], codes,
+            rows, channels, x.stride(0), x.stride(1), 0 if multiply is None else multiply.stride(0),
+            pixels, rows // row.shape[0], scale.stride(0), largest_code(bits), silu, high, wide,
+        )  # fmt: skip
+    return codes
+
+
+@quantize.register_fake
+def _(x, *_grid_and_norm):  # type: ignore[no-untyped-def]
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@torch.library.custom_op("stepquant::group_norm", mutates_args=())
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """A group normalization of x, float [B, pixels, C], as ``x * multiply + add``: float32 [B, C] each."""
+    batch, pixels, channels = x.shape
+    multiply, add = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    width = channels // groups
+    wide = triton.next_power_of_2(width)
+    high = max(1, ELEMENTS // wide)
+    with torch.cuda.device_of(x):
+        group_norm_kernel[(batch, groups)](
+            x, weight, bias, multiply, add, pixels, channels, x.stride(0), x.stride(1), eps, width, high, wide,
+        )  # fmt: skip
+    return multiply, add
+
+
+@group_norm.register_fake
+def _(x, *_norm):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(x.shape[0], x.shape[2], device=x.device) for _ in range(2))
+
+
+@torch.library.custom_op("stepquant::matmul", mutates_args=())
+def matmul(
+    codes: Tensor,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    row: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: int,
+    residual: Tensor | None,
+    factor: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``((codes - zero_point) weight^T * scales + bias + residual) * factor``: `dtype` [M, N].
+
+    Args:
+        codes: int8 [M, K].
+        weight: int8 [N, K]; or uint8 [N, half of K] and `weight_zero_point`: int8 [N], see `products`.
+        weight_sum: int32 [N], of the integer weight; weight_scale, bias: float32 [N].
+        residual: float [M, N], contiguous, or None.
+    """
+    rows, inputs = codes.shape
+    outputs = weight.shape[0]
+    y = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
+    if y.numel() == 0:
+        return y
+    with torch.cuda.device_of(codes):
+        matmul_kernel[_grid(rows, outputs, 1)](
+            codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
+            zero_point[:, group], residual, y, rows, outputs, inputs, rows // row.shape[0], factor, bucket(rows),
+            scale.stride(0), **chosen(),
+        )  # fmt: skip
+    return y
+
+
+@matmul.register_fake
+def _(codes, weight, *scaling_and_residual):  # type: ignore[no-untyped-def]
+    return torch.empty(codes.shape[0], weight.shape[0], dtype=scaling_and_residual[-1], device=codes.device)
+
+
+@torch.library.custom_op("stepquant::convolution", mutates_args=())
+def convolution(
+    codes: Tensor,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    row: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: int,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    factor: float,
+    kernel_width: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    parts: int,
+    upsample: int,
+    output: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """A convolution of the picture that `codes` stand for: `dtype` [B, *output, out], scaled as by `matmul`.
+
+    Args:
+        codes: int8 [B, H, W, C]; every pixel counts `upsample` times in each direction.
+        weight: int8 [out, taps, C / parts]; or uint8 with the last halved and `weight_zero_point`: int8 [out].
+        channel_add: float32 [B, out], or None.
+        residual: float [B, *output, out], contiguous, or None.
+        parts: groups of the convolution.
+        output: height and width; windows that reach beyond the padded picture see zeros.
+    """
+    batch, height, width, channels = codes.shape
+    outputs, taps = weight.shape[:2]
+    y = torch.empty(batch, *output, outputs, dtype=dtype, device=codes.device)
+    rows = batch * output[0] * output[1]
+    if y.numel() == 0:
+        return y
+    with torch.cuda.device_of(codes):
+        convolution_kernel[_grid(rows, outputs // parts, parts)](
+            codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
+            zero_point[:, group], channel_add, residual, y, rows, outputs // parts, channels // parts, height, width,
+            *output, rows // row.shape[0], factor, bucket(rows), *stride, *padding, *dilation, kernel_width, taps,
+            upsample, scale.stride(0), parts, **chosen(),
+        )  # fmt: skip
+    return y
+
+
+@convolution.register_fake
+def _(codes, weight, *scaling_and_geometry):  # type: ignore[no-untyped-def]
+    *_, output, dtype = scaling_and_geometry
+    return torch.empty(codes.shape[0], *output, weight.shape[0], dtype=dtype, device=codes.device)

@@ -1,0 +1,220 @@
+"""Where the kernels for GPUs are used: chosen, refused, moved, compiled, and held by CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stepquant.errors import StepquantError
+from stepquant.nn.clock import StepClock
+from stepquant.runtime import cuda, fallbacks, prepare
+from stepquant.runtime.cuda import CudaKernel, device
+from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
+from tests.runtime.test_runtimes import SPLITS, convolution, linear
+
+needs_triton = pytest.mark.skipif(cuda.supported() is not None, reason=str(cuda.supported()))
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pretend(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor moved to a GPU, in `FakeTensorMode`, which a build of torch without GPUs has too."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_reasons(no_interpreter, monkeypatch):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert cuda.supported() == "triton is not installed (pip install 'stepquant[cuda]', on Linux)"
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.supported() == "there is no GPU here, or this build of torch is for processors only"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    expected = "Tesla V100 has compute capability 7.0, and integer tensor cores begin with 7.5"
+    assert cuda.supported() == expected
+    with pytest.raises(StepquantError, match=f"backend cuda cannot run here: {expected}; use --backend auto"):
+        prepare(nn.Sequential(), "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert cuda.supported() is None
+
+
+def test_nothing_needs_triton_until_it_is_used():
+    """In a process where importing it fails."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, stepquant
+from stepquant.runtime import cuda, prepare
+from stepquant.errors import StepquantError
+try:
+    prepare(torch.nn.Sequential(), "cuda")
+except StepquantError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == (
+        "backend cuda cannot run here: triton is not installed (pip install 'stepquant[cuda]', on Linux); "
+        "use --backend auto.\n"
+    )
+
+
+@needs_triton
+def test_which_layers_run_on_it():
+    layers = {
+        "plain": convolution(4, 4, 3),
+        "grouped": convolution(4, 4, 3, groups=2),
+        "grouped and split": convolution(4, 4, 3, groups=2, split=((1, 1), ())),
+        "weights": linear(bits=(8, None)),
+        "four bits": linear(bits=(4, 4)),
+    }
+    model = nn.ModuleDict(layers).to(GPU)
+    assert prepare(model, "cuda") == "cuda"
+    assert fallbacks(model) == ["grouped and split", "weights"]
+    assert isinstance(model["four bits"].kernel, CudaKernel)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_processor_keeps_its_own_kernels():
+    model = nn.Sequential(linear())
+    assert prepare(model, "auto") != "cuda"
+    assert not isinstance(model[0].kernel, CudaKernel)
+
+
+class Claimed(ReferenceKernel):
+    """In the place of a kernel that only a GPU runs."""
+
+    def integers(self) -> torch.Tensor:
+        return self.weight_0.to(torch.int8)
+
+
+def test_a_gpu_gets_its_kernels(monkeypatch):
+    """What a layer on a GPU gets, without one: its device is only claimed."""
+    model = nn.Sequential(linear(), convolution(4, 4, 3, bits=(4, None)))
+    monkeypatch.setattr(type(model[0]), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_args, **_more: self)
+    monkeypatch.setattr("stepquant.runtime.CudaKernel", Claimed)
+    chosen = {}
+    for reason in ("no such GPU", None):
+        monkeypatch.setitem(sys.modules["stepquant.runtime"].INTEGER, "cuda", lambda reason=reason: reason)
+        chosen[reason] = prepare(model, "auto")
+    assert chosen == {"no such GPU": "reference", None: "cuda"}
+    assert isinstance(model[0].kernel, Claimed) and isinstance(model[1].kernel, WeightOnlyKernel)
+    assert prepare(model, "reference") == "reference"
+
+
+def test_a_moved_layer_gets_another_kernel():
+    """To a device that is only a pretence; codes stay here, since a kernel there has the weight in its own layout."""
+    module = linear()
+    prepare(module, "auto")
+    original, made = module.kernel, []
+    module.make_kernel = lambda layer: made.append(layer.device) or nn.Identity()
+    other = copy.deepcopy(module)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module._apply(pretend)
+    assert [str(place) for place in made] == ["cuda:0"]
+    assert module.weight_scale.device.type == "cuda" and module.weight_packed.device.type == "cpu"
+    assert isinstance(module.kernel, nn.Identity)
+    assert other.kernel is original, "a copy that stayed keeps the kernel that both had"
+    other.half()
+    assert len(made) == 1, "another dtype is not another device"
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["cuda", "reference", "weights"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_step_waits_for_nothing(kind, split):
+    """On tensors without values, of a device of their own: all that is computed with lies there, and nothing is looked
+    at from here, so a CUDA graph can hold it."""
+    bits = (4, None) if kind == "weights" else (4, 8)
+    split = ((), ()) if kind == "weights" else SPLITS[split]
+    make = {"cuda": CudaKernel, "reference": ReferenceKernel, "weights": WeightOnlyKernel}[kind]
+    clock = StepClock(torch.arange(3).float())
+    for module, shape in (
+        (convolution(7, 6, 3, padding=1, split=split, bits=bits), (2, 7, 6, 5)),
+        (linear(split=split, bits=bits), (2, 3, 7)),
+    ):
+        kernel = make(module).to("meta")
+        for time in (torch.empty((), device="meta"), torch.empty(2, device="meta", dtype=torch.int64)):
+            clock.set(time)
+            assert clock.row.is_meta and clock.row.shape == time.shape
+            y = kernel(torch.empty(shape, device="meta", dtype=torch.bfloat16), clock.row)
+            assert y.is_meta and y.dtype == torch.bfloat16
+        expected = ReferenceKernel(module) if kind == "cuda" else make(module)
+        assert y.shape == expected(torch.randn(shape), torch.tensor(0)).shape
+
+
+@needs_triton
+def test_operators_are_what_they_claim():
+    """Shapes, strides and dtypes that torch.compile reckons with; no argument changed or returned."""
+    module, split = convolution(6, 5, 3, padding=1, bits=(4, 8)), linear(7, 5)
+    kernel, flat = CudaKernel(module).to(GPU), CudaKernel(split).to(GPU)
+    x, row = torch.randn(2, 12, 6, device=GPU), torch.tensor([1], device=GPU)
+    checked = ("test_schema", "test_faketensor")
+    quantize = (x, row, kernel.scale, kernel.zero_point, 0, 8, None, None, None, True)
+    torch.library.opcheck(torch.ops.stepquant.quantize.default, quantize, test_utils=checked)
+    weight, bias = torch.randn(6, device=GPU), torch.randn(6, device=GPU)
+    torch.library.opcheck(torch.ops.stepquant.group_norm.default, (x, weight, bias, 3, 1e-5), test_utils=checked)
+    codes = torch.ops.stepquant.quantize(*quantize)
+
+    def common(kernel):
+        piece = kernel.pieces[0]
+        shared = (piece.weight_zero_point, piece.weight_sum, piece.weight_scale, kernel.bias, row)
+        return (*shared, kernel.scale, kernel.zero_point, 0)
+
+    picture = (
+        codes.view(2, 4, 3, 6), kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1], [1, 1],
+        1, 1, [4, 3], torch.float16,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.stepquant.convolution.default, picture, test_utils=checked)
+    codes = torch.zeros(4, 7, dtype=torch.int8, device=GPU)
+    product = (codes, flat.pieces[0].weight.flatten(1), *common(flat), None, 2.0, torch.float16)
+    torch.library.opcheck(torch.ops.stepquant.matmul.default, product, test_utils=checked)
+
+
+@needs_triton
+def test_torch_compile_takes_layers_whole():
+    """One graph, no breaks; and the clock's row is read anew in each call."""
+    model = nn.Sequential(convolution(4, 6, 3, padding=1), nn.SiLU(), convolution(6, 4, 1, bits=(4, 8))).to(GPU)
+    prepare(model, "cuda")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, 5, 5, device=GPU)
+    with torch.no_grad():
+        results = []
+        for step in (0, 2):
+            for layer in model[::2]:
+                layer.clock.set(torch.tensor(float(step), device=GPU))
+            assert torch.equal(compiled(x), model(x))
+            results.append(model(x))
+    assert not torch.equal(*results)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_runs_any_step():
+    module = convolution(4, 6, 3, padding=1)
+    prepare(module.cuda(), "cuda")
+    x, time = torch.randn(2, 4, 5, 5, device=GPU), torch.zeros((), device=GPU)
+
+    def step():
+        module.clock.set(time)
+        return module(x)
+
+    with torch.no_grad():
+        step()  # tiles are chosen before
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        for index in (2, 0, 1):
+            time.fill_(index)
+            graph.replay()
+            assert torch.equal(y, step())
