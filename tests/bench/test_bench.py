@@ -12,13 +12,15 @@ import torch
 from diffusers import UNet2DModel
 from typer.testing import CliRunner
 
+from stepquant.bench import gpu, networks, peers
 from stepquant.bench import measure as measuring
-from stepquant.bench import networks, peers
 from stepquant.bench.measure import measure
 from stepquant.bench.networks import example, quantize_network
 from stepquant.bench.resident import resident
 from stepquant.bench.roofline import roofline
 from stepquant.cli.main import app
+from stepquant.errors import StepquantError
+from stepquant.runtime import cuda as runtime_cuda
 from stepquant.runtime import native, prepare
 from tests.runtime.native.test_native_blocks import signal_to_noise
 
@@ -123,6 +125,10 @@ def test_resident_memory():
         (["arch:cifar-ddpm", "--memory", "folded"], "memory is 'folded': expected unpacked or packed."),
         (["arch:none"], "there is no architecture 'arch:none': expected one of arch:cifar-ddpm, arch:sd15."),
         (["arch:cifar-ddpm", "--device", "tpu"], "device is 'tpu': expected cpu or cuda."),
+        (
+            ["arch:cifar-ddpm", "--device", "cuda", "--roofline"],
+            "--roofline and --resident measure a processor: leave them out with --device cuda.",
+        ),
         (["arch:cifar-ddpm", "--rounds", "0"], "rounds is 0: expected at least 1."),
     ],
 )
@@ -195,3 +201,58 @@ def test_torchao(unconditional_pipeline, monkeypatch):
     assert config == "int8 dynamic"
     assert quantized is not unet
     assert step() == (quantized, {"sample": 1})
+
+
+def test_what_a_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.cuda, "supported", lambda: "its tensor cores know no integers")
+    with pytest.raises(StepquantError, match="--device cuda cannot run: its tensor cores know no integers; use"):
+        gpu.check_gpu()
+
+
+def test_events_time_a_gpu(monkeypatch):
+    """An event before and one after, in the order of the device's queue; seconds of the milliseconds between."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append(self)
+            self.place = len(queue)
+
+        def synchronize(self):
+            queue.append("waited")
+
+        def elapsed_time(self, later):
+            return 1000.0 * (later.place - self.place)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    (timing,) = measure({"step": lambda: queue.append("step")}, 2, seconds_of=gpu.event_seconds)
+    assert timing.times == [2.0, 2.0]
+    assert [entry for entry in queue if isinstance(entry, str)] == ["step", "step", "waited"] * 3
+
+
+def test_weights_are_counted_once_and_with_their_kernels(unconditional_pipeline):
+    """Four bits in the kernels' layout, tables and the layers that stay in floating point, against bfloat16."""
+    if runtime_cuda.supported() is not None:
+        pytest.skip(runtime_cuda.supported())
+    unet = unconditional_pipeline.unet
+    arguments = example(unet, 1)
+    half = gpu.half_on(unet, torch.device("cpu"))
+    assert gpu.weight_bytes(half) == 2 * sum(parameter.numel() for parameter in unet.parameters())
+    layer = quantize_network(unet, arguments, "w4a8", 1).mid_block.resnets[0].conv1
+    prepare(layer, "cuda")
+    small = torch.nn.Sequential(layer, torch.nn.Linear(1, 1, bias=False))
+    weights, outputs = 16 * 16 * 9, 16
+    kernel = weights // 2 + outputs * (1 + 4 + 4 + 4) + 4 + 4 + 8  # zero point, sum, scale, bias; the grid and a row
+    stored = 1 + outputs * (4 + 1 + 4) + 4 + 1
+    assert gpu.weight_bytes(small) == kernel + stored + 4
+
+
+def test_arguments_on_a_gpu(unconditional_pipeline):
+    arguments = example(unconditional_pipeline.unet, 2) | {"class_labels": torch.tensor([1, 2])}
+    found = gpu.moved(arguments, torch.device("cpu"))
+    assert [value.dtype for value in found.values()] == [torch.bfloat16, torch.float32, torch.int64]
+    assert found["sample"].is_contiguous(memory_format=torch.channels_last)

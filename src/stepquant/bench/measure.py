@@ -27,23 +27,35 @@ class Timing(BaseModel):
     times: list[float]
 
 
+def wall_seconds(run: Callable[[], object]) -> float:
+    """What `run` takes by the clock on the wall."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def measure(
-    contestants: dict[str, Callable[[], object]], rounds: int, advance: Callable[[int], None] | None = None
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    advance: Callable[[int], None] | None = None,
+    seconds_of: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> list[Timing]:
     """Time every contestant once a round, after a round that does not count.
 
     Because they alternate, a machine that is busy with something else slows all alike, and ratios stay meaningful. Each
     runs twice and its second time counts, since the first finds another's data in the caches; every other round goes
     backwards.
+
+    Args:
+        seconds_of: runs a contestant and says what it took.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_index in range(-1, rounds):
         for name, run in list(contestants.items())[:: -1 if round_index % 2 else 1]:
             run()
-            start = time.perf_counter()
-            run()
+            taken = seconds_of(run)
             if round_index >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
         if advance is not None:
             advance(1)
     base = next(iter(times.values()))

@@ -15,18 +15,30 @@ from torch import Tensor, nn
 from stepquant.errors import first_line
 
 Contestant = Callable[[], object]
+Libraries = dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Contestant]]]]
+"""Name -> the packages it needs, and what builds its contestants."""
 CALIBRATION_STEPS = (10.0, 500.0, 900.0)
 
 
 def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Name -> one step, ready to run; and name -> why not, of those that cannot run here."""
-    found: dict[str, Contestant] = _torch_peers(model, arguments)
-    left_out = {}
-    libraries: dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Contestant]]]] = {
+    libraries: Libraries = {
         "OpenVINO": (("openvino", "nncf"), lambda: _openvino_peers(model, arguments, threads)),
         "optimum-quanto": (("optimum", "optimum.quanto"), lambda: _quanto_peers(model, arguments)),
         "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
     }
+    return _with_libraries(_torch_peers(model, arguments), libraries)
+
+
+def gpu_peers(model: nn.Module, arguments: dict[str, Tensor]) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The same on a GPU, where model and arguments are, in bfloat16."""
+    compiled = torch.compile(model)
+    found: dict[str, Contestant] = {"torch.compile bfloat16": lambda: compiled(**arguments)}
+    return _with_libraries(found, {"torchao": (("torchao",), lambda: _torchao_peers(model, arguments))})
+
+
+def _with_libraries(found: dict[str, Contestant], libraries: Libraries) -> tuple[dict[str, Contestant], dict[str, str]]:
+    left_out = {}
     for name, (packages, build) in libraries.items():
         missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
         if missing is not None:

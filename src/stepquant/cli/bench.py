@@ -45,8 +45,10 @@ def bench(
     """Time a step of a model in full precision and in integers, on random data."""
     import torch
 
-    from stepquant.bench.measure import measure
+    from stepquant.bench.gpu import captured, check_gpu, event_seconds, half_on, moved, weight_bytes
+    from stepquant.bench.measure import measure, wall_seconds
     from stepquant.bench.networks import example, find_network, quantize_network
+    from stepquant.bench.peers import gpu_peers
     from stepquant.bench.peers import peers as peers_of
     from stepquant.bench.resident import resident as resident_of
     from stepquant.bench.roofline import roofline
@@ -59,8 +61,9 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise StepquantError(f"device is {device!r}: expected cpu or cuda.")
     if device == "cuda":
-        reason = "there is no GPU here" if not torch.cuda.is_available() else "there are no kernels for GPUs yet"
-        raise StepquantError(f"--device cuda cannot run: {reason}; use --device cpu.")
+        if shares or resident:
+            raise StepquantError("--roofline and --resident measure a processor: leave them out with --device cuda.")
+        check_gpu()
     if json is not None:
         check_writable_file(json)
     if threads is not None:
@@ -70,27 +73,41 @@ def bench(
     arguments = example(network, batch)
     per_step = quantize_network(network, arguments, bits, PER_STEP_ROWS)
     static = quantize_network(network, arguments, bits, 1)
+    seconds_of, full = wall_seconds, "torch eager float32"
+    if device == "cuda":
+        seconds_of, full = event_seconds, "torch eager bfloat16"
+        network, per_step, static = (half_on(each, torch.device(device)) for each in (network, per_step, static))
+        arguments = moved(arguments, torch.device(device))
     backend = prepare(per_step, "auto", memory)
     prepare(static, backend, memory)
     slow = fallbacks(per_step)
     with torch.no_grad():
         contestants: dict[str, Any] = {
-            "torch eager float32": lambda: network(**arguments),
+            full: lambda: network(**arguments),
             f"stepquant {bits}, {backend}, a scale a step": lambda: per_step(**arguments),
             f"stepquant {bits}, {backend}, static scales": lambda: static(**arguments),
         }
         left_out: dict[str, str] = {}
+        if device == "cuda":
+            contestants[f"stepquant {bits}, {backend}, a CUDA graph"] = captured(per_step, arguments)
         if peers:
-            others, left_out = peers_of(network, arguments, torch.get_num_threads())
+            others, left_out = (
+                gpu_peers(network, arguments)
+                if device == "cuda"
+                else peers_of(network, arguments, torch.get_num_threads())
+            )
             contestants |= others
         with progress().task("Timing", rounds + 1) as advance:
-            timings = measure(contestants, rounds, advance)
+            timings = measure(contestants, rounds, advance, seconds_of)
         found = roofline(per_step, arguments) if shares else None
     sizes = []
     if resident:
         sizes = [resident_of("torch float32", network, batch)]
         sizes += [resident_of(f"stepquant {bits}, {kind}", per_step, batch, kind) for kind in MEMORY]
     machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+        held = {"bfloat16": weight_bytes(network), bits: weight_bytes(per_step)}
     console().print(_table(f"{model}, batch {batch}, {machine}", timings))
     price = _median_ratio(timings[1], timings[2])
     typer.echo(f"a scale a step takes {price:.3f} times as long as static scales (median over the rounds)")
@@ -102,6 +119,9 @@ def bench(
         console().print(_roofline_table(*found))
     if sizes:
         console().print(_memory_table(sizes))
+    if device == "cuda":
+        ratio = held[bits] / held["bfloat16"]
+        typer.echo(f"weights on the GPU: {held[bits] / 1e6:.1f} MB, {ratio:.2f}x those in bfloat16")
     if json is not None:
         figures = {
             "model": model,
@@ -116,6 +136,8 @@ def bench(
             "per_step_over_static": price,
             "timings": [timing.model_dump() for timing in timings],
         }
+        if device == "cuda":
+            figures |= {"weight_bytes": held}
         if sizes:
             figures |= {"resident": [size.model_dump() for size in sizes]}
         if found is not None:
