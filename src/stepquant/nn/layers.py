@@ -74,7 +74,12 @@ class Kernel(nn.Module):
 
     A kernel is never changed once built, so copies of a model share it; a layer that is moved to another device gets
     another. What a kernel registers as a buffer is put on the layer's device before it first runs.
+
+    Attributes:
+        fuses: whether it takes what is before and after a convolution with it, as ``runtime/native/blocks.py`` asks.
     """
+
+    fuses = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
         return self

@@ -15,6 +15,7 @@ from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import Kernel, QuantizedModule
 from stepquant.runtime import cuda, native, onednn
 from stepquant.runtime.cuda import CudaKernel
+from stepquant.runtime.native import blocks
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
@@ -69,6 +70,8 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
             module.use(partial(_kernel, backend, memory == "packed"))
     if name == "native":
         native.finish(model)
+    elif name == "cuda":
+        blocks.fuse(model)
     _lay_out(model)
     return name
 

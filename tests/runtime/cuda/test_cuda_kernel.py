@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stepquant.nn.layers import QuantizedModule
 from stepquant.numerics.affine import quantize
 from stepquant.runtime import cuda
-from stepquant.runtime.cuda.kernel import MIDDLE, CudaKernel, Norm, group_norm
+from stepquant.runtime.cuda.kernel import MIDDLE, CudaKernel
+from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.reference import ReferenceKernel
 from tests.runtime.test_runtimes import CONVOLUTIONS, SPLITS, STEPS, convolution, linear
 
@@ -29,6 +30,10 @@ def on_gpu(module: QuantizedModule) -> CudaKernel:
 def run(module: QuantizedModule, x: Tensor, row: Tensor, **fused) -> Tensor:
     """What the kernel makes of x, back on the CPU."""
     return on_gpu(module).run(x.to(GPU), row.to(GPU), **fused).cpu()
+
+
+def on(norm: Norm) -> Norm:
+    return Norm(norm.multiply.to(GPU), norm.add.to(GPU))
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -124,7 +129,7 @@ def test_everything_fused(dtype):
     plain = F.interpolate(plain, scale_factor=2.0)
     expected = (ReferenceKernel(module)(plain, row) + added[..., None, None] + residual) * 0.5
     found = run(
-        module, x, row, norm=Norm(*(values.to(GPU) for values in norm)), silu=True, upsample=2,
+        module, x, row, norm=on(norm), activation="silu", upsample=2,
         channel_add=added.to(GPU), residual=residual.to(GPU), factor=0.5, dtype=torch.float32,
     )  # fmt: skip
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -141,8 +146,7 @@ def test_pieces_with_everything():
     residual = torch.randn(2, 6, 5, 5).half()
     plain = x * norm.multiply[..., None, None] + norm.add[..., None, None]
     expected = (ReferenceKernel(module)(plain, row) + added[..., None, None] + residual.float()) * 2
-    on = [values.to(GPU) for values in (*norm, added, residual)]
-    found = run(module, x, row, norm=Norm(*on[:2]), channel_add=on[2], residual=on[3], factor=2.0)
+    found = run(module, x, row, norm=on(norm), channel_add=added.to(GPU), residual=residual.to(GPU), factor=2.0)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -151,7 +155,7 @@ def test_a_linear_with_norm_and_residual():
     x, residual, row = torch.randn(2, 9, 7), torch.randn(2, 9, 5), torch.tensor(1)
     norm = Norm(torch.rand(2, 7) + 0.5, torch.randn(2, 7))
     expected = ReferenceKernel(module)(x * norm.multiply[:, None] + norm.add[:, None], row) + residual
-    found = run(module, x, row, norm=Norm(*(values.to(GPU) for values in norm)), residual=residual.to(GPU))
+    found = run(module, x, row, norm=on(norm), residual=residual.to(GPU))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -170,8 +174,7 @@ def test_group_norm(shape, dtype):
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = (torch.randn(shape) * 3 + 5).to(dtype)
-    on_gpu(linear())  # a first kernel registers the operators
-    found = group_norm(x.to(GPU), norm.to(GPU).requires_grad_(False))
+    found = on_gpu(linear()).group_norm(x.to(GPU), norm.to(GPU).requires_grad_(False))
     norm.cpu()
     first = x.float() if image else x.float().transpose(1, 2)
     spread = (...,) + (None,) * (first.dim() - 2)

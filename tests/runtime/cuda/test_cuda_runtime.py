@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from statistics import median
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stepquant.bench.networks import example, quantize_network
 from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.runtime import cuda, fallbacks, prepare
 from stepquant.runtime.cuda import CudaKernel, device
+from stepquant.runtime.native.fusion import restore_forward
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
+from tests.runtime.native.test_native_blocks import signal_to_noise
 from tests.runtime.test_runtimes import SPLITS, convolution, linear
 
 needs_triton = pytest.mark.skipif(cuda.supported() is not None, reason=str(cuda.supported()))
@@ -152,6 +156,33 @@ def test_a_step_waits_for_nothing(kind, split):
             assert y.is_meta and y.dtype == torch.bfloat16
         expected = ReferenceKernel(module) if kind == "cuda" else make(module)
         assert y.shape == expected(torch.randn(shape), torch.tensor(0)).shape
+
+
+@needs_triton
+@torch.no_grad()
+def test_a_denoiser(unconditional_pipeline):
+    """Blocks are fused; most samples agree with the reference to float rounding, and a code at a tie shows in
+    decibels. Moved without being prepared again, it runs layer by layer, and as well."""
+    full = copy.deepcopy(unconditional_pipeline.unet)
+    quantized = quantize_network(full, example(full, 2), "w4a8", 3)
+    seen = []
+    for name, module in quantized.named_modules():
+        if isinstance(module, nn.GroupNorm) and "attentions" not in name:
+            module.register_forward_hook(lambda _module, _args, _output, name=name: seen.append(name))
+    x, time = torch.randn(2, 1, 8, 8), torch.tensor([999.0, 0.0])
+    prepare(quantized, "reference")
+    expected = quantized(x, time).sample
+    quantized.to(GPU)
+    assert prepare(quantized, "cuda") == "cuda"
+    seen.clear()
+    found = quantized(x.to(GPU), time.to(GPU)).sample.cpu()
+    assert seen == ["conv_norm_out"]
+    assert median(signal_to_noise(*pair) for pair in zip(found, expected, strict=True)) > 45
+    for block in quantized.modules():
+        restore_forward(block)
+    alone = quantized(x.to(GPU), time.to(GPU)).sample.cpu()
+    assert len(seen) > 5
+    assert median(signal_to_noise(*pair) for pair in zip(alone, expected, strict=True)) > 45
 
 
 @needs_triton

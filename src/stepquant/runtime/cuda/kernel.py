@@ -11,19 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.segments import Segment, segments_of
 
 MOST_INPUTS = (1 << 31) // (255 * 128)
 """Products of a code and a weight that an accumulator holds in the worst case."""
 MIDDLE = 128
 """Codes are stored less this, since integer tensor cores multiply signed numbers."""
-
-
-class Norm(NamedTuple):
-    """``x * multiply + add`` before a layer: float32 [B, C] each, of a group normalization."""
-
-    multiply: Tensor
-    add: Tensor
 
 
 def can_run(module: QuantizedModule) -> bool:
@@ -85,6 +79,7 @@ class CudaKernel(Kernel):
     runs any step.
     """
 
+    fuses = True
     scale: Tensor
     zero_point: Tensor
     balance: Tensor | None
@@ -112,6 +107,12 @@ class CudaKernel(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         return self.run(x, row)
 
+    @staticmethod
+    def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
+        """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
+        pixels = channels_adjacent(x, image=x.dim() == 4)
+        return Norm(*torch.ops.stepquant.group_norm(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps))
+
     def integers(self) -> Tensor:
         """The weight as `QuantizedWeight.integers` has it: int8 [out, in, *kernel], on the kernel's device."""
         weight = torch.cat([piece.integers() for piece in self._pieces()], dim=2).transpose(1, 2)
@@ -126,7 +127,7 @@ class CudaKernel(Kernel):
         row: Tensor,
         *,
         norm: Norm | None = None,
-        silu: bool = False,
+        activation: str | None = None,
         upsample: int = 1,
         extra: int = 0,
         channel_add: Tensor | None = None,
@@ -134,11 +135,12 @@ class CudaKernel(Kernel):
         factor: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``(layer(upsample(silu(norm(x)))) + channel_add + residual) * factor``.
+        """``(layer(upsample(activation(norm(x)))) + channel_add + residual) * factor``.
 
         Args:
             x: float [B, C, H, W], or [B, ..., in] for a linear.
             row: int64 [] or [B], on any device; only one of x's own leaves it running.
+            norm: of groups; activation: ``silu``, or None.
             upsample: 2 repeats every pixel in both directions; of a convolution.
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
             channel_add: float32 [B, out], contiguous; of a convolution.
@@ -153,7 +155,8 @@ class CudaKernel(Kernel):
             codes = torch.ops.stepquant.quantize(
                 pixels[..., span], row, self.scale, self.zero_point, piece.group, self.bits,
                 None if self.balance is None else self.balance[span],
-                *((None, None) if norm is None else (values[:, span] for values in norm)), silu,
+                *((None, None) if norm is None else (values[:, span] for values in (norm.multiply, norm.add))),
+                activation == "silu",
             )  # fmt: skip
             last = index == len(self.pieces) - 1
             scaling = (
@@ -224,9 +227,3 @@ def channels_adjacent(x: Tensor, *, image: bool) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
     batch = x.shape[0] if x.dim() > 1 else 1
     return x.contiguous().view(batch, math.prod(x.shape[1:-1]), x.shape[-1])
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
-    """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
-    pixels = channels_adjacent(x, image=x.dim() == 4)
-    return Norm(*torch.ops.stepquant.group_norm(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps))

@@ -6,6 +6,8 @@
     samplers         nearest-neighbour upsampling and padding while codes are made
     transformers     see `transformer`
 
+Residual blocks and samplers are fused with the kernels for GPUs, too.
+
 What is fused keeps its modules and parameters: only `forward` is another. Between blocks activations stay float32: in
 float16 a step takes about a seventh less, but so many codes round otherwise that the result is as far from the
 simulation as that is from full precision.
@@ -47,6 +49,11 @@ def separate(model: nn.Module) -> None:
         restore_forward(module)
 
 
+def _fuses(module: Any) -> bool:
+    """Whether `module` is a convolution whose kernel takes what is before and after it."""
+    return _has_kernel(module) and module.kernel.fuses
+
+
 def _has_kernel(module: Any) -> bool:
     return isinstance(module, QuantizedModule) and module.kernel is not None
 
@@ -57,8 +64,8 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
         isinstance(block.nonlinearity, nn.SiLU)
         and block.upsample is None
         and block.downsample is None
-        and is_native(block.conv1)
-        and is_native(block.conv2)
+        and _fuses(block.conv1)
+        and _fuses(block.conv2)
         and (shortcut is None or _has_kernel(shortcut))
         and block.norm1.affine
         and is_present(block.norm1)
@@ -80,8 +87,9 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
             scaled = time.chunk(2, dim=1)
         else:
             added = time.contiguous()
-    hidden = conv1.kernel.run(x, row, norm=group_norm(x, block.norm1), activation="silu", channel_add=added)
-    norm = group_norm(hidden, block.norm2)
+    norm = conv1.kernel.group_norm(x, block.norm1)
+    hidden = conv1.kernel.run(x, row, norm=norm, activation="silu", channel_add=added)
+    norm = block.conv2.kernel.group_norm(hidden, block.norm2)
     if scaled is not None:
         scale, shift = 1 + scaled[0], scaled[1]
         norm = Norm(norm.multiply * scale, norm.add * scale + shift)
@@ -135,9 +143,7 @@ def _attention(
 
 
 def _fits_upsample(block: Upsample2D) -> bool:
-    return (
-        block.norm is None and block.interpolate and block.use_conv and block.name == "conv" and is_native(block.conv)
-    )
+    return block.norm is None and block.interpolate and block.use_conv and block.name == "conv" and _fuses(block.conv)
 
 
 def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -150,7 +156,7 @@ def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None,
 
 
 def _fits_downsample(block: Downsample2D) -> bool:
-    return block.norm is None and block.use_conv and is_native(block.conv)
+    return block.norm is None and block.use_conv and _fuses(block.conv)
 
 
 def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:

@@ -27,7 +27,7 @@ from stepquant.runtime.native.library import (
     unpack_columns,
     unpack_nibbles,
 )
-from stepquant.runtime.native.norms import Norm, dense
+from stepquant.runtime.native.norms import Norm, dense, group_norm
 from stepquant.runtime.segments import Segment, segments_of
 
 MOST_INPUTS = (1 << 31) // (255 * 128)
@@ -119,6 +119,9 @@ class NativeKernel(Kernel):
     Attributes:
         output_dtype: of the result; None means that of x.
     """
+
+    fuses = True
+    group_norm = staticmethod(group_norm)
 
     def __init__(self, module: QuantizedModule, *, amx: bool | None = None, packed: bool = False) -> None:
         super().__init__()
