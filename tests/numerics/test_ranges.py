@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 
+from stepquant.numerics import ranges
 from stepquant.numerics.affine import affine_from_range, fake_quantize
 from stepquant.numerics.ranges import find_range, least_error_gain, least_error_range, minmax_range, percentile_range
 
@@ -49,6 +50,17 @@ def test_percentile_is_numpys():
     low, high = percentile_range(values, 99)
     assert np.allclose(low, np.percentile(values.numpy(), 0.5, axis=1), atol=1e-5)
     assert np.allclose(high, np.percentile(values.numpy(), 99.5, axis=1), atol=1e-5)
+
+
+def test_rows_that_are_searched_in_parts_have_the_same_ranges(monkeypatch):
+    torch.manual_seed(0)
+    values = torch.randn(7, 500) * torch.rand(7, 1)
+    whole = least_error_range(values, 4), least_error_range(values, 8, low=values.amin(1) - 1, high=values.amax(1) + 1)
+    monkeypatch.setattr(ranges, "AT_ONCE", 1000)
+    parts = least_error_range(values, 4), least_error_range(values, 8, low=values.amin(1) - 1, high=values.amax(1) + 1)
+    assert all(
+        torch.equal(*ends) for one, other in zip(whole, parts, strict=True) for ends in zip(one, other, strict=True)
+    )
 
 
 def test_true_ends_of_a_sample_are_used():

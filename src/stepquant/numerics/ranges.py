@@ -14,6 +14,9 @@ from stepquant.numerics.affine import affine_from_range, fake_quantize
 
 RangeMethod = Literal["minmax", "percentile", "least-error"]
 
+AT_ONCE = 1 << 17
+"""Values that the search for the least error looks at together."""
+
 ERROR_POWER = 2.4
 """Exponent of the error that range search minimises (BRECQ, arXiv 2102.05426, public code)."""
 
@@ -58,6 +61,13 @@ def least_error_range(
     """
     if low is None or high is None:
         low, high = minmax_range(values)
+    rows = max(1, AT_ONCE // values.shape[1])
+    if rows < len(values):  # rows are independent of each other, and few of them stay in the processor's cache
+        parts = [
+            least_error_range(some, bits, symmetric=symmetric, low=bottom, high=top, candidates=candidates, power=power)
+            for some, bottom, top in zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     best = torch.full_like(low, torch.inf)
     best_low, best_high = low.clone(), high.clone()
     for step in range(candidates, 0, -1):
