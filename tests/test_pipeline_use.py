@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
 
 import stepquant
 
 
 @pytest.fixture(scope="module")
-def quantized(text_pipeline):
+def quantized(text_pipeline, tmp_path_factory):
+    """A quantized folder, as diffusers loads it."""
     calibration = stepquant.Calibration(samples=8, steps=2)
-    return stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=calibration)
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=calibration).save_pretrained(folder)
+    return DiffusionPipeline.from_pretrained(folder)
 
 
 def call(pipeline, **arguments):
@@ -42,3 +48,21 @@ def test_a_callback_sees_and_changes_every_step(quantized):
     assert [step for step, _ in seen] == [0, 1]
     blank = quantized.vae.decode(torch.zeros(1, 4, 8, 8)).sample.permute(0, 2, 3, 1) / 2 + 0.5
     assert torch.allclose(changed, blank.clamp(0, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, UniPCMultistepScheduler])
+def test_schedulers_are_swapped(scheduler, quantized, text_pipeline):
+    """All others are in ``nn/test_schedulers.py``, against a table with a row a step."""
+    results = []
+    for source in (text_pipeline, quantized):
+        pipeline = copy.copy(source)
+        pipeline.scheduler = scheduler.from_config(source.scheduler.config)
+        results.append(call(pipeline))
+    assert 0 < (results[1] - results[0]).abs().mean() < 0.1
+
+
+def test_a_compiled_denoiser(quantized):
+    """Without a compiler behind it; more of it in ``runtime/test_compile.py``."""
+    compiled = copy.copy(quantized)
+    compiled.unet = torch.compile(quantized.unet, backend="eager")
+    assert torch.allclose(call(compiled), call(quantized), atol=1e-5)

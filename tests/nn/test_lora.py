@@ -13,7 +13,6 @@ from peft.utils import get_peft_model_state_dict
 
 import stepquant
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 
@@ -151,10 +150,56 @@ def test_transformers_take_one_too(family, tmp_path):
     assert torch.equal(draw(quantized, request, [0], 0), before)
 
 
-def test_an_ip_adapter_replaces_attentions_and_nothing_else(fresh):
-    """It makes new processors: its own for cross-attention, for the rest of the class that it finds, bare."""
-    attentions = [module for module in fresh.unet.modules() if hasattr(module, "set_processor")]
-    for attention in attentions:
-        attention.set_processor(type(attention.processor)())
-        assert isinstance(attention.processor, QuantizedAttentionProcessor) and not attention.processor.bits
-    assert torch.isfinite(pictures(fresh)).all()
+IMAGE = 12
+"""Width of a picture's embedding."""
+
+
+def ip_adapter(unet, tokens: int = 4) -> dict:
+    """An IP-Adapter as its authors store it: a projection of the picture, and key and value of each cross-attention."""
+    torch.manual_seed(5)
+    width = unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": 0.3 * torch.randn(tokens * width, IMAGE), "proj.bias": torch.zeros(tokens * width),
+        "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width),
+    }  # fmt: skip
+    attentions = {}
+    for index, name in enumerate(unet.attn_processors):
+        if ".attn2." in name:
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for operand in "kv":
+                attentions[f"{index}.to_{operand}_ip.weight"] = torch.randn(hidden, width)
+    return {"image_proj": projection, "ip_adapter": attentions}
+
+
+def test_an_ip_adapter_loads_and_does_what_it_does_in_full_precision(text_pipeline, fresh):
+    plain = copy.copy(text_pipeline)
+    plain.unet = copy.deepcopy(text_pipeline.unet)
+    adapter = ip_adapter(text_pipeline.unet)
+    picture = torch.randn(2, 1, IMAGE)  # of the negative prompt, and of the prompt
+
+    def drawn(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        given = {"ip_adapter_image_embeds": [picture]} if pipeline.unet.encoder_hid_proj is not None else {}
+        return torch.from_numpy(
+            pipeline("a", num_inference_steps=2, generator=generator, output_type="np", **given).images
+        )
+
+    before = (drawn(plain), drawn(fresh))
+    for pipeline in (plain, fresh):
+        pipeline.register_modules(image_encoder=None)
+        pipeline.load_ip_adapter(
+            copy.deepcopy(adapter), subfolder=None, weight_name=None, image_encoder_folder=None, low_cpu_mem_usage=False
+        )
+        pipeline.set_ip_adapter_scale(0.1)  # random weights at full scale leave the calibrated ranges
+    after = (drawn(plain), drawn(fresh))
+    effect = (after[0] - before[0]).abs().mean()
+    assert effect > 0.01
+    assert (after[1] - after[0]).abs().mean() < 0.5 * effect
+    # Attentions of its own, and bare ones of the class that it found: their operands stay in floating point.
+    processors = {type(processor).__name__ for processor in fresh.unet.attn_processors.values()}
+    assert processors == {"IPAdapterAttnProcessor2_0", "QuantizedAttentionProcessor"}
+    fresh.set_ip_adapter_scale(0.0)
+    assert (drawn(fresh) - before[1]).abs().mean() < 0.5 * effect
+    fresh.unload_ip_adapter()
+    assert (drawn(fresh) - before[1]).abs().mean() < 0.5 * effect
+    assert quantized_modules(fresh.unet)

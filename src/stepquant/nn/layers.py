@@ -7,9 +7,10 @@ filled from a file later. A runtime (``stepquant.runtime``) reads `QuantizedModu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -21,6 +22,7 @@ from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.packing import pack, packed_bytes, unpack
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 MOST_ROWS = 100_000
@@ -67,6 +69,17 @@ class LayerFormat(BaseModel):
             activation_rows=activation.scale.shape[0],
             balanced=layer.balance is not None,
         )
+
+
+def opaque(function: FunctionT) -> FunctionT:
+    """Let torch.compile call `function` as it is: kernels give addresses of tensors to other code."""
+    untraced = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return untraced(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return cast(FunctionT, call)
 
 
 class Kernel(nn.Module):

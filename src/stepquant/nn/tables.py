@@ -93,10 +93,8 @@ class ActivationTable:
         """Scale and zero point at the clock's row: float32 [S] and uint8 [S], or [B, S] for a row of shape [B]."""
         if self.scale.shape[0] == 1:
             return self.scale[0], self.zero_point[0]
-        if self.scale.device.type == "cpu":
-            row = row.cpu()
-            return self.scale[row], self.zero_point[row]
-        # On an accelerator a row that lies there too is looked up without waiting for it, which `[row]` would.
+        # Not by `[row]`: on an accelerator that would wait for the row, and torch.compile cannot look up a number that
+        # lies in a tensor.
         chosen = row.reshape(-1).to(self.scale.device)
         scale, zero_point = (values.index_select(0, chosen) for values in (self.scale, self.zero_point))
         return (scale, zero_point) if row.dim() else (scale[0], zero_point[0])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.segments import along_channels, channel_dim, segments_of
 
@@ -85,6 +85,7 @@ class OneDnnKernel(Kernel):
             return torch.ops.onednn.qlinear_prepack(weight, None)
         return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.geometry, 1, None)
 
+    @opaque
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         if self.static or row.dim() == 0:
             return self._run(x, 0 if self.static else int(row))

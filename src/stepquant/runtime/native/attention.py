@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
-from stepquant.nn.layers import Kernel
+from stepquant.nn.layers import Kernel, opaque
 from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
@@ -41,6 +41,7 @@ class NativeAttention(Kernel):
         """Whether no accumulator can overflow."""
         return max(query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
 
+    @opaque
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
         query, key, value = (_adjacent(x) for x in (query, key, value))
         batch, heads, length, size = query.shape

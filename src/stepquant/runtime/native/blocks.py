@@ -28,7 +28,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.layers import QuantizedModule
+from stepquant.nn.layers import QuantizedModule, opaque
 from stepquant.runtime.native import transformer
 from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
 from stepquant.runtime.native.kernel import is_native
@@ -74,6 +74,7 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
     )
 
 
+@opaque
 def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_args: Any, **_kwargs: Any) -> Tensor:
     """``ResnetBlock2D.forward``; input_tensor: [B, C, H, W], temb: [B, D]."""
     if not is_unchanged(block):
@@ -121,6 +122,7 @@ def _fits_attention(block: Attention) -> bool:
     )
 
 
+@opaque
 def _attention(
     block: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
@@ -146,6 +148,7 @@ def _fits_upsample(block: Upsample2D) -> bool:
     return block.norm is None and block.interpolate and block.use_conv and block.name == "conv" and _fuses(block.conv)
 
 
+@opaque
 def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
     """``Upsample2D.forward``; output_size is given where the picture has not twice the size."""
     height, width = hidden_states.shape[2:]
@@ -159,6 +162,7 @@ def _fits_downsample(block: Downsample2D) -> bool:
     return block.norm is None and block.use_conv and _fuses(block.conv)
 
 
+@opaque
 def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     """``Downsample2D.forward``, which pads by one pixel below and to the right where its layer does not pad."""
     if not is_unchanged(block):

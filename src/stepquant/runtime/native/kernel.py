@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import (
@@ -185,6 +185,7 @@ class NativeKernel(Kernel):
         ]
         return torch.cat(pictures, dim=1)
 
+    @opaque
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         return self.run(x, row)
 

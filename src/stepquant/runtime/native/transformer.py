@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
+from stepquant.nn.layers import opaque
 from stepquant.runtime.native.fusion import is_unchanged
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, layer_norm
@@ -45,6 +46,7 @@ def fits_block(block: BasicTransformerBlock) -> bool:
     )
 
 
+@opaque
 def block_forward(
     block: BasicTransformerBlock,
     hidden_states: Tensor,
@@ -118,6 +120,7 @@ def fits_picture(model: Transformer2DModel) -> bool:
     )
 
 
+@opaque
 def picture_forward(
     model: Transformer2DModel,
     hidden_states: Tensor,

@@ -1,0 +1,84 @@
+"""torch.compile, with its own compiler, on a quantized UNet: the same output, and what it costs and gains.
+
+    python benchmarks/compiled.py --json benchmarks/results/compiled.json      # minutes
+
+Integer kernels are called as they are; what is compiled is what lies between them, and weight-only layers whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+import stepquant
+from stepquant.calibration.weight_only import quantize_weights
+from stepquant.config import QuantSpec
+from stepquant.runtime import prepare
+
+MODEL = "zoo:fashion-ddpm"
+REPEATS = 20
+
+
+def denoisers() -> dict[str, Any]:
+    """Full precision, integers with a scale a step, and rounded weights alone."""
+    from stepquant.loading import resolve_pipeline
+
+    pipeline = resolve_pipeline(MODEL)
+    calibration = stepquant.Calibration(samples=16, steps=4)
+    integers = stepquant.quantize(pipeline, "w8a8", recipe="tdq", calibration=calibration, iterations=1)
+    weights = resolve_pipeline(MODEL).unet
+    quantize_weights(weights, QuantSpec.parse("w8a16"))
+    prepare(weights)
+    return {"float32": pipeline.unet, "w8a8, a scale a step": integers.unet, "w8a16": weights}
+
+
+@torch.no_grad()
+def measured(unet: Any, x: torch.Tensor) -> dict[str, float]:
+    def seconds(model: Any) -> float:
+        start = time.perf_counter()
+        for step in range(REPEATS):
+            model(x, torch.tensor(999 - 40 * step))
+        return (time.perf_counter() - start) / REPEATS
+
+    expected = unet(x, torch.tensor(500)).sample
+    plain = seconds(unet)
+    torch.compiler.reset()
+    compiled = torch.compile(unet)
+    start = time.perf_counter()
+    produced = compiled(x, torch.tensor(500)).sample
+    first = time.perf_counter() - start
+    compiled(x, torch.tensor(480))
+    return {
+        "milliseconds": round(1000 * plain, 2),
+        "compiled_milliseconds": round(1000 * seconds(compiled), 2),
+        "compiling_seconds": round(first, 1),
+        "largest_difference": float((produced - expected).abs().max()),
+        "largest_output": float(expected.abs().max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    figures: dict[str, Any] = {"model": MODEL, "batch": 4, "threads": torch.get_num_threads()}
+    figures["versions"] = {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__}
+    found = denoisers()
+    config = found["float32"].config
+    x = torch.randn(4, config.in_channels, config.sample_size, config.sample_size)
+    for name, unet in found.items():
+        figures[name] = measured(unet, x)
+        print(name, figures[name], flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
