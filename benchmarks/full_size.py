@@ -139,7 +139,8 @@ def main() -> None:
         stored = folder_bytes(folder / "model" / "unet")
         del quantized, pipeline
         with stages.task("load"):
-            loaded = diffusers.DiffusionPipeline.from_pretrained(folder / "model")
+            dtype = getattr(torch, arguments.dtype)
+            loaded = diffusers.DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=dtype)
         with stages.task("draw"):
             request = make_request(loaded, arguments.steps, prompts=prompts, size=scale["size"])
             picture = draw(loaded, request, [0], 0)

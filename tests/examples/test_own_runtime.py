@@ -1,10 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from typer.testing import CliRunner
 
 import stepquant
 from stepquant.calibration.selection import uniform_steps
+from stepquant.cli.main import app
 from stepquant.errors import StepquantError
 from stepquant.functions import load_function
 from stepquant.nn.deploy import quantized_modules
@@ -68,3 +72,24 @@ def test_a_checkpoint_loads_with_it(quantized, tmp_path):
 def test_what_is_no_kernel_is_refused(quantized):
     with pytest.raises(StepquantError, match=r"gave layer .* a Linear: expected a Kernel, or None"):
         prepare(quantized.unet, lambda module: torch.nn.Linear(1, 1))
+
+
+def test_the_command_takes_it_by_its_file(quantized, tmp_path):
+    stepquant.save(quantized, tmp_path / "model")
+    arguments = ["sample", str(tmp_path / "model"), "--count", "1", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    done = CliRunner().invoke(app, [*arguments, "--backend", f"{EXAMPLE}:int_matmul"])
+    assert done.exit_code == 0 and (tmp_path / "grid.png").is_file(), done.output
+    for backend, message in (("none.py:mine", "no runtime file 'none.py'"), ("magic", "unknown backend 'magic'")):
+        done = CliRunner().invoke(app, [*arguments, "--backend", backend])
+        assert done.exit_code == 2 and message in done.stderr
+
+
+def test_a_checkpoint_cannot_name_one(quantized, tmp_path):
+    """What is run as code is what the user names, and nothing that a file says."""
+    quantized.unet.save_pretrained(tmp_path / "unet")
+    path = tmp_path / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["backend"] = f"{EXAMPLE}:int_matmul"
+    path.write_text(json.dumps(config))
+    with pytest.raises(StepquantError, match="unknown backend"):
+        UNet2DModel.from_pretrained(tmp_path / "unet")

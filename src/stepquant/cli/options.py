@@ -19,7 +19,9 @@ from stepquant.workspace import cannot_write
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Backend = Annotated[str, typer.Option(help="What runs a quantized model: auto, native, onednn, cuda or reference.")]
+Backend = Annotated[
+    str, typer.Option(help="What runs a quantized model: auto, native, onednn, cuda, reference, or path.py:function.")
+]
 Memory = Annotated[
     str, typer.Option(help="How weights of up to 4 bits are held: unpacked, or packed: half of it, a little slower.")
 ]

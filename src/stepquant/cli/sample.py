@@ -30,13 +30,14 @@ def sample(
     from stepquant.pictures import grid, picture_format, save_picture
     from stepquant.pipelines import draw_many, make_request
     from stepquant.runtime import check_memory
+    from stepquant.runtime.files import resolve_backend
 
     check_memory(memory)
     at_least_one("count", count)
     at_least_one("steps", steps)
     picture_format(out)
     check_writable_file(out)
-    pipeline = resolve_pipeline(model, backend, memory)
+    pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
     pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
     if Ranks.current().main:

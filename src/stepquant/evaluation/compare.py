@@ -25,6 +25,7 @@ from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, kind_of, make_request
 from stepquant.progress import Progress
+from stepquant.runtime.files import resolve_backend
 
 SHADOWED = 32
 """Pictures, at least, that each step is compared on; the error of a step is a mean over so many values that more of
@@ -120,6 +121,7 @@ def evaluate(
     Args:
         folder: a quantized pipeline; run with the given `backend` and `memory`, see `stepquant.runtime.prepare`.
         against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
+        backend: one of ``stepquant.runtime.BACKENDS``, or ``path.py:function``.
         metrics: further metrics, name -> what it needs (`stepquant.evaluation.metrics.NAMES`).
         data: folder with pictures of the data, for those that compare with it.
         cache: folder that keeps features of pictures for other evaluations.
@@ -134,7 +136,7 @@ def evaluate(
     wanted = metrics or {}
     check_wanted(wanted, data)
     real = None if data is None else FolderPictures(data)
-    quantized, original = resolve_pipeline(str(folder), backend, memory), resolve_pipeline(against)
+    quantized, original = resolve_pipeline(str(folder), resolve_backend(backend), memory), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
     request = make_request(original, steps, prompts=prompts, guidance=guidance)
 

@@ -1,0 +1,17 @@
+"""A runtime of one's own, named as ``path.py:function`` where a backend's name is expected on the command line."""
+
+from __future__ import annotations
+
+from stepquant.functions import load_function
+from stepquant.runtime import Backend
+
+
+def resolve_backend(name: str) -> Backend:
+    """`name` itself, or the function of that name in a file, which is run as a module.
+
+    Never called with what a checkpoint says.
+
+    Raises:
+        StepquantError: if there is no such file or function, or the file cannot be run.
+    """
+    return load_function(name, "runtime") if ":" in name else name
