@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -166,6 +167,38 @@ LEARNED = {
         "weight_rate": 0.05,
     },
 }
+
+
+def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypatch):
+    """Five samples in two processes, two and three: the sum of gradients is that of one process."""
+    kind, sizes, gradients = type(unconditional_pipeline.unet), [], []
+    forward, add = kind.forward, Ranks.add_gradients
+
+    @functools.wraps(forward)  # collecting looks at its signature
+    def counted(self, sample, *args, **kwargs):
+        if torch.is_grad_enabled():
+            sizes.append(len(sample))
+        return forward(self, sample, *args, **kwargs)
+
+    def added(self, parameters):
+        add(self, parameters)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+
+    monkeypatch.setattr(kind, "forward", counted)
+    monkeypatch.setattr(Ranks, "add_gradients", added)
+    arguments = {"distill": True, "intervals": "static", "iterations": 1, "batch_size": 5}
+    arguments |= {"calibration": stepquant.Calibration(samples=8, steps=4)}
+    stepquant.train(unconditional_pipeline, "w8a8", workspace=tmp_path / "alone", **arguments)
+    assert sizes.pop() == 5
+    alone = gradients.pop()
+
+    def work(ranks: Ranks) -> None:
+        stepquant.train(unconditional_pipeline, "w8a8", workspace=tmp_path / "together", **arguments)
+        assert sizes == [3 if ranks.rank else 2]
+        # Products in bfloat16 add up otherwise in batches of another size.
+        assert torch.linalg.vector_norm(gradients[0] - alone) < 0.02 * torch.linalg.vector_norm(alone)
+
+    assert run(work, tmp_path / "run") == [0, 0]
 
 
 @pytest.mark.parametrize("name", LEARNED)

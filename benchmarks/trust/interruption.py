@@ -51,7 +51,7 @@ def build(folder: Path) -> None:
     """A small unconditional pipeline with random weights."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8,
+        sample_size=16,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from stepquant.calibration.trajectories import Calibration, collect_all
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.picture_folder import PictureFolder
 from stepquant.pipelines import make_request
@@ -42,7 +43,7 @@ def generator():
 
 def test_pictures_are_noised_at_timesteps_spread_over_all_of_training(unconditional_pipeline, tmp_path):
     pipeline = unconditional_pipeline
-    batch = made(pipeline, pipeline.unet, folder(tmp_path, 1))(0, generator())
+    batch = made(pipeline, pipeline.unet, folder(tmp_path, 1))(0, generator(), Ranks())
     timestep = batch.arguments["timestep"]
     assert ((timestep * 40).div(1000, rounding_mode="floor") == torch.arange(40)).all(), "one in each stratum"
     alpha = pipeline.scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
@@ -51,26 +52,26 @@ def test_pictures_are_noised_at_timesteps_spread_over_all_of_training(unconditio
     values = clean[early].mean(dim=(1, 2, 3))
     assert torch.allclose(clean[early], values.view(-1, 1, 1, 1).expand_as(clean[early]), atol=1e-4)
     assert set((values * 10).round().tolist()) <= {0, 1, 2, 3}
-    again = made(pipeline, pipeline.unet, folder(tmp_path, 1))(7, generator())
+    again = made(pipeline, pipeline.unet, folder(tmp_path, 1))(7, generator(), Ranks())
     assert torch.equal(again.arguments["sample"], batch.arguments["sample"]), "random by its generator alone"
 
 
 def test_other_predictions_have_their_own_targets(unconditional_pipeline, tmp_path):
     batches = made(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1))
-    noise = batches(0, generator()).target
-    clean = replace(batches, prediction="sample")(0, generator()).target
-    velocity = replace(batches, prediction="v_prediction")(0, generator())
+    noise = batches(0, generator(), Ranks()).target
+    clean = replace(batches, prediction="sample")(0, generator(), Ranks()).target
+    velocity = replace(batches, prediction="v_prediction")(0, generator(), Ranks())
     alpha = batches.alphas_cumprod[velocity.arguments["timestep"]].view(-1, 1, 1, 1)
     assert torch.allclose(velocity.target, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean, atol=1e-6)
     taught = made(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1), distill=True)
-    batch = taught(0, generator())
+    batch = taught(0, generator(), Ranks())
     with torch.no_grad():
         assert torch.equal(batch.target, unconditional_pipeline.unet(**batch.arguments).sample)
 
 
 def test_classes_are_dropped_now_and_then_and_latents_are_the_autoencoders(class_pipeline, tmp_path):
     pictures = folder(tmp_path, 3, (5, 6, 7, 8))
-    batch = made(class_pipeline, class_pipeline.transformer, pictures, size=400)(0, generator())
+    batch = made(class_pipeline, class_pipeline.transformer, pictures, size=400)(0, generator(), Ranks())
     labels = batch.arguments["class_labels"]
     assert set(labels.tolist()) == {5, 6, 7, 8, 1000}
     assert 20 <= int((labels == 1000).sum()) <= 60
@@ -88,7 +89,7 @@ def test_captions_are_embedded(text_pipeline, tmp_path):
     with torch.no_grad():
         expected = text_pipeline.encode_prompt(["c", ""], "cpu", 1, False)[0]
     assert torch.equal(embedded, expected)
-    assert batches(0, generator()).arguments["encoder_hidden_states"].shape == (40, *expected.shape[1:])
+    assert batches(0, generator(), Ranks()).arguments["encoder_hidden_states"].shape == (40, *expected.shape[1:])
 
 
 def test_a_sampler_without_a_noise_schedule_is_sent_to_distillation(unconditional_pipeline, tmp_path):
@@ -120,8 +121,8 @@ def test_trajectories_hold_what_full_precision_answers_at_many_timesteps(class_p
         return samples
 
     batches = TrajectoryBatches(collected, refresh=10, size=5)
-    batch = batches(9, generator())
-    batches(25, generator())
+    batch = batches(9, generator(), Ranks())
+    batches(25, generator(), Ranks())
     assert asked == [0, 2]
     row = next(
         row

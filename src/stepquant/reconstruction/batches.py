@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.picture_folder import PictureFolder
@@ -26,19 +27,22 @@ READ_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a denoiser at mixed timesteps, and what it should answer.
+    """One process's part of a batch: inputs of a denoiser at mixed timesteps, and what it should answer.
 
     Attributes:
+        share: of the whole batch, 0 to 1; with 0 there is nothing in it.
         arguments: keyword arguments of the denoiser, tensors of B samples each.
         target: float32 [B, ...]; a denoiser that puts out more channels (a learned variance) is compared on the first.
     """
 
     arguments: dict[str, Any]
     target: Tensor
+    share: float = 1.0
 
 
-Batches = Callable[[int, torch.Generator], Batch]
-"""``batches(iteration, generator)``: everything random comes from the generator."""
+Batches = Callable[[int, torch.Generator, Ranks], Batch]
+"""``batches(iteration, generator, ranks)``: the part of this process. All random numbers come from the generator, and a
+sample gets the same ones in whichever process it is."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ class TrajectoryBatches:
     refresh: int
     size: int
 
-    def __call__(self, iteration: int, generator: torch.Generator) -> Batch:
+    def __call__(self, iteration: int, generator: torch.Generator, ranks: Ranks) -> Batch:
         samples = self.collected(iteration // self.refresh if self.refresh else 0)
         assert samples.outputs is not None
-        chosen = torch.randint(len(samples), (self.size,), generator=generator)
-        return Batch(samples.arguments(chosen), samples.outputs[chosen])
+        chosen = torch.randint(len(samples), (self.size,), generator=generator)[ranks.share(self.size)]
+        return Batch(samples.arguments(chosen), samples.outputs[chosen], len(chosen) / self.size)
 
 
 @dataclass(frozen=True)
@@ -85,28 +89,30 @@ class PictureBatches:
     size: int
 
     @torch.no_grad()
-    def __call__(self, iteration: int, generator: torch.Generator) -> Batch:
+    def __call__(self, iteration: int, generator: torch.Generator, ranks: Ranks) -> Batch:
         """``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`` (DDPM, arXiv 2006.11239), one t from each of B equal strata."""
         chosen = torch.randint(self.count, (self.size,), generator=generator)
-        clean = self.clean(chosen)
-        noise = torch.randn(clean.shape, generator=generator)
+        mine = ranks.share(self.size)
+        clean = self.clean(chosen[mine])
+        noise = torch.randn(self.size, *clean.shape[1:], generator=generator)[mine]
         steps = len(self.alphas_cumprod)
         strata = (torch.arange(self.size) + torch.rand(self.size, generator=generator)) / self.size
-        timestep = (strata * steps).long().clamp(max=steps - 1)
+        timestep = (strata * steps).long().clamp(max=steps - 1)[mine]
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         arguments = {self.sample_name: alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, "timestep": timestep}
         dropped = torch.rand(self.size, generator=generator) < DROPPED
-        arguments |= self.conditions(chosen.masked_fill(dropped, -1))
+        arguments |= self.conditions(chosen.masked_fill(dropped, -1)[mine])
+        share = len(clean) / self.size
         if self.teacher is not None:
             device = next(self.teacher.parameters()).device
             moved = {name: value.to(device) for name, value in arguments.items()}
-            return Batch(arguments, main_tensor(self.teacher(**moved, return_dict=False)).float().cpu())
+            return Batch(arguments, main_tensor(self.teacher(**moved, return_dict=False)).float().cpu(), share)
         targets = {
             "epsilon": noise,
             "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
             "sample": clean,
         }
-        return Batch(arguments, targets[self.prediction])
+        return Batch(arguments, targets[self.prediction], share)
 
 
 def picture_batches(

@@ -64,7 +64,8 @@ def train(
     """Minimise ``|target - denoiser(x_t, t)|^2`` through the quantizers (TDQ, arXiv 2306.02316, section 3.4).
 
     Gradients pass roundings straight through and reach weight scales by LSQ (arXiv 1902.08153), intervals through the
-    networks that generate them. A batch mixes timesteps, so that an activation has an interval for each sample.
+    networks that generate them. A batch mixes timesteps, so that an activation has an interval for each sample. Several
+    processes divide each batch; the losses told are those of this one's part.
 
     Args:
         instrumented: the copy to train, its quantizers initialised and switched on; settled afterwards.
@@ -85,15 +86,18 @@ def train(
 
         def loss(iteration: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+            batch = batches(iteration, generator, workspace.ranks)
+            if batch.share == 0:
+                return torch.zeros(())
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                error = denoising_error(model, batches(iteration, generator))
+                error = denoising_error(model, batch)
             if not bool(torch.isfinite(error)):
                 raise StepquantError(
                     f"training diverged: the loss of iteration {iteration + 1} is {error.item()}; "
                     "use lower learning rates."
                 )
             mean.add(iteration, error.item())
-            return error / workspace.ranks.count  # every process takes the whole batch; the gradients are added up
+            return error * batch.share  # the processes' gradients are added up
 
         optimize(
             groups,
