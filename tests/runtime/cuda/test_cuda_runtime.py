@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -24,6 +27,7 @@ from tests.runtime.test_runtimes import SPLITS, convolution, linear
 
 needs_triton = pytest.mark.skipif(cuda.supported() is not None, reason=str(cuda.supported()))
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROOT = Path(__file__).parents[3]
 
 
 def pretend(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,13 +47,13 @@ def test_reasons(no_interpreter, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.supported() == "there is no GPU here, or this build of torch is for processors only"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    expected = "Tesla V100 has compute capability 7.0, and integer tensor cores begin with 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    expected = "Tesla T4 has compute capability 7.5, and Triton's integer products begin with 8.0"
     assert cuda.supported() == expected
     with pytest.raises(StepquantError, match=f"backend cuda cannot run here: {expected}; use --backend auto"):
         prepare(nn.Sequential(), "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert cuda.supported() is None
 
 
@@ -184,6 +188,19 @@ def test_a_denoiser(unconditional_pipeline):
     alone = quantized(x.to(GPU), time.to(GPU)).sample.cpu()
     assert len(seen) > 5
     assert median(signal_to_noise(*pair) for pair in zip(alone, expected, strict=True)) > 45
+
+
+@needs_triton
+def test_they_compile_for_gpus():
+    """Without one, in a process that does not interpret: into integer tensor instructions that copies run beside."""
+    command = [sys.executable, "-m", "benchmarks.cuda_compile", "--capability", "80", "--tiles", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    products = [row for row in rows if "tile" in row]
+    assert (len(products), len(rows)) == (4, 6)
+    assert all(row["integer_tensor_instructions"] and row["asynchronous_copies"] for row in products)
 
 
 @needs_triton

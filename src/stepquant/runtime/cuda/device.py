@@ -7,8 +7,8 @@ import os
 
 import torch
 
-OLDEST = (7, 5)
-"""Compute capability of the first GPUs (Turing) whose tensor cores multiply 8-bit integers."""
+OLDEST = (8, 0)
+"""Compute capability of the first GPUs (Ampere) that Triton compiles integer products for."""
 
 
 def interpreted() -> bool:
@@ -27,8 +27,6 @@ def supported() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         version, oldest = (".".join(str(part) for part in parts) for parts in (capability, OLDEST))
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability {version}, and integer tensor cores begin with "
-            f"{oldest}"
-        )
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {version}, and Triton's integer products begin with {oldest}"
     return None

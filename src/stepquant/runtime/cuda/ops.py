@@ -124,8 +124,8 @@ def matmul(
     with torch.cuda.device_of(codes):
         matmul_kernel[_grid(rows, outputs, 1)](
             codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
-            zero_point[:, group], residual, y, rows, outputs, inputs, rows // row.shape[0], factor, bucket(rows),
-            scale.stride(0), **chosen(),
+            zero_point[:, group], residual, y, rows, outputs, inputs, weight.shape[1], rows // row.shape[0], factor,
+            bucket(rows), scale.stride(0), **chosen(),
         )  # fmt: skip
     return y
 
@@ -178,9 +178,9 @@ def convolution(
     with torch.cuda.device_of(codes):
         convolution_kernel[_grid(rows, outputs // parts, parts)](
             codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
-            zero_point[:, group], channel_add, residual, y, rows, outputs // parts, channels // parts, height, width,
-            *output, rows // row.shape[0], factor, bucket(rows), *stride, *padding, *dilation, kernel_width, taps,
-            upsample, scale.stride(0), parts, **chosen(),
+            zero_point[:, group], channel_add, residual, y, rows, outputs // parts, channels // parts,
+            weight.shape[2], height, width, *output, rows // row.shape[0], factor, bucket(rows), *stride, *padding,
+            *dilation, kernel_width, taps, upsample, scale.stride(0), parts, **chosen(),
         )  # fmt: skip
     return y
 

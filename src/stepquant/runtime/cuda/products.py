@@ -55,34 +55,32 @@ def _finish(
 @triton.jit
 def matmul_kernel(
     codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point, residual, y,
-    M, N, K, per_row, factor, BUCKET, GROUPS: tl.constexpr,
+    M, N, K, RUN, per_row, factor, BUCKET, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """codes: int8 [M, K]; weight: int8 [N, K], or uint8 [N, half of K] with a zero point; y: float [M, N]."""
+    """codes: int8 [M, K]; weight: int8 [N, RUN], RUN = K; or uint8, RUN half of it, with a zero point; y: [M, N]."""
     rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, HIGH)
     inside = rows < M
     rows = tl.where(inside, rows, 0)  # what is not stored may as well be computed from row 0
     channels = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     left = codes + rows[:, None].to(tl.int64) * K
+    right = weight + columns[None, :].to(tl.int64) * RUN
     if weight_zero_point is None:
-        right = weight + columns[None, :].to(tl.int64) * K
         for start in range(0, K, BLOCK_K):
             c = start + channels
             a = tl.load(left + c[None, :], mask=c[None, :] < K, other=0)
             b = tl.load(right + c[:, None], mask=(c[:, None] < K) & (columns[None, :] < N), other=0)
             sums = tl.dot(a, b, sums, out_dtype=tl.int32)
     else:
-        half = (K + 1) // 2
-        right = weight + columns[None, :].to(tl.int64) * half
         zero = tl.load(weight_zero_point + columns, mask=columns < N, other=0)[None, :]
-        for start in range(0, half, BLOCK_K):
+        for start in range(0, RUN, BLOCK_K):
             c = start + channels
-            pair = tl.load(right + c[:, None], mask=(c[:, None] < half) & (columns[None, :] < N), other=0)
-            a = tl.load(left + c[None, :], mask=c[None, :] < half, other=0)
+            pair = tl.load(right + c[:, None], mask=(c[:, None] < RUN) & (columns[None, :] < N), other=0)
+            a = tl.load(left + c[None, :], mask=c[None, :] < RUN, other=0)
             sums = tl.dot(a, (pair & 15).to(tl.int8) - zero, sums, out_dtype=tl.int32)
             # Where there is no such channel codes are 0, and whatever the weight is does not count.
-            a = tl.load(left + half + c[None, :], mask=c[None, :] < K - half, other=0)
+            a = tl.load(left + RUN + c[None, :], mask=c[None, :] < K - RUN, other=0)
             sums = tl.dot(a, (pair >> 4).to(tl.int8) - zero, sums, out_dtype=tl.int32)
     valid = inside[:, None] & (columns[None, :] < N)
     _finish(
@@ -103,13 +101,13 @@ def _window(left, pixels, present, pad, c, channels):
 @triton.jit
 def convolution_kernel(
     codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point, channel_add, residual, y,
-    M, N, C, H, W, OUT_H, OUT_W, per_row, factor, BUCKET,
+    M, N, C, RUN, H, W, OUT_H, OUT_W, per_row, factor, BUCKET,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     KW: tl.constexpr, TAPS: tl.constexpr, UPSAMPLE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """codes: int8 [B, H, W, PARTS * C]; weight: int8 [PARTS * N, TAPS, C], or uint8 [PARTS * N, TAPS, half of C] with
-    a zero point; y: float [B, OUT_H, OUT_W, PARTS * N]. M = B * OUT_H * OUT_W; PARTS: groups of the convolution."""
+    """codes: int8 [B, H, W, PARTS * C]; weight: int8 [PARTS * N, TAPS, RUN], RUN = C, or uint8, RUN half of it, with a
+    zero point; y: float [B, OUT_H, OUT_W, PARTS * N]. M = B * OUT_H * OUT_W; PARTS: groups of the convolution."""
     rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, HIGH)
     part = tl.program_id(1)
     inside = rows < M
@@ -123,8 +121,7 @@ def convolution_kernel(
     offsets = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     left = codes + part * C
-    run = C if weight_zero_point is None else (C + 1) // 2
-    pieces = tl.cdiv(run, BLOCK_K)
+    pieces = tl.cdiv(RUN, BLOCK_K)
     if weight_zero_point is not None:
         zero = tl.load(weight_zero_point + columns, mask=known, other=0)[None, :]
     for index in range(TAPS * pieces):
@@ -133,14 +130,14 @@ def convolution_kernel(
         y_in, x_in = top + tap // KW * DH, leftmost + tap % KW * DW
         present = (y_in >= 0) & (y_in < H * UPSAMPLE) & (x_in >= 0) & (x_in < W * UPSAMPLE)
         pixels = ((sample * H + y_in // UPSAMPLE) * W + x_in // UPSAMPLE).to(tl.int64) * (PARTS * C)
-        right = weight + (columns[None, :].to(tl.int64) * TAPS + tap) * run
-        b = tl.load(right + c[:, None], mask=(c[:, None] < run) & known[None, :], other=0)
-        a = _window(left, pixels, present, pad, c, run)
+        right = weight + (columns[None, :].to(tl.int64) * TAPS + tap) * RUN
+        b = tl.load(right + c[:, None], mask=(c[:, None] < RUN) & known[None, :], other=0)
+        a = _window(left, pixels, present, pad, c, RUN)
         if weight_zero_point is None:
             sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         else:
             sums = tl.dot(a, (b & 15).to(tl.int8) - zero, sums, out_dtype=tl.int32)
-            a = _window(left + run, pixels, present, pad, c, C - run)
+            a = _window(left + RUN, pixels, present, pad, c, C - RUN)
             sums = tl.dot(a, (b >> 4).to(tl.int8) - zero, sums, out_dtype=tl.int32)
     valid = inside[:, None] & known[None, :]
     _finish(
