@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
 import stepquant
@@ -83,6 +84,9 @@ def test_a_pipeline_in_half_precision_is_quantized_and_stays_so(recipe, text_pip
     assert 0 < error < 0.2
     quantized.save_pretrained(tmp_path / "model")
     loaded = stepquant.load(tmp_path / "model")
+    assert torch.equal(pictures(DiffusionPipeline.from_pretrained(tmp_path / "model")), pictures(loaded))
+    again = DiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
+    assert torch.allclose(pictures(again), pictures(quantized), atol=1e-2)
     layers = quantized_modules(quantized.unet)
     for name, layer in quantized_modules(loaded.unet).items():
         assert torch.equal(layer.weight_packed, layers[name].weight_packed)

@@ -55,6 +55,7 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
             path.unlink()
         _complete(pipeline, draft)
         _forget_origin(draft)
+        _load_alike(draft)
         tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
         # One entry of metadata and no more: safetensors writes several in an order that changes from run to run.
         save_file(tensors, draft / component / WEIGHTS, metadata={"format": "pt"})
@@ -117,6 +118,18 @@ def _forget_origin(folder: Path) -> None:
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _load_alike(folder: Path) -> None:
+    """Let a pipeline in half precision load in one type where none is asked for: float32.
+
+    diffusers loads its models so, but transformers in the type that their configuration names, and a pipeline that has
+    a text encoder in bfloat16 and a denoiser in float32 does not run.
+    """
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.get("dtype") in ("bfloat16", "float16"):
+            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[str, Tensor]:
