@@ -160,13 +160,28 @@ def test_the_program_itself(tmp_path):
     assert process.stdout == f"stepquant {__version__}\n"
 
 
+@pytest.mark.parametrize("verb", ["quantize", "train"])
+@pytest.mark.parametrize("after", [0, 1], ids=["before anything is removed", "while it is removed"])
 def test_a_run_killed_after_its_result_was_written_is_finished_by_the_same_command(
-    unconditional_folder, tmp_path, monkeypatch
+    verb, after, unconditional_folder, tmp_path, monkeypatch
 ):
-    command = ["quantize", unconditional_folder, "--recipe", "minmax", "--samples", 4, "--steps", 2]
-    with monkeypatch.context() as killed:
-        killed.setattr("stepquant.cli.quantize.shutil.rmtree", lambda *_args, **_options: None)
-        _run(*command, "--out", tmp_path / "out")
+    more = {
+        "quantize": ["--recipe", "minmax", "--samples", 4, "--steps", 2],
+        "train": ["--distill", "--iterations", 1, "--batch-size", 2, "--steps", 2],
+    }
+    command = [verb, unconditional_folder, *more[verb]]
+    rmtree, calls = shutil.rmtree, []
+
+    def killed(*args, **options):
+        calls.append(args)
+        if len(calls) > after:
+            raise SystemExit(9)
+        rmtree(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stepquant.cli.finished.rmtree", killed)
+        result = CliRunner().invoke(app, [str(part) for part in (*command, "--out", tmp_path / "out")])
+        assert result.exit_code == 9
     assert (tmp_path / ".out.work").is_dir()
     other = CliRunner().invoke(app, [str(part) for part in (*command, "--seed", 1, "--out", tmp_path / "out")])
     assert other.exit_code == 2 and "--overwrite" in other.stderr, "another command's result is not taken for its own"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stepquant.cli.finished import clear, is_finished, mark_finished
 from stepquant.cli.options import (
     Model,
     Prompts,
@@ -22,9 +22,6 @@ from stepquant.cli.options import (
 )
 from stepquant.errors import StepquantError
 from stepquant.progress import Stopwatch
-
-FINISHED = "finished"
-"""File in a workspace: the result is about to be written. It holds a digest of what was asked and what was made."""
 
 
 def quantize(
@@ -96,7 +93,7 @@ def quantize(
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
     from stepquant.report.times import Times
-    from stepquant.workspace import digest, write_atomic
+    from stepquant.workspace import write_atomic
 
     if effort not in EFFORTS:
         raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")
@@ -117,9 +114,9 @@ def quantize(
     lines = read_prompts(prompts) if prompts else None
     workspace = out.with_name(f".{out.name}.work")
     said = f"{model} quantized to {spec} with {recipe}"
-    if _finished(workspace, out, asked):
-        shutil.rmtree(workspace, ignore_errors=True)
+    if is_finished(workspace, out, asked):
         typer.echo(f"{said}: {out}")
+        clear(workspace)
         return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
@@ -149,9 +146,8 @@ def quantize(
     )
     provenance = getattr(quantized, denoiser_name(quantized)).config["quantization_config"]["provenance"]
     if Ranks.current().main:
-        write_atomic(workspace / FINISHED, lambda draft: draft.write_text(digest([asked, provenance])))
+        mark_finished(workspace, asked, provenance)
     stepquant.save(quantized, out, overwrite=overwrite)
-    shutil.rmtree(workspace, ignore_errors=True)
     seconds = time.perf_counter() - start
     if times is not None and Ranks.current().main:
         took = {name: round(value, 1) for name, value in stopwatch.seconds.items()}
@@ -159,18 +155,8 @@ def quantize(
         write_atomic(times, lambda draft: draft.write_text(written.model_dump_json(indent=2) + "\n"))
     # Never in the checkpoint: of the same inputs it is the same bytes.
     typer.echo(f"{said} in {duration(seconds)}: {out}")
-
-
-def _finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
-    """Whether a run of this very command wrote `out`, and was killed before it had removed its workspace."""
-    from stepquant.checkpoint import is_checkpoint, read_manifest
-    from stepquant.workspace import digest
-
-    try:
-        finished = (workspace / FINISHED).read_text()
-    except OSError:
-        return False
-    return is_checkpoint(out) and finished == digest([asked, read_manifest(out).provenance])
+    if Ranks.current().main:
+        clear(workspace)
 
 
 def parameter_bytes(pipeline: Any) -> int:

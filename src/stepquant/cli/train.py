@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stepquant.cli.finished import clear, is_finished, mark_finished
 from stepquant.cli.options import (
     Model,
     Prompts,
@@ -59,10 +59,13 @@ def train(
     It learns from pictures (--data), or from the full-precision model (--distill). Interrupted, the same command
     continues where it stopped.
     """
+    asked = {name: str(value) for name, value in locals().items() if name != "overwrite"}
     import stepquant
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
+    from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
+    from stepquant.models import denoiser_name
     from stepquant.pipelines import read_prompts
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.qat import qat
@@ -87,12 +90,17 @@ def train(
     exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
     spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
+    workspace = out.with_name(f".{out.name}.work")
+    said = f"{model} trained to {spec} with {intervals} intervals: {out}"
+    if is_finished(workspace, out, asked):
+        typer.echo(said)
+        clear(workspace)
+        return
     check_out(out, overwrite=overwrite)
     check_writable_folder(out.parent)
     pipeline = resolve_pipeline(model)
     check_space(out.parent, BYTES_A_PARAMETER * parameter_bytes(pipeline))
 
-    workspace = out.with_name(f".{out.name}.work")
     quantized = stepquant.train(
         pipeline,
         spec,
@@ -106,6 +114,10 @@ def train(
         source=model,
         **arguments,
     )
+    if Ranks.current().main:
+        provenance = getattr(quantized, denoiser_name(quantized)).config["quantization_config"]["provenance"]
+        mark_finished(workspace, asked, provenance)
     stepquant.save(quantized, out, overwrite=overwrite)
-    shutil.rmtree(workspace, ignore_errors=True)
-    typer.echo(f"{model} trained to {spec} with {intervals} intervals: {out}")
+    typer.echo(said)
+    if Ranks.current().main:
+        clear(workspace)
