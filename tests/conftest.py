@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # The models are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+# A shell that runs this in the background lets it ignore Ctrl-C, and so every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

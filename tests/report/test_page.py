@@ -72,7 +72,7 @@ def test_the_page_tells_what_is_in_the_report(report):
         "seed 5",
         "2 of 3 have a grid for every step",
         "none: too few pictures",
-        "time it took not kept",
+        "time it took not in the checkpoint",
         "torch: 2.0",
         "unet 0.90 kB",
         "while this layer alone is quantized. Measured on 4 samples",
