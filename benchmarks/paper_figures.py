@@ -1,7 +1,8 @@
-"""Two figures of the papers' claims, on zoo:fashion-class at W4A4.
+"""Figures of the papers' claims at W4A4, on zoo:fashion-class and zoo:emoji-ldm.
 
     python benchmarks/paper_figures.py tdq      # intervals over time: generator, free table, static
     python benchmarks/paper_figures.py quest    # what finetuning does to the ranges of activations
+    python benchmarks/paper_figures.py emoji    # pictures from text: full precision, minmax, quest, a row each
 
 Pictures go to docs/images/, the figures in them to benchmarks/results/.
 """
@@ -23,6 +24,7 @@ import stepquant
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.nn.deploy import quantized_modules
+from stepquant.pictures import grid, save_picture
 from stepquant.pipelines import draw, make_request
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +34,13 @@ SEED = 100
 PANELS = 6
 
 
-def quantized(recipe: str, **arguments: Any) -> Any:
+def quantized(recipe: str, model: str = MODEL, guidance: float = GUIDANCE, **arguments: Any) -> Any:
     return stepquant.quantize(
-        resolve_pipeline(MODEL),
+        resolve_pipeline(model),
         BITS,
         recipe=recipe,
         calibration=CALIBRATION,
-        guidance=GUIDANCE,
+        guidance=guidance,
         seed=SEED,
         cache=ROOT / "out" / "study-cache",
         **arguments,
@@ -103,6 +105,20 @@ def quest() -> None:
     save(figure, "quest-ranges", found)
 
 
+def emoji() -> None:
+    """What W4A4 leaves of pictures drawn from text, with the budget of the study and its guidance."""
+    model, guidance, count = "zoo:emoji-ldm", 5.0, 12
+    pipelines = {
+        "full precision": resolve_pipeline(model),
+        "minmax": quantized("minmax", model, guidance),
+        "quest": quantized("quest", model, guidance, rounding_iterations=0, time_iterations=25, iterations=50),
+    }
+    rows = []
+    for pipeline in pipelines.values():
+        rows.append(draw(pipeline, make_request(pipeline, STEPS, guidance=guidance), range(count), SEED))
+    save_picture(grid(torch.cat(rows), columns=count), ROOT / "docs" / "images" / "emoji-w4a4.png")
+
+
 @torch.no_grad()
 def ranges(pipeline: Any) -> dict[str, float]:
     """Layer -> largest less smallest value of its input while 16 pictures are drawn."""
@@ -131,7 +147,7 @@ def save(figure: Figure, name: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    figures = {"tdq": tdq, "quest": quest}
+    figures = {"tdq": tdq, "quest": quest, "emoji": emoji}
     if len(sys.argv) != 2 or sys.argv[1] not in figures:
-        sys.exit("usage: python benchmarks/paper_figures.py tdq|quest")
+        sys.exit("usage: python benchmarks/paper_figures.py tdq|quest|emoji")
     figures[sys.argv[1]]()

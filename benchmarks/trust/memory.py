@@ -78,7 +78,7 @@ def sampling(model: str, steps: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="zoo:fashion-ddpm")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
