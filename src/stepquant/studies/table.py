@@ -97,7 +97,7 @@ def draw_figure(study: Study, results: Path, path: Path) -> None:
             axes.tick_params(axis="x", labelsize=7)
     if not found:
         raise StepquantError(f"{results} has no results of this study yet: run it first.")
-    figure.supxlabel("PSNR to full precision, dB: mean over seeds and standard deviation", fontsize=8)
+    figure.supxlabel("PSNR to full precision, dB:\nmean over seeds and standard deviation", fontsize=8)
     write_atomic(path, lambda draft: figure.savefig(draft, format=path.suffix[1:], dpi=150))
 
 
