@@ -27,7 +27,7 @@ def bench(
     ],
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w8a8.")] = "w8a8",
     batch: Annotated[int, typer.Option(help="Samples a step.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; each contestant runs once a round.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; each contestant is timed once a round.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own number.")] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Also time torch.compile, bfloat16, and other libraries' int8.")

@@ -10,15 +10,20 @@ MARK = "finished"
 """File in a workspace: the result is about to be written. It holds a digest of what was asked and what was made."""
 
 
-def mark_finished(workspace: Path, asked: dict[str, str], provenance: Any) -> None:
-    """Say what the result will be, before it is written.
+def mark_finished(workspace: Path, asked: dict[str, str], pipeline: Any) -> None:
+    """Say what the result will be, before it is written; of several processes the main one does.
 
     Args:
         asked: the command's arguments.
-        provenance: of the result.
+        pipeline: the result.
     """
+    from stepquant.distributed import Ranks
+    from stepquant.models import denoiser_name
     from stepquant.workspace import digest, write_atomic
 
+    if not Ranks.current().main:
+        return
+    provenance = getattr(pipeline, denoiser_name(pipeline)).config["quantization_config"]["provenance"]
     write_atomic(workspace / MARK, lambda draft: draft.write_text(digest([asked, provenance])))
 
 
@@ -35,7 +40,11 @@ def is_finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
 
 
 def clear(workspace: Path) -> None:
-    """Remove a workspace, the mark last: until then the same command finds its own result."""
+    """Remove a workspace, the mark last: until then the same command finds its own result. The main process does."""
+    from stepquant.distributed import Ranks
+
+    if not Ranks.current().main:
+        return
     try:
         entries = list(workspace.iterdir())
     except OSError:

@@ -87,7 +87,6 @@ def quantize(
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
     from stepquant.loading import DTYPES, resolve_pipeline
-    from stepquant.models import denoiser_name
     from stepquant.pipelines import make_request, read_prompts
     from stepquant.planning import EFFORTS, duration, make_plan
     from stepquant.recipes import hyperparameters
@@ -144,9 +143,7 @@ def quantize(
         source=model,
         **arguments,
     )
-    provenance = getattr(quantized, denoiser_name(quantized)).config["quantization_config"]["provenance"]
-    if Ranks.current().main:
-        mark_finished(workspace, asked, provenance)
+    mark_finished(workspace, asked, quantized)
     stepquant.save(quantized, out, overwrite=overwrite)
     seconds = time.perf_counter() - start
     if times is not None and Ranks.current().main:
@@ -155,8 +152,7 @@ def quantize(
         write_atomic(times, lambda draft: draft.write_text(written.model_dump_json(indent=2) + "\n"))
     # Never in the checkpoint: of the same inputs it is the same bytes.
     typer.echo(f"{said} in {duration(seconds)}: {out}")
-    if Ranks.current().main:
-        clear(workspace)
+    clear(workspace)
 
 
 def parameter_bytes(pipeline: Any) -> int:

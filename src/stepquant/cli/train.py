@@ -63,9 +63,7 @@ def train(
     import stepquant
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
-    from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
-    from stepquant.models import denoiser_name
     from stepquant.pipelines import read_prompts
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.qat import qat
@@ -114,10 +112,7 @@ def train(
         source=model,
         **arguments,
     )
-    if Ranks.current().main:
-        provenance = getattr(quantized, denoiser_name(quantized)).config["quantization_config"]["provenance"]
-        mark_finished(workspace, asked, provenance)
+    mark_finished(workspace, asked, quantized)
     stepquant.save(quantized, out, overwrite=overwrite)
     typer.echo(said)
-    if Ranks.current().main:
-        clear(workspace)
+    clear(workspace)

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from stepquant.errors import StepquantError
+from stepquant.report.files import read_file
 
 MEANING = {
     "alone": "Relative squared error of the denoiser's output while this layer alone is quantized.",
@@ -50,12 +51,8 @@ def read_sensitivity(path: Path, layers: Collection[str]) -> SensitivityFile:
     Raises:
         StepquantError: if it cannot be read, is something else, or was measured on another model.
     """
-    try:
-        measured = SensitivityFile.model_validate_json(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise StepquantError(f"sensitivity file {path} cannot be read: {error}.") from None
-    except ValidationError:
-        raise StepquantError(f"{path} is no sensitivity.json that stepquant sensitivity wrote.") from None
+    expected = "sensitivity.json that stepquant sensitivity wrote"
+    measured = read_file(path, SensitivityFile, "sensitivity file", expected)
     groups = len(measured.step_groups)
     for layer in measured.layers:
         if layer.name not in layers:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from stepquant.errors import StepquantError
+from stepquant.report.files import read_file
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -36,12 +37,7 @@ def read_times(path: Path, folder: Path) -> Times:
     Raises:
         StepquantError: if it cannot be read, is something else, or is about another folder.
     """
-    try:
-        times = Times.model_validate_json(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise StepquantError(f"times file {path} cannot be read: {error}.") from None
-    except ValidationError:
-        raise StepquantError(f"{path} is no file that stepquant quantize --times wrote.") from None
+    times = read_file(path, Times, "times file", "file that stepquant quantize --times wrote")
     if times.out != folder.resolve().name:
         raise StepquantError(f"{path} is about {times.out}, not about {folder}: give the file of its own run.")
     return times

@@ -6,7 +6,6 @@ applied in the kernel. The activation scale is a tensor, so a per-step scale cos
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,10 +13,7 @@ from torch import Tensor
 
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
-from stepquant.runtime.segments import along_channels, channel_dim, segments_of
-
-MOST_INPUTS = (1 << 31) // (255 * 128)
-"""Products of a code and a weight that an int32 accumulator holds in the worst case."""
+from stepquant.runtime.segments import along_channels, channel_dim, segments_of, sums_fit
 
 
 def supported() -> str | None:
@@ -47,9 +43,7 @@ def _probe() -> bool:
 def can_run(module: QuantizedModule) -> bool:
     """Whether a layer has an integer kernel here: quantized activations, no channel groups of a convolution, and
     few enough inputs that a 32-bit accumulator cannot overflow."""
-    if module.layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
-        return False
-    return not (isinstance(module, QuantizedConv2d) and module.groups > 1)
+    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1)
 
 
 class OneDnnKernel(Kernel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from stepquant.nn.layers import QuantizedConv2d, QuantizedModule
 from stepquant.nn.tables import QuantizedLayer
+
+MOST_INPUTS = (1 << 31) // (255 * 128)
+"""Products of a code and a weight that an int32 accumulator holds in the worst case."""
 
 Apply = Callable[[Tensor, Tensor], Tensor]
 """``apply(x, weight) -> y``: the layer's linear map, without bias."""
@@ -52,6 +56,11 @@ def segments_of(layer: QuantizedLayer) -> list[Segment]:
         segments.append(Segment(start, stop, part, scale, zero_point, group))
         start = stop
     return segments
+
+
+def sums_fit(module: QuantizedModule) -> bool:
+    """Whether a layer's activation is quantized, and no sum of its products can overflow 32 bits."""
+    return module.layer_format.activation_bits is not None and math.prod(module.weight_shape[1:]) <= MOST_INPUTS
 
 
 def linear_map(module: QuantizedModule) -> Apply:

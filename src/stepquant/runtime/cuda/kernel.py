@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.runtime.native.norms import Norm
-from stepquant.runtime.segments import Segment, segments_of
+from stepquant.runtime.segments import Segment, segments_of, sums_fit
 
-MOST_INPUTS = (1 << 31) // (255 * 128)
-"""Products of a code and a weight that an accumulator holds in the worst case."""
 MIDDLE = 128
 """Codes are stored less this, since integer tensor cores multiply signed numbers."""
 
@@ -24,10 +22,8 @@ def can_run(module: QuantizedModule) -> bool:
     """Whether a layer has an integer kernel: quantized activations, no overflow, and not at once groups of a
     convolution and groups of channels with scales of their own."""
     layer_format = module.layer_format
-    if layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
-        return False
     split = len(layer_format.weight_groups) > 1 or len(layer_format.activation_groups) > 1
-    return not (isinstance(module, QuantizedConv2d) and module.groups > 1 and split)
+    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1 and split)
 
 
 class Piece(nn.Module):

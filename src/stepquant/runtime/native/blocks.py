@@ -27,11 +27,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.layers import QuantizedModule, opaque
 from stepquant.runtime.native import transformer
 from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
-from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 
 
@@ -108,17 +106,12 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
 
 def _fits_attention(block: Attention) -> bool:
     """Self-attention over a picture, as `UNet2DModel` has it."""
-    projections = (block.to_q, block.to_k, block.to_v, block.to_out[0])
     return (
-        isinstance(block.processor, QuantizedAttentionProcessor)
+        transformer.is_plain(block)
         and block.processor.kernel is not None
         and block.group_norm is not None
         and block.group_norm.affine
         and is_present(block.group_norm)
-        and block.spatial_norm is None
-        and block.norm_q is None
-        and block.norm_k is None
-        and all(is_native(projection) for projection in projections)
     )
 
 
@@ -130,16 +123,14 @@ def _attention(
     masked = args or kwargs.get("attention_mask") is not None
     if hidden_states.dim() != 4 or encoder_hidden_states is not None or masked or not is_unchanged(block):
         return type(block).forward(block, hidden_states, encoder_hidden_states, *args, **kwargs)
-    row = block.to_q.clock.row
-    image = dense(hidden_states, image=True)
-    norm, x = group_norm(image, block.group_norm), image.permute(0, 2, 3, 1).flatten(1, 2)
-    query, key, value = (
-        projection.kernel.run(x, row, norm=norm).unflatten(-1, (block.heads, -1)).transpose(1, 2)
-        for projection in (block.to_q, block.to_k, block.to_v)
-    )
-    mixed = block.processor.attend(query, key, value, None).transpose(1, 2).flatten(2)
-    y = block.to_out[0].kernel.run(
-        mixed, row, residual=x if block.residual_connection else None, factor=1 / block.rescale_output_factor
+    image, last = dense(hidden_states, image=True), block.to_out[0]
+    x = image.permute(0, 2, 3, 1).flatten(1, 2)
+    mixed = transformer.mixed_heads(block, x, None, group_norm(image, block.group_norm))
+    y = last.kernel.run(
+        mixed,
+        last.clock.row,
+        residual=x if block.residual_connection else None,
+        factor=1 / block.rescale_output_factor,
     )
     return y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from ctypes import byref
 from typing import Any, NamedTuple
@@ -28,11 +27,7 @@ from stepquant.runtime.native.library import (
     unpack_nibbles,
 )
 from stepquant.runtime.native.norms import Norm, dense, group_norm
-from stepquant.runtime.segments import Segment, segments_of
-
-MOST_INPUTS = (1 << 31) // (255 * 128)
-"""Products of a code and a weight that an accumulator holds in the worst case."""
-
+from stepquant.runtime.segments import Segment, segments_of, sums_fit
 
 _THREAD = threading.local()
 
@@ -104,9 +99,7 @@ class Plan(NamedTuple):
 
 def can_run(module: QuantizedModule) -> bool:
     """Whether a layer has a native kernel: quantized activations, no groups of a convolution, no overflow."""
-    if module.layer_format.activation_bits is None or math.prod(module.weight_shape[1:]) > MOST_INPUTS:
-        return False
-    return not (isinstance(module, QuantizedConv2d) and module.groups > 1)
+    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1)
 
 
 class NativeKernel(Kernel):
@@ -115,9 +108,6 @@ class NativeKernel(Kernel):
     Args:
         packed: hold weights of up to 4 bits as codes, two to a byte, which are unpacked some columns at a time as they
             are multiplied; results are the same.
-
-    Attributes:
-        output_dtype: of the result; None means that of x.
     """
 
     fuses = True
@@ -129,7 +119,6 @@ class NativeKernel(Kernel):
         assert layer.activation is not None
         self.library = library()
         self.amx = int(has_amx() if amx is None else amx)
-        self.output_dtype: torch.dtype | None = None
         self.outputs, self.inputs = module.weight_shape[:2]
         self.is_convolution = isinstance(module, QuantizedConv2d)
         self.kernel_size: tuple[int, int] = (1, 1)
@@ -215,9 +204,9 @@ class NativeKernel(Kernel):
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
             channel_add, gate: float32 [B, out], contiguous.
             residual: float, of the output's shape; channels-last, or contiguous for a linear.
-            dtype: of the result; by default `output_dtype`, or that of x.
+            dtype: of the result; by default that of x.
         """
-        dtype = dtype or self.output_dtype or x.dtype
+        dtype = dtype or x.dtype
         x = dense(x, image=self.is_convolution)
         of_samples = (
             row.dim() == 1 and self.rows > 1,

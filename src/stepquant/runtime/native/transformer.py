@@ -83,8 +83,11 @@ def block_forward(
     return _feed_forward(block.ff, x, layer_norm(block.norm3, *after or ()), gates[1])
 
 
-def _attend(block: Attention, x: Tensor, context: Tensor | None, norm: Norm, gate: Tensor | None) -> Tensor:
-    """``attention(norm(x), context) * gate + x``; without a context, of `x` to itself."""
+def mixed_heads(block: Attention, x: Tensor, context: Tensor | None, norm: Norm) -> Tensor:
+    """What ``attention(norm(x), context)`` has before its last layer: [B, N, C]; without a context, of x to itself.
+
+    x: [B, N, C].
+    """
     row = block.to_q.clock.row
 
     def heads(projected: Tensor) -> Tensor:
@@ -95,8 +98,14 @@ def _attend(block: Attention, x: Tensor, context: Tensor | None, norm: Norm, gat
         key, value = (heads(layer.kernel.run(x, row, norm=norm)) for layer in (block.to_k, block.to_v))
     else:
         key, value = heads(block.to_k(context)), heads(block.to_v(context))
-    mixed = block.processor.attend(query, key, value, None).transpose(1, 2).flatten(2)
-    y: Tensor = block.to_out[0].kernel.run(mixed, row, gate=gate, residual=x, dtype=x.dtype)
+    mixed: Tensor = block.processor.attend(query, key, value, None).transpose(1, 2).flatten(2)
+    return mixed
+
+
+def _attend(block: Attention, x: Tensor, context: Tensor | None, norm: Norm, gate: Tensor | None) -> Tensor:
+    """``attention(norm(x), context) * gate + x``."""
+    mixed, last = mixed_heads(block, x, context, norm), block.to_out[0]
+    y: Tensor = last.kernel.run(mixed, last.clock.row, gate=gate, residual=x, dtype=x.dtype)
     return y
 
 
@@ -165,19 +174,26 @@ def picture_forward(
     return Transformer2DModelOutput(sample=y) if return_dict else (y,)
 
 
-def _fits_attention(block: Any) -> bool:
+def is_plain(block: Attention) -> bool:
+    """Whether an attention's four layers have kernels, with nothing between them but the products."""
     return (
-        isinstance(block, Attention)
-        and isinstance(block.processor, QuantizedAttentionProcessor)
-        and block.group_norm is None
+        isinstance(block.processor, QuantizedAttentionProcessor)
         and block.spatial_norm is None
         and block.norm_q is None
         and block.norm_k is None
+        and all(is_native(layer) for layer in (block.to_q, block.to_k, block.to_v, block.to_out[0]))
+    )
+
+
+def _fits_attention(block: Any) -> bool:
+    return (
+        isinstance(block, Attention)
+        and is_plain(block)
+        and block.group_norm is None
         and not block.norm_cross
         and not block.residual_connection
         and block.rescale_output_factor == 1
-        and all(is_native(layer) and layer.kernel.whole for layer in (block.to_q, block.to_k, block.to_v))
-        and is_native(block.to_out[0])
+        and all(layer.kernel.whole for layer in (block.to_q, block.to_k, block.to_v))
     )
 
 
