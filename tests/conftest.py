@@ -24,15 +24,15 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.letters import letter_tokenizer
 
 # The models are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
 
 # A shell that runs this in the background lets it ignore Ctrl-C, and so every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def class_pipeline() -> DiTPipeline:
 def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """Stable Diffusion in miniature, [3, 16, 16]; never modify it, copy it."""
     torch.manual_seed(2)
-    tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer = letter_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -171,12 +171,3 @@ def _autoencoder() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
     ).eval()
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer that knows single letters only."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [START, END, *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)

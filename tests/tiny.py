@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 import torch
-from conftest import _tokenizer as letter_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -19,6 +18,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from tests.letters import letter_tokenizer
 
 WIDTH = 16
 """Of every text embedding."""
