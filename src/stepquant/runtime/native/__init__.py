@@ -6,23 +6,25 @@ from torch import nn
 
 from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
-from stepquant.runtime.native import attention, blocks
+from stepquant.runtime.native import attention, blocks, replay
 from stepquant.runtime.native.build import supported
 from stepquant.runtime.native.kernel import NativeKernel, can_run
 
 
 def finish(model: nn.Module) -> None:
-    """Put attention in integers and fuse blocks, once every layer of `model` has its kernel."""
+    """Put attention in integers, fuse blocks and record them, once every layer of `model` has its kernel."""
     for processor in _processors(model):
         if attention.can_run(processor):
             processor.kernel = attention.NativeAttention(processor)
     blocks.fuse(model)
+    replay.install(model)
 
 
 def undo(model: nn.Module) -> None:
     """Undo `finish`, and give layers their codes back: another runtime takes the layers over."""
     for module in quantized_modules(model).values():
         module.restore()
+    replay.remove(model)
     blocks.separate(model)
     for processor in _processors(model):
         processor.kernel = None

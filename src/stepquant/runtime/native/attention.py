@@ -13,6 +13,7 @@ from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import TYPES, Attention, Grid, Heads
+from stepquant.runtime.native.recording import record
 
 MOST_PRODUCTS = (1 << 31) // (255 * 255)
 """Products of two codes that an accumulator holds in the worst case."""
@@ -36,6 +37,7 @@ class NativeAttention(Kernel):
         attention = processor.attention()
         self.tables: list[ActivationTable] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
+        self.by_row = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether no accumulator can overflow."""
@@ -57,9 +59,10 @@ class NativeAttention(Kernel):
             *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
             grids, None if mask is None else mask.data_ptr(), *strides,
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
-            batch, heads, length, key.shape[2], size, size**-0.5,
+            batch, heads, length, key.shape[2], size, size**-0.5, self.amx, torch.get_num_threads(),
         )  # fmt: skip
-        self.library.sq_attention(byref(attention), self.amx, torch.get_num_threads())
+        self.library.sq_attention(byref(attention))
+        record(attention)
         return y.transpose(1, 2)
 
     def _grid(self, index: int, row: Tensor, batch: int) -> tuple[Grid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]

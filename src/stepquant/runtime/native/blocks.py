@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stepquant.nn.layers import QuantizedModule, opaque
 from stepquant.runtime.native import transformer
 from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
+from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 
 
@@ -81,7 +82,10 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
     row = conv1.clock.row
     x, added, scaled = input_tensor, None, None
     if projection is not None and temb is not None:
-        time = projection(temb if block.skip_time_act else block.nonlinearity(temb)).float()
+        if is_native(projection):
+            time = projection.kernel.run(temb, row, activation=None if block.skip_time_act else "silu", dtype=torch.float32)
+        else:
+            time = projection(temb if block.skip_time_act else block.nonlinearity(temb)).float()
         if block.time_embedding_norm == "scale_shift":
             scaled = time.chunk(2, dim=1)
         else:

@@ -40,7 +40,7 @@ def is_unchanged(block: nn.Module) -> bool:
     """
     children, norms = block.__dict__[_LAYERS]
     for modules, name, child in children:
-        if modules[name] is not child:
+        if modules.get(name) is not child:
             return False
     return all(is_present(norm) for norm in norms)
 

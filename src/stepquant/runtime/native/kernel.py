@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from ctypes import byref
 from typing import Any, NamedTuple
 
@@ -26,10 +25,10 @@ from stepquant.runtime.native.library import (
     unpack_columns,
     unpack_nibbles,
 )
+from stepquant.runtime.native.memory import scratch
 from stepquant.runtime.native.norms import Norm, dense, group_norm
+from stepquant.runtime.native.recording import record
 from stepquant.runtime.segments import Segment, segments_of, sums_fit
-
-_THREAD = threading.local()
 
 
 class Piece(NamedTuple):
@@ -133,6 +132,7 @@ class NativeKernel(Kernel):
         self.balance = None if layer.balance is None else layer.balance.clone()
         self.top = largest_code(layer.activation.bits)
         self.rows, self.groups = self.scale.shape
+        self.by_row = [self.scale, self.zero_point]
         self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
         self.packed = packed and layer.weight.bits <= 4
         self.pieces = [self._pack(segment) for segment in segments_of(layer)]
@@ -227,7 +227,7 @@ class NativeKernel(Kernel):
             call = Call.from_buffer_copy(plan.calls[index])
             call.x = x.data_ptr() + plan.offsets[index]
             call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
-            call.codes = scratch(plan.geometries[index].bytes).data_ptr()
+            call.codes = scratch("codes", plan.geometries[index].bytes)
             call.y = (y if index == len(self.pieces) - 1 else sums).data_ptr()
             if norm is not None:
                 call.multiply = norm.multiply.data_ptr() + 4 * piece.start
@@ -243,6 +243,7 @@ class NativeKernel(Kernel):
                     call.residual = residual.data_ptr()
             self.library.sq_codes(byref(call))
             self.library.sq_layer(byref(call))
+            record(call, plan.geometries[index].bytes)
         del keep
         return y
 
@@ -331,14 +332,6 @@ class NativeKernel(Kernel):
             batch * image + (16 + pixels) * step + 64,
             (out_height, out_width),
         )
-
-
-def scratch(size: int) -> Tensor:
-    """uint8 [at least size], this thread's own until its next call: fresh memory would cost a fault a page."""
-    buffer: Tensor | None = getattr(_THREAD, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        buffer = _THREAD.buffer = torch.empty(size, dtype=torch.uint8)
-    return buffer
 
 
 def is_native(module: Any) -> bool:

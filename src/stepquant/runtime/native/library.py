@@ -46,20 +46,27 @@ Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=Grid * 4, mask=c_void_p, mask_image=c_int64,
     mask_head=c_int64, mask_row=c_int64, y=c_void_p, y_type=c_int32, y_image=c_int64, y_row=c_int64, y_head=c_int64,
-    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float,
+    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float, amx=c_int32,
+    threads=c_int32,
 )  # fmt: skip
+GroupNorm = _structure(
+    "GroupNorm", x=c_void_p, weight=c_void_p, bias=c_void_p, multiply=c_void_p, add=c_void_p, type=c_int32,
+    epsilon=c_float, image=c_int64, pixel=c_int64, batch=c_int64, pixels=c_int64, channels=c_int64, groups=c_int64,
+    threads=c_int32,
+)  # fmt: skip
+Join = _structure(
+    "Join", x=c_void_p * 2, y=c_void_p, bytes=c_int64 * 2, pixels=c_int64, threads=c_int32
+)  # fmt: skip
+Step = _structure("Step", kind=c_int64, at=c_int64)
+Pointer = _structure("Pointer", at=c_int64, slot=c_int64, offset=c_int64, by_row=c_int64)
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take, so that pointers are not cut to 32 bits."""
-    pointer = c_void_p
-    library.sq_codes.argtypes = library.sq_layer.argtypes = [pointer]
-    library.sq_group_norm.argtypes = [
-        pointer, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, pointer, pointer, pointer,
-        pointer, c_int32,
-    ]  # fmt: skip
-    library.sq_attention.argtypes = [pointer, c_int32, c_int32]
-    for name in ("sq_codes", "sq_group_norm", "sq_layer", "sq_attention"):
+    for name in ("sq_codes", "sq_layer", "sq_group_norm", "sq_attention", "sq_join"):
+        getattr(library, name).argtypes = [c_void_p]
+    library.sq_replay.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
+    for name in ("sq_codes", "sq_layer", "sq_group_norm", "sq_attention", "sq_join", "sq_replay"):
         getattr(library, name).restype = None
     return library
 

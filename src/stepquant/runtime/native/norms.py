@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ctypes import byref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.runtime.native.build import library
-from stepquant.runtime.native.library import TYPES
+from stepquant.runtime.native.library import TYPES, GroupNorm
+from stepquant.runtime.native.recording import record
 
 
 class Norm(NamedTuple):
@@ -58,11 +60,12 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     pixels = shape[2] * shape[3] if image else shape[1]
     weight, bias = _affine(norm, channels)
     multiply, add = torch.empty(2, batch, channels)
-    library().sq_group_norm(
-        x.data_ptr(), TYPES[x.dtype], stride[0], stride[3 if image else 1], batch, pixels, channels,
-        norm.num_groups, norm.eps, weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(),
-        torch.get_num_threads(),
+    call = GroupNorm(
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(), TYPES[x.dtype], norm.eps,
+        stride[0], stride[3 if image else 1], batch, pixels, channels, norm.num_groups, torch.get_num_threads(),
     )  # fmt: skip
+    library().sq_group_norm(byref(call))
+    record(call)
     return Norm(multiply, add)
 
 

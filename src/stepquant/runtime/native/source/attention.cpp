@@ -6,31 +6,8 @@
 #include <cmath>
 #include <vector>
 
+#include "call.h"
 #include "product.h"
-
-struct Heads {  // float [batch, length, heads, size], channels adjacent
-  const void* x;
-  int32_t type;
-  int64_t image, row, head;  // strides in elements
-};
-
-struct OperandGrid {
-  const float* scale;         // [batch] or [1]
-  const int32_t* zero_point;  // [batch] or [1]
-  int32_t per_sample, top;
-};
-
-struct Attention {
-  Heads query, key, value;
-  OperandGrid grids[4];  // query, key, value, probability
-  const float* mask;     // additive, or null
-  int64_t mask_image, mask_head, mask_row;
-  void* y;
-  int32_t y_type;
-  int64_t y_image, y_row, y_head;
-  int64_t batch, heads, length, key_length, size;
-  float factor;          // of the scores, 1 / sqrt(size)
-};
 
 namespace {
 
@@ -70,8 +47,8 @@ void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t s
 
 }  // namespace
 
-extern "C" void sq_attention(const Attention* attention, int32_t amx, int32_t threads) {
-  const Attention& a = *attention;
+extern "C" void sq_attention(const Attention* given) {
+  const Attention a = *given;
   const int64_t pieces = (a.size + 63) / 64, deep = pieces * 64;                    // of a query
   const int64_t key_tiles = (a.key_length + 31) / 32 * 2, wide = key_tiles * 16;    // keys, rounded up
   const int64_t key_pieces = (a.key_length + 63) / 64, long_ = key_pieces * 64;     // of a row of probabilities
@@ -81,11 +58,11 @@ extern "C" void sq_attention(const Attention* attention, int32_t amx, int32_t th
   std::vector<int8_t> packed(pairs * (key_bytes + value_bytes) + 64);
   std::vector<int32_t> starts(pairs * (wide + channels));
   int8_t* const base = (int8_t*)(((uintptr_t)packed.data() + 63) / 64 * 64);
-  const Product product = product_for(amx);
+  const Product product = product_for(a.amx);
   const int64_t zero_tap = 0;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.threads)
   {
-    begin_products(amx);
+    begin_products(a.amx);
     std::vector<uint8_t> codes(std::max(a.key_length * a.size, 32 * (deep + long_)) + 64);
     std::vector<float> scores(32 * wide);
     alignas(64) int32_t sums[4 * 256];
@@ -186,6 +163,6 @@ extern "C" void sq_attention(const Attention* attention, int32_t amx, int32_t th
         }
       }
     }
-    end_products(amx);
+    end_products(a.amx);
   }
 }

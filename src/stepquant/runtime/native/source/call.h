@@ -59,3 +59,47 @@ struct Call {
   float factor;                // the result is multiplied by it
   int32_t amx, threads;
 };
+
+struct GroupNorm {  // of [batch, pixels, channels], as x * multiply + add
+  const void* x;
+  const float *weight, *bias;  // [channels]
+  float *multiply, *add;       // [batch, channels]
+  int32_t type;
+  float epsilon;
+  int64_t image, pixel;        // strides in elements; channels are adjacent
+  int64_t batch, pixels, channels, groups;
+  int32_t threads;
+};
+
+struct Join {  // the channels of two pictures in one
+  const void* x[2];
+  void* y;
+  int64_t bytes[2];            // of a pixel
+  int64_t pixels;
+  int32_t threads;
+};
+
+struct Heads {  // float [batch, length, heads, size], channels adjacent
+  const void* x;
+  int32_t type;
+  int64_t image, row, head;  // strides in elements
+};
+
+struct OperandGrid {
+  const float* scale;         // [batch] or [1]
+  const int32_t* zero_point;  // [batch] or [1]
+  int32_t per_sample, top;
+};
+
+struct Attention {
+  Heads query, key, value;
+  OperandGrid grids[4];  // query, key, value, probability
+  const float* mask;     // additive, or null
+  int64_t mask_image, mask_head, mask_row;
+  void* y;
+  int32_t y_type;
+  int64_t y_image, y_row, y_head;
+  int64_t batch, heads, length, key_length, size;
+  float factor;          // of the scores, 1 / sqrt(size)
+  int32_t amx, threads;
+};

@@ -8,12 +8,6 @@
 #include "call.h"
 #include "vectors.h"
 
-struct Grid {
-  const float* scale;         // [batch] or [1]
-  const int32_t* zero_point;  // [batch] or [1]
-  int32_t per_sample, top;
-};
-
 namespace {
 
 enum Normalization : int32_t { AFFINE = 1, LAYER = 2 };
@@ -115,25 +109,23 @@ extern "C" void sq_codes(const Call* given) {
   }
 }
 
-// Group normalization of [batch, pixels, channels] as x * multiply + add: float32 [batch, channels] each.
-extern "C" void sq_group_norm(const void* x, int32_t type, int64_t image, int64_t pixel, int64_t batch, int64_t pixels,
-                              int64_t channels, int64_t groups, float epsilon, const float* weight, const float* bias,
-                              float* multiply, float* add, int32_t threads) {
+extern "C" void sq_group_norm(const GroupNorm* given) {
+  const GroupNorm n = *given;
   constexpr int64_t CHUNK = 64;  // pixels summed in float32; chunks are summed in double
-  const int64_t chunks = (pixels + CHUNK - 1) / CHUNK, wide = (channels + 15) / 16 * 16;
-  std::vector<float> partial(batch * chunks * 2 * wide);
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < batch; b++) {
+  const int64_t chunks = (n.pixels + CHUNK - 1) / CHUNK, wide = (n.channels + 15) / 16 * 16;
+  std::vector<float> partial(n.batch * chunks * 2 * wide);
+#pragma omp parallel for collapse(2) num_threads(n.threads) schedule(static)
+  for (int64_t b = 0; b < n.batch; b++) {
     for (int64_t k = 0; k < chunks; k++) {
       float *sum = partial.data() + (b * chunks + k) * 2 * wide, *square = sum + wide;
-      const int64_t start = k * CHUNK, stop = std::min(pixels, start + CHUNK);
+      const int64_t start = k * CHUNK, stop = std::min(n.pixels, start + CHUNK);
       for (int64_t i = start; i < stop; i += 4) {
         const int64_t many = std::min<int64_t>(4, stop - i);
-        for (int64_t c = 0; c < channels; c += 16) {
-          const __mmask16 mask = first(channels - c);
+        for (int64_t c = 0; c < n.channels; c += 16) {
+          const __mmask16 mask = first(n.channels - c);
           __m512 total = _mm512_loadu_ps(sum + c), squares = _mm512_loadu_ps(square + c);
           for (int64_t j = 0; j < many; j++) {
-            const __m512 v = load16(x, type, b * image + (i + j) * pixel + c, mask);
+            const __m512 v = load16(n.x, n.type, b * n.image + (i + j) * n.pixel + c, mask);
             total = _mm512_add_ps(total, v);
             squares = _mm512_fmadd_ps(v, v, squares);
           }
@@ -143,21 +135,32 @@ extern "C" void sq_group_norm(const void* x, int32_t type, int64_t image, int64_
       }
     }
   }
-  const int64_t members = channels / groups;
-  for (int64_t b = 0; b < batch; b++) {
-    for (int64_t g = 0; g < groups; g++) {
+  const int64_t members = n.channels / n.groups;
+  for (int64_t b = 0; b < n.batch; b++) {
+    for (int64_t g = 0; g < n.groups; g++) {
       double sum = 0, square = 0;
       for (int64_t k = 0; k < chunks; k++) {
         const float* values = partial.data() + (b * chunks + k) * 2 * wide + g * members;
         for (int64_t c = 0; c < members; c++) sum += values[c], square += values[wide + c];
       }
-      const double count = (double)(pixels * members), mean = sum / count;
+      const double count = (double)(n.pixels * members), mean = sum / count;
       const double deviation = std::max(0.0, square / count - mean * mean);
-      const float inverse = (float)(1.0 / __builtin_sqrt(deviation + epsilon));
+      const float inverse = (float)(1.0 / __builtin_sqrt(deviation + n.epsilon));
       for (int64_t c = g * members; c < (g + 1) * members; c++) {
-        multiply[b * channels + c] = weight[c] * inverse;
-        add[b * channels + c] = bias[c] - (float)mean * weight[c] * inverse;
+        n.multiply[b * n.channels + c] = n.weight[c] * inverse;
+        n.add[b * n.channels + c] = n.bias[c] - (float)mean * n.weight[c] * inverse;
       }
     }
+  }
+}
+
+extern "C" void sq_join(const Join* given) {
+  const Join j = *given;
+  const int64_t wide = j.bytes[0] + j.bytes[1];
+#pragma omp parallel for num_threads(j.threads) schedule(static)
+  for (int64_t i = 0; i < j.pixels; i++) {
+    char* out = (char*)j.y + i * wide;
+    memcpy(out, (const char*)j.x[0] + i * j.bytes[0], j.bytes[0]);
+    memcpy(out + j.bytes[0], (const char*)j.x[1] + i * j.bytes[1], j.bytes[1]);
   }
 }

@@ -1,0 +1,327 @@
+"""A block's kernel calls, written down once and made again by one call.
+
+What a block of a denoiser asks of the kernels is the same at every step, but for the addresses of its inputs and
+outputs and the row of the tables. So the calls of one step are kept as the structures that the kernels take, with a
+list of the fields that change; `Recording.replay` fills those in and makes all calls without Python between them. What
+lies between two kernels gets a place in memory that is used again as soon as nothing reads it any more.
+
+A `Recorder` sees every tensor operation of a block. Views and fresh memory need nothing at replay, and two pictures
+joined along their channels are a call of their own; after anything else, or after looking at a value, the block cannot
+be recorded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import addressof, byref, c_void_p, sizeof
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepquant.runtime.native.build import library
+from stepquant.runtime.native.library import TYPES, Attention, Call, GroupNorm, Join, Pointer, Step
+from stepquant.runtime.native.memory import scratch
+
+MOST_BYTES = 1 << 28
+"""What a block may allocate while it is recorded, where all of it is held: beyond that Python is a small part anyway."""
+
+KINDS = (Call, GroupNorm, Attention, Join)
+"""As ``replay.cpp`` numbers them."""
+
+NOWHERE, CODES, ARENA, FIRST = 0, 1, 2, 3
+"""Slots of memory: absolute addresses, codes of one layer, what lies between kernels; then inputs and outputs."""
+
+_ACTIVE = threading.local()
+_ATEN = torch.ops.aten
+_FRESH = (
+    _ATEN.empty.memory_format,
+    _ATEN.empty_like.default,
+    _ATEN.empty_strided.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+)
+
+
+def record(structure: ctypes.Structure, codes: int = 0) -> None:
+    """Note that a kernel was just called with `structure`, where this thread is recording.
+
+    Args:
+        codes: bytes that a layer's codes take.
+    """
+    recorder: Recorder | None = getattr(_ACTIVE, "recorder", None)
+    if recorder is not None:
+        recorder.add(structure, codes)
+
+
+def is_recording() -> bool:
+    """Whether this thread is inside of a `Recorder`."""
+    return getattr(_ACTIVE, "recorder", None) is not None
+
+
+@dataclass
+class Memory:
+    """Bytes [start, stop) that the block allocated: born before step `born`, last used by step `last`."""
+
+    start: int
+    stop: int
+    tensor: Tensor
+    born: int
+    last: int = -1
+    slot: int = ARENA
+    offset: int = 0
+
+
+class Output(NamedTuple):
+    """A tensor that a block returns: as it is to be allocated, or the input that it is."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    of_input: int | None
+
+
+class Recording:
+    """The calls of a block for inputs of one layout.
+
+    Args:
+        structures: one after the other; `steps` and `pointers` as ``replay.cpp`` has them.
+        outputs: in order; `template` is what the block returns, with their indices in their place.
+        arena, codes: bytes.
+    """
+
+    def __init__(
+        self,
+        structures: bytes,
+        steps: list[tuple[int, int]],
+        pointers: list[tuple[int, int, int, int]],
+        outputs: list[Output],
+        template: Any,
+        *,
+        inputs: int,
+        arena: int,
+        codes: int,
+    ) -> None:
+        self.structures = ctypes.create_string_buffer(structures, len(structures))
+        self.steps, self.pointers = (Step * len(steps))(*steps), (Pointer * len(pointers))(*pointers)
+        self.outputs, self.template = outputs, template
+        self.slots = (c_void_p * (FIRST + inputs + len(outputs)))()
+        self.arena, self.codes = arena, codes
+        self.lock = threading.Lock()
+
+    def replay(self, inputs: list[Tensor], row: int) -> Any:
+        """What the block returns for `inputs` at a row of the tables; not from two threads at a time."""
+        tensors = [
+            inputs[output.of_input]
+            if output.of_input is not None
+            else torch.empty_strided(output.shape, output.stride, dtype=output.dtype)
+            for output in self.outputs
+        ]
+        slots = self.slots
+        slots[CODES], slots[ARENA] = scratch("codes", self.codes), scratch("arena", self.arena)
+        for index, tensor in enumerate((*inputs, *tensors), FIRST):
+            slots[index] = tensor.data_ptr()
+        library().sq_replay(
+            self.structures, byref(self.steps), len(self.steps), byref(self.pointers), len(self.pointers),
+            byref(slots), row,
+        )  # fmt: skip
+        return _filled(self.template, tensors)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs a block's code as it is, and writes its calls down.
+
+    Args:
+        inputs: every tensor that the block is given.
+        row: the clock's; its value is `row_value`.
+        tables: tensors [R, G] of which kernels read one row.
+
+    Attributes:
+        obstacle: what keeps the block from being recorded, or None.
+    """
+
+    def __init__(self, inputs: list[Tensor], row: Tensor, row_value: int, tables: list[Tensor]) -> None:
+        super().__init__()
+        self.inputs, self.row, self.row_value = inputs, row, row_value
+        self.tables = [(*_extent(table), table.stride(0) * table.element_size()) for table in tables if len(table) > 1]
+        self.memory: list[Memory] = []
+        self.structures: list[ctypes.Structure] = []
+        self.pointers: list[tuple[int, Memory | int, int, int]] = []
+        self.bytes = self.codes = self.held = 0
+        self.obstacle: str | None = None
+        spans = sorted(_extent(x) for x in inputs)
+        if any(second[0] < first[1] for first, second in zip(spans, spans[1:], strict=False)):
+            self.obstacle = "inputs that share memory"
+
+    def __enter__(self) -> Recorder:
+        _ACTIVE.recorder = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _ACTIVE.recorder = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATEN.cat.default and (joined := self._join(*args, **kwargs)) is not None:
+            return joined
+        result = func(*args, **kwargs)
+        if func in _FRESH:
+            self._allocate(result)
+        elif not func.is_view and not (func is _ATEN._local_scalar_dense.default and self._is_row(args[0])):
+            self.obstacle = self.obstacle or str(func)
+        return result
+
+    def add(self, structure: ctypes.Structure, codes: int = 0) -> None:
+        """Append a call."""
+        base = self.bytes
+        self.codes = max(self.codes, codes)
+        self.structures.append(type(structure).from_buffer_copy(structure))
+        for at in _pointer_fields(type(structure)):
+            address = c_void_p.from_buffer(structure, at).value
+            if address is None:
+                continue
+            if isinstance(structure, Call) and at == Call.codes.offset:
+                self.pointers.append((base + at, CODES, 0, 0))
+            else:
+                self.pointers.append((base + at, *self._find(address)))
+        self.bytes += sizeof(structure)
+
+    def finish(self, result: Any) -> Recording | None:
+        """The recording of a block that returned `result`; None if there is an obstacle."""
+        tensors: list[Tensor] = []
+        template = self._taken_apart(result, tensors)
+        outputs = [self._output(index, x) for index, x in enumerate(tensors)]
+        if self.obstacle is not None:
+            return None
+        arena = _lay_out([memory for memory in self.memory if memory.slot == ARENA and memory.last >= 0])
+        pointers = [
+            (at, where, offset, by_row) if isinstance(where, int) else (at, where.slot, where.offset + offset, by_row)
+            for at, where, offset, by_row in self.pointers
+        ]
+        steps, at = [], 0
+        for structure in self.structures:
+            steps.append((KINDS.index(type(structure)), at))
+            at += sizeof(structure)
+        return Recording(
+            b"".join(bytes(structure) for structure in self.structures), steps, pointers, outputs, template,
+            inputs=len(self.inputs), arena=arena, codes=self.codes,
+        )  # fmt: skip
+
+    def _allocate(self, x: Tensor) -> None:
+        if x.device.type != "cpu":
+            self.obstacle = self.obstacle or f"memory on {x.device}"
+            return
+        start, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        self.memory.append(Memory(start, start + size, x, len(self.structures)))
+        self.held += size
+        if self.held > MOST_BYTES:
+            self.obstacle = self.obstacle or "much memory"
+
+    def _is_row(self, x: Tensor) -> bool:
+        return x.data_ptr() == self.row.data_ptr()
+
+    def _join(self, tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+        """``torch.cat`` of two pictures along their channels, if these are them."""
+        if len(tensors) != 2 or dim != 1 or any(x.dim() != 4 or x.dtype not in TYPES for x in tensors):
+            return None
+        first, second = tensors
+        fits = first.dtype == second.dtype and first.shape[2:] == second.shape[2:] and len(first) == len(second)
+        if not fits or not all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
+            return None
+        batch, channels, height, width = first.shape
+        y = torch.empty(
+            (batch, channels + second.shape[1], height, width), dtype=first.dtype, memory_format=torch.channels_last
+        )
+        self._allocate(y)
+        size = first.element_size()
+        call = Join(
+            (c_void_p * 2)(first.data_ptr(), second.data_ptr()), y.data_ptr(),
+            (ctypes.c_int64 * 2)(channels * size, second.shape[1] * size), batch * height * width,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        library().sq_join(byref(call))
+        self.add(call)
+        return y
+
+    def _find(self, address: int) -> tuple[Memory | int, int, int]:
+        """What `address` points into, how far from its beginning, and how much more it is for each row."""
+        for memory in reversed(self.memory):
+            if memory.start <= address < memory.stop:
+                memory.last = len(self.structures) - 1
+                return memory, address - memory.start, 0
+        for index, x in enumerate(self.inputs):
+            start, stop = _extent(x)
+            if start <= address < stop:
+                return FIRST + index, address - start, 0
+        for start, stop, by_row in self.tables:
+            if start <= address < stop:
+                return NOWHERE, address - self.row_value * by_row, by_row
+        return NOWHERE, address, 0
+
+    def _taken_apart(self, result: Any, tensors: list[Tensor]) -> Any:
+        if isinstance(result, Tensor):
+            if not any(x is result for x in tensors):
+                tensors.append(result)
+            return next(index for index, x in enumerate(tensors) if x is result)
+        if isinstance(result, tuple):
+            return tuple(self._taken_apart(part, tensors) for part in result)
+        self.obstacle = self.obstacle or f"a result of type {type(result).__name__}"
+        return None
+
+    def _output(self, index: int, x: Tensor) -> Output:
+        of_input = next((place for place, other in enumerate(self.inputs) if other is x), None)
+        if of_input is None:
+            start = x.untyped_storage().data_ptr()
+            memory = next((memory for memory in self.memory if memory.start == start), None)
+            dense = _extent(x) == (start, start + x.untyped_storage().nbytes())
+            if memory is None or not dense or memory.slot != ARENA:
+                self.obstacle = self.obstacle or "a result that is part of another tensor"
+            else:
+                memory.slot = FIRST + len(self.inputs) + index
+        return Output(tuple(x.shape), x.stride(), x.dtype, of_input)
+
+
+def _filled(template: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(template, int):
+        return tensors[template]
+    return tuple(_filled(part, tensors) for part in template)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of x, and of the one behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _pointer_fields(structure: Any) -> list[int]:
+    """Byte offsets of the addresses in a structure, those in structures and arrays inside it among them."""
+    if structure is c_void_p:
+        return [0]
+    if issubclass(structure, ctypes.Array):
+        inner = _pointer_fields(structure._type_)
+        return [index * sizeof(structure._type_) + at for index in range(structure._length_) for at in inner]
+    if not issubclass(structure, ctypes.Structure):
+        return []
+    fields = [(getattr(structure, name).offset, kind) for name, kind in structure._fields_]
+    return [offset + at for offset, kind in fields for at in _pointer_fields(kind)]
+
+
+def _lay_out(memories: list[Memory]) -> int:
+    """Give each a place where no other is in use at the same time, first fit in order of birth; the bytes of all."""
+    total, live = 0, []
+    for memory in sorted(memories, key=lambda memory: memory.born):
+        live = [other for other in live if other.last >= memory.born]
+        size, offset = memory.stop - memory.start, 0
+        for other in sorted(live, key=lambda other: other.offset):
+            if offset + size <= other.offset:
+                break
+            offset = max(offset, (other.offset + other.stop - other.start + 63) // 64 * 64)
+        memory.offset = offset
+        live.append(memory)
+        total = max(total, offset + size)
+    return total
