@@ -158,7 +158,7 @@ class OnnxWeightKernel(Kernel):
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         weight = self.integers.float() * self.scale.reshape(-1, *(1,) * (self.integers.dim() - 1))
-        y = self.apply_map(x, weight)
+        y = self.apply_map(x, weight, None)
         return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim())
 
 

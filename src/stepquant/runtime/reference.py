@@ -34,12 +34,12 @@ class WeightOnlyKernel(Kernel):
         if weight.dim() == 4:  # so that what follows a convolution is laid out as kernels want it
             weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
-        self.dim = channel_dim(module)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone(), persistent=False)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        y = self.apply_map(x, self.weight.to(x.dtype))
-        return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim()).to(x.dtype)
+        y = self.apply_map(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        # Of a picture with one channel torch cannot tell the layout.
+        return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
 class Span(NamedTuple):
@@ -96,7 +96,7 @@ class ReferenceKernel(Kernel):
             if self.balance is not None:
                 s = s * along_channels(self.balance[span.start : span.stop], self.dim, part.dim())
             codes = quantize(part, s, z, self.bits) - z
-            sums.append(self.apply_map(codes.to(weight.dtype), weight))
+            sums.append(self.apply_map(codes.to(weight.dtype), weight, None))
         return sums
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:

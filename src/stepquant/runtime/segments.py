@@ -17,8 +17,8 @@ from stepquant.nn.tables import QuantizedLayer
 MOST_INPUTS = (1 << 31) // (255 * 128)
 """Products of a code and a weight that an int32 accumulator holds in the worst case."""
 
-Apply = Callable[[Tensor, Tensor], Tensor]
-"""``apply(x, weight) -> y``: the layer's linear map, without bias."""
+Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``apply(x, weight, bias) -> y``."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def linear_map(module: QuantizedModule) -> Apply:
     if not isinstance(module, QuantizedConv2d):
         return F.linear
     stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
-    return lambda x, weight: F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return lambda x, weight, bias: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def channel_dim(module: QuantizedModule) -> int:

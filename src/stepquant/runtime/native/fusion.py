@@ -32,6 +32,11 @@ def restore_forward(block: nn.Module) -> None:
         del block.forward
 
 
+def is_fused(block: nn.Module) -> bool:
+    """Whether a block has another `forward`."""
+    return _LAYERS in block.__dict__
+
+
 def is_unchanged(block: nn.Module) -> bool:
     """Whether every module inside the block stands where it stood, and norms have their parameters at hand.
 

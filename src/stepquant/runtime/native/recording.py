@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
         outputs = [self._output(index, x) for index, x in enumerate(tensors)]
         if self.obstacle is not None:
             return None
-        arena = _lay_out([memory for memory in self.memory if memory.slot == ARENA and memory.last >= 0])
+        arena = lay_out([memory for memory in self.memory if memory.slot == ARENA and memory.last >= 0])
         pointers = [
             (at, where, offset, by_row) if isinstance(where, int) else (at, where.slot, where.offset + offset, by_row)
             for at, where, offset, by_row in self.pointers
@@ -311,7 +311,7 @@ def _pointer_fields(structure: Any) -> list[int]:
     return [offset + at for offset, kind in fields for at in _pointer_fields(kind)]
 
 
-def _lay_out(memories: list[Memory]) -> int:
+def lay_out(memories: list[Memory]) -> int:
     """Give each a place where no other is in use at the same time, first fit in order of birth; the bytes of all."""
     total, live = 0, []
     for memory in sorted(memories, key=lambda memory: memory.born):

@@ -1,9 +1,9 @@
-"""Blocks of a UNet that run by their recording, wherever nothing has changed since it was made."""
+"""Blocks that run by their recording, wherever nothing has changed since it was made."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -13,6 +13,7 @@ from diffusers.models.unets import unet_2d_blocks
 from torch import Tensor, nn
 
 from stepquant.nn.layers import QuantizedModule, opaque
+from stepquant.runtime.native.fusion import is_fused
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.library import TYPES
 from stepquant.runtime.native.recording import Recorder, Recording, is_recording
@@ -27,13 +28,13 @@ RECORDED = (
     unet_2d_blocks.AttnUpBlock2D,
     unet_2d_blocks.CrossAttnUpBlock2D,
 )
-"""Classes of the blocks that are recorded, with all that is in them."""
+"""Classes of the blocks that are recorded, with all that is in them; and of other fused blocks what they say."""
 
 MOST_LAYOUTS = 8
 """Recordings that a block keeps, of inputs of different shapes."""
 
-SETTINGS = ("s1", "s2", "b1", "b2", "_chunk_size", "training")
-"""Attributes by which a user changes what a block of diffusers computes: FreeU, chunks of a feed-forward, dropout."""
+SETTINGS = ("s1", "s2", "b1", "b2", "_chunk_size")
+"""Attributes by which a user changes what a block of diffusers computes: FreeU, and chunks of a feed-forward."""
 
 _NAME = "_recordings"
 _OFF = threading.local()
@@ -47,21 +48,18 @@ class Recordings:
     """What a block remembers; copies of the block begin anew.
 
     Attributes:
-        forward: what the block ran before.
         by_layout: a layout of the arguments -> its recording; True where the block ran once, False where it cannot
             be recorded.
     """
 
-    def __init__(self, block: nn.Module, forward: Any) -> None:
-        self.forward = forward
+    def __init__(self, block: nn.Module) -> None:
         self.by_layout: dict[Any, Recording | bool] = {}
         self.renew(block)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
         copied = Recordings.__new__(Recordings)
         memo[id(self)] = copied
-        copied.forward, copied.by_layout, copied.children = self.forward, {}, []
-        copied.parameters, copied.settings, copied.clock = [], [], None
+        copied.by_layout, copied.children, copied.parameters, copied.settings, copied.clock = {}, [], [], [], None
         return copied
 
     def renew(self, block: nn.Module) -> None:
@@ -81,10 +79,10 @@ class Recordings:
             if parameter is not None
         ]
         self.settings = [
-            (module.__dict__, name, module.__dict__[name])
+            (module.__dict__, name, module.__dict__.get(name))
             for module in block.modules()
             for name in SETTINGS
-            if name in module.__dict__
+            if module is block or name in module.__dict__
         ]
         self.clock = next(module.clock for module in block.modules() if isinstance(module, QuantizedModule))
 
@@ -106,15 +104,17 @@ class Recordings:
 def install(model: nn.Module) -> None:
     """Let every block of `model` that has native kernels be recorded."""
     for block in model.modules():
-        if isinstance(block, RECORDED) and any(is_native(module) for module in block.modules()):
-            block.__dict__[_NAME] = Recordings(block, type(block).forward)
+        whole = isinstance(block, RECORDED)
+        if (whole or is_fused(block)) and any(is_native(module) for module in block.modules()):
+            block.__dict__[_NAME] = Recordings(block)
+        if whole and _NAME in block.__dict__:
             block.forward = MethodType(_forward, block)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for block in model.modules():
-        if block.__dict__.pop(_NAME, None) is not None:
+        if block.__dict__.pop(_NAME, None) is not None and isinstance(block, RECORDED):
             del block.forward
 
 
@@ -130,9 +130,17 @@ def step_by_step() -> Iterator[None]:
 
 @opaque
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    known: Recordings = block.__dict__[_NAME]
-    if is_recording() or getattr(_OFF, "value", False) or known.hooked():
-        return known.forward(block, *args, **kwargs)
+    return replayed(block, type(block).forward, *args, **kwargs)
+
+
+def replayed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(block, *args, **kwargs)``, always the same function for one block; by its recording if there is one.
+
+    The first call with arguments of a layout runs as it is, so that kernels can make their plans; the second is recorded.
+    """
+    known: Recordings | None = block.__dict__.get(_NAME)
+    if known is None or is_recording() or getattr(_OFF, "value", False) or known.hooked():
+        return function(block, *args, **kwargs)
     if not known.hold():
         known.renew(block)
     row = known.clock.row
@@ -140,24 +148,27 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
         layout = (_layout(args, tensors), _layout(kwargs, tensors), torch.get_num_threads())
     except _Impossible:
-        return known.forward(block, *args, **kwargs)
+        return function(block, *args, **kwargs)
     recording = known.by_layout.get(layout)
-    if row.dim() == 0 and isinstance(recording, Recording) and recording.lock.acquire(blocking=False):
-        try:
-            return recording.replay(tensors, int(row))
-        finally:
-            recording.lock.release()
-    if row.dim() > 0 or recording is not True:
-        if recording is None:
-            if len(known.by_layout) >= MOST_LAYOUTS:
-                known.by_layout.clear()
-            known.by_layout[layout] = True  # kernels make their plans in the first run
-        return known.forward(block, *args, **kwargs)
-    tables = [table for module in block.modules() for table in getattr(module, "by_row", ())]
-    with Recorder(tensors, row, int(row), tables) as recorder:
-        result = known.forward(block, *args, **kwargs)
-    known.by_layout[layout] = recorder.finish(result) or False
-    return result
+    if row.dim() > 0 or recording is False:
+        return function(block, *args, **kwargs)
+    if recording is None:
+        if len(known.by_layout) >= MOST_LAYOUTS:
+            known.by_layout.clear()
+        known.by_layout[layout] = True
+        return function(block, *args, **kwargs)
+    if recording is True:
+        tables = [table for module in block.modules() for table in getattr(module, "by_row", ())]
+        with Recorder(tensors, row, int(row), tables) as recorder:
+            result = function(block, *args, **kwargs)
+        known.by_layout[layout] = recorder.finish(result) or False
+        return result
+    if not recording.lock.acquire(blocking=False):
+        return function(block, *args, **kwargs)
+    try:
+        return recording.replay(tensors, int(row))
+    finally:
+        recording.lock.release()
 
 
 def _layout(value: Any, tensors: list[Tensor]) -> Any:

@@ -23,6 +23,7 @@ from stepquant.nn.layers import opaque
 from stepquant.runtime.native.fusion import is_unchanged
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, layer_norm
+from stepquant.runtime.native.replay import replayed
 
 NORMS = ("layer_norm", "ada_norm_zero")
 """Normalizations of a `BasicTransformerBlock` that are fused: those of Stable Diffusion and of DiT."""
@@ -59,9 +60,10 @@ def block_forward(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """``BasicTransformerBlock.forward``; hidden_states: [B, N, C], encoder_hidden_states: [B, M, D]."""
+    y: Tensor
     masked = attention_mask is not None or encoder_attention_mask is not None
     if masked or cross_attention_kwargs or block._chunk_size is not None or not is_unchanged(block):
-        y: Tensor = type(block).forward(
+        y = type(block).forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
             cross_attention_kwargs, class_labels, added_cond_kwargs,
         )  # fmt: skip
@@ -77,10 +79,25 @@ def block_forward(
         before, after = (1 + scale, shift), (1 + late_scale, late_shift)
         gates = (gate.contiguous(), late_gate.contiguous())
     first = block.norm1 if before is None else block.norm1.norm
-    x = _attend(block.attn1, x, None, layer_norm(first, *before or ()), gates[0])
+    norms = [layer_norm(first, *before or ()), layer_norm(block.norm3, *after or ())]
     if block.attn2 is not None:
-        x = _attend(block.attn2, x, encoder_hidden_states, layer_norm(block.norm2), None)
-    return _feed_forward(block.ff, x, layer_norm(block.norm3, *after or ()), gates[1])
+        norms.append(layer_norm(block.norm2))
+    y = replayed(block, _layers, x, encoder_hidden_states, norms, gates)
+    return y
+
+
+def _layers(
+    block: BasicTransformerBlock,
+    x: Tensor,
+    context: Tensor | None,
+    norms: list[Norm],
+    gates: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """A block with what time and class ask of it: the normalizations before attention, feed-forward and context."""
+    x = _attend(block.attn1, x, None, norms[0], gates[0])
+    if block.attn2 is not None:
+        x = _attend(block.attn2, x, context, norms[2], None)
+    return _feed_forward(block.ff, x, norms[1], gates[1])
 
 
 def mixed_heads(block: Attention, x: Tensor, context: Tensor | None, norm: Norm) -> Tensor:

@@ -1,0 +1,244 @@
+"""Blocks by their recording against the same blocks kernel by kernel, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stepquant as sq
+from stepquant.nn.deploy import replace_module
+from stepquant.runtime import native, prepare
+from stepquant.runtime.native import recording, replay
+from stepquant.runtime.native.recording import Memory, Recording, lay_out
+from stepquant.runtime.native.replay import step_by_step
+
+pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+
+TIMES = (900, 500, 100)
+
+
+def build(request):
+    """A denoiser in native integers with a row of scales a step, and what it is given: (shape of x, conditions)."""
+    pipeline = request.getfixturevalue(request.param)
+    settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
+    quantized = sq.quantize(
+        pipeline, "w8a8", recipe="quest", calibration=sq.Calibration(samples=8, steps=4), backend="native", **settings
+    )
+    if request.param == "class_pipeline":
+        return quantized.transformer, (4, 8, 8), {"class_labels": torch.tensor([1, 2])}
+    if request.param == "text_pipeline":
+        return quantized.unet, (4, 8, 8), {"encoder_hidden_states": torch.randn(2, 7, 16)}
+    return quantized.unet, (1, 16, 16), {}
+
+
+UNETS = ["unconditional_pipeline", "text_pipeline"]
+case = pytest.fixture(build, scope="module", params=[*UNETS, "class_pipeline"], name="case")
+unet_case = pytest.fixture(build, scope="module", params=UNETS, name="unet_case")
+
+
+def runs(model, shape, conditions, times=TIMES, *, plain=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), step_by_step() if plain else nullcontext():
+        return [
+            model(torch.randn(2, *shape, generator=generator), torch.tensor([time, time]), **conditions).sample
+            for time in times
+        ]
+
+
+def recorded(model) -> list:
+    """What every block has for the layouts that it was given."""
+    blocks = [module.__dict__["_recordings"] for module in model.modules() if "_recordings" in module.__dict__]
+    return [one for block in blocks for one in block.by_layout.values()]
+
+
+def test_a_recording_does_what_the_kernels_do(case):
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    expected = runs(model, shape, conditions, TIMES * 2, plain=True)
+    assert recorded(model) == []
+    found = runs(model, shape, conditions, TIMES * 2)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert recorded(model)
+    assert any(isinstance(one, Recording) for one in recorded(model))
+    # Steps have scales of their own, so this would show a recording that keeps those of the step it was made in.
+    assert not torch.equal(*(runs(model, shape, conditions, [time])[0] for time in (900, 100)))
+
+
+def test_every_block_of_a_unet_is_recorded(unet_case):
+    model, shape, conditions = unet_case
+    model = copy.deepcopy(model)
+    runs(model, shape, conditions)
+    for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
+        assert [type(one) for one in block.__dict__["_recordings"].by_layout.values()] == [Recording]
+
+
+def test_nothing_is_computed_in_python(unet_case, monkeypatch):
+    """No kernel of a recorded UNet is called one by one, but for those outside of its blocks."""
+    model, shape, conditions = unet_case
+    model = copy.deepcopy(model)
+    runs(model, shape, conditions)
+    called = []
+    for name, module in model.named_modules():
+        if name.endswith(".kernel") and "blocks" in name and hasattr(module, "run"):
+            monkeypatch.setattr(module, "run", lambda *_args, name=name, **_kwargs: called.append(name))
+    runs(model, shape, conditions)
+    assert called == []
+
+
+def test_mixed_timesteps_have_no_recording(case):
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    runs(model, shape, conditions)
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        mixed = model(x, torch.tensor([900, 100]), **conditions).sample
+        with step_by_step():
+            assert torch.equal(mixed, model(x, torch.tensor([900, 100]), **conditions).sample)
+
+
+def _norm(model):
+    norm = next(module for module in model.up_blocks[0].modules() if isinstance(module, torch.nn.GroupNorm))
+    norm.weight = torch.nn.Parameter(norm.weight.detach() * 2)
+
+
+def _norm_in_place(model):
+    norm = next(module for module in model.up_blocks[0].modules() if isinstance(module, torch.nn.GroupNorm))
+    with torch.no_grad():
+        norm.weight.mul_(2)
+
+
+def _layer(model):
+    class Twice(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) * 2
+
+    replace_module(model, "up_blocks.0.resnets.0.conv1", Twice(model.get_submodule("up_blocks.0.resnets.0.conv1")))
+
+
+def _processor(model):
+    module = next(module for module in model.modules() if hasattr(module, "set_processor"))
+    module.set_processor(AttnProcessor2_0())
+
+
+def _free_u(model):
+    for block in model.up_blocks:
+        block.s1, block.s2, block.b1, block.b2 = 0.5, 0.5, 1.5, 1.5
+
+
+def _forward(model):
+    resnet = model.up_blocks[0].resnets[0]
+    before = resnet.forward
+    resnet.forward = lambda *args, **kwargs: before(*args, **kwargs) * 2
+
+
+@pytest.mark.parametrize("change", [_norm, _norm_in_place, _layer, _processor, _free_u, _forward])
+def test_changes_are_noticed(change, unet_case):
+    model, shape, conditions = unet_case
+    model = copy.deepcopy(model)
+    before = runs(model, shape, conditions)
+    change(model)
+    expected = runs(model, shape, conditions, plain=True)
+    # FreeU is for models that are given text; the same attention by another processor comes to the same.
+    if change is not _processor and (conditions or change is not _free_u):
+        assert not torch.equal(before[0], expected[0])
+    for _ in range(2):
+        found = runs(model, shape, conditions)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_listener_inside_hears_every_step(unet_case):
+    model, shape, conditions = unet_case
+    model = copy.deepcopy(model)
+    expected = runs(model, shape, conditions)
+    heard = []
+    handle = model.up_blocks[0].resnets[0].register_forward_hook(lambda *_: heard.append(1))
+    assert all(torch.equal(*pair) for pair in zip(runs(model, shape, conditions), expected, strict=True))
+    assert len(heard) == len(TIMES)
+    handle.remove()
+    runs(model, shape, conditions)
+    assert len(heard) == len(TIMES)
+
+
+def test_another_backend_has_no_recordings(case):
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    runs(model, shape, conditions)
+    prepare(model, "reference")
+    assert recorded(model) == []
+    expected = runs(model, shape, conditions, plain=True)
+    assert all(torch.equal(*pair) for pair in zip(runs(model, shape, conditions), expected, strict=True))
+
+
+def test_copies_record_for_themselves(case):
+    model, shape, conditions = case
+    first = copy.deepcopy(model)
+    expected = runs(first, shape, conditions)
+    second = copy.deepcopy(first)
+    assert recorded(second) == []
+    del first
+    assert all(torch.equal(*pair) for pair in zip(runs(second, shape, conditions), expected, strict=True))
+
+
+def test_two_threads_on_one_model(case):
+    """Which is not promised for its clock; at one timestep the kernels themselves must not mix the two up."""
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    times = [500] * 6
+    expected = [runs(model, shape, conditions, times, plain=True, seed=seed) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            found = list(pool.map(lambda seed: runs(model, shape, conditions, times, seed=seed), (1, 2)))
+            for some, others in zip(found, expected, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(some, others, strict=True))
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(case, monkeypatch):
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    monkeypatch.setattr(recording, "MOST_BYTES", 0)
+    expected = runs(model, shape, conditions, plain=True)
+    found = runs(model, shape, conditions)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert set(recorded(model)) == {False}
+
+
+def test_layouts_are_not_kept_without_end(case, monkeypatch):
+    model, shape, conditions = case
+    model = copy.deepcopy(model)
+    monkeypatch.setattr(replay, "MOST_LAYOUTS", 2)
+    with torch.no_grad():
+        for batch in (1, 2, 3, 4, 2, 2, 2):
+            more = {name: value[:1].expand(batch, *value.shape[1:]).clone() for name, value in conditions.items()}
+            model(torch.randn(batch, *shape), torch.full((batch,), 500), **more)
+    blocks = [module.__dict__["_recordings"] for module in model.modules() if "_recordings" in module.__dict__]
+    assert max(len(block.by_layout) for block in blocks) <= 2
+    assert any(isinstance(one, Recording) for one in recorded(model))
+
+
+LIVES = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=20)
+
+
+@given(LIVES)
+def test_memory_in_use_is_nobody_elses(lives):
+    memories = [
+        Memory(0, size, torch.empty(0), min(born, last), max(born, last)) for size, born, last in lives
+    ]
+    total = lay_out(memories)
+    assert total <= sum((memory.stop + 63) // 64 * 64 for memory in memories)
+    for index, one in enumerate(memories):
+        assert one.offset + one.stop <= total
+        for other in memories[index + 1 :]:
+            together = one.born <= other.last and other.born <= one.last
+            apart = one.offset + one.stop <= other.offset or other.offset + other.stop <= one.offset
+            assert apart or not together
