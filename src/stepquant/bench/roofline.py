@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from stepquant.bench.measure import wall_seconds
 from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear
 from stepquant.runtime.native import NativeKernel
 from stepquant.runtime.native.attention import NativeAttention
+from stepquant.runtime.native.replay import step_by_step
 
 PEAK_SIZE = 2048
 """Inputs, outputs and rows of the product that stands for the peak; its operands fit a large cache."""
@@ -62,6 +65,8 @@ class _Timed:
 def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) -> tuple[float, list[Share]]:
     """The measured int8 peak in operations a second, and the parts of a step of a model with native kernels.
 
+    Kernels are timed one by one, the whole step as it runs, by its recordings: what is left is the rest.
+
     Raises:
         StepquantError: if no layer of the model has a native kernel.
     """
@@ -75,6 +80,7 @@ def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) ->
     def record(part: str, duration: float) -> None:
         seconds[part] += duration
 
+    whole = _median_seconds(lambda: model(**arguments), rounds)
     restore = []
     for layer in layers.values():
         part = "convolutions" if isinstance(layer, QuantizedConv2d) else "linears"
@@ -88,13 +94,12 @@ def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) ->
             timed: Any = _Timed(module.library, record, "attention")
             module.library = timed
     try:
-        model(**arguments)
-        seconds.clear()
-        operations.clear()
-        start = time.perf_counter()
-        for _ in range(rounds):
+        with step_by_step():
             model(**arguments)
-        whole = (time.perf_counter() - start) / rounds
+            seconds.clear()
+            operations.clear()
+            for _ in range(rounds):
+                model(**arguments)
     finally:
         for kernel, library, run in restore:
             kernel.library = library
@@ -115,6 +120,12 @@ def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) ->
             )
         )
     return peak, shares
+
+
+def _median_seconds(run: Callable[[], object], rounds: int) -> float:
+    for _ in range(2):  # a block's second run is recorded
+        run()
+    return median(wall_seconds(run) for _ in range(rounds))
 
 
 def _counting(

@@ -231,9 +231,7 @@ LIVES = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(
 
 @given(LIVES)
 def test_memory_in_use_is_nobody_elses(lives):
-    memories = [
-        Memory(0, size, torch.empty(0), min(born, last), max(born, last)) for size, born, last in lives
-    ]
+    memories = [Memory(0, size, torch.empty(0), min(born, last), max(born, last)) for size, born, last in lives]
     total = lay_out(memories)
     assert total <= sum((memory.stop + 63) // 64 * 64 for memory in memories)
     for index, one in enumerate(memories):

@@ -83,7 +83,9 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
     x, added, scaled = input_tensor, None, None
     if projection is not None and temb is not None:
         if is_native(projection):
-            time = projection.kernel.run(temb, row, activation=None if block.skip_time_act else "silu", dtype=torch.float32)
+            time = projection.kernel.run(
+                temb, row, activation=None if block.skip_time_act else "silu", dtype=torch.float32
+            )
         else:
             time = projection(temb if block.skip_time_act else block.nonlinearity(temb)).float()
         if block.time_embedding_norm == "scale_shift":

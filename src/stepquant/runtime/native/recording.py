@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from ctypes import addressof, byref, c_void_p, sizeof
+from ctypes import byref, c_void_p, sizeof
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from stepquant.runtime.native.library import TYPES, Attention, Call, GroupNorm, 
 from stepquant.runtime.native.memory import scratch
 
 MOST_BYTES = 1 << 28
-"""What a block may allocate while it is recorded, where all of it is held: beyond that Python is a small part anyway."""
+"""What a block may allocate while it is recorded, since all of it is held: beyond that Python is a small part."""
 
 KINDS = (Call, GroupNorm, Attention, Join)
 """As ``replay.cpp`` numbers them."""
@@ -88,7 +89,8 @@ class Recording:
     """The calls of a block for inputs of one layout.
 
     Args:
-        structures: one after the other; `steps` and `pointers` as ``replay.cpp`` has them.
+        structures: one after the other; `steps` and `pointers`, of the structures of these names, say what to do
+            with them.
         outputs: in order; `template` is what the block returns, with their indices in their place.
         arena, codes: bytes.
     """
@@ -96,8 +98,8 @@ class Recording:
     def __init__(
         self,
         structures: bytes,
-        steps: list[tuple[int, int]],
-        pointers: list[tuple[int, int, int, int]],
+        steps: list[Any],
+        pointers: list[Any],
         outputs: list[Output],
         template: Any,
         *,
@@ -153,7 +155,7 @@ class Recorder(TorchDispatchMode):
         self.bytes = self.codes = self.held = 0
         self.obstacle: str | None = None
         spans = sorted(_extent(x) for x in inputs)
-        if any(second[0] < first[1] for first, second in zip(spans, spans[1:], strict=False)):
+        if any(second[0] < first[1] for first, second in pairwise(spans)):
             self.obstacle = "inputs that share memory"
 
     def __enter__(self) -> Recorder:
@@ -200,12 +202,14 @@ class Recorder(TorchDispatchMode):
             return None
         arena = lay_out([memory for memory in self.memory if memory.slot == ARENA and memory.last >= 0])
         pointers = [
-            (at, where, offset, by_row) if isinstance(where, int) else (at, where.slot, where.offset + offset, by_row)
+            Pointer(at, where, offset, by_row)
+            if isinstance(where, int)
+            else Pointer(at, where.slot, where.offset + offset, by_row)
             for at, where, offset, by_row in self.pointers
         ]
         steps, at = [], 0
         for structure in self.structures:
-            steps.append((KINDS.index(type(structure)), at))
+            steps.append(Step(KINDS.index(type(structure)), at))
             at += sizeof(structure)
         return Recording(
             b"".join(bytes(structure) for structure in self.structures), steps, pointers, outputs, template,
@@ -313,7 +317,7 @@ def _pointer_fields(structure: Any) -> list[int]:
 
 def lay_out(memories: list[Memory]) -> int:
     """Give each a place where no other is in use at the same time, first fit in order of birth; the bytes of all."""
-    total, live = 0, []
+    total, live = 0, list[Memory]()
     for memory in sorted(memories, key=lambda memory: memory.born):
         live = [other for other in live if other.last >= memory.born]
         size, offset = memory.stop - memory.start, 0

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.unets import unet_2d_blocks
 from torch import Tensor, nn
 
+from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import QuantizedModule, opaque
 from stepquant.runtime.native.fusion import is_fused
 from stepquant.runtime.native.kernel import is_native
@@ -45,22 +46,19 @@ class _Impossible(Exception):
 
 
 class Recordings:
-    """What a block remembers; copies of the block begin anew.
+    """What a block remembers, nothing at first; copies of the block begin anew.
 
     Attributes:
         by_layout: a layout of the arguments -> its recording; True where the block ran once, False where it cannot
             be recorded.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self) -> None:
         self.by_layout: dict[Any, Recording | bool] = {}
-        self.renew(block)
+        self.clock: StepClock | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
-        copied = Recordings.__new__(Recordings)
-        memo[id(self)] = copied
-        copied.by_layout, copied.children, copied.parameters, copied.settings, copied.clock = {}, [], [], [], None
-        return copied
+        return Recordings()
 
     def renew(self, block: nn.Module) -> None:
         """Forget every recording, and take the block as it is now."""
@@ -88,16 +86,18 @@ class Recordings:
 
     def hold(self) -> bool:
         """Whether the block is as it was: the same modules, parameters and settings. A few microseconds."""
+        if self.clock is None:
+            return False
         for modules, name, child, own, forward in self.children:
             if modules.get(name) is not child or own.get("forward") is not forward:
                 return False
         for parameters, name, parameter, address in self.parameters:
             if parameters.get(name) is not parameter or parameter.data_ptr() != address:
                 return False
-        return all(own.get(name) == value for own, name, value in self.settings) and self.clock is not None
+        return all(own.get(name) == value for own, name, value in self.settings)
 
     def hooked(self) -> bool:
-        """Whether somebody listens inside of the block, which a recording would pass over."""
+        """Whether somebody listens inside of the block, whom a recording would pass over."""
         return any(child._forward_hooks or child._forward_pre_hooks for _, _, child, _, _ in self.children)
 
 
@@ -106,7 +106,7 @@ def install(model: nn.Module) -> None:
     for block in model.modules():
         whole = isinstance(block, RECORDED)
         if (whole or is_fused(block)) and any(is_native(module) for module in block.modules()):
-            block.__dict__[_NAME] = Recordings(block)
+            block.__dict__[_NAME] = Recordings()
         if whole and _NAME in block.__dict__:
             block.forward = MethodType(_forward, block)
 
@@ -136,13 +136,16 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def replayed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(block, *args, **kwargs)``, always the same function for one block; by its recording if there is one.
 
-    The first call with arguments of a layout runs as it is, so that kernels can make their plans; the second is recorded.
+    The first call with arguments of a layout runs as it is, so that kernels make their plans; the second is recorded.
     """
     known: Recordings | None = block.__dict__.get(_NAME)
-    if known is None or is_recording() or getattr(_OFF, "value", False) or known.hooked():
+    if known is None or is_recording() or getattr(_OFF, "value", False):
         return function(block, *args, **kwargs)
     if not known.hold():
         known.renew(block)
+    if known.hooked():
+        return function(block, *args, **kwargs)
+    assert known.clock is not None
     row = known.clock.row
     tensors: list[Tensor] = []
     try:
