@@ -240,7 +240,7 @@ def test_weights_are_counted_once_and_with_their_kernels(unconditional_pipeline)
         pytest.skip(runtime_cuda.supported())
     unet = unconditional_pipeline.unet
     arguments = example(unet, 1)
-    half = gpu.half_on(unet, torch.device("cpu"))
+    half = networks.half_network(unet, torch.device("cpu"))
     assert gpu.weight_bytes(half) == 2 * sum(parameter.numel() for parameter in unet.parameters())
     layer = quantize_network(unet, arguments, "w4a8", 1).mid_block.resnets[0].conv1
     prepare(layer, "cuda")
@@ -253,6 +253,6 @@ def test_weights_are_counted_once_and_with_their_kernels(unconditional_pipeline)
 
 def test_arguments_on_a_gpu(unconditional_pipeline):
     arguments = example(unconditional_pipeline.unet, 2) | {"class_labels": torch.tensor([1, 2])}
-    found = gpu.moved(arguments, torch.device("cpu"))
+    found = networks.half_arguments(arguments, torch.device("cpu"))
     assert [value.dtype for value in found.values()] == [torch.bfloat16, torch.float32, torch.int64]
     assert found["sample"].is_contiguous(memory_format=torch.channels_last)

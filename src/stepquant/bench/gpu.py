@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,21 +31,6 @@ def event_seconds(run: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def moved(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Arguments of a step on the device: tensors in bfloat16, pictures channels-last, the timestep as it is."""
-
-    def move(value: Tensor) -> Tensor:
-        value = value.to(device, torch.bfloat16 if value.is_floating_point() and value.dim() > 1 else value.dtype)
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
-
-    return {name: move(value) for name, value in arguments.items()}
-
-
-def half_on(model: nn.Module, device: torch.device) -> Any:
-    """A copy of a model in bfloat16 on the device; of a quantized one, integers and tables are as they were."""
-    return copy.deepcopy(model).to(device, torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def captured(model: Any, arguments: dict[str, Tensor]) -> Contestant:

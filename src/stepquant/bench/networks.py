@@ -112,3 +112,18 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     structure = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "structure": quantization.structure()}
     result.register_to_config(quantization_config=structure)
     return result
+
+
+def half_arguments(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Arguments of a step on the device: tensors in bfloat16, pictures channels-last, the timestep as it is."""
+
+    def move(value: Tensor) -> Tensor:
+        value = value.to(device, torch.bfloat16 if value.is_floating_point() and value.dim() > 1 else value.dtype)
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+    return {name: move(value) for name, value in arguments.items()}
+
+
+def half_network(model: nn.Module, device: torch.device) -> Any:
+    """A copy of a model in bfloat16 on the device; of a quantized one, integers and tables are as they were."""
+    return copy.deepcopy(model).to(device, torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.bench.networks import half_arguments, half_network
 from stepquant.errors import first_line
 
 Contestant = Callable[[], object]
@@ -53,10 +54,7 @@ def _with_libraries(found: dict[str, Contestant], libraries: Libraries) -> tuple
 
 
 def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
-    half: Any = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    halved = {key: value.bfloat16() if value.dim() > 1 else value for key, value in arguments.items()}
-    picture = next(iter(halved))
-    halved[picture] = halved[picture].contiguous(memory_format=torch.channels_last)
+    half, halved = half_network(model, torch.device("cpu")), half_arguments(arguments, torch.device("cpu"))
     whole_compiled, half_compiled = torch.compile(model), torch.compile(half)
     return {
         "torch.compile float32": lambda: whole_compiled(**arguments),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from stepquant.bench.measure import Timing
     from stepquant.bench.resident import Resident
     from stepquant.bench.roofline import Share
-
-PER_STEP_ROWS = 50
 
 
 def bench(
@@ -45,15 +42,13 @@ def bench(
     """Time a step of a model in full precision and in integers, on random data."""
     import torch
 
-    from stepquant.bench.gpu import captured, check_gpu, event_seconds, half_on, moved, weight_bytes
-    from stepquant.bench.measure import measure, wall_seconds
-    from stepquant.bench.networks import example, find_network, quantize_network
-    from stepquant.bench.peers import gpu_peers
-    from stepquant.bench.peers import peers as peers_of
+    from stepquant.bench.contest import contest
+    from stepquant.bench.gpu import check_gpu
+    from stepquant.bench.measure import measure
+    from stepquant.bench.networks import example, find_network
     from stepquant.bench.resident import resident as resident_of
     from stepquant.bench.roofline import roofline
-    from stepquant.runtime import MEMORY, check_memory, fallbacks, prepare
-    from stepquant.workspace import write_atomic
+    from stepquant.runtime import MEMORY, check_memory
 
     at_least_one("batch", batch)
     at_least_one("rounds", rounds)
@@ -71,96 +66,60 @@ def bench(
         torch.set_num_threads(threads)
     network = find_network(model)
     arguments = example(network, batch)
-    per_step = quantize_network(network, arguments, bits, PER_STEP_ROWS)
-    static = quantize_network(network, arguments, bits, 1)
-    seconds_of, full = wall_seconds, "torch eager float32"
-    if device == "cuda":
-        seconds_of, full = event_seconds, "torch eager bfloat16"
-        network, per_step, static = (half_on(each, torch.device(device)) for each in (network, per_step, static))
-        arguments = moved(arguments, torch.device(device))
-    backend = prepare(per_step, "auto", memory)
-    prepare(static, backend, memory)
-    slow = fallbacks(per_step)
     with torch.no_grad():
-        contestants: dict[str, Any] = {
-            full: lambda: network(**arguments),
-            f"stepquant {bits}, {backend}, a scale a step": lambda: per_step(**arguments),
-            f"stepquant {bits}, {backend}, static scales": lambda: static(**arguments),
-        }
-        left_out: dict[str, str] = {}
-        if device == "cuda":
-            contestants[f"stepquant {bits}, {backend}, a CUDA graph"] = captured(per_step, arguments)
-        if peers:
-            others, left_out = (
-                gpu_peers(network, arguments)
-                if device == "cuda"
-                else peers_of(network, arguments, torch.get_num_threads())
-            )
-            contestants |= others
+        found = contest(network, arguments, bits, memory=memory, device=device, with_peers=peers)
         with progress().task("Timing", rounds + 1) as advance:
-            timings = measure(contestants, rounds, advance, seconds_of)
-        found = roofline(per_step, arguments) if shares else None
+            timings = measure(found.contestants, rounds, advance, found.seconds_of)
+        spent = roofline(found.per_step, found.arguments) if shares else None
     sizes = []
     if resident:
-        sizes = [resident_of("torch float32", network, batch)]
-        sizes += [resident_of(f"stepquant {bits}, {kind}", per_step, batch, kind) for kind in MEMORY]
-    machine = f"{_processor()}, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-        held = {"bfloat16": weight_bytes(network), bits: weight_bytes(per_step)}
-    console().print(_table(f"{model}, batch {batch}, {machine}", timings))
-    price = _median_ratio(timings[1], timings[2])
+        sizes = [resident_of("torch float32", found.network, batch)]
+        sizes += [resident_of(f"stepquant {bits}, {kind}", found.per_step, batch, kind) for kind in MEMORY]
+    price = median(one / other for one, other in zip(timings[1].times, timings[2].times, strict=True))
+    console().print(_table(f"{model}, batch {batch}, {found.machine}", timings))
     typer.echo(f"a scale a step takes {price:.3f} times as long as static scales (median over the rounds)")
-    for name, reason in left_out.items():
+    for name, reason in found.left_out.items():
         typer.echo(f"{name} is left out: {reason}.")
-    if slow:
-        typer.echo(f"{len(slow)} layers have no integer kernel and run in floating point: {', '.join(slow[:5])}")
-    if found is not None:
-        console().print(_roofline_table(*found))
+    if found.fallbacks:
+        few = ", ".join(found.fallbacks[:5])
+        typer.echo(f"{len(found.fallbacks)} layers have no integer kernel and run in floating point: {few}")
+    if spent is not None:
+        console().print(_roofline_table(*spent))
     if sizes:
         console().print(_memory_table(sizes))
-    if device == "cuda":
-        ratio = held[bits] / held["bfloat16"]
-        typer.echo(f"weights on the GPU: {held[bits] / 1e6:.1f} MB, {ratio:.2f}x those in bfloat16")
+    if found.weight_bytes:
+        halved, held = found.weight_bytes.values()
+        typer.echo(f"weights on the GPU: {held / 1e6:.1f} MB, {held / halved:.2f}x those in bfloat16")
     if json is not None:
-        figures = {
+        figures: dict[str, Any] = {
             "model": model,
             "bits": bits,
             "batch": batch,
             "rounds": rounds,
-            "machine": machine,
-            "backend": backend,
+            "machine": found.machine,
+            "backend": found.backend,
             "memory": memory,
-            "fallbacks": slow,
-            "left_out": left_out,
+            "fallbacks": found.fallbacks,
+            "left_out": found.left_out,
             "per_step_over_static": price,
             "timings": [timing.model_dump() for timing in timings],
         }
-        if device == "cuda":
-            figures |= {"weight_bytes": held}
+        if found.weight_bytes:
+            figures |= {"weight_bytes": found.weight_bytes}
         if sizes:
             figures |= {"resident": [size.model_dump() for size in sizes]}
-        if found is not None:
-            figures |= {"int8_peak": found[0], "roofline": [share.model_dump() for share in found[1]]}
-        write_atomic(json, lambda draft: draft.write_text(_pretty(figures)))
+        if spent is not None:
+            figures |= {"int8_peak": spent[0], "roofline": [share.model_dump() for share in spent[1]]}
+        _write(json, figures)
         typer.echo(f"figures: {json}")
 
 
-def _median_ratio(first: Timing, second: Timing) -> float:
-    return median(one / other for one, other in zip(first.times, second.times, strict=True))
-
-
-def _pretty(figures: dict[str, Any]) -> str:
+def _write(path: Path, figures: dict[str, Any]) -> None:
     import json
 
-    return json.dumps(figures, indent=2) + "\n"
+    from stepquant.workspace import write_atomic
 
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    write_atomic(path, lambda draft: draft.write_text(json.dumps(figures, indent=2) + "\n"))
 
 
 def _table(title: str, timings: list[Timing]) -> Table:
