@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr float LOG2E = 1.44269504f;
+
 Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
   return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
 }
@@ -28,21 +30,71 @@ int32_t code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, u
 }
 
 // Codes to columns, less 128 each: values of a row are four products of one column (transposed: keys), or a row of
-// products (values). `sums` gets the sum of each column.
+// products (values).
 void pack_keys(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
+  const __m512i down = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(64));
+  const __m512i middle = _mm512_set1_epi8((char)128);
   for (int64_t k = 0; k < length; k++) {
     int8_t* tile = out + k / 16 * pieces * TILE + k % 16 * 4;
-    for (int64_t c = 0; c < size; c++) tile[c / 4 * 64 + c % 4] = (int8_t)(codes[k * stride + c] - 128);
+    for (int64_t c = 0; c < size; c += 64, tile += TILE) {
+      const __mmask64 mask = size - c >= 64 ? ~0ull : (1ull << (size - c)) - 1;
+      const __m512i row = _mm512_maskz_loadu_epi8(mask, codes + k * stride + c);
+      _mm512_i32scatter_epi32(tile, down, _mm512_xor_si512(row, _mm512_maskz_mov_epi8(mask, middle)), 1);
+    }
   }
 }
 
 void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
-  for (int64_t k = 0; k < length; k++) {
-    int8_t* row = out + k / 4 * 64 + k % 4;
-    for (int64_t c = 0; c < size; c++) {
-      row[c / 16 * pieces * TILE + c % 16 * 4] = (int8_t)(codes[k * stride + c] - 128);
+  const __m128i middle = _mm_set1_epi8((char)128);
+  for (int64_t k = 0; k < length; k += 4) {
+    for (int64_t c = 0; c < size; c += 16) {
+      const __mmask16 mask = first(size - c);
+      __m128i row[4];
+      for (int64_t i = 0; i < 4; i++) {
+        const __mmask16 real = k + i < length ? mask : 0;
+        row[i] = _mm_xor_si128(_mm_maskz_loadu_epi8(real, codes + (k + i) * stride + c), _mm_maskz_mov_epi8(real, middle));
+      }
+      const __m128i low = _mm_unpacklo_epi8(row[0], row[1]), high = _mm_unpackhi_epi8(row[0], row[1]);
+      const __m128i low2 = _mm_unpacklo_epi8(row[2], row[3]), high2 = _mm_unpackhi_epi8(row[2], row[3]);
+      __m128i* to = (__m128i*)(out + c / 16 * pieces * TILE + k / 4 * 64);
+      _mm_storeu_si128(to, _mm_unpacklo_epi16(low, low2));
+      _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low, low2));
+      _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(high, high2));
+      _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high, high2));
     }
   }
+}
+
+// 2^(x - top) of a row in place, and their sum. The row is as long as whole vectors of 16.
+float powers(float* row, int64_t length) {
+  const int64_t whole = length / 16 * 16;
+  const __mmask16 rest = first(length - whole);
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int64_t c = 0; c < whole; c += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + c));
+  if (rest) largest = _mm512_mask_max_ps(largest, rest, largest, _mm512_loadu_ps(row + whole));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t c = 0; c < length; c += 16) {
+    const __m512 e = exp2_16_below(_mm512_sub_ps(_mm512_loadu_ps(row + c), top));
+    _mm512_storeu_ps(row + c, e);
+    total = _mm512_mask_add_ps(total, c < whole ? 0xFFFF : rest, total, e);
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+// Codes of share * row, none of which is negative, and the sum of the codes.
+int32_t probability_codes(const float* row, int64_t length, float share, const Quantizer& q, uint8_t* out) {
+  const __m512 factor = _mm512_set1_ps(share / q.scale);
+  const int64_t whole = length / 16 * 16;
+  __m128i sums = _mm_setzero_si128();
+  for (int64_t c = 0; c < length; c += 16) {
+    const __mmask16 mask = c < whole ? 0xFFFF : first(length - whole);
+    const __m512 steps = _mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(row + c), factor), q.high);
+    const __m128i codes = _mm_maskz_mov_epi8(mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(steps), q.zero)));
+    sums = _mm_add_epi64(sums, _mm_sad_epu8(codes, _mm_setzero_si128()));
+    _mm_storeu_si128((__m128i*)(out + c), codes);
+  }
+  return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1));
 }
 
 }  // namespace
@@ -103,7 +155,7 @@ extern "C" void sq_attention(const Attention* given) {
         row_term[i] = -(k.zero_point - 128) * code_row(a.query, at, a.size, q, queries + i * deep);
       }
       Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces};
-      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor);
+      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor * LOG2E);  // so that e^x is 2^score
       for (int64_t n = 0; n < key_tiles; n += 2) {
         const int32_t *left = key_start + n * 16, *right = left + 16;
         product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}}, sums);
@@ -119,31 +171,16 @@ extern "C" void sq_attention(const Attention* given) {
       memset(probabilities, 0, 32 * long_);
       for (int64_t i = 0; i < many; i++) {
         float* row = scores.data() + i * wide;
-        const float* extra = a.mask ? a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row : nullptr;
-        __m512 largest = _mm512_set1_ps(-INFINITY);
-        for (int64_t c = 0; c < a.key_length; c += 16) {
-          const __mmask16 mask = first(a.key_length - c);
-          __m512 s = _mm512_loadu_ps(row + c);
-          if (extra) s = _mm512_add_ps(s, _mm512_maskz_loadu_ps(mask, extra + c));
-          _mm512_storeu_ps(row + c, s);
-          largest = _mm512_mask_max_ps(largest, mask, largest, s);
+        if (a.mask) {
+          const float* extra = a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row;
+          for (int64_t c = 0; c < a.key_length; c += 16) {
+            const __m512 more = _mm512_maskz_loadu_ps(first(a.key_length - c), extra + c);
+            _mm512_storeu_ps(row + c, _mm512_fmadd_ps(more, _mm512_set1_ps(LOG2E), _mm512_loadu_ps(row + c)));
+          }
         }
-        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), log2e = _mm512_set1_ps(1.44269504f);
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t c = 0; c < a.key_length; c += 16) {
-          const __m512 e = exp2_16(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + c), top), log2e));
-          _mm512_storeu_ps(row + c, e);
-          total = _mm512_mask_add_ps(total, first(a.key_length - c), total, e);
-        }
-        const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        __m512i code_total = _mm512_setzero_si512();
-        for (int64_t c = 0; c < a.key_length; c += 16) {
-          const __mmask16 mask = first(a.key_length - c);
-          const __m128i u = _mm_maskz_mov_epi8(mask, p(_mm512_mul_ps(_mm512_loadu_ps(row + c), share)));
-          code_total = _mm512_add_epi32(code_total, _mm512_cvtepu8_epi32(u));
-          _mm_mask_storeu_epi8(probabilities + i * long_ + c, mask, u);
-        }
-        code_sum[i] = -(v.zero_point - 128) * _mm512_reduce_add_epi32(code_total);
+        const float total = powers(row, a.key_length);
+        const int32_t sum = probability_codes(row, a.key_length, 1.0f / total, p, probabilities + i * long_);
+        code_sum[i] = -(v.zero_point - 128) * sum;
       }
       operand = {{probabilities, probabilities + 16 * long_}, long_, &zero_tap, 1, key_pieces};
       const __m512 scale = _mm512_set1_ps(p.scale * v.scale);

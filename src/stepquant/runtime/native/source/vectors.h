@@ -36,9 +36,9 @@ static inline void store16(void* x, int32_t type, int64_t index, __mmask16 mask,
   _mm256_mask_storeu_epi16((uint16_t*)x + index, mask, half);
 }
 
-// 2^x to float32 accuracy; x is clamped to [-126, 126].
-static inline __m512 exp2_16(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(126.0f));
+// 2^x to float32 accuracy; x is clamped from below to -126.
+static inline __m512 exp2_16_below(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
   __m512 y = _mm512_set1_ps(1.54035304e-4f);  // the Taylor series of 2^f: on [-1/2, 1/2] its error is below 1e-7
@@ -50,6 +50,9 @@ static inline __m512 exp2_16(__m512 x) {
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, whole);
 }
+
+// The same, x clamped to [-126, 126].
+static inline __m512 exp2_16(__m512 x) { return exp2_16_below(_mm512_min_ps(x, _mm512_set1_ps(126.0f))); }
 
 static inline __m512 reciprocal(__m512 x) {  // one Newton step takes 14 bits to 28
   const __m512 r = _mm512_rcp14_ps(x);
