@@ -53,10 +53,8 @@ class Simulation(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, zero_point = (self._spread(values, x) for values in self.table.at(row))
         divided = scale if self.balance is None else scale * along_channels(self.balance, self.dim, x.dim())
-        y = self.apply_map(
-            dequantize(quantize(x, divided, zero_point, self.table.bits), scale, zero_point), self.weight
-        )
-        return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim())
+        seen = dequantize(quantize(x, divided, zero_point, self.table.bits), scale, zero_point)
+        return self.apply_map(seen, self.weight, self.bias)
 
     def _spread(self, values: Tensor, x: Tensor) -> Tensor:
         if len(self.table.group_sizes) <= 1:

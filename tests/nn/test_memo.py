@@ -108,7 +108,8 @@ def _quantized(pipeline, **spec):
 @pytest.mark.parametrize("exact_time", [False, True])
 def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time, unconditional_pipeline, tmp_path):
     _quantized(unconditional_pipeline, exact_time=exact_time).save_pretrained(tmp_path / "out")
-    model = stepquant.load(tmp_path / "out").unet
+    # The native kernels compute the projections in residual blocks, which takes less than looking them up.
+    model = stepquant.load(tmp_path / "out", backend="reference").unet
     names = [name for name in describe(unconditional_pipeline.unet).layers if "time_emb" in name]
     assert len(names) > 4
     plain = copy.deepcopy(model)
