@@ -8,6 +8,7 @@ import functools
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.components import Also, check_components, quantize_component
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
+from stepquant.nn.placement import device_of, placed
 from stepquant.picture_folder import open_pictures
 from stepquant.pipelines import kind_of, make_request
 from stepquant.progress import Progress
@@ -58,6 +60,7 @@ def quantize(
     cache: Path | str | None = None,
     progress: Progress | None = None,
     backend: Backend = "auto",
+    device: torch.device | str | None = None,
     source: str | None = None,
     **arguments: Any,
 ) -> Any:
@@ -91,6 +94,8 @@ def quantize(
             conditions and seed are collected once, whatever the bits. By default they lie in the workspace.
         progress: is told how far the work is.
         backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
+        device: where to compute, such as ``"cuda"``, one block at a time, so that the denoiser need not fit; by default
+            where the pipeline is.
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
             path, which says nothing on another machine.
         arguments: hyperparameters of the recipe.
@@ -102,6 +107,7 @@ def quantize(
     calibration = calibration or Calibration()
     values = hyperparameters(recipe, arguments)
     denoiser = check_quantizable(pipeline, spec, budget)
+    where = check_device(device)
     others = check_components(pipeline, also or {})
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
@@ -110,10 +116,12 @@ def quantize(
     with (
         tempfile.TemporaryDirectory(prefix="stepquant-") as temporary,
         Workspace(Path(workspace or temporary), ranks) as kept,
+        ExitStack() as stack,
     ):
         # Not entered: its stages are whole files, nothing to lock.
         shared = Workspace(Path(cache), ranks) if cache else None
-        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared)
+        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where)
+        stack.enter_context(placed(denoiser, job.description.blocks, where))
         if budget is not None:
             spec = job.within_budget(budget)
             job = dataclasses.replace(job, spec=spec)
@@ -189,6 +197,21 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     return denoiser
 
 
+def check_device(device: torch.device | str | None) -> torch.device | None:
+    """The device that was asked for, with its number; raises `StepquantError` if it is none, or not here."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise StepquantError(
+            f"device is {str(device)!r}, which cannot be used here ({first_line(error)}): leave it out, or give one "
+            "that torch has."
+        ) from None
+    return found
+
+
 def train(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
@@ -240,6 +263,8 @@ def assemble(
     denoiser = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
     denoiser.eval().requires_grad_(False)
     install(denoiser, quantization)
+    if device_of(original).type not in ("cpu", "meta"):
+        denoiser.to(device_of(original))
     denoiser.register_to_config(
         quantization_config={
             "quant_method": QUANT_METHOD,

@@ -67,7 +67,7 @@ def find_balances(
     balances = {}
     with progress.task("Balancing channels", len(layers)) as advance:
         for name, layer in layers.items():
-            found = best_balance(layer, torch.cat(columns.pop(name), dim=1))
+            found = best_balance(layer, torch.cat(columns.pop(name), dim=1).to(layer.weight.device))
             if found is not None:
                 balances[name] = found
             advance(1)
@@ -84,7 +84,7 @@ def best_balance(layer: TrainableLayer, x: Tensor) -> Tensor | None:
         x: float [in, n], the layer's input at n positions.
     """
     weight = layer.weight.transpose(0, 1).flatten(1)
-    best, least = None, output_error(layer, x, torch.ones(len(x)))
+    best, least = None, output_error(layer, x, torch.ones(len(x), device=x.device))
     for kind, a, b in SIZES:
         balance = _size(x, kind) ** a / _size(weight, kind) ** b
         balance = balance / balance.log().mean().exp()

@@ -45,7 +45,7 @@ def estimate_correction(
                 main_tensor(model(**arguments, return_dict=False)) for model in (full_precision, instrumented.model)
             )
             channels = predicted_channels(full_precision, exact)
-            exact, found = (output[:, :channels].double().flatten(1) for output in (exact, found))
+            exact, found = (output[:, :channels].double().flatten(1).cpu() for output in (exact, found))
             for sums, addend in (
                 (products, (found * exact).sum(dim=1)),
                 (powers, exact.square().sum(dim=1)),

@@ -39,7 +39,7 @@ def step_features(
             draw(pipeline, request, range(pictures), seed, decode=False, on_step=partial(advance, pictures))
     finally:
         handle.remove()
-    return torch.stack(kept)
+    return torch.stack(kept).cpu()
 
 
 def density(features: Tensor, quantile: float = 0.3) -> Tensor:

@@ -157,7 +157,8 @@ class _Network:
         """The denoiser's output on all samples with exactly these layers quantized: float32 [N, ...]."""
         self.switch(layers, rest=rest)
         model, batches = self.instrumented.model, self.samples.batches(self.batch_size)
-        return torch.cat([main_tensor(model(**self.samples.arguments(rows), return_dict=False)) for rows in batches])
+        answers = (model(**self.samples.arguments(rows), return_dict=False) for rows in batches)
+        return torch.cat([main_tensor(answer).cpu() for answer in answers])
 
     def _by_group(self, values: Tensor) -> Tensor:
         """Sum of squares over the samples of each group: float64 [G]."""

@@ -242,8 +242,8 @@ class _Recorder:
                 "ask for fewer steps."
             )
         names = self.rows[wanted[0]] if wanted else ()
-        rows = {name: _widened(torch.stack([self.rows[sample][name] for sample in wanted])) for name in names}
-        shared = {f"{SHARED}{name}": _widened(tensor) for name, tensor in self.shared.items()}
+        rows = {name: _widened(torch.stack([self.rows[sample][name] for sample in wanted]).cpu()) for name in names}
+        shared = {f"{SHARED}{name}": _widened(tensor.cpu()) for name, tensor in self.shared.items()}
         return rows | shared | {INDEX: torch.tensor(wanted)}
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

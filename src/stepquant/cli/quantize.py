@@ -63,6 +63,10 @@ def quantize(
         str,
         typer.Option(help="Type that full precision is held in: float32, or bfloat16 or float16 in half the memory."),
     ] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Compute there, such as cuda, one block at a time: the model need not fit; default: here."),
+    ] = None,
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,6 +86,7 @@ def quantize(
     import torch
 
     import stepquant
+    from stepquant.api import check_device
     from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
@@ -121,6 +126,7 @@ def quantize(
     check_writable_folder(out.parent)
     if times is not None:
         check_writable_file(times)
+    check_device(device)
     pipeline = resolve_pipeline(model, dtype=DTYPES[dtype])
     check_space(out.parent, parameter_bytes(pipeline))
 
@@ -134,6 +140,7 @@ def quantize(
         budget=budget_bits,
         correction=correct,
         also=others,
+        device=device,
         recipe=chosen,
         calibration=calibration,
         seed=seed,

@@ -109,7 +109,8 @@ class ActivationQuantizer(nn.Module):
             self.gain = TableGain(self.rows, groups)
         self.gain.to(self.scale.device)
         if isinstance(self.gain, IntervalGenerator) and self.found_gain is not None:
-            self.gain.fit(*self.found_gain)
+            rows, gains = self.found_gain
+            self.gain.fit(rows.to(self.scale.device), gains.to(self.scale.device))
             self.gain.eval()  # no dropout: tens of iterations would only be disturbed by it
         return self.learned()
 
@@ -139,7 +140,7 @@ class ActivationQuantizer(nn.Module):
 
     def _broadcast(self, value: Tensor, x: Tensor) -> Tensor:
         if len(self.group_sizes) > 1:
-            value = value.repeat_interleave(torch.tensor(self.group_sizes, device=value.device), dim=-1)
+            value = value.repeat_interleave(torch.tensor(self.group_sizes).to(value.device), dim=-1)
             shape = [1] * x.dim()
             shape[self.channel_dim] = value.shape[-1]
             if value.dim() == 2:

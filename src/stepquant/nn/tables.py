@@ -148,7 +148,7 @@ def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     """Repeat per-group values along their last-but-one (weights, [G, out]) axis to one an input channel: [in, out]."""
     if len(group_sizes) == 1:
         return values.expand(group_sizes[0], *values.shape[1:])
-    return values.repeat_interleave(torch.tensor(group_sizes), dim=0)
+    return values.repeat_interleave(torch.tensor(group_sizes).to(values.device), dim=0)
 
 
 def spread_zero_point(zero_point: Tensor, group_sizes: tuple[int, ...], dims: int) -> Tensor:

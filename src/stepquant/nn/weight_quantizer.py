@@ -37,16 +37,19 @@ class WeightQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
     balance: Tensor | None
+    decided: Tensor | None
+    start: Tensor | None
 
     def __init__(self, weight: Tensor, bits: int, group_sizes: tuple[int, ...], method: RangeMethod) -> None:
         super().__init__()
         self.bits, self.group_sizes, self.method = bits, group_sizes, method
         self.rounding: nn.Parameter | None = None
-        self.register_buffer("scale", torch.ones(len(group_sizes), weight.shape[0]))
-        self.register_buffer("zero_point", torch.zeros(len(group_sizes), weight.shape[0]))
+        shape = (len(group_sizes), weight.shape[0])
+        self.register_buffer("scale", torch.ones(shape, device=weight.device))
+        self.register_buffer("zero_point", torch.zeros(shape, device=weight.device))
+        self.register_buffer("decided", None)
+        self.register_buffer("start", None)
         self.set_range(weight, None)
-        self.decided: Tensor | None = None
-        self.start: Tensor | None = None
         self.shift: nn.Parameter | None = None
         self.gain: TableGain | None = None
 

@@ -82,7 +82,8 @@ def aligned_weight(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
     Returns:
         float32 [out, in].
     """
-    ridge = RIDGE * moments.diagonal().mean().double() * torch.eye(len(moments), dtype=torch.float64)
+    mean = moments.diagonal().mean().double()
+    ridge = RIDGE * mean * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
     target = weight.double() @ (cross.double() + ridge)
     return torch.linalg.solve(moments.double() + ridge, target.t()).t().float()
 

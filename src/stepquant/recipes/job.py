@@ -27,10 +27,12 @@ from stepquant.calibration.trajectories import (
     collect_all,
 )
 from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
 from stepquant.models import ModelDescription, chunk_size, describe
 from stepquant.nn.activation_quantizer import ActivationQuantizer
 from stepquant.nn.correction import Correction
 from stepquant.nn.masters import computing_in_float32
+from stepquant.nn.placement import place
 from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.numerics.ranges import RangeMethod
 from stepquant.pipelines import Request
@@ -64,6 +66,7 @@ class Job:
         progress: is told how far the work is.
         cache: keeps calibration samples for other jobs of the same model, request and seed; by default they lie in
             `workspace`.
+        device: where blocks compute, one at a time; None: where the denoiser is.
     """
 
     pipeline: Any
@@ -75,6 +78,7 @@ class Job:
     workspace: Workspace
     progress: Progress = field(default_factory=Progress)
     cache: Workspace | None = None
+    device: torch.device | None = None
 
     @cached_property
     def reference(self) -> nn.Module:
@@ -194,7 +198,7 @@ class Job:
         spec = self.spec
         if spec.split_skips is None:
             spec = spec.model_copy(update={"split_skips": split_skips})
-        return instrument(
+        instrumented = instrument(
             self.reference,
             self.description,
             spec,
@@ -205,6 +209,8 @@ class Job:
             weight_quantizer=weight_quantizer,
             activation_quantizer=activation_quantizer,
         )
+        place(instrumented.model, self.description.blocks, self.device)
+        return instrumented
 
     def calibrate_ranges(
         self,
@@ -308,8 +314,18 @@ class Job:
         steps = int(self.pipeline.scheduler.config.num_train_timesteps)
         return torch.arange(steps).float() * self.description.time_unit
 
+    def needs_the_whole(self, what: str) -> None:
+        """Raise `StepquantError` if only one block at a time is where `what` has to compute."""
+        if self.device is not None:
+            raise StepquantError(
+                f"{what} learns through the whole network at once, which cannot be done block by block on "
+                f"{self.device}: move the pipeline there and leave the device out, or take a recipe that goes block by block "
+                "(minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
+            )
+
     def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
         """Train weights and scales network-wise against the full-precision denoiser; kept in the workspace."""
+        self.needs_the_whole("finetuning")
         finetune(
             self.reference,
             instrumented,

@@ -49,6 +49,7 @@ def qat(
     ablations: ``"static"`` is LSQ, ``"table"`` learns each timestep's interval on its own. `refresh` is the number of
     iterations after which other trajectories are drawn; 0 keeps the first.
     """
+    job.needs_the_whole("training")
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)
     timesteps = None if intervals == "static" else job.training_timesteps()

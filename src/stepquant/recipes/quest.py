@@ -67,6 +67,7 @@ def quest(
        network-wise, ``L_CMA + 2 L_G``. They are those that relieve the output's error most when they alone keep full
        precision (``"ranked"``), up to `critical_share` of all weights, or one of the paper's lists by name.
     """
+    job.needs_the_whole("quest")
     description = job.description
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)

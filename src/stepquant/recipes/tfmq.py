@@ -28,6 +28,7 @@ def tfmq(
     3. Temporal information block (section 4.1): time embedding and every projection of it, together, against their
        own outputs in full precision. It comes last here, because the blocks hold the projections and would undo it.
     """
+    job.needs_the_whole("tfmq")
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)
     model = job.instrument(weight_range="least-error", split_skips=True)

@@ -12,6 +12,7 @@ from stepquant.calibration.instrument import Instrumented, search_ranges
 from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.models.description import main_tensor
+from stepquant.nn.placement import staying
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.noise import SampleNoise
 from stepquant.numerics.ranges import RangeMethod
@@ -113,29 +114,31 @@ def reconstruct(
     timesteps = samples.tensors["timestep"]
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
+            pair = full_precision.get_submodule(block), instrumented.model.get_submodule(block)
             clean = original.inputs(block)
-            layers = list(instrumented.layers_in(block))[:-1] if settings.layer_weight else []
-            target, layer_targets = original.run(block, clean, record=layers)
             inputs = quantized.inputs(block)
-            stage = f"block-{key}-{index:03d}"
-            stored = workspace.load(stage)
-            if stored is None:
-                with torch.random.fork_rng(devices=[]):
-                    start = seed * 100_003 + index
-                    torch.manual_seed(start)
-                    if settings.learn_scales:
-                        _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size, ranks)
-                    if settings.rounding == "compensated":
-                        coarse = _coarse_layers(instrumented, block)
-                        passed = (samples, batch_size, ranks)
-                        compensate(full_precision, instrumented, block, coarse, clean, inputs, *passed)
-                    targets = LayerOutputs(target, layer_targets)
-                    _learn(instrumented, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
-                workspace.save(stage, _block_state(instrumented, block))
-            else:
-                _restore(instrumented, block, stored, settings)
-                advance(settings.iterations)
-            quantized.run(block, inputs)
+            layers = list(instrumented.layers_in(block))[:-1] if settings.layer_weight else []
+            with staying(*pair):
+                target, layer_targets = original.run(block, clean, record=layers)
+                stage = f"block-{key}-{index:03d}"
+                stored = workspace.load(stage)
+                if stored is None:
+                    with torch.random.fork_rng(devices=[]):
+                        start = seed * 100_003 + index
+                        torch.manual_seed(start)
+                        if settings.learn_scales:
+                            _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size, ranks)
+                        if settings.rounding == "compensated":
+                            coarse = _coarse_layers(instrumented, block)
+                            passed = (samples, batch_size, ranks)
+                            compensate(full_precision, instrumented, block, coarse, clean, inputs, *passed)
+                        targets = LayerOutputs(target, layer_targets)
+                        _learn(instrumented, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
+                    workspace.save(stage, _block_state(instrumented, block))
+                else:
+                    _restore(instrumented, block, stored, settings)
+                    advance(settings.iterations)
+                quantized.run(block, inputs)
 
 
 def _coarse_layers(instrumented: Instrumented, block: str) -> dict[str, TrainableLayer]:

@@ -107,14 +107,14 @@ def _parts(layer: TrainableLayer) -> list[slice]:
 
 def _zeros(layer: TrainableLayer) -> list[Tensor]:
     sizes = [part.stop - part.start for part in _parts(layer)]
-    return [torch.zeros(size, size) for size in sizes]
+    return [torch.zeros(size, size, device=layer.weight.device) for size in sizes]
 
 
 def _compensate_layer(layer: TrainableLayer, moments: list[Tensor], cross: list[Tensor]) -> None:
     weight, quantizer = layer.weight, layer.weight_quantizer
     flat = weight.flatten(1)
     scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
-    decided = torch.empty(flat.shape, dtype=torch.uint8)
+    decided = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     for part, moment, crossed in zip(_parts(layer), moments, cross, strict=True):
         grid = (scale[:, part], zero_point[:, part])
         aligned = aligned_weight(flat[:, part], moment, crossed)

@@ -59,4 +59,4 @@ def error(outputs: LayerOutputs, targets: LayerOutputs, block_weight: float = 1.
 
 def squared_error(x: Tensor, target: Tensor) -> Tensor:
     """``|x - target|^2``, summed over channels (dimension 1 of pictures, else the last), averaged over the rest."""
-    return (x - target).square().sum(dim=1 if x.dim() == 4 else -1).mean()
+    return (x - target.to(x.device)).square().sum(dim=1 if x.dim() == 4 else -1).mean()

@@ -8,6 +8,7 @@ in execution order. Outputs are kept in files mapped into memory, so that they n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.nn.clock import StepClock
+from stepquant.nn.placement import device_of, resting
 from stepquant.numerics.noise import SampleNoise
 from stepquant.reconstruction.objectives import LayerOutputs
 from stepquant.workspace import allocate
@@ -91,7 +93,7 @@ class Replay:
         """What `block` is called with, given the recorded outputs of the blocks before it."""
         target = self.model.get_submodule(block)
         stubs = {name: self.model.get_submodule(name) for name in self._outputs}
-        position = {"chosen": slice(0, 0)}
+        position, home = {"chosen": slice(0, 0)}, device_of(self.model)
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise _Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
@@ -101,7 +103,7 @@ class Replay:
                 leaves, tree = self._outputs[name]
                 chosen = position["chosen"]
                 return pytree.tree_unflatten(
-                    [leaf[chosen].clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
+                    [leaf[chosen].clone().to(home) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
                 )
 
             return forward
@@ -114,8 +116,14 @@ class Replay:
                 return pytree.tree_flatten((reached.args_, reached.kwargs_))
             raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
 
+        def restore() -> None:
+            for module in (target, *stubs.values()):
+                module.__dict__.pop("forward", None)
+
         batches = list(self.samples.batches(self.batch_size))
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(resting(target, *stubs.values()))
+            stack.callback(restore)
             for name, module in stubs.items():
                 module.forward = answer(name)
             target.forward = stop
@@ -132,9 +140,6 @@ class Replay:
                 for memory, before, leaf in zip(joined, first, leaves, strict=True):
                     if memory is not before:
                         memory[chosen] = leaf
-        finally:
-            for module in (target, *stubs.values()):
-                module.__dict__.pop("forward", None)
         return BlockInputs(joined, structure, len(self.samples))
 
     @torch.no_grad()
