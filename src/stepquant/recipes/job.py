@@ -319,8 +319,8 @@ class Job:
         if self.device is not None:
             raise StepquantError(
                 f"{what} learns through the whole network at once, which cannot be done block by block on "
-                f"{self.device}: move the pipeline there and leave the device out, or take a recipe that goes block by block "
-                "(minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
+                f"{self.device}: move the pipeline there and leave the device out, or take a recipe that goes block by "
+                "block (minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
             )
 
     def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
