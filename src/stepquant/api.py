@@ -8,7 +8,6 @@ import functools
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +115,11 @@ def quantize(
     with (
         tempfile.TemporaryDirectory(prefix="stepquant-") as temporary,
         Workspace(Path(workspace or temporary), ranks) as kept,
-        ExitStack() as stack,
+        placed(denoiser, describe(denoiser).blocks, where),
     ):
         # Not entered: its stages are whole files, nothing to lock.
         shared = Workspace(Path(cache), ranks) if cache else None
         job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where)
-        stack.enter_context(placed(denoiser, job.description.blocks, where))
         if budget is not None:
             spec = job.within_budget(budget)
             job = dataclasses.replace(job, spec=spec)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 _NAME = "_visit"
 
@@ -33,19 +34,18 @@ class _Visit:
 
     Attributes:
         device: where the module computes; None: where its weights are.
+        home: where those were when it was placed.
         stays: its weights do not go back.
         rests: the hooks do nothing.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.device, self.home = device, torch.device("cpu")
+    def __init__(self, device: torch.device | None, home: torch.device) -> None:
+        self.device, self.home = device, home
         self.stays = self.rests = False
 
     def arrive(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.rests:
             return None
-        if self.device is not None and device_of(module) != self.device:
-            self.home = device_of(module)
         target = self.device or device_of(module)
         module.to(target)  # what was found for its quantizers, too
         return moved(args, target), moved(kwargs, target)
@@ -65,34 +65,34 @@ class _Visit:
 @contextmanager
 def placed(model: nn.Module, blocks: Iterable[str], device: torch.device | None) -> Iterator[None]:
     """`place`, undone in the end."""
-    place(model, blocks, device)
+    handles = place(model, blocks, device)
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module in model.modules():
             visit = module.__dict__.pop(_NAME, None)
             if visit is not None:
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is visit]:
-                        hooks.pop(key)
-                        module._forward_pre_hooks_with_kwargs.pop(key, None)
                 visit.go(module)
 
 
-def place(model: nn.Module, blocks: Iterable[str], device: torch.device | None) -> None:
-    """Let `model`, and each of its `blocks` alone, be called with tensors from any device.
+def place(model: nn.Module, blocks: Iterable[str], device: torch.device | None) -> list[RemovableHandle]:
+    """Let `model`, and each of its `blocks` alone, be called with tensors from any device; the handles of the hooks.
 
     Args:
         device: each block computes there, and everything between blocks where `model` is; None: everything does.
     """
+    handles: list[RemovableHandle] = []
     if device is None and device_of(model).type == "cpu":
-        return
+        return handles
     for name in ("", *blocks):
         module = model.get_submodule(name)
         if _NAME not in module.__dict__:
-            visit = module.__dict__[_NAME] = _Visit(device if name else None)
-            module.register_forward_pre_hook(visit.arrive, with_kwargs=True)
-            module.register_forward_hook(visit.leave)
+            visit = module.__dict__[_NAME] = _Visit(device if name else None, device_of(module))
+            handles.append(module.register_forward_pre_hook(visit.arrive, with_kwargs=True))
+            handles.append(module.register_forward_hook(visit.leave))
+    return handles
 
 
 @contextmanager
@@ -102,7 +102,6 @@ def staying(*modules: nn.Module) -> Iterator[None]:
     for module, visit in visits:
         visit.stays = True
         if visit.device is not None:
-            visit.home = device_of(module)
             module.to(visit.device)
     try:
         yield

@@ -8,7 +8,6 @@ in execution order. Outputs are kept in files mapped into memory, so that they n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,30 +115,28 @@ class Replay:
                 return pytree.tree_flatten((reached.args_, reached.kwargs_))
             raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
 
-        def restore() -> None:
+        batches = list(self.samples.batches(self.batch_size))
+        try:
+            with resting(target, *stubs.values()):
+                for name, module in stubs.items():
+                    module.forward = answer(name)
+                target.forward = stop
+                # The last batch may be smaller: with the first it tells which arguments have a row a sample.
+                first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
+                joined = [
+                    self._allocate(f"inputs-{index}", leaf)
+                    if _is_per_sample((leaf, end), (batches[0], batches[-1]))
+                    else leaf
+                    for index, (leaf, end) in enumerate(zip(first, last, strict=True))
+                ]
+                for chosen in batches:
+                    leaves, structure = called_with(chosen)
+                    for memory, before, leaf in zip(joined, first, leaves, strict=True):
+                        if memory is not before:
+                            memory[chosen] = leaf
+        finally:
             for module in (target, *stubs.values()):
                 module.__dict__.pop("forward", None)
-
-        batches = list(self.samples.batches(self.batch_size))
-        with ExitStack() as stack:
-            stack.enter_context(resting(target, *stubs.values()))
-            stack.callback(restore)
-            for name, module in stubs.items():
-                module.forward = answer(name)
-            target.forward = stop
-            # The last batch may be smaller: with the first it tells which arguments have a row a sample.
-            first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
-            joined = [
-                self._allocate(f"inputs-{index}", leaf)
-                if _is_per_sample((leaf, end), (batches[0], batches[-1]))
-                else leaf
-                for index, (leaf, end) in enumerate(zip(first, last, strict=True))
-            ]
-            for chosen in batches:
-                leaves, structure = called_with(chosen)
-                for memory, before, leaf in zip(joined, first, leaves, strict=True):
-                    if memory is not before:
-                        memory[chosen] = leaf
         return BlockInputs(joined, structure, len(self.samples))
 
     @torch.no_grad()

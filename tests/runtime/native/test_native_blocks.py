@@ -40,6 +40,17 @@ def unet(unconditional_pipeline):
     return result
 
 
+class Twice(torch.nn.Module):
+    """Stands in a layer's place, as an adapter does."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * 2
+
+
 def signal_to_noise(found, expected) -> float:
     return float(10 * torch.log10(expected.square().mean() / (found - expected).square().mean()))
 
@@ -81,15 +92,6 @@ def test_blocks_are_fused(unet):
 @pytest.mark.parametrize("place", ["resnets.0.conv1", "attentions.0.to_q", "upsamplers.0.conv"])
 def test_a_layer_wrapped_later_is_called(unet, place):
     """As an adapter does: what stands in a layer's place is not passed over."""
-
-    class Twice(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x) * 2
-
     models = {}
     for backend in ("reference", "native"):
         model = models[backend] = copy.deepcopy(unet)

@@ -18,6 +18,7 @@ from stepquant.runtime import native, prepare
 from stepquant.runtime.native import recording, replay
 from stepquant.runtime.native.recording import Memory, Recording, lay_out
 from stepquant.runtime.native.replay import step_by_step
+from tests.runtime.native.test_native_blocks import Twice
 
 pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
 
@@ -115,14 +116,6 @@ def _norm_in_place(model):
 
 
 def _layer(model):
-    class Twice(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x) * 2
-
     replace_module(model, "up_blocks.0.resnets.0.conv1", Twice(model.get_submodule("up_blocks.0.resnets.0.conv1")))
 
 

@@ -15,15 +15,20 @@ _LAYERS = "_fused_layers"
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     """Let ``block(...)`` call ``forward(block, ...)``, and remember every module inside the block."""
-    children = [
+    children = children_of(block)
+    # In the block's own dictionary, so that a copy of the model remembers the copy's modules.
+    block.__dict__[_LAYERS] = children, [child for _, _, child in children if _has_parameters(child)]
+    block.forward = MethodType(forward, block)
+
+
+def children_of(block: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Every module inside a block, with the dictionary that it stands in and its name there."""
+    return [
         (parent._modules, name, child)
         for parent in block.modules()
         for name, child in parent._modules.items()
         if child is not None
     ]
-    # In the block's own dictionary, so that a copy of the model remembers the copy's modules.
-    block.__dict__[_LAYERS] = children, [child for _, _, child in children if _has_parameters(child)]
-    block.forward = MethodType(forward, block)
 
 
 def restore_forward(block: nn.Module) -> None:

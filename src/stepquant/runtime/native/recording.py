@@ -150,9 +150,9 @@ class Recorder(TorchDispatchMode):
         self.inputs, self.row, self.row_value = inputs, row, row_value
         self.tables = [(*_extent(table), table.stride(0) * table.element_size()) for table in tables if len(table) > 1]
         self.memory: list[Memory] = []
-        self.structures: list[ctypes.Structure] = []
+        self.structures, self.steps = bytearray(), list[Any]()
         self.pointers: list[tuple[int, Memory | int, int, int]] = []
-        self.bytes = self.codes = self.held = 0
+        self.codes = self.held = 0
         self.obstacle: str | None = None
         spans = sorted(_extent(x) for x in inputs)
         if any(second[0] < first[1] for first, second in pairwise(spans)):
@@ -180,9 +180,10 @@ class Recorder(TorchDispatchMode):
 
     def add(self, structure: ctypes.Structure, codes: int = 0) -> None:
         """Append a call."""
-        base = self.bytes
+        base = len(self.structures)
         self.codes = max(self.codes, codes)
-        self.structures.append(type(structure).from_buffer_copy(structure))
+        self.steps.append(Step(KINDS.index(type(structure)), base))
+        self.structures += bytes(structure)
         for at in _pointer_fields(type(structure)):
             address = c_void_p.from_buffer(structure, at).value
             if address is None:
@@ -191,7 +192,6 @@ class Recorder(TorchDispatchMode):
                 self.pointers.append((base + at, CODES, 0, 0))
             else:
                 self.pointers.append((base + at, *self._find(address)))
-        self.bytes += sizeof(structure)
 
     def finish(self, result: Any) -> Recording | None:
         """The recording of a block that returned `result`; None if there is an obstacle."""
@@ -207,12 +207,8 @@ class Recorder(TorchDispatchMode):
             else Pointer(at, where.slot, where.offset + offset, by_row)
             for at, where, offset, by_row in self.pointers
         ]
-        steps, at = [], 0
-        for structure in self.structures:
-            steps.append(Step(KINDS.index(type(structure)), at))
-            at += sizeof(structure)
         return Recording(
-            b"".join(bytes(structure) for structure in self.structures), steps, pointers, outputs, template,
+            bytes(self.structures), self.steps, pointers, outputs, template,
             inputs=len(self.inputs), arena=arena, codes=self.codes,
         )  # fmt: skip
 
@@ -221,7 +217,7 @@ class Recorder(TorchDispatchMode):
             self.obstacle = self.obstacle or f"memory on {x.device}"
             return
         start, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-        self.memory.append(Memory(start, start + size, x, len(self.structures)))
+        self.memory.append(Memory(start, start + size, x, len(self.steps)))
         self.held += size
         if self.held > MOST_BYTES:
             self.obstacle = self.obstacle or "much memory"
@@ -256,7 +252,7 @@ class Recorder(TorchDispatchMode):
         """What `address` points into, how far from its beginning, and how much more it is for each row."""
         for memory in reversed(self.memory):
             if memory.start <= address < memory.stop:
-                memory.last = len(self.structures) - 1
+                memory.last = len(self.steps) - 1
                 return memory, address - memory.start, 0
         for index, x in enumerate(self.inputs):
             start, stop = _extent(x)

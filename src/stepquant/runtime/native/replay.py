@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import QuantizedModule, opaque
-from stepquant.runtime.native.fusion import is_fused
+from stepquant.runtime.native.fusion import children_of, is_fused
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.library import TYPES
 from stepquant.runtime.native.recording import Recorder, Recording, is_recording
@@ -64,10 +64,8 @@ class Recordings:
         """Forget every recording, and take the block as it is now."""
         self.by_layout.clear()
         self.children = [
-            (parent._modules, name, child, child.__dict__, child.__dict__.get("forward"))
-            for parent in block.modules()
-            for name, child in parent._modules.items()
-            if child is not None
+            (modules, name, child, child.__dict__, child.__dict__.get("forward"))
+            for modules, name, child in children_of(block)
         ]
         self.parameters = [
             (norm._parameters, name, parameter, parameter.data_ptr())
