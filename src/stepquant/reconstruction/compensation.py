@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +81,14 @@ def _products(
     original, layer = full_precision.get_submodule(name), instrumented.layers[name]
     moments, cross = _zeros(layer), _zeros(layer)
     for chosen in batches:
-        with _input_of(original) as wanted:
-            args, kwargs = clean.at(chosen)
-            full_precision.get_submodule(block)(*args, **kwargs)
-        with _input_of(layer) as seen:
-            args, kwargs = inputs.at(chosen)
-            instrumented.clock.set(samples.tensors["timestep"][chosen])
-            instrumented.model.get_submodule(block)(*args, **kwargs)
-            quantizer = layer.activation_quantizer
-            given = seen[0] if quantizer is None else quantizer(seen[0])
+        wanted = _input_of(original, full_precision.get_submodule(block), clean.at(chosen))
+        instrumented.clock.set(samples.tensors["timestep"][chosen])
+        given = _input_of(layer, instrumented.model.get_submodule(block), inputs.at(chosen))
+        if layer.activation_quantizer is not None:
+            given = layer.activation_quantizer(given)
         step = sparser(len(samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
-        wanted_rows = input_rows(wanted[0], layer.inner, step)
+        wanted_rows = input_rows(wanted, layer.inner, step)
         for index, part in enumerate(_parts(layer)):
             moments[index] += rows[:, part].t() @ rows[:, part]
             cross[index] += wanted_rows[:, part].t() @ rows[:, part]
@@ -128,12 +123,26 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-@contextmanager
-def _input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a layer is given while the context lasts."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+class _Reached(Exception):
+    """The layer that was waited for has been called."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+
+
+def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """What `layer` is given in a run of its block, which goes no further than there."""
+
+    def stop(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    handle = layer.register_forward_pre_hook(stop)
+    args, kwargs = arguments
     try:
-        yield seen
+        block(*args, **kwargs)
+    except _Reached as reached:
+        return reached.given
     finally:
         handle.remove()
+    raise RuntimeError("the layer was never reached: its block does not call it")
