@@ -102,7 +102,8 @@ def quest(pipeline, workspace=None, progress=None, **arguments):
         calibration=stepquant.Calibration(samples=8, steps=4),
         workspace=workspace,
         progress=progress,
-        **{"rounding_iterations": 0, "time_iterations": 3, "iterations": 3, "weight_rate": 0.05} | arguments,
+        **{"critical": "both", "rounding_iterations": 0, "time_iterations": 3, "iterations": 3, "weight_rate": 0.05}
+        | arguments,
     )
 
 
@@ -115,8 +116,8 @@ def test_a_killed_alignment_continues_and_ends_in_the_same_integers(text_pipelin
 
 
 def test_alignment_trains_its_layers_and_no_others(text_pipeline):
-    start = quantized_modules(quest(text_pipeline, critical="both", time_iterations=0, iterations=0).unet)
-    aligned = quantized_modules(quest(text_pipeline, critical="both").unet)
+    start = quantized_modules(quest(text_pipeline, time_iterations=0, iterations=0).unet)
+    aligned = quantized_modules(quest(text_pipeline).unet)
     changed = {
         name for name in start if not torch.equal(start[name].layer().weight.codes, aligned[name].layer().weight.codes)
     }
