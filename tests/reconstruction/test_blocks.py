@@ -155,12 +155,12 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 def test_reconstruction_beats_minmax_on_a_real_model():
     """Held-out noise: the output's error is a fraction of the baseline's, and pictures are far closer."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
-    denoiser, held_out = samples_of(pipeline, count=24)
-    arguments, request = held_out.arguments(slice(0, 24)), make_request(pipeline, 20)
-    calibration = stepquant.Calibration(samples=48, steps=10, trajectories=16)
+    denoiser, held_out = samples_of(pipeline, count=16)
+    arguments, request = held_out.arguments(slice(0, 16)), make_request(pipeline, 10)
+    calibration = stepquant.Calibration(samples=32, steps=10, trajectories=8)
     with torch.no_grad():
         target = denoiser(**arguments).sample
-    pictures = draw(pipeline, request, range(8), 7)
+    pictures = draw(pipeline, request, range(6), 7)
 
     def quantized(recipe, **settings):
         return stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, **settings)
@@ -170,7 +170,7 @@ def test_reconstruction_beats_minmax_on_a_real_model():
             return float((candidate.unet(**arguments).sample - target).square().mean())
 
     def decibels(candidate):
-        return float(psnr(draw(candidate, request, range(8), 7), pictures).mean())
+        return float(psnr(draw(candidate, request, range(6), 7), pictures).mean())
 
     learned, baseline = quantized("q-diffusion", iterations=10), quantized("minmax")
     assert error(learned) < 0.2 * error(baseline)

@@ -68,7 +68,7 @@ def least_error_range(
             for some, bottom, top in zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    ratios = low.new_tensor([step / candidates for step in range(candidates, 0, -1)])[:, None]
+    ratios = torch.tensor([step / candidates for step in range(candidates, 0, -1)]).to(low)[:, None]
     lows, highs = low * ratios, high * ratios
     best = _least_error(values, *affine_from_range(lows, highs, bits, symmetric=symmetric), bits, power)[None]
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
@@ -99,7 +99,7 @@ def least_error_gain(
         values: float [rows, n].
         scale, zero_point: float [rows].
     """
-    gains = scale.new_tensor(GAINS)
+    gains = torch.tensor(GAINS).to(scale)
     scales = scale * gains[:, None]
     return gains[_least_error(values, scales, zero_point.expand_as(scales), bits, power)]
 
