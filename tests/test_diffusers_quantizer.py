@@ -273,7 +273,7 @@ def test_push_to_hub_uploads_the_folder_with_its_card(quantized, monkeypatch):
             stepquant.load(folder_path)
             return "address"
 
-    monkeypatch.setattr("stepquant.api.HfApi", Hub)
+    monkeypatch.setattr("stepquant.saving.HfApi", Hub)
     assert quantized.push_to_hub("tiny", private=True, token="secret") == "address"
     assert uploaded["repo"] == "me/tiny" and {CARD, MANIFEST, "model_index.json", "unet"} <= uploaded["files"]
 

@@ -1,11 +1,12 @@
 """stepquant: quantize diffusion models step by step and run them in integers."""
 
 from stepquant import diffusers_quantizer, transformers_quantizer
-from stepquant.api import load, quantize, save, sensitivity, train
+from stepquant.api import quantize, sensitivity, train
 from stepquant.calibration.trajectories import Calibration
 from stepquant.config import QuantSpec
 from stepquant.diffusers_quantizer import StepquantConfig
 from stepquant.errors import StepquantError
+from stepquant.saving import load, save
 from stepquant.version import __version__
 
 diffusers_quantizer.register()

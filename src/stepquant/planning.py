@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from stepquant.calibration.trajectories import Calibration
-from stepquant.evaluation.cost import own_peak_bytes
+from stepquant.evaluation.cost import own_bytes, own_peak_bytes
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines import Request, draw
 
@@ -95,7 +95,7 @@ def make_plan(pipeline: Any, request: Request, calibration: Calibration, hyperpa
             call * calibration.pictures * calibration.steps,
             call * (PASSES * calibration.samples + LEARNING * iterations * batch),
         ),
-        memory=own_peak_bytes() + int(QUANTIZED * 4 * parameters),
+        memory=max(own_peak_bytes(), own_bytes() + int(QUANTIZED * 4 * parameters)),
     )
 
 

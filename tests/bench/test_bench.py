@@ -172,6 +172,18 @@ def test_peers_that_cannot_run_are_named(tiny, tmp_path, monkeypatch):
     assert list(figures["left_out"]) == ["OpenVINO", "optimum-quanto", "torchao"]
 
 
+def test_one_peer_alone(tiny, monkeypatch):
+    monkeypatch.setattr(peers, "_torch_peers", lambda model, arguments: {"another": lambda: model(**arguments)})
+    command = ["bench", "arch:tiny", "--batch", "1", "--rounds", "1", "--peer"]
+    result = CliRunner().invoke(app, [*command, "TORCH"])
+    assert result.exit_code == 0, result.output
+    assert "another" in result.output and "left out" not in result.output
+    result = CliRunner().invoke(app, [*command, "tensorrt"])
+    assert (result.exit_code, result.stderr) == (
+        2, "stepquant: there is no peer 'tensorrt': expected one of torch, OpenVINO, optimum-quanto, torchao.\n",
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def test_quanto(unconditional_pipeline):
     """Rounds the network, and leaves the original as it is."""

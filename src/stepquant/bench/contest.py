@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,13 @@ class Contest:
 
 
 def contest(
-    network: Any, arguments: dict[str, Tensor], bits: str, *, memory: str, device: str, with_peers: bool
+    network: Any, arguments: dict[str, Tensor], bits: str, *, memory: str, device: str, names: Collection[str]
 ) -> Contest:
-    """The contest of a full-precision network, which is on the CPU, and its integers at `bits` on a device."""
+    """The contest of a full-precision network, which is on the CPU, and its integers at `bits` on a device.
+
+    Args:
+        names: of `peers.PEERS`, those that take part.
+    """
     on_gpu = device == "cuda"
     full = "torch eager bfloat16" if on_gpu else "torch eager float32"
     networks = [network, *(quantize_network(network, arguments, bits, rows) for rows in (PER_STEP_ROWS, 1))]
@@ -76,8 +80,12 @@ def contest(
     if on_gpu:
         found.contestants[f"{ours}, a CUDA graph"] = captured(per_step, arguments)
         found.weight_bytes = {"bfloat16": weight_bytes(network), bits: weight_bytes(per_step)}
-    if with_peers:
-        others = gpu_peers(network, arguments) if on_gpu else peers(network, arguments, torch.get_num_threads())
+    if names:
+        others = (
+            gpu_peers(network, arguments, names)
+            if on_gpu
+            else peers(network, arguments, torch.get_num_threads(), names)
+        )
         found.contestants |= others[0]
         found.left_out = others[1]
     return found

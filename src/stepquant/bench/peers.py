@@ -6,41 +6,66 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.bench.networks import half_arguments, half_network
-from stepquant.errors import first_line
+from stepquant.errors import StepquantError, first_line
 
 Contestant = Callable[[], object]
 Libraries = dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Contestant]]]]
 """Name -> the packages it needs, and what builds its contestants."""
+PEERS = ("torch", "OpenVINO", "optimum-quanto", "torchao")
 CALIBRATION_STEPS = (10.0, 500.0, 900.0)
 
 
-def peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Name -> one step, ready to run; and name -> why not, of those that cannot run here."""
+def check_peers(names: Collection[str]) -> tuple[str, ...]:
+    """The names as `PEERS` has them; raises `StepquantError` for one that is not there."""
+    known = {name.lower(): name for name in PEERS}
+    unknown = next((name for name in names if name.lower() not in known), None)
+    if unknown is not None:
+        raise StepquantError(f"there is no peer {unknown!r}: expected one of {', '.join(PEERS)}.")
+    return tuple(known[name.lower()] for name in names)
+
+
+def peers(
+    model: nn.Module, arguments: dict[str, Tensor], threads: int, names: Collection[str] = PEERS
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Name -> one step, ready to run; and name -> why not, of those that cannot run here.
+
+    Args:
+        names: the libraries to take, of `PEERS`. Their networks are all in memory at a time.
+    """
     libraries: Libraries = {
+        "torch": ((), lambda: _torch_peers(model, arguments)),
         "OpenVINO": (("openvino", "nncf"), lambda: _openvino_peers(model, arguments, threads)),
         "optimum-quanto": (("optimum", "optimum.quanto"), lambda: _quanto_peers(model, arguments)),
         "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
     }
-    return _with_libraries(_torch_peers(model, arguments), libraries)
+    return _built(libraries, names)
 
 
-def gpu_peers(model: nn.Module, arguments: dict[str, Tensor]) -> tuple[dict[str, Contestant], dict[str, str]]:
+def gpu_peers(
+    model: nn.Module, arguments: dict[str, Tensor], names: Collection[str] = PEERS
+) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The same on a GPU, where model and arguments are, in bfloat16."""
     compiled = torch.compile(model)
-    found: dict[str, Contestant] = {"torch.compile bfloat16": lambda: compiled(**arguments)}
-    return _with_libraries(found, {"torchao": (("torchao",), lambda: _torchao_peers(model, arguments))})
+    libraries: Libraries = {
+        "torch": ((), lambda: {"torch.compile bfloat16": lambda: compiled(**arguments)}),
+        "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
+    }
+    return _built(libraries, names)
 
 
-def _with_libraries(found: dict[str, Contestant], libraries: Libraries) -> tuple[dict[str, Contestant], dict[str, str]]:
+def _built(libraries: Libraries, names: Collection[str]) -> tuple[dict[str, Contestant], dict[str, str]]:
+    found: dict[str, Contestant] = {}
     left_out = {}
     for name, (packages, build) in libraries.items():
+        if name not in names:
+            continue
         missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
         if missing is not None:
             install = "torchao" if name == "torchao" else "'stepquant[bench]'"
@@ -116,9 +141,6 @@ def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int
         tuple(_random(name, value, step).numpy() for name, value in zip(arguments, values, strict=True))
         for step in CALIBRATION_STEPS
     ]
-    quantized = nncf.quantize(
-        copy.deepcopy(converted), nncf.Dataset(samples), subset_size=len(samples), preset=nncf.QuantizationPreset.MIXED
-    )
     core = openvino.Core()
     given = [value.numpy() for value in values]
 
@@ -129,8 +151,14 @@ def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int
         request = core.compile_model(network, "CPU", options).create_infer_request()
         return lambda: request.infer(given)
 
+    # First what takes the most memory on the way; it leaves the network that it is given as it is.
+    quantized = nncf.quantize(
+        converted, nncf.Dataset(samples), subset_size=len(samples), preset=nncf.QuantizationPreset.MIXED
+    )
+    in_int8 = compiled(quantized, "bf16")
+    del quantized
     return {
         "OpenVINO float32": compiled(converted, "f32"),
         "OpenVINO bfloat16": compiled(converted, "bf16"),
-        "OpenVINO int8 (NNCF)": compiled(quantized, "bf16"),
+        "OpenVINO int8 (NNCF)": in_int8,
     }

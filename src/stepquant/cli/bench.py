@@ -29,6 +29,14 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also time torch.compile, bfloat16, and other libraries' int8.")
     ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only this of the peers (torch, OpenVINO, optimum-quanto, torchao), and others that --peer names: a "
+            "large network has no memory for all at once.",
+        ),
+    ] = None,
     shares: Annotated[
         bool, typer.Option("--roofline", help="Also tell where a step's time goes, and the share of the int8 peak.")
     ] = False,
@@ -46,6 +54,7 @@ def bench(
     from stepquant.bench.gpu import check_gpu
     from stepquant.bench.measure import measure
     from stepquant.bench.networks import example, find_network
+    from stepquant.bench.peers import PEERS, check_peers
     from stepquant.bench.resident import resident as resident_of
     from stepquant.bench.roofline import roofline
     from stepquant.runtime import MEMORY, check_memory
@@ -59,6 +68,7 @@ def bench(
         if shares or resident:
             raise StepquantError("--roofline and --resident measure a processor: leave them out with --device cuda.")
         check_gpu()
+    names = PEERS if peers else check_peers(peer or ())
     if json is not None:
         check_writable_file(json)
     if threads is not None:
@@ -67,7 +77,7 @@ def bench(
     network = find_network(model)
     arguments = example(network, batch)
     with torch.no_grad():
-        found = contest(network, arguments, bits, memory=memory, device=device, with_peers=peers)
+        found = contest(network, arguments, bits, memory=memory, device=device, names=names)
         with progress().task("Timing", rounds + 1) as advance:
             timings = measure(found.contestants, rounds, advance, found.seconds_of)
         spent = roofline(found.per_step, found.arguments) if shares else None

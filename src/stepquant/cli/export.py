@@ -20,11 +20,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write the network into.")],
 ) -> None:
     """Write a quantized denoiser as a network of another runtime, each step's scales inside."""
-    from stepquant.api import load
     from stepquant.export.network import example_arguments
     from stepquant.export.onnx import export_onnx
     from stepquant.export.openvino import export_openvino
     from stepquant.models import denoiser_name
+    from stepquant.saving import load
 
     if to not in FORMATS:
         raise StepquantError(f"format {to!r} is not known: expected {' or '.join(FORMATS)}.")

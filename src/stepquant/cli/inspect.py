@@ -15,13 +15,13 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
 ) -> None:
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
-    from stepquant.api import provenance_of
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.nn.correction import correction_of
     from stepquant.nn.deploy import quantized_modules
     from stepquant.pipelines import kind_of
+    from stepquant.saving import provenance_of
 
     folder = locate(model)
     pipeline = resolve_pipeline(model)

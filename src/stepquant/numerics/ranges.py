@@ -75,7 +75,7 @@ def least_error_range(
 
 
 def _least_error(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, power: float) -> Tensor:
-    """Which of the grids [candidates, rows] has the least ``mean |x - x'|^power``: int64 [rows]; the first of equals."""
+    """Of the grids [candidates, rows], the one of least ``mean |x - x'|^power``, the first of equals: int64 [rows]."""
     at_once = max(1, AT_ONCE // max(1, values.numel()))
     errors = []
     for scales, zero_points in zip(

@@ -40,8 +40,8 @@ class NativeAttention(Kernel):
         self.by_row = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
-        """Whether no accumulator can overflow."""
-        return max(query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
+        """Whether no accumulator can overflow, nor the difference of two scores."""
+        return max(2 * query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
 
     @opaque
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 // Attention in integers: codes of query and key, softmax in float32, codes of the probabilities, times codes of value.
 //
 // Keys and values hold their codes less 128, as signed weights; zero points are taken out of the sums exactly:
-//   sum (q - zq)(k - zk) = sum q k - zq sum k - zk sum q + d zq zk.
+//   sum (q - zq)(k - zk) = sum q k - zq sum (k - zk) - zk sum q,
+// the last of which is the same for all keys and leaves the softmax as it is.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -17,16 +18,21 @@ Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
   return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
 }
 
-// Codes of one row of `size` values, and their sum.
-int32_t code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
-  __m512i sum = _mm512_setzero_si512();
+// Codes of one row of `size` values.
+void code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
   for (int64_t c = 0; c < size; c += 16) {
     const __mmask16 mask = first(size - c);
-    const __m128i codes = _mm_maskz_mov_epi8(mask, q(load16(h.x, h.type, at + c, mask)));
-    sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(codes));
-    _mm_mask_storeu_epi8(out + c, mask, codes);
+    _mm_mask_storeu_epi8(out + c, mask, q(load16(h.x, h.type, at + c, mask)));
   }
-  return _mm512_reduce_add_epi32(sum);
+}
+
+int32_t sum_of(const uint8_t* codes, int64_t size) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t c = 0; c < size; c += 64) {
+    const __mmask64 mask = size - c >= 64 ? ~0ull : (1ull << (size - c)) - 1;
+    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, codes + c), _mm512_setzero_si512()));
+  }
+  return (int32_t)_mm512_reduce_add_epi64(sum);
 }
 
 // Codes to columns, less 128 each: values of a row are four products of one column (transposed: keys), or a row of
@@ -65,36 +71,71 @@ void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t s
   }
 }
 
-// 2^(x - top) of a row in place, and their sum. The row is as long as whole vectors of 16.
-float powers(float* row, int64_t length) {
-  const int64_t whole = length / 16 * 16;
-  const __mmask16 rest = first(length - whole);
-  __m512 largest = _mm512_set1_ps(-INFINITY);
-  for (int64_t c = 0; c < whole; c += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + c));
-  if (rest) largest = _mm512_mask_max_ps(largest, rest, largest, _mm512_loadu_ps(row + whole));
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t c = 0; c < length; c += 16) {
-    const __m512 e = exp2_16_below(_mm512_sub_ps(_mm512_loadu_ps(row + c), top));
-    _mm512_storeu_ps(row + c, e);
-    total = _mm512_mask_add_ps(total, c < whole ? 0xFFFF : rest, total, e);
+int32_t largest(const int32_t* row, int64_t length) {
+  __m512i top[4];
+  for (auto& part : top) part = _mm512_set1_epi32(INT32_MIN);
+  int64_t c = 0;
+  for (; c + 64 <= length; c += 64) {
+    for (int64_t i = 0; i < 4; i++) top[i] = _mm512_max_epi32(top[i], _mm512_loadu_si512(row + c + i * 16));
   }
-  return _mm512_reduce_add_ps(total);
+  for (; c < length; c += 16) top[0] = _mm512_mask_max_epi32(top[0], first(length - c), top[0], _mm512_loadu_si512(row + c));
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(top[0], top[1]), _mm512_max_epi32(top[2], top[3])));
 }
 
-// Codes of share * row, none of which is negative, and the sum of the codes.
-int32_t probability_codes(const float* row, int64_t length, float share, const Quantizer& q, uint8_t* out) {
-  const __m512 factor = _mm512_set1_ps(share / q.scale);
-  const int64_t whole = length / 16 * 16;
-  __m128i sums = _mm_setzero_si128();
+// A row of sums as floats, in place: factor * (sum - top), and to that what is added to the scores. The largest is
+// returned. The row is as long as whole vectors of 16.
+float masked_scores(int32_t* row, int64_t length, int32_t top, __m512 factor, const float* added) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
   for (int64_t c = 0; c < length; c += 16) {
-    const __mmask16 mask = c < whole ? 0xFFFF : first(length - whole);
-    const __m512 steps = _mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(row + c), factor), q.high);
-    const __m128i codes = _mm_maskz_mov_epi8(mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(steps), q.zero)));
-    sums = _mm_add_epi64(sums, _mm_sad_epu8(codes, _mm_setzero_si128()));
-    _mm_storeu_si128((__m128i*)(out + c), codes);
+    const __mmask16 mask = first(length - c);
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(row + c), _mm512_set1_epi32(top)));
+    const __m512 more = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, added + c), _mm512_set1_ps(LOG2E));
+    const __m512 score = _mm512_fmadd_ps(sum, factor, more);
+    most = _mm512_mask_max_ps(most, mask, most, score);
+    _mm512_storeu_ps((float*)(row + c), score);
   }
-  return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1));
+  return _mm512_reduce_max_ps(most);
+}
+
+// 2^score of a row in place, and their sum.
+template <typename Score>
+float powers(int32_t* row, int64_t length, Score score) {
+  __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t c = 0;
+  for (; c + 32 <= length; c += 32) {
+    for (int64_t i = 0; i < 2; i++) {
+      const __m512 e = exp2_16_below(score(_mm512_loadu_si512(row + c + i * 16)));
+      _mm512_storeu_ps((float*)(row + c + i * 16), e);
+      total[i] = _mm512_add_ps(total[i], e);
+    }
+  }
+  for (; c < length; c += 16) {
+    const __m512 e = exp2_16_below(score(_mm512_loadu_si512(row + c)));
+    _mm512_storeu_ps((float*)(row + c), e);
+    total[0] = _mm512_mask_add_ps(total[0], first(length - c), total[0], e);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
+}
+
+// Codes of share * row, none of which is negative, in pieces of 64 that lie `step` bytes apart, and their sum.
+int32_t probability_codes(const float* row, int64_t length, float share, const Quantizer& q, uint8_t* out, int64_t step) {
+  const __m512 factor = _mm512_set1_ps(share / q.scale);
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t c = 0; c < length; c += 64, out += step) {
+    __m512i four[4];
+    for (int64_t i = 0; i < 4; i++) {
+      const __mmask16 mask = c + i * 16 < length ? first(length - c - i * 16) : 0;
+      const __m512 steps = _mm512_min_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + c + i * 16), factor), q.high);
+      four[i] = _mm512_maskz_add_epi32(mask, _mm512_cvtps_epi32(steps), q.zero);
+    }
+    // To bytes, a quarter of each vector at a time, and the quarters in order.
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(four[0], four[1]), _mm512_packs_epi32(four[2], four[3]));
+    const __m512i codes = _mm512_permutexvar_epi32(order, bytes);
+    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, _mm512_setzero_si512()));
+    _mm512_storeu_si512(out, codes);
+  }
+  return (int32_t)_mm512_reduce_add_epi64(sum);
 }
 
 }  // namespace
@@ -103,7 +144,9 @@ extern "C" void sq_attention(const Attention* given) {
   const Attention a = *given;
   const int64_t pieces = (a.size + 63) / 64, deep = pieces * 64;                    // of a query
   const int64_t key_tiles = (a.key_length + 31) / 32 * 2, wide = key_tiles * 16;    // keys, rounded up
-  const int64_t key_pieces = (a.key_length + 63) / 64, long_ = key_pieces * 64;     // of a row of probabilities
+  const int64_t key_pieces = (a.key_length + 63) / 64;                              // of a row of probabilities
+  // From a row to the next: not a power of two, or the rows of a tile would push each other out of the cache.
+  const int64_t scores_stride = wide + 16;
   const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
   const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
   const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
@@ -115,8 +158,8 @@ extern "C" void sq_attention(const Attention* given) {
 #pragma omp parallel num_threads(a.threads)
   {
     begin_products(a.amx);
-    std::vector<uint8_t> codes(std::max(a.key_length * a.size, 32 * (deep + long_)) + 64);
-    std::vector<float> scores(32 * wide);
+    std::vector<uint8_t> codes(std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64)) + 64);
+    std::vector<int32_t> scores(32 * scores_stride);
     alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
@@ -126,15 +169,15 @@ extern "C" void sq_attention(const Attention* given) {
       int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
       int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
       for (int64_t i = 0; i < a.key_length; i++) {
-        const int32_t sum =
-            code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, codes.data() + i * a.size);
-        key_start[i] = -q.zero_point * (sum - 128 * (int32_t)a.size) +
-                       (int32_t)a.size * q.zero_point * (k.zero_point - 128);
+        uint8_t* row = codes.data() + i * a.size;
+        code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, row);
+        key_start[i] = -q.zero_point * (sum_of(row, a.size) - (int32_t)a.size * k.zero_point);
       }
       pack_keys(codes.data(), a.size, a.key_length, a.size, pieces, keys);
       for (int64_t i = 0; i < a.key_length; i++) {
         uint8_t* row = codes.data() + i * a.size;
         code_row(a.value, b * a.value.image + i * a.value.row + h * a.value.head, a.size, v, row);
+        if (!p.zero_point) continue;
         for (int64_t c = 0; c < a.size; c++) value_start[c] -= p.zero_point * ((int32_t)row[c] - v.zero_point);
       }
       pack_values(codes.data(), a.size, a.key_length, a.size, key_pieces, values);
@@ -148,46 +191,46 @@ extern "C" void sq_attention(const Attention* given) {
       const int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
       const int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
       uint8_t *queries = codes.data(), *probabilities = queries + 32 * deep;
-      int32_t row_term[32] = {};
       memset(queries, 0, 32 * deep);
       for (int64_t i = 0; i < many; i++) {
         const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
-        row_term[i] = -(k.zero_point - 128) * code_row(a.query, at, a.size, q, queries + i * deep);
+        code_row(a.query, at, a.size, q, queries + i * deep);
       }
-      Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces};
-      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor * LOG2E);  // so that e^x is 2^score
+      Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
         const int32_t *left = key_start + n * 16, *right = left + 16;
-        product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}}, sums);
-        for (int64_t t = 0; t < 4; t++) {
-          for (int64_t i = 0; i < 16; i++) {
-            const int64_t row = t / 2 * 16 + i;
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * 256 + i * 16), _mm512_set1_epi32(row_term[row]));
-            _mm512_storeu_ps(scores.data() + row * wide + (n + t % 2) * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor));
-          }
-        }
+        product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
+                {scores.data() + n * 16, scores_stride, 16, 16 * scores_stride});
       }
+      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor * LOG2E);  // so that e^x is 2^score
       int32_t code_sum[32] = {};
-      memset(probabilities, 0, 32 * long_);
       for (int64_t i = 0; i < many; i++) {
-        float* row = scores.data() + i * wide;
+        int32_t* row = scores.data() + i * scores_stride;
+        // The zero point of keys adds the same to all scores of a row, which probabilities do not depend on.
+        const int32_t top = largest(row, a.key_length);
+        float total;
         if (a.mask) {
-          const float* extra = a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row;
-          for (int64_t c = 0; c < a.key_length; c += 16) {
-            const __m512 more = _mm512_maskz_loadu_ps(first(a.key_length - c), extra + c);
-            _mm512_storeu_ps(row + c, _mm512_fmadd_ps(more, _mm512_set1_ps(LOG2E), _mm512_loadu_ps(row + c)));
-          }
+          const float* added = a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row;
+          const __m512 most = _mm512_set1_ps(masked_scores(row, a.key_length, top, factor, added));
+          total = powers(row, a.key_length, [&](__m512i x) { return _mm512_sub_ps(_mm512_castsi512_ps(x), most); });
+        } else {
+          const __m512i most = _mm512_set1_epi32(top);
+          total = powers(row, a.key_length, [&](__m512i x) {
+            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, most)), factor);
+          });
         }
-        const float total = powers(row, a.key_length);
-        const int32_t sum = probability_codes(row, a.key_length, 1.0f / total, p, probabilities + i * long_);
+        const int32_t sum =
+            probability_codes((const float*)row, a.key_length, 1.0f / total, p, probabilities + i * 64, 32 * 64);
         code_sum[i] = -(v.zero_point - 128) * sum;
       }
-      operand = {{probabilities, probabilities + 16 * long_}, long_, &zero_tap, 1, key_pieces};
+      // What is left of rows that are none is finite, and what comes of them is not stored.
+      operand = {{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
       const __m512 scale = _mm512_set1_ps(p.scale * v.scale);
       for (int64_t n = 0; n < value_tiles; n += 2) {
         const int32_t *left = value_start + n * 16, *right = left + 16;
         product(operand,
-                {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}}, sums);
+                {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}},
+                {sums, 16, 256, 512});
         for (int64_t t = 0; t < 4; t++) {
           const int64_t c = (n + t % 2) * 16;
           if (c >= a.size) continue;

@@ -53,7 +53,7 @@ extern "C" void sq_layer(const Call* given) {
     begin_products(call.amx);
     alignas(64) int32_t sums[4 * 256];
     int64_t pixel[2][16], image[2];
-    Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces};
+    Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, 64};
     int64_t ready = -1, unpacked = -1;
     static thread_local std::vector<int8_t> columns_of_block;  // kept: fresh memory would cost a fault a page
     if (l.zero_point && (int64_t)columns_of_block.size() < column_bytes) columns_of_block.resize(column_bytes);
@@ -96,7 +96,7 @@ extern "C" void sq_layer(const Call* given) {
           columns.initial[t][n] = initial.data() + (per_sample ? image[t] : 0) * wide + cb * 32 + n * 16;
         }
       }
-      product(a, columns, sums);
+      product(a, columns, {sums, 16, 256, 512});
       for (int n = 0; n < 2; n++) {
         const int64_t o = cb * 32 + n * 16;
         if (o >= l.outputs) break;

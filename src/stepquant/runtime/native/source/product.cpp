@@ -5,7 +5,7 @@
 
 #define AMX __attribute__((target("amx-tile,amx-int8")))
 
-AMX static void product_amx(const Operand& a, const Columns& b, int32_t* sums) {
+AMX static void product_amx(const Operand& a, const Columns& b, const Sums& sums) {
   _tile_loadd(0, b.initial[0][0], 0);
   _tile_loadd(1, b.initial[0][1], 0);
   _tile_loadd(2, b.initial[1][0], 0);
@@ -22,16 +22,17 @@ AMX static void product_amx(const Operand& a, const Columns& b, int32_t* sums) {
       _tile_dpbusd(1, 4, 7);
       _tile_dpbusd(2, 5, 6);
       _tile_dpbusd(3, 5, 7);
-      upper += 64, lower += 64, left += TILE, right += TILE;
+      upper += a.step, lower += a.step, left += TILE, right += TILE;
     }
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+  const int64_t stride = sums.stride * 4;
+  _tile_stored(0, sums.first, stride);
+  _tile_stored(1, sums.first + sums.right, stride);
+  _tile_stored(2, sums.first + sums.lower, stride);
+  _tile_stored(3, sums.first + sums.lower + sums.right, stride);
 }
 
-static void product_vnni(const Operand& a, const Columns& b, int32_t* sums) {
+static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
   for (int half = 0; half < 4; half++) {  // eight rows at a time: sixteen accumulators
     const int tile = half / 2;
     const uint8_t* rows = a.rows[tile] + (half % 2) * 8 * a.stride;
@@ -43,7 +44,7 @@ static void product_vnni(const Operand& a, const Columns& b, int32_t* sums) {
     const int8_t *w0 = b.tiles[0], *w1 = b.tiles[1];
     for (int64_t tap = 0; tap < a.tap_count; tap++) {
       const uint8_t* x = rows + a.taps[tap];
-      for (int64_t four = 0; four < a.pieces * 16; four++, x += 4, w0 += 64, w1 += 64) {
+      for (int64_t four = 0; four < a.pieces * 16; four++, x += four % 16 ? 4 : a.step - 60, w0 += 64, w1 += 64) {
         const __m512i v0 = _mm512_loadu_si512(w0), v1 = _mm512_loadu_si512(w1);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
@@ -55,10 +56,10 @@ static void product_vnni(const Operand& a, const Columns& b, int32_t* sums) {
         }
       }
     }
-    int32_t* out = sums + tile * 512 + (half % 2) * 128;
-    for (int r = 0; r < 8; r++) {
-      _mm512_storeu_si512(out + r * 16, left[r]);
-      _mm512_storeu_si512(out + 256 + r * 16, right[r]);
+    int32_t* out = sums.first + tile * sums.lower + (half % 2) * 8 * sums.stride;
+    for (int r = 0; r < 8; r++, out += sums.stride) {
+      _mm512_storeu_si512(out, left[r]);
+      _mm512_storeu_si512(out + sums.right, right[r]);
     }
   }
 }

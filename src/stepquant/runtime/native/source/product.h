@@ -1,6 +1,6 @@
 // The one inner loop: a block of 32 rows of unsigned codes times 32 columns of signed weights, in 32-bit integers.
 //
-// Rows are 64-byte pieces read where they lie, `stride` bytes apart; columns are packed in tiles of 64 x 16, four
+// Rows are 64-byte pieces read where they lie, one row `stride` bytes behind the other; columns are packed in tiles of 64 x 16, four
 // consecutive products of a column side by side, which is what both AMX and VNNI instructions take.
 #pragma once
 #include "vectors.h"
@@ -13,6 +13,7 @@ struct Operand {
   const int64_t* taps;      // offset of each run of bytes from a row's first byte
   int64_t tap_count;
   int64_t pieces;           // 64-byte pieces of a run
+  int64_t step;             // bytes from a piece to the next
 };
 
 struct Columns {
@@ -20,8 +21,13 @@ struct Columns {
   const int32_t* initial[2][2]; // [row tile][column tile] -> 16 values that the accumulators of every row start from
 };
 
-// sums: int32 [2 row tiles][2 column tiles][16][16]
-using Product = void (*)(const Operand&, const Columns&, int32_t* sums);
+struct Sums {
+  int32_t* first;        // of the upper left tile, [16][16]
+  int64_t stride;        // int32s from a row to the next
+  int64_t right, lower;  // to the tile beside it, and the one below
+};
+
+using Product = void (*)(const Operand&, const Columns&, const Sums&);
 
 Product product_for(bool amx);
 void begin_products(bool amx);  // on each thread, before its first product
