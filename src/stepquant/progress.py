@@ -24,19 +24,20 @@ class Stopwatch(Progress):
     """Passes everything on, and adds up how long each piece of work takes.
 
     Attributes:
+        clock: what tells the time, in seconds.
         seconds: of every description.
     """
 
-    def __init__(self, inner: Progress | None = None) -> None:
-        self.inner = inner or Progress()
+    def __init__(self, inner: Progress | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.inner, self.clock = inner or Progress(), clock
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        start = time.monotonic()
+        start = self.clock()
         with self.inner.task(description, total) as advance:
             yield advance
-        self.seconds[description] += time.monotonic() - start
+        self.seconds[description] += self.clock() - start
 
     def note(self, message: str) -> None:
         self.inner.note(message)

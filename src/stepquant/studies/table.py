@@ -32,7 +32,7 @@ METRICS = (
     Metric("step_error_percent", "error of the denoiser's output at full precision's own steps, %, geometric mean", 2),
     Metric("frechet_classifier", "Frechet distance to the data, classifier features (not FID)", 2),
     Metric("class_agreement", "pictures of the class that was asked for, by the classifier", 3),
-    Metric("quantize_seconds", "seconds to quantize, one thread", 0),
+    Metric("quantize_seconds", "seconds of a processor to quantize", 0),
     Metric("peak_memory_bytes", "peak memory while quantizing, GB, libraries included", 2, 1e9),
 )
 
