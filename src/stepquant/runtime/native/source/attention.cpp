@@ -5,10 +5,10 @@
 // the last of which is the same for all keys and leaves the softmax as it is.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "call.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace {
 
@@ -150,37 +150,41 @@ extern "C" void sq_attention(const Attention* given) {
   const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
   const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
   const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
-  std::vector<int8_t> packed(pairs * (key_bytes + value_bytes) + 64);
-  std::vector<int32_t> starts(pairs * (wide + channels));
-  int8_t* const base = (int8_t*)(((uintptr_t)packed.data() + 63) / 64 * 64);
+  const int64_t pair_bytes = key_bytes + value_bytes, code_bytes = std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64));
+  static thread_local Scratch shared;
+  int32_t* const starts = (int32_t*)shared.of(pairs * ((wide + channels) * 4 + pair_bytes));
+  int8_t* const base = (int8_t*)(starts + pairs * (wide + channels));
   const Product product = product_for(a.amx);
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
   {
     begin_products(a.amx);
-    std::vector<uint8_t> codes(std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64)) + 64);
-    std::vector<int32_t> scores(32 * scores_stride);
+    static thread_local Scratch own;
+    int32_t* const scores = (int32_t*)own.of(32 * scores_stride * 4 + code_bytes + 64);
+    uint8_t* const codes = (uint8_t*)(scores + 32 * scores_stride);
     alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
       const int64_t b = pair / a.heads, h = pair % a.heads;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
-      int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
-      int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
+      int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;
+      int32_t *key_start = starts + pair * (wide + channels), *value_start = key_start + wide;
+      memset(key_start, 0, (wide + channels) * 4);
+      memset(keys, 0, pair_bytes);
       for (int64_t i = 0; i < a.key_length; i++) {
-        uint8_t* row = codes.data() + i * a.size;
+        uint8_t* row = codes + i * a.size;
         code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, row);
         key_start[i] = -q.zero_point * (sum_of(row, a.size) - (int32_t)a.size * k.zero_point);
       }
-      pack_keys(codes.data(), a.size, a.key_length, a.size, pieces, keys);
+      pack_keys(codes, a.size, a.key_length, a.size, pieces, keys);
       for (int64_t i = 0; i < a.key_length; i++) {
-        uint8_t* row = codes.data() + i * a.size;
+        uint8_t* row = codes + i * a.size;
         code_row(a.value, b * a.value.image + i * a.value.row + h * a.value.head, a.size, v, row);
         if (!p.zero_point) continue;
         for (int64_t c = 0; c < a.size; c++) value_start[c] -= p.zero_point * ((int32_t)row[c] - v.zero_point);
       }
-      pack_values(codes.data(), a.size, a.key_length, a.size, key_pieces, values);
+      pack_values(codes, a.size, a.key_length, a.size, key_pieces, values);
     }
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < pairs * blocks; block++) {
@@ -188,9 +192,9 @@ extern "C" void sq_attention(const Attention* given) {
       const int64_t b = pair / a.heads, h = pair % a.heads;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
-      const int8_t *keys = base + pair * (key_bytes + value_bytes), *values = keys + key_bytes;
-      const int32_t *key_start = starts.data() + pair * (wide + channels), *value_start = key_start + wide;
-      uint8_t *queries = codes.data(), *probabilities = queries + 32 * deep;
+      const int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;
+      const int32_t *key_start = starts + pair * (wide + channels), *value_start = key_start + wide;
+      uint8_t *queries = codes, *probabilities = queries + 32 * deep;
       memset(queries, 0, 32 * deep);
       for (int64_t i = 0; i < many; i++) {
         const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
@@ -200,12 +204,12 @@ extern "C" void sq_attention(const Attention* given) {
       for (int64_t n = 0; n < key_tiles; n += 2) {
         const int32_t *left = key_start + n * 16, *right = left + 16;
         product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
-                {scores.data() + n * 16, scores_stride, 16, 16 * scores_stride});
+                {scores + n * 16, scores_stride, 16, 16 * scores_stride});
       }
       const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor * LOG2E);  // so that e^x is 2^score
       int32_t code_sum[32] = {};
       for (int64_t i = 0; i < many; i++) {
-        int32_t* row = scores.data() + i * scores_stride;
+        int32_t* row = scores + i * scores_stride;
         // The zero point of keys adds the same to all scores of a row, which probabilities do not depend on.
         const int32_t top = largest(row, a.key_length);
         float total;
