@@ -44,8 +44,9 @@ extern "C" void sq_layer(const Call* given) {
   const int64_t image_tiles = p.flat ? (p.height * p.flat + 15) / 16 : p.height * row_tiles;
   const int64_t tiles = p.batch * image_tiles, row_blocks = (tiles + 1) / 2;
   const int64_t column_bytes = 2 * l.tap_count * l.pieces * TILE;
-  // The side that does not fit the second-level cache is walked once; columns that have to be unpacked are, too.
-  const bool rows_inside = l.zero_point || (column_blocks * column_bytes > (1 << 20) && row_blocks < 64);
+  // All rows times as many columns as stay in the second-level cache, then times the next; columns that have to be
+  // unpacked are taken alone.
+  const int64_t together = l.zero_point ? 1 : std::clamp<int64_t>((1 << 20) / column_bytes, 1, column_blocks);
   const int64_t blocks = row_blocks * column_blocks;
   const Product product = product_for(call.amx);
 #pragma omp parallel num_threads(call.threads)
@@ -59,8 +60,9 @@ extern "C" void sq_layer(const Call* given) {
     if (l.zero_point && (int64_t)columns_of_block.size() < column_bytes) columns_of_block.resize(column_bytes);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t rb = rows_inside ? block % row_blocks : block / column_blocks;
-      const int64_t cb = rows_inside ? block / row_blocks : block % column_blocks;
+      const int64_t group = block / (row_blocks * together), inside = block % (row_blocks * together);
+      const int64_t width = std::min(together, column_blocks - group * together);
+      const int64_t rb = inside / width, cb = group * together + inside % width;
       if (rb != ready) {
         ready = rb;
         for (int t = 0; t < 2; t++) {
