@@ -3,6 +3,7 @@
     python benchmarks/full_size.py                     # 860 M parameters: 20 minutes on a core of its own, 12 GB
     python benchmarks/full_size.py --dtype bfloat16    # the same with its weights in half the memory
     python benchmarks/full_size.py --scale quarter     # the same with 215 M
+    python benchmarks/full_size.py --recipe minmax --dtype bfloat16 --calibration-size 256      # minutes
     python benchmarks/full_size.py --scale tiny        # with 3 M, to see that it works
 
 What is measured is whether all of it works at that size, how long each stage takes and how much memory, beside what the
@@ -80,6 +81,25 @@ def build(scale: dict[str, Any], folder: Path) -> Any:
     )  # fmt: skip
 
 
+def use(pipeline: Any, size: int) -> None:
+    """Draw as users do: a negative prompt, two pictures a prompt, a callback, other schedulers than calibration had."""
+    seen: list[int] = []
+
+    def note(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return values
+
+    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.PNDMScheduler):
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        seen.clear()
+        latents = pipeline(
+            "a red bicycle", negative_prompt="rain", num_images_per_prompt=2, num_inference_steps=4, height=size,
+            width=size, callback_on_step_end=note, output_type="latent",
+        ).images  # fmt: skip
+        assert latents.shape == (2, 4, size // 8, size // 8) and bool(torch.isfinite(latents).all())
+        assert seen == list(range(len(pipeline.scheduler.timesteps))), "the callback sees every step"
+
+
 class Stages(Progress):
     """Seconds that each stage takes, and the peak of the process's memory when it ends."""
 
@@ -123,7 +143,8 @@ def main() -> None:
             samples=arguments.samples, steps=arguments.steps, trajectories=1,
             size=min(arguments.calibration_size, scale["size"]),
         )  # fmt: skip
-        learning = {"iterations": arguments.iterations, "batch_size": arguments.samples}
+        learns = arguments.recipe not in ("minmax", "ptq4dm")
+        learning = {"iterations": arguments.iterations, "batch_size": arguments.samples} if learns else {}
         with stages.task("plan"):
             request = make_request(pipeline, calibration.steps, prompts=prompts, size=calibration.size)
             values = hyperparameters(arguments.recipe, learning)
@@ -145,6 +166,8 @@ def main() -> None:
             request = make_request(loaded, arguments.steps, prompts=prompts, size=scale["size"])
             picture = draw(loaded, request, [0], 0)
         assert picture.shape == (1, 3, scale["size"], scale["size"]) and bool(torch.isfinite(picture).all())
+        with stages.task("use"):
+            use(loaded, scale["size"] // 2)
     figures = {
         "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
         "parameters": parameters,
