@@ -143,8 +143,8 @@ def main() -> None:
             samples=arguments.samples, steps=arguments.steps, trajectories=1,
             size=min(arguments.calibration_size, scale["size"]),
         )  # fmt: skip
-        learns = arguments.recipe not in ("minmax", "ptq4dm")
-        learning = {"iterations": arguments.iterations, "batch_size": arguments.samples} if learns else {}
+        wanted = {"iterations": arguments.iterations, "batch_size": arguments.samples}
+        learning = {name: wanted[name] for name in wanted.keys() & hyperparameters(arguments.recipe, {}).keys()}
         with stages.task("plan"):
             request = make_request(pipeline, calibration.steps, prompts=prompts, size=calibration.size)
             values = hyperparameters(arguments.recipe, learning)

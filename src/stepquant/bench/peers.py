@@ -32,7 +32,7 @@ def check_peers(names: Collection[str]) -> tuple[str, ...]:
 
 
 def peers(
-    model: nn.Module, arguments: dict[str, Tensor], threads: int, names: Collection[str] = PEERS
+    model: nn.Module, arguments: dict[str, Tensor], threads: int, names: Collection[str]
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Name -> one step, ready to run; and name -> why not, of those that cannot run here.
 
@@ -49,7 +49,7 @@ def peers(
 
 
 def gpu_peers(
-    model: nn.Module, arguments: dict[str, Tensor], names: Collection[str] = PEERS
+    model: nn.Module, arguments: dict[str, Tensor], names: Collection[str]
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The same on a GPU, where model and arguments are, in bfloat16."""
     compiled = torch.compile(model)

@@ -15,7 +15,7 @@ from stepquant.distributed import Ranks
 from stepquant.nn.trainable import TrainableLayer
 from stepquant.numerics.affine import largest_code
 from stepquant.numerics.compensation import aligned_weight, compensated_weight, input_rows, parts_of_inputs, sparser
-from stepquant.reconstruction.replay import BlockInputs
+from stepquant.reconstruction.replay import BlockInputs, Reached
 
 SUMS = 16
 """Parts that the samples are divided into: each is added up by one process, and the parts in order by all, so that the
@@ -123,26 +123,19 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-class _Reached(Exception):
-    """The layer that was waited for has been called."""
-
-    def __init__(self, given: Tensor) -> None:
-        super().__init__()
-        self.given = given
-
-
 def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
     """What `layer` is given in a run of its block, which goes no further than there."""
 
     def stop(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
+        raise Reached(inputs, {})
 
     handle = layer.register_forward_pre_hook(stop)
     args, kwargs = arguments
     try:
         block(*args, **kwargs)
-    except _Reached as reached:
-        return reached.given
+    except Reached as reached:
+        given: Tensor = reached.given[0]
+        return given
     finally:
         handle.remove()
     raise RuntimeError("the layer was never reached: its block does not call it")

@@ -95,7 +95,7 @@ class Replay:
         position, home = {"chosen": slice(0, 0)}, device_of(self.model)
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
+            raise Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
 
         def answer(name: str) -> Any:
             def forward(*_args: Any, **_kwargs: Any) -> Any:
@@ -111,8 +111,8 @@ class Replay:
             position["chosen"] = chosen
             try:
                 self.model(**self.samples.arguments(chosen))
-            except _Reached as reached:
-                return pytree.tree_flatten((reached.args_, reached.kwargs_))
+            except Reached as reached:
+                return pytree.tree_flatten((reached.given, reached.named))
             raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
 
         batches = list(self.samples.batches(self.batch_size))
@@ -187,12 +187,12 @@ _BATCH = object()
 """Stands for an argument that is the number of samples in the batch."""
 
 
-class _Reached(Exception):
-    """The block that was waited for has been called."""
+class Reached(Exception):
+    """The module that was waited for has been called; ends a run that is of no use beyond it."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.args_, self.kwargs_ = args, kwargs
+        self.given, self.named = args, kwargs
 
 
 def _is_per_sample(leaves: tuple[Any, Any], batches: tuple[slice, slice]) -> bool:

@@ -234,7 +234,7 @@ extern "C" void sq_attention(const Attention* given) {
         const int32_t *left = value_start + n * 16, *right = left + 16;
         product(operand,
                 {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}},
-                {sums, 16, 256, 512});
+                four_tiles(sums));
         for (int64_t t = 0; t < 4; t++) {
           const int64_t c = (n + t % 2) * 16;
           if (c >= a.size) continue;

@@ -98,7 +98,7 @@ extern "C" void sq_layer(const Call* given) {
           columns.initial[t][n] = initial.data() + (per_sample ? image[t] : 0) * wide + cb * 32 + n * 16;
         }
       }
-      product(a, columns, {sums, 16, 256, 512});
+      product(a, columns, four_tiles(sums));
       for (int n = 0; n < 2; n++) {
         const int64_t o = cb * 32 + n * 16;
         if (o >= l.outputs) break;

@@ -1,7 +1,7 @@
 // The one inner loop: a block of 32 rows of unsigned codes times 32 columns of signed weights, in 32-bit integers.
 //
-// Rows are 64-byte pieces read where they lie, one row `stride` bytes behind the other; columns are packed in tiles of 64 x 16, four
-// consecutive products of a column side by side, which is what both AMX and VNNI instructions take.
+// Rows are 64-byte pieces read where they lie, one row `stride` bytes behind the other; columns are packed in tiles of
+// 64 x 16, four consecutive products of a column side by side, which is what both AMX and VNNI instructions take.
 #pragma once
 #include "vectors.h"
 
@@ -26,6 +26,9 @@ struct Sums {
   int64_t stride;        // int32s from a row to the next
   int64_t right, lower;  // to the tile beside it, and the one below
 };
+
+// int32 [2 row tiles][2 column tiles][16][16].
+static inline Sums four_tiles(int32_t* sums) { return {sums, 16, 256, 512}; }
 
 using Product = void (*)(const Operand&, const Columns&, const Sums&);
 
