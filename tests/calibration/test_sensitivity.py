@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 import stepquant
 from stepquant.calibration.instrument import instrument
-from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers
+from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers, measure
+from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.models import describe
 from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.progress import Progress
+from stepquant.workspace import Workspace
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 MIDDLE = "mid_block.resnets.0.conv1"
@@ -98,6 +100,41 @@ def test_an_attentions_operands_belong_to_the_layers_that_make_them(unconditiona
     every = {id(quantizer) for layer in quantizers.values() for quantizer in layer}
     left = {id(attention.quantizers["probability"]) for attention in instrumented.attentions.values()}
     assert every | left == {id(quantizer) for quantizer in instrumented.activation_quantizers()}
+
+
+@pytest.mark.parametrize("how", ["alone", "relief"])
+def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how, unconditional_pipeline, tmp_path):
+    unet = copy.deepcopy(unconditional_pipeline.unet)
+    description = describe(unet)
+    first = description.layers[0]
+    instrumented = instrument(unet, description, QuantSpec.parse("w4a16"))
+    timesteps = torch.tensor([900, 100, 500])
+    samples = CalibrationSet({"sample": torch.randn(3, 1, 16, 16), "timestep": timesteps}, torch.tensor([0, 2, 1]))
+    runs = []
+    instrumented.model.get_submodule(first).register_forward_hook(lambda *_: runs.append(1))
+    progress, workspace = Progress(), Workspace(tmp_path)
+    given = {"batch_size": 2, "workspace": workspace, "stage": "ranking", "progress": progress}
+    measured = measure(instrumented, description.blocks, samples, how, **given)
+    own = len(instrumented.layers_in(description.blocks[0]))
+    assert len(runs) == 2 * (2 + own), "two batches: in full precision, quantized, and for the layers of its block"
+
+    def output(quantized):
+        for name, layer in instrumented.layers.items():
+            layer.quantizing_weight = name in quantized
+        with torch.no_grad():
+            return torch.cat([instrumented.model(**samples.arguments(rows)).sample for rows in samples.batches(2)])
+
+    def power(values):
+        return values.double().square().flatten(1).sum(dim=1)
+
+    target, names = output(()), set(instrumented.layers)
+    for name in (MIDDLE, FRAGILE):
+        if how == "alone":
+            expected = power(output({name}) - target)
+        else:
+            expected = power(output(names) - target) - power(output(names - {name}) - target)
+        found = measured.errors[list(measured.bits).index(name)]
+        torch.testing.assert_close(found, (expected / power(target))[[0, 2, 1]], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["class_pipeline", "text_pipeline"])

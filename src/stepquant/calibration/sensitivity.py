@@ -9,12 +9,15 @@ Two rankings, both by the relative squared error of the denoiser's output, ``sum
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.trajectories import CalibrationSet
@@ -22,6 +25,7 @@ from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.nn.activation_quantizer import ActivationQuantizer
+from stepquant.nn.placement import resting
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
@@ -75,6 +79,7 @@ def check_how(how: str) -> How:
 
 def measure(
     instrumented: Instrumented,
+    blocks: Sequence[str],
     samples: CalibrationSet,
     how: How,
     *,
@@ -88,60 +93,106 @@ def measure(
 
     A layer is what an exception of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
     `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
-    The workspace's processes share the layers.
+    What lies before a layer's block is the same whether the layer is quantized or not, and does not run again. The
+    workspace's processes share the layers.
 
     Args:
         instrumented: its ranges are found and its quantizers switched on; they are on again afterwards.
+        blocks: in execution order; each layer is in one of them.
+        batch_size: samples passed through at a time; the outputs of all blocks for them are in memory.
         stage: name in the workspace; stands for the network and the samples.
         step_groups: into how many groups the sampler's steps are divided; fewer if fewer steps have samples.
     """
     names = list(instrumented.layers)
     stage = f"{stage}-{how}-{step_groups}"
     measured = workspace.load(stage) or {}
-    missing = [name for name in names if f"layer.{name}" not in measured]
-    if missing:
-        network = _Network(instrumented, samples, batch_size, step_groups)
-        measured |= {"steps": network.group_ends(), "whole": network.error(names, rest=True)}
-        with progress.task(f"Ranking layers ({how})", len(names)) as advance:
+    groups = _Groups(samples.steps, step_groups)
+    batches = list(samples.batches(batch_size))
+    network = _Network(instrumented, blocks, how)
+    with progress.task(f"Ranking layers ({how})", len(batches) * len(names)) as advance:
+        for index, rows in enumerate(batches):
+            missing = [name for name in names if f"{index}.layer.{name}" not in measured]
             advance(len(names) - len(missing))
-
-            def error_of(name: str) -> Tensor:
-                if how == "alone":
-                    return network.error([name], rest=False)
-                return measured["whole"] - network.error(set(names) - {name}, rest=True)
-
-            for name, error in zip(missing, workspace.ranks.deal(error_of, missing), strict=True):
-                measured[f"layer.{name}"] = error
+            if not missing:
+                continue
+            network.start(samples.arguments(rows))
+            sums = partial(groups.sums, rows=rows)
+            measured |= {f"{index}.power": sums(network.target), f"{index}.whole": sums(network.whole_error)}
+            for name, error in zip(missing, workspace.ranks.deal(network.error, missing), strict=True):
+                measured[f"{index}.layer.{name}"] = sums(error)
                 workspace.save(stage, measured)
                 advance(1)
-        network.switch(names, rest=True)
-    ends = tuple((first, last) for first, last in measured["steps"].tolist())
-    errors = torch.stack([measured[f"layer.{name}"] for name in names])
+            network.switch(names, rest=True)
+
+    def summed(what: str) -> Tensor:
+        return torch.stack([measured[f"{index}.{what}"] for index in range(len(batches))]).sum(dim=0)
+
+    power = summed("power").clamp(min=1e-12)
+    whole = summed("whole") / power
+    errors = torch.stack([summed(f"layer.{name}") / power for name in names])
     bits = {name: layer.bits for name, layer in instrumented.layers.items()}
     sizes = {name: layer.weight.numel() for name, layer in instrumented.layers.items()}
-    return Sensitivity(how, bits, sizes, ends, errors, measured["whole"])
+    return Sensitivity(how, bits, sizes, groups.ends, errors if how == "alone" else whole - errors, whole)
+
+
+class _Groups:
+    """The sampler's steps in groups: of each sample the one it is in, and of each group its first and last step."""
+
+    def __init__(self, steps: Tensor, count: int) -> None:
+        seen, position = steps.unique(return_inverse=True)
+        self.count = min(count, len(seen))
+        self.of_sample = position * self.count // len(seen)
+        members = [steps[self.of_sample == group].tolist() for group in range(self.count)]
+        self.ends = tuple((min(member), max(member)) for member in members)
+
+    def sums(self, values: Tensor, rows: slice) -> Tensor:
+        """Sum of squares over those of the samples `rows` that are in each group: float64 [G]."""
+        squares = values.double().square().flatten(1).sum(dim=1)
+        return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of_sample[rows], squares)
 
 
 class _Network:
-    """The denoiser with a switch for every layer, and what it puts out in full precision on the samples."""
+    """The denoiser with a switch for every layer, and for one batch what its blocks put out before any is turned.
 
-    def __init__(self, instrumented: Instrumented, samples: CalibrationSet, batch_size: int, step_groups: int) -> None:
-        self.instrumented, self.samples, self.batch_size = instrumented, samples, batch_size
+    Attributes:
+        target: the output of full precision for the batch.
+        whole_error: what is added to it with everything quantized.
+    """
+
+    def __init__(self, instrumented: Instrumented, blocks: Sequence[str], how: How) -> None:
+        self.instrumented, self.blocks, self.how = instrumented, list(blocks), how
         self.quantizers = layer_quantizers(instrumented)
-        seen, position = samples.steps.unique(return_inverse=True)
-        self.groups = min(step_groups, len(seen))
-        self.group = position * self.groups // len(seen)
-        self.target = self._output((), rest=False)
-        self.power = self._by_group(self.target).clamp(min=1e-12)
+        self.block_of = {name: block for block in blocks for name in instrumented.layers_in(block)}
+        self.outputs: dict[str, Any] = {}
 
-    def group_ends(self) -> Tensor:
-        """First and last sampler step of each group: int64 [G, 2]."""
-        groups = [self.samples.steps[self.group == group] for group in range(self.groups)]
-        return torch.stack([torch.stack([steps.min(), steps.max()]) for steps in groups])
+    def start(self, arguments: dict[str, Any]) -> None:
+        """Take the batch with these arguments."""
+        self.arguments, self.outputs = arguments, {}
+        self.switch((), rest=False)
+        with self._remembering() if self.how == "alone" else nullcontext():
+            self.target = self._output()
+        self.switch(list(self.instrumented.layers), rest=True)
+        with self._remembering() if self.how == "relief" else nullcontext():
+            self.whole_error = self._output() - self.target
 
-    def error(self, layers: Collection[str], *, rest: bool) -> Tensor:
-        """Relative squared error of the output with exactly these layers quantized: float64 [G]."""
-        return self._by_group(self._output(layers, rest=rest) - self.target) / self.power
+    def error(self, layer: str) -> Tensor:
+        """What is added to the target with this layer alone quantized, or with all others."""
+        alone = self.how == "alone"
+        self.switch([layer] if alone else set(self.instrumented.layers) - {layer}, rest=not alone)
+        before = self.blocks[: self.blocks.index(self.block_of[layer])]
+        modules = {name: self.instrumented.model.get_submodule(name) for name in before}
+
+        def answer(name: str) -> Callable[..., Any]:
+            return lambda *_args, **_kwargs: pytree.tree_map_only(Tensor, Tensor.clone, self.outputs[name])
+
+        try:
+            with resting(*modules.values()):
+                for name, module in modules.items():
+                    module.forward = answer(name)
+                return self._output() - self.target
+        finally:
+            for module in modules.values():
+                module.__dict__.pop("forward", None)
 
     def switch(self, layers: Collection[str], *, rest: bool) -> None:
         """Quantize exactly these layers, and with `rest` what belongs to no layer."""
@@ -153,17 +204,27 @@ class _Network:
                 quantizer.enabled = name in layers
 
     @torch.no_grad()
-    def _output(self, layers: Collection[str], *, rest: bool) -> Tensor:
-        """The denoiser's output on all samples with exactly these layers quantized: float32 [N, ...]."""
-        self.switch(layers, rest=rest)
-        model, batches = self.instrumented.model, self.samples.batches(self.batch_size)
-        answers = (model(**self.samples.arguments(rows), return_dict=False) for rows in batches)
-        return torch.cat([main_tensor(answer).cpu() for answer in answers])
+    def _output(self) -> Tensor:
+        return main_tensor(self.instrumented.model(**self.arguments, return_dict=False)).cpu()
 
-    def _by_group(self, values: Tensor) -> Tensor:
-        """Sum of squares over the samples of each group: float64 [G]."""
-        squares = values.double().square().flatten(1).sum(dim=1)
-        return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.group, squares)
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Keep what every block puts out."""
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                self.outputs[name] = pytree.tree_map_only(Tensor, Tensor.clone, output)
+
+            return hook
+
+        handles = [
+            self.instrumented.model.get_submodule(block).register_forward_hook(keep(block)) for block in self.blocks
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def layer_quantizers(instrumented: Instrumented) -> dict[str, list[ActivationQuantizer]]:

@@ -262,6 +262,7 @@ class Job:
         stage = digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())])
         return measure(
             instrumented,
+            self.description.blocks,
             samples,
             how,
             batch_size=self.chunk,
