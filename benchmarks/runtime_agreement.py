@@ -7,7 +7,8 @@ point, multiplied in float32) and with every runtime. Accumulators are exact eve
 layers is float32, added up in another order: now and then a value next to the middle of two codes falls on the other
 side, and the trajectory takes another path from there. So the simulation is also compared with itself, its pictures
 drawn one by one instead of in one batch, where torch adds up in another order, too. No runtime can be expected to be
-closer than that. One line of JSON a model and bits goes to ``benchmarks/results/runtime-agreement.jsonl``.
+closer than that. A second comparison leaves out where a path leads: the outputs of every runtime for the latents that
+the simulation met. One line of JSON a model and bits goes to ``benchmarks/results/runtime-agreement.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,25 +18,37 @@ import json
 import math
 import platform
 import tempfile
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import stepquant as sq
+from stepquant.calibration.trajectories import nest
 from stepquant.evaluation.fidelity import psnr
 from stepquant.export.network import example_arguments
 from stepquant.export.onnx import OnnxDenoiser, export_onnx
+from stepquant.export.openvino import OpenVinoDenoiser, export_openvino
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
+from stepquant.models.description import main_tensor
 from stepquant.nn.layers import Kernel, QuantizedModule
 from stepquant.nn.tables import expand_groups
 from stepquant.numerics.affine import dequantize, quantize
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines import Request, draw, make_request
 from stepquant.runtime import INTEGER
 from stepquant.runtime.segments import along_channels, channel_dim, linear_map
+from stepquant.studies.reference import TARGET, reference
+from stepquant.studies.spec import Budget
 
+EXPORTS = {
+    "onnxruntime": (export_onnx, OnnxDenoiser, "onnx"),
+    "openvino": (export_openvino, OpenVinoDenoiser, "xml"),
+}
+ALONE = "simulation, one by one"
 RESULTS = Path(__file__).parent / "results" / "runtime-agreement.jsonl"
 SEED = 0
 
@@ -62,40 +75,85 @@ class Simulation(Kernel):
         return along_channels(expand_groups(values[:, None], self.table.group_sizes)[:, 0], self.dim, x.dim())
 
 
-def compare(pictures: Tensor, simulated: Tensor) -> dict[str, float]:
-    """dB: of the mean squared error of all pictures together, of the worst picture, and of the one in the middle."""
-    decibels = psnr(pictures, simulated)
-    error = float((pictures.double() - simulated.double()).square().mean())
-    pooled = 10 * math.log10(4 / error) if error else math.inf
-    return {"pooled": round(min(pooled, 100.0), 2), "worst": round(float(decibels.min()), 2),
-            "median": round(float(decibels.median()), 2)}  # fmt: skip
+def decibels(error: Tensor, peak: float) -> float:
+    """PSNR of `error`, to 100 dB."""
+    mean_square = float(error.double().square().mean())
+    return min(20 * math.log10(peak) - 10 * math.log10(mean_square), 100.0) if mean_square else 100.0
+
+
+def of_pictures(pictures: Tensor, simulated: Tensor) -> dict[str, float]:
+    """dB: of all pictures together, of the worst picture, and of the one in the middle."""
+    each = psnr(pictures, simulated)
+    pooled = decibels(pictures - simulated, peak=2)
+    return {"pooled": round(pooled, 2), "worst": round(float(each.min()), 2), "median": round(float(each.median()), 2)}
+
+
+def of_outputs(run: Any, simulated: list[dict[str, Tensor]]) -> dict[str, float]:
+    """dB, to the peak-to-peak of the simulation's output: of the worst step and of the one in the middle.
+
+    `run` takes the arguments of each call of the denoiser on the way to the simulation's pictures.
+    """
+    each = []
+    for call in simulated:
+        target = call[TARGET]
+        output = run({name: tensor for name, tensor in call.items() if name != TARGET})
+        each.append(decibels(output - target, peak=float(target.max() - target.min())))
+    return {"worst": round(min(each), 2), "median": round(median(each), 2)}
+
+
+def answer(denoiser: Any, call: dict[str, Tensor]) -> Tensor:
+    """The denoiser's output for a call's arguments."""
+    with torch.inference_mode():
+        return main_tensor(denoiser(**nest(call)))
+
+
+def one_by_one(denoiser: Any, call: dict[str, Tensor]) -> Tensor:
+    """The same, a sample at a time."""
+    samples = max(len(tensor) for tensor in call.values() if tensor.dim())
+    parts = [
+        {name: tensor[index : index + 1] if tensor.dim() else tensor for name, tensor in call.items()}
+        for index in range(samples)
+    ]
+    return torch.cat([answer(denoiser, part) for part in parts])
 
 
 def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dict[str, Any]:
     """Figures of one model."""
     full = resolve_pipeline(f"zoo:{model}")
     calibration = sq.Calibration(samples=64, steps=steps)
+    pictures, outputs = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "quantized"
         sq.quantize(full, bits, recipe=recipe, calibration=calibration).save_pretrained(folder)
 
-        def drawn(backend: Any, indices: range = range(count), exported: Path | None = None) -> Tensor:
-            pipeline = sq.load(folder, backend=backend)
-            name = denoiser_name(pipeline)
-            if exported is not None:
-                export_onnx(getattr(pipeline, name), example_arguments(pipeline), exported)
-                setattr(pipeline, name, OnnxDenoiser(exported, getattr(pipeline, name), torch.get_num_threads()))
-            return draw(pipeline, make_request(pipeline, steps), indices, SEED)
+        def request_of(pipeline: Any) -> Request:
+            return make_request(pipeline, steps)
 
-        simulated = drawn(Simulation)
-        alone = torch.cat([drawn(Simulation, range(index, index + 1)) for index in range(count)])
-        decibels = {"simulation, one by one": compare(alone, simulated)}
+        simulation = sq.load(folder, backend=Simulation)
+        kept = reference(simulation, request_of(simulation), Budget(count=count, steps=steps), SEED, Path(temporary))
+        (calls,) = kept.calls
+
+        def look(name: str, pipeline: Any) -> None:
+            drawn = draw(pipeline, request_of(pipeline), range(count), SEED)
+            denoiser = getattr(pipeline, denoiser_name(pipeline))
+            pictures[name] = of_pictures(drawn, kept.pictures)
+            outputs[name] = of_outputs(partial(answer, denoiser), calls)
+
+        alone = [draw(simulation, request_of(simulation), [index], SEED) for index in range(count)]
+        pictures[ALONE] = of_pictures(torch.cat(alone), kept.pictures)
+        outputs[ALONE] = of_outputs(partial(one_by_one, getattr(simulation, denoiser_name(simulation))), calls)
         for name in ("reference", *(name for name, reason_of in INTEGER.items() if reason_of() is None)):
-            decibels[name] = compare(drawn(name), simulated)
-        decibels["onnxruntime"] = compare(drawn("auto", exported=Path(temporary) / "network.onnx"), simulated)
+            look(name, sq.load(folder, backend=name))
+        for name, (export, exported_denoiser, suffix) in EXPORTS.items():
+            pipeline, path = sq.load(folder), Path(temporary) / f"network.{suffix}"
+            denoiser = getattr(pipeline, denoiser_name(pipeline))
+            export(denoiser, example_arguments(pipeline), path)
+            exported = exported_denoiser(path, denoiser, threads=torch.get_num_threads())
+            setattr(pipeline, denoiser_name(pipeline), exported)
+            look(name, pipeline)
     return {
-        "model": model, "bits": bits, "recipe": recipe, "pictures": count, "steps": steps,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "decibels": decibels,
+        "model": model, "bits": bits, "recipe": recipe, "count": count, "steps": steps,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "pictures": pictures, "outputs": outputs,
     }  # fmt: skip
 
 
