@@ -91,6 +91,10 @@ CONFIGURATIONS = {
         "unet/config.json",
         lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_groups=[1] * 10**6),
     ),
+    "groups of other channels": (
+        "unet/config.json",
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(activation_groups=[5]),
+    ),
     "bits that no format has": (
         "unet/config.json",
         lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_bits=64),

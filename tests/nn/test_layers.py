@@ -89,10 +89,12 @@ def test_groups_respect_the_split(channels, split, size, expected):
         {"layers": {"a": {"weight_bits": 4, "weight_groups": [-1]}}},
         {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "balanced": True}}},
         {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_rows": 10**9}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_bits": 8, "activation_rows": 3}}},
         {"attentions": {"a": {"colour": {"bits": 8}}}},
+        {"attentions": {"a": {"query": {"bits": 8, "rows": 3}}}},
     ],
 )  # fmt: skip
 def test_a_malformed_structure_is_one_sentence(change):
     with pytest.raises(StepquantError) as caught:
-        Structure.parse({"timesteps": [0.0], "layers": {}, "attentions": {}} | change)
+        Structure.parse({"timesteps": [0.0, 1.0], "layers": {}, "attentions": {}} | change)
     assert "\n" not in str(caught.value)

@@ -60,9 +60,17 @@ class Structure(BaseModel):
     def _consistent(self) -> Structure:
         if any(later <= earlier for earlier, later in pairwise(self.timesteps)):
             raise ValueError("timesteps must be strictly ascending")
+        rows = {name: {layer.activation_rows} for name, layer in self.layers.items()}
         for name, operands in self.attentions.items():
             if not set(operands) <= set(OPERANDS):
                 raise ValueError(f"operands of {name} must be among {', '.join(OPERANDS)}")
+            rows[name] = {operand.rows for operand in operands.values()}
+        # Kernels look up the clock's row without asking how many there are.
+        for name, counts in rows.items():
+            if not counts <= {1, len(self.timesteps)}:
+                raise ValueError(
+                    f"tables of {name} must have 1 row, or one for each of {len(self.timesteps)} timesteps"
+                )
         return self
 
     @classmethod
@@ -162,6 +170,12 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
                 )
             if layer_format.balanced and getattr(module, "groups", 1) > 1:
                 raise StepquantError(f"layer {name!r} has channel groups and cannot be balanced: it is damaged.")
+            channels, groups = _input_channels(module), layer_format.activation_groups
+            if groups and sum(groups) != channels:
+                raise StepquantError(
+                    f"layer {name!r} has {channels} input channels, its activation groups have {sum(groups)}: the "
+                    "checkpoint is damaged, quantize the model again."
+                )
             replace_module(model, name, _empty_like(module, layer_format, clock))
         for name, operands in structure.attentions.items():
             bits = {operand: operand_format.bits for operand, operand_format in operands.items()}
@@ -192,6 +206,10 @@ def _empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) 
         return QuantizedLinear.like(module, layer_format, clock)
     assert isinstance(module, nn.Conv2d)
     return QuantizedConv2d.like(module, layer_format, clock)
+
+
+def _input_channels(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels  # type: ignore[return-value]
 
 
 def _remember(model: nn.Module, name: str, clock: StepClock) -> None:
