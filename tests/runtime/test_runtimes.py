@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import stepquant
 from stepquant.errors import StepquantError
 from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
@@ -349,3 +350,36 @@ def test_int32_never_overflows():
     module = linear(inputs=4)
     module.weight_shape = (1, math.ceil((1 << 31) / (255 * 128)) + 1)
     assert not onednn.can_run(module)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
+def test_a_state_dict_that_is_loaded_later_runs(backend):
+    ours, other = (nn.Sequential(convolution(7, 5, 3, padding=1)) for _ in range(2))
+    fill(other[0], other[0].layer_format.weight_groups, (), (8, 8))
+    x = torch.randn(2, 7, 6, 6)
+    for model in (ours, other):
+        prepare(model, backend)
+    before, wanted = ours(x), other(x)
+    assert not torch.equal(before, wanted)
+    ours.load_state_dict(other.state_dict())
+    assert torch.equal(ours(x), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditional_pipeline):
+    """Attentions and what is fused and recorded, too."""
+    calibration = stepquant.Calibration(samples=4, steps=2)
+    ours, other = (
+        stepquant.quantize(
+            unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration, seed=seed, backend=backend
+        ).unet
+        for seed in (0, 1)
+    )
+    x = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            before, wanted = ours(x, 500).sample, other(x, 500).sample
+        assert not torch.equal(before, wanted)
+        ours.load_state_dict(other.state_dict())
+        for _ in range(3):
+            assert torch.equal(ours(x, 500).sample, wanted)

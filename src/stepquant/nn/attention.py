@@ -218,6 +218,11 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         attention.check()
         return attention
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.kernel is not None:  # it has tables of its own, made of these
+            self.kernel = type(self.kernel)(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 

@@ -210,6 +210,7 @@ class QuantizedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
+        self._renew_kernel()
 
     @property
     def device(self) -> torch.device:
