@@ -68,6 +68,12 @@ def test_a_branch_beside_each_layer_does_what_it_does_in_full_precision(text_pip
     assert len(names) == sum(name.endswith(tuple(TARGETS)) for name in quantized_names)
 
 
+def test_without_peft_it_is_one_sentence(fresh, lora, monkeypatch):
+    monkeypatch.setattr("stepquant.nn.lora.find_spec", lambda name: None)
+    with pytest.raises(StepquantError, match=r"pip install 'stepquant\[lora\]'"):
+        fresh.load_lora_weights(lora)
+
+
 def test_it_is_switched_weighted_mixed_and_unloaded(quantized, fresh, text_pipeline, lora, tmp_path):
     untouched = pictures(quantized)
     fresh.load_lora_weights(lora, adapter_name="one")

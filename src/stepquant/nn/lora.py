@@ -10,6 +10,7 @@ quantized. Needs peft, as LoRA in diffusers does.
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,10 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     """`load_lora_adapter` of the model's class, on a quantized model.
 
     Raises:
-        StepquantError: if the adapter names no layer of this model, or has another shape.
+        StepquantError: if the adapter names no layer of this model, or has another shape, or peft is not installed.
     """
+    if find_spec("peft") is None:
+        raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
     places = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
     adapted = {name: _with_empty_adapter(module) for name, module in places.items() if not name.endswith("base_layer")}
     for name, layer in adapted.items():
