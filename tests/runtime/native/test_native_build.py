@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 
 import pytest
 
@@ -42,21 +44,96 @@ def test_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(StepquantError, match=r"could not compile the native kernels: x\.cpp:1: error: no such thing"):
         build.library()
-    assert list(tmp_path.rglob("native-*")) == []
+    assert list(tmp_path.rglob("*.so")) == []
 
 
-@pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
-def test_compiled_once(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A library compiled for this file's tests."""
+    path = tmp_path_factory.mktemp("once") / "own" / "library.so"
+    try:
+        build.compile_to(path)
+    except StepquantError as error:
+        pytest.skip(str(error))
+    return path
+
+
+@pytest.fixture
+def compiled(once, monkeypatch, tmp_path):
+    """The library's file in the cache; to compile it again copies it."""
+    monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
     if build.supported() is not None:
         pytest.skip(build.supported())
-    (path,) = tmp_path.rglob("native-*.so")
+    (path,) = tmp_path.rglob("*.so")
+    return path
+
+
+def test_compiled_once(compiled):
+    path = compiled
     written = path.stat().st_mtime_ns
     assert isinstance(build.library(), ctypes.CDLL)
     assert path.stat().st_mtime_ns == written
 
 
-def test_the_sources_compile_where_they_can(monkeypatch):
+def test_the_sources_compile_where_they_can():
     """Without this a broken source would only skip the tests of the kernels."""
-    if build._compiler() is None or not set(build.INSTRUCTIONS) <= build._processor_flags():
+    if not _has_compiler() or not set(build.INSTRUCTIONS) <= build._processor_flags():
         pytest.skip("no compiler, or not the instructions")
     assert build.supported() is None
+
+
+def _has_compiler() -> bool:
+    try:
+        build._compiler()
+    except StepquantError:
+        return False
+    return True
+
+
+def test_a_library_that_does_not_load_is_compiled_again(once, monkeypatch):
+    monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
+    path, whole = build._library_path(), once.read_bytes()
+    path.parent.mkdir(mode=0o700, parents=True)
+    path.write_bytes(b"of another system")
+    assert isinstance(build.library(), ctypes.CDLL)
+    assert path.read_bytes() == whole
+
+
+def test_a_library_that_never_loads_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(build, "_compile", lambda draft: draft.write_bytes(b"no library"))
+    with pytest.raises(StepquantError, match=r"cannot be loaded from .*XDG_CACHE_HOME"):
+        build.library()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_can_write_into_is_not_loaded_from(mode, compiled):
+    """Neither is anything compiled into it."""
+    compiled.parent.chmod(mode)
+    assert build.supported().startswith(f"other users can write into {compiled.parent}")
+    compiled.unlink()
+    assert build.supported().startswith(f"other users can write into {compiled.parent}")
+    assert not compiled.exists()
+
+
+def test_nobody_else_can_write_what_is_kept(monkeypatch, compiled):
+    before = os.umask(0)
+    try:
+        shutil.rmtree(compiled.parent)
+        assert build.supported() is None
+    finally:
+        os.umask(before)
+    assert compiled.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr(build, "_processor_flags", lambda: frozenset(build.INSTRUCTIONS))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(_user):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    if not _has_compiler():
+        pytest.skip("no C++ compiler")
+    assert "XDG_CACHE_HOME" in build.supported()

@@ -1,7 +1,8 @@
 """Compile the kernels for this machine, once, and load them.
 
 What is compiled is named by a hash of the sources, the flags and the compiler, so a new version never loads an old
-library. It is kept under ``$XDG_CACHE_HOME/stepquant`` (``~/.cache/stepquant``).
+library. It is kept under ``$XDG_CACHE_HOME/stepquant/native`` (``~/.cache/stepquant/native``), and loaded from there
+only if nobody else can write into that folder: loading executes it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 from stepquant.runtime.native.library import declare
-from stepquant.workspace import write_atomic
+from stepquant.workspace import cannot_write, write_atomic
 
 SOURCE = Path(__file__).with_name("source")
 COMPILERS = ("c++", "g++", "clang++")
@@ -35,12 +37,10 @@ def supported() -> str | None:
     missing = [name for name in INSTRUCTIONS if name not in _processor_flags()]
     if missing:
         return f"the processor has no {missing[0].replace('_', '-').upper()} instructions"
-    if _library_path() is None:
-        return "no C++ compiler was found: install g++"
     try:
         library()
     except StepquantError as error:
-        return str(error)
+        return str(error).removesuffix(".")
     return None
 
 
@@ -49,14 +49,25 @@ def library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        StepquantError: if there is no compiler, or it fails.
+        StepquantError: if there is no compiler, it fails, or what it compiled can be kept or loaded nowhere.
     """
     path = _library_path()
-    if path is None:
-        raise StepquantError("no C++ compiler was found: install g++.")
-    if not path.is_file():
+    if path.is_file():
+        _check_owned(path.parent)
+    else:
         compile_to(path)
-    return declare(ctypes.CDLL(str(path)))
+    try:
+        return declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError):  # of another system, say
+        path.unlink(missing_ok=True)
+    compile_to(path)
+    try:
+        return declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise StepquantError(
+            f"the native kernels cannot be loaded from {path}: {first_line(error)}; let XDG_CACHE_HOME name a folder "
+            "that programs may run from."
+        ) from None
 
 
 @functools.cache
@@ -67,12 +78,26 @@ def has_amx() -> bool:
 
 def compile_to(path: Path) -> None:
     """Compile the sources to the shared library `path`, whole or not at all. Raises `StepquantError`."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
+    _check_owned(path.parent)
     write_atomic(path, _compile)
+
+
+def _check_owned(folder: Path) -> None:
+    """Raise `StepquantError` if another user than this one may write into `folder`."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StepquantError(
+            f"other users can write into {folder}, and the native kernels in it would be executed: remove it, or let "
+            "XDG_CACHE_HOME name a folder of your own."
+        )
 
 
 def _compile(draft: Path) -> None:
     compiler = _compiler()
-    assert compiler is not None
     sources = sorted(str(source) for source in SOURCE.glob("*.cpp"))
     process = subprocess.run(
         [compiler, *FLAGS, *sources, "-o", str(draft)], capture_output=True, text=True, check=False
@@ -83,21 +108,33 @@ def _compile(draft: Path) -> None:
 
 
 @functools.cache
-def _library_path() -> Path | None:
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+def _library_path() -> Path:
+    """Raises `StepquantError` where there is no compiler, or no folder to keep anything in."""
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     content = [version, *FLAGS, *(path.read_text() for path in sorted(SOURCE.iterdir()) if path.is_file())]
     name = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "stepquant" / f"native-{name}.so"
+    return _cache() / "stepquant" / "native" / f"{name}.so"
 
 
-def _compiler() -> str | None:
+def _cache() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user that the system does not know, as containers have them
+        raise StepquantError(
+            "there is no home folder to keep the compiled native kernels in: let XDG_CACHE_HOME name a folder."
+        ) from None
+
+
+def _compiler() -> str:
     named = os.environ.get("CXX")
     candidates = (named, *COMPILERS) if named else COMPILERS
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    for name in candidates:
+        if (found := shutil.which(name)) is not None:
+            return found
+    raise StepquantError("no C++ compiler was found: install g++.")
 
 
 @functools.cache
