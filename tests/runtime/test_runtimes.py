@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,7 +18,7 @@ from stepquant.nn.clock import StepClock
 from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
 from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.affine import quantize
-from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare
+from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare, summary
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
@@ -383,3 +384,40 @@ def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditio
         ours.load_state_dict(other.state_dict())
         for _ in range(3):
             assert torch.equal(ours(x, 500).sample, wanted)
+
+
+def grouped() -> nn.Sequential:
+    """One layer with a kernel everywhere, one that no processor has a kernel for, one with a float activation."""
+    return nn.Sequential(
+        convolution(8, 8, 3, padding=1), convolution(8, 8, 3, padding=1, groups=2), linear(6, 6, bits=(8, None))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_a_layer_without_an_integer_kernel_is_named_once(backend):
+    model = grouped()
+    with pytest.warns(UserWarning) as told:
+        prepare(model, backend)
+    assert [str(warning.message) for warning in told] == [
+        f"no integer kernel in {backend}, run by the reference, slowly: 1."
+    ]
+    expected = f"layers: 1 {backend}, 1 reference (1), 1 floating point (2)"
+    assert summary(model).split("; ")[0] == expected
+
+
+def test_auto_says_why_it_took_a_slower_runtime(monkeypatch):
+    for name in ("native", "onednn"):
+        monkeypatch.setitem(INTEGER, name, lambda name=name: f"no {name} today")
+    model = nn.Sequential(linear())
+    with pytest.warns(UserWarning) as told:
+        assert prepare(model) == "reference"
+    assert [str(warning.message) for warning in told] == [
+        "stepquant runs by reference, not by a faster runtime (native: no native today; onednn: no onednn today)."
+    ]
+    assert summary(model) == "layers: 1 reference (0); no native: no native today; no onednn: no onednn today"
+    monkeypatch.setitem(INTEGER, "native", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if native.supported() is None:
+            prepare(model)
+            assert summary(model) == "layers: 1 native"

@@ -21,6 +21,7 @@ def inspect(
     from stepquant.nn.correction import correction_of
     from stepquant.nn.deploy import quantized_modules
     from stepquant.pipelines import kind_of
+    from stepquant.runtime import summary
     from stepquant.saving import provenance_of
 
     folder = locate(model)
@@ -42,6 +43,7 @@ def inspect(
             f"residual deviation {residual.min():.3f} to {residual.max():.3f}"
         )
     if quantized:
+        lines["runtime"] = summary(denoiser)
         lines |= {key: json.dumps(value) for key, value in provenance_of(denoiser).items()}
     else:
         lines["denoiser"] += f", {float32_bytes(denoiser) / 1e6:.2f} MB in float32"

@@ -27,9 +27,11 @@ def sample(
     """Draw pictures and write them as one grid."""
     from stepquant.distributed import Ranks
     from stepquant.loading import resolve_pipeline
+    from stepquant.models import denoiser_name
+    from stepquant.nn.deploy import quantized_modules
     from stepquant.pictures import grid, picture_format, save_picture
     from stepquant.pipelines import draw_many, make_request
-    from stepquant.runtime import check_memory
+    from stepquant.runtime import check_memory, summary
     from stepquant.runtime.files import resolve_backend
 
     check_memory(memory)
@@ -38,6 +40,9 @@ def sample(
     picture_format(out)
     check_writable_file(out)
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if quantized_modules(denoiser) and Ranks.current().main:
+        typer.echo(f"runtime: {summary(denoiser)}")
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
     pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
     if Ranks.current().main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
+from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import Kernel, QuantizedModule
 from stepquant.runtime import cuda, native, onednn
@@ -24,6 +26,16 @@ INTEGER = {"native": native.supported, "onednn": onednn.supported, "cuda": cuda.
 """Runtimes in integers, the fastest first -> why this machine cannot run it, or None."""
 DEVICE = {"native": "cpu", "onednn": "cpu", "cuda": "cuda"}
 """The kind of device that a runtime in integers is for."""
+
+NAMES: dict[type[Kernel], str] = {
+    native.NativeKernel: "native",
+    OneDnnKernel: "onednn",
+    CudaKernel: "cuda",
+    ReferenceKernel: "reference",
+    WeightOnlyKernel: "floating point",
+}
+"""Kernels -> the runtimes they belong to."""
+SLOW = ("reference", "floating point")
 
 MEMORY = ("unpacked", "packed")
 """How weights of up to 4 bits are held: a byte each, or two to a byte, unpacked piece by piece as they are used."""
@@ -39,8 +51,9 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
     ``"auto"`` takes the fastest that runs on the device the model lies on: on a processor our own int8 kernels
     (``native``), else those of oneDNN that ship with torch; on a GPU Triton's (``cuda``); else the reference. A model
     that is moved to another device later gets what `backend` means there, and the reference where that has no kernels.
-    A layer without an integer kernel (its activation is not quantized, or it is a grouped convolution) runs as the
-    reference does; `fallbacks` lists those. The model is laid out channels-last, which the convolutions want.
+    A layer without an integer kernel (its activation is not quantized, or on a processor it is a grouped convolution)
+    runs as the reference does; `fallbacks` lists those, and `summary` says what runs where. The model is laid out
+    channels-last, which the convolutions want. A warning says what was expected in integers and is not.
 
     Args:
         backend: one of `BACKENDS`, or a function of your own that gives layers their kernels.
@@ -73,7 +86,58 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
     elif name == "cuda":
         blocks.fuse(model)
     _lay_out(model)
+    for problem in _problems(model, backend, name):
+        warnings.warn(problem, stacklevel=2)
     return name
+
+
+def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
+    """Why `model` runs slower than it could, a sentence each."""
+    problems = []
+    reasons = [f"{other}: {reason}" for other, reason in _left_out(_device_of(model)) if backend == "auto"]
+    if reasons:
+        problems.append(f"stepquant runs by {name}, not by a faster runtime ({'; '.join(reasons)}).")
+    expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) is ReferenceKernel]
+    if expected and name != "reference":
+        problems.append(f"no integer kernel in {name}, run by the reference, slowly: {_few(expected)}.")
+    return problems
+
+
+def _left_out(device: torch.device) -> list[tuple[str, str]]:
+    """The runtimes in integers faster than the one that ``"auto"`` takes on a device, and why they cannot run."""
+    found = []
+    for name, kind in DEVICE.items():
+        if kind == device.type:
+            if (reason := INTEGER[name]()) is None:
+                break
+            found.append((name, reason))
+    return found
+
+
+def summary(model: nn.Module) -> str:
+    """What runs the quantized layers of `model`, in a line, and why not something faster."""
+    layers: dict[str, list[str]] = {}
+    for name, module in quantized_modules(model).items():
+        kernel = _class_of(module)
+        layers.setdefault(NAMES.get(kernel, kernel.__name__), []).append(name)
+    parts = [
+        f"{len(names)} {runtime}" + (f" ({_few(names)})" if runtime in SLOW else "")
+        for runtime, names in layers.items()
+    ]
+    attentions = [module for module in model.modules() if isinstance(module, QuantizedAttentionProcessor)]
+    simulated = sum(bool(attention.bits) and attention.kernel is None for attention in attentions)
+    told = [f"layers: {', '.join(parts)}"] + ([f"attentions: {simulated} floating point"] if simulated else [])
+    return "; ".join(
+        told + [f"no {name}: {reason}" for name, reason in _left_out(_device_of(model)) if name not in layers]
+    )
+
+
+def _class_of(module: QuantizedModule) -> type[Kernel]:
+    return module.kernel.make if isinstance(module.kernel, PassingKernel) else type(module.kernel)  # type: ignore[return-value]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def check_memory(memory: str) -> None:
@@ -151,12 +215,8 @@ def _lay_out(model: nn.Module) -> None:
 
 def fallbacks(model: nn.Module) -> list[str]:
     """Names of the quantized layers that do not run in integers."""
-    names = []
-    for name, module in quantized_modules(model).items():
-        kernel = module.kernel.make if isinstance(module.kernel, PassingKernel) else type(module.kernel)
-        if issubclass(kernel, (ReferenceKernel, WeightOnlyKernel)):
-            names.append(name)
-    return names
+    kernels = {name: _class_of(module) for name, module in quantized_modules(model).items()}
+    return [name for name, kernel in kernels.items() if issubclass(kernel, (ReferenceKernel, WeightOnlyKernel))]
 
 
-__all__ = ["BACKENDS", "MEMORY", "Backend", "KernelFactory", "check_memory", "fallbacks", "prepare"]
+__all__ = ["BACKENDS", "MEMORY", "Backend", "KernelFactory", "check_memory", "fallbacks", "prepare", "summary"]
