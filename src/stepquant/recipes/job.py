@@ -174,7 +174,7 @@ class Job:
         pictures = min(self.calibration.pictures, FEATURE_PICTURES)
         middle = self.denoiser.get_submodule(self.description.middle)
         seed = self.seed + NOISE_OFFSET
-        features = step_features(self.pipeline, middle, self.request, pictures, seed, self.progress)
+        features = step_features(self.pipeline, self.denoiser, middle, self.request, pictures, seed, self.progress)
         steps = dense_and_diverse_steps(features, self.calibration.samples, self.generator(), diversity_weight)
         self.workspace.save(stage, {"steps": steps})
         return steps
