@@ -39,7 +39,7 @@ from stepquant.pipelines import Request
 from stepquant.progress import Progress
 from stepquant.reconstruction.blocks import Settings, reconstruct
 from stepquant.reconstruction.network import Finetuning, finetune
-from stepquant.workspace import Workspace, digest, tensors_digest
+from stepquant.workspace import Workspace, digest, fingerprint, tensors_digest
 
 RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""
@@ -92,13 +92,20 @@ class Job:
     @cached_property
     def sampling_key(self) -> str:
         """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
+        others = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and part is not self.denoiser
+        }
         return digest(
             [
                 tensors_digest(dict(self.denoiser.state_dict())),
+                # What encodes prompts and pictures.
+                {name: _weights_digest(part) for name, part in others.items()},
                 self.calibration.model_dump(),
                 self.chunk,
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
-                {name: _fingerprint(value) for name, value in self.request.inputs.items()},
+                fingerprint(self.request.inputs),
                 type(self.pipeline.scheduler).__name__,
                 {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
                 self.seed,
@@ -357,8 +364,10 @@ class Job:
         )
 
 
-def _fingerprint(value: Any) -> str:
-    return tensors_digest({"value": value}) if isinstance(value, Tensor) else repr(value)
+def _weights_digest(model: nn.Module) -> str:
+    """Of a model's weights; those that are on no device, or packed by another library, are left out."""
+    tensors = model.state_dict().items()
+    return tensors_digest({name: tensor for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta})
 
 
 Recipe = Callable[..., Instrumented]

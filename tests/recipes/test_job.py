@@ -1,0 +1,44 @@
+"""What a job keeps its stages under, and the noise that its pictures start from."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stepquant
+from stepquant.models import denoiser_name
+from stepquant.pipelines import make_request
+from stepquant.recipes import Job
+from stepquant.workspace import Workspace
+
+CALIBRATION = stepquant.Calibration(samples=8, steps=4)
+
+
+def job(pipeline, folder, inputs=None, calibration=CALIBRATION):
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    request = make_request(pipeline, calibration.steps)
+    object.__setattr__(request, "inputs", inputs or {})
+    spec = stepquant.QuantSpec.parse("w4a4")
+    return Job(pipeline, denoiser, spec, calibration, request, 0, Workspace(folder))
+
+
+def test_samples_are_known_by_what_the_inputs_hold(unconditional_pipeline, tmp_path):
+    def key(value):
+        return job(unconditional_pipeline, tmp_path, {"image": value}).sampling_key
+
+    masks = np.zeros((2, 64, 64))
+    masks[1, 32, 32] = 1
+    assert key(masks[0]) != key(masks[1])
+    assert key([Image.fromarray(masks[0])]) == key([Image.fromarray(masks[0])])
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tmp_path):
+    pipeline, changed = copy.copy(text_pipeline), copy.deepcopy(getattr(text_pipeline, part))
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1
+    pipeline.register_modules(**{part: changed})
+    assert job(pipeline, tmp_path).sampling_key != job(text_pipeline, tmp_path).sampling_key
+    assert job(copy.copy(text_pipeline), tmp_path).sampling_key == job(text_pipeline, tmp_path).sampling_key
