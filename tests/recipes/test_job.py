@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import stepquant
+from stepquant.calibration import trajectories
 from stepquant.models import denoiser_name
 from stepquant.pipelines import make_request
 from stepquant.recipes import Job
@@ -42,3 +43,25 @@ def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tm
     pipeline.register_modules(**{part: changed})
     assert job(pipeline, tmp_path).sampling_key != job(text_pipeline, tmp_path).sampling_key
     assert job(copy.copy(text_pipeline), tmp_path).sampling_key == job(text_pipeline, tmp_path).sampling_key
+
+
+def test_a_correction_is_estimated_on_pictures_that_nothing_was_learned_from(
+    unconditional_pipeline, tmp_path, monkeypatch
+):
+    """By the noise they start from: the seed, of which generators on the CPU take 32 bits."""
+    drawn = []
+    draw = trajectories.draw
+
+    def spy(pipeline, request, indices, seed, **arguments):
+        drawn.extend((seed + index) % 2**32 for index in indices)
+        return draw(pipeline, request, indices, seed, **arguments)
+
+    monkeypatch.setattr(trajectories, "draw", spy)
+    monkeypatch.setattr("stepquant.recipes.job.estimate_correction", lambda *_: None)
+    one = job(unconditional_pipeline, tmp_path)
+    one.collect(torch.arange(4))
+    one.trajectories(0)
+    one.trajectories(1)
+    one.correction(None)
+    assert len(drawn) == 4 * 8
+    assert len(set(drawn)) == len(drawn)

@@ -45,8 +45,12 @@ RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""
 RANKING_TRAJECTORIES = 16
 """Pictures drawn for them."""
-CORRECTION_OFFSET = 1_000_000
-"""Added to the seed of the pictures that a correction is estimated on."""
+TRAJECTORIES_OFFSET = 1_000_003
+"""Between the seeds of one set of trajectories and the next, see `Job.trajectories`."""
+CORRECTION_OFFSET = 3_000_500_000
+"""Added to the seed of the pictures that a correction is estimated on: some half a million from every multiple of
+`TRAJECTORIES_OFFSET`, and far behind calibration and evaluation; all of them modulo 2^32, which is what generators on
+the CPU take of a seed."""
 FEATURE_PICTURES = 16
 """Pictures whose features the steps are selected by."""
 
@@ -144,7 +148,7 @@ class Job:
     def trajectories(self, index: int) -> CalibrationSet:
         """Whole trajectories with the denoiser's outputs, other ones for every index; kept in the cache."""
         # Far from the noise of the other calibration samples, which are at most as many as `Calibration.pictures`.
-        seed = self.seed + (1 + index) * 1_000_003
+        seed = self.seed + (1 + index) * TRAJECTORIES_OFFSET
 
         def compute() -> CalibrationSet:
             return collect_all(self.pipeline, self.denoiser, self.request, self.calibration, seed, self.progress)
