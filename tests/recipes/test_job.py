@@ -65,3 +65,22 @@ def test_a_correction_is_estimated_on_pictures_that_nothing_was_learned_from(
     one.correction(None)
     assert len(drawn) == 4 * 8
     assert len(set(drawn)) == len(drawn)
+
+
+def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
+    """One recipe splits the layers behind skips, another does not."""
+    monkeypatch.setattr("stepquant.calibration.balance.KEPT_COLUMNS", 32)
+    monkeypatch.setattr("stepquant.calibration.balance.CANDIDATES", 4)
+
+    def balances(folder, *, split_skips):
+        one = job(unconditional_pipeline, folder)
+        model = one.instrument("minmax", split_skips=split_skips)
+        one.balance(model, one.collect(torch.arange(4)))
+        found = {name: layer.weight_quantizer.balance for name, layer in model.layers.items()}
+        return {name: balance for name, balance in found.items() if balance is not None}
+
+    fresh = balances(tmp_path / "fresh", split_skips=True)
+    whole = balances(tmp_path / "used", split_skips=False)
+    after = balances(tmp_path / "used", split_skips=True)
+    assert fresh.keys() == after.keys() and all(torch.equal(fresh[name], after[name]) for name in fresh)
+    assert any(name not in whole or not torch.equal(fresh[name], whole[name]) for name in fresh)

@@ -250,7 +250,12 @@ class Job:
 
         Other stages do it first where the spec asks for it; a recipe that wants it by default calls this.
         """
-        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors)])[:16]}"
+        # The same samples are balanced otherwise for other grids, which recipes choose.
+        grids = {
+            name: [_grid(layer.weight_quantizer), layer.activation_quantizer and _grid(layer.activation_quantizer)]
+            for name, layer in instrumented.layers.items()
+        }
+        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors), grids])[:16]}"
         balances = self.workspace.load(stage)
         if balances is None:
             balances = find_balances(instrumented, samples, self.chunk, self.progress)
@@ -366,6 +371,11 @@ class Job:
             batch_size=self.chunk,
             progress=self.progress,
         )
+
+
+def _grid(quantizer: WeightQuantizer | ActivationQuantizer) -> list[Any]:
+    """What a balance depends on of a quantizer."""
+    return [type(quantizer).__qualname__, quantizer.bits, list(quantizer.group_sizes)]
 
 
 def _weights_digest(model: nn.Module) -> str:
