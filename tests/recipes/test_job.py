@@ -9,6 +9,7 @@ from PIL import Image
 
 import stepquant
 from stepquant.calibration import trajectories
+from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name
 from stepquant.pipelines import make_request
 from stepquant.recipes import Job
@@ -84,3 +85,10 @@ def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pip
     after = balances(tmp_path / "used", split_skips=True)
     assert fresh.keys() == after.keys() and all(torch.equal(fresh[name], after[name]) for name in fresh)
     assert any(name not in whole or not torch.equal(fresh[name], whole[name]) for name in fresh)
+
+
+def test_too_few_samples_to_select_are_refused_before_pictures_are_drawn(unconditional_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepquant.recipes.job.step_features", lambda *_: pytest.fail("pictures were drawn"))
+    few = stepquant.Calibration(samples=3, steps=4)
+    with pytest.raises(StepquantError, match="3 calibration samples over 4 steps are too few"):
+        job(unconditional_pipeline, tmp_path, calibration=few).dense_and_diverse_steps(1.0)

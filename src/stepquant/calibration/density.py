@@ -113,14 +113,19 @@ def dense_and_diverse_steps(
         StepquantError: if there are fewer than two steps to compare, or fewer samples than steps.
     """
     steps = len(features)
+    check_enough(samples, steps)
+    counts = share_out(density(features, quantile) + diversity_weight * diversity(features), samples)
+    chosen = torch.arange(steps).repeat_interleave(counts)
+    return chosen[torch.randperm(samples, generator=generator)]
+
+
+def check_enough(samples: int, steps: int) -> None:
+    """Raise `StepquantError` if there are fewer than two steps to compare, or fewer samples than steps."""
     if steps < 2 or samples < steps:
         raise StepquantError(
             f"{samples} calibration samples over {steps} steps are too few to select by density and diversity: "
             "take at least 2 steps, and at least one sample a step."
         )
-    counts = share_out(density(features, quantile) + diversity_weight * diversity(features), samples)
-    chosen = torch.arange(steps).repeat_interleave(counts)
-    return chosen[torch.randperm(samples, generator=generator)]
 
 
 def _scaled(values: Tensor) -> Tensor:

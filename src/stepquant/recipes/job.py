@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepquant.calibration.allocation import weight_sizes, within_budget
 from stepquant.calibration.balance import find_balances
 from stepquant.calibration.correction import estimate_correction
-from stepquant.calibration.density import dense_and_diverse_steps, step_features
+from stepquant.calibration.density import check_enough, dense_and_diverse_steps, step_features
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import How, Sensitivity, measure
@@ -182,6 +182,7 @@ class Job:
         stored = self.workspace.load(stage)
         if stored is not None:
             return stored["steps"]
+        check_enough(self.calibration.samples, self.request.steps)  # before the pictures are drawn
         pictures = min(self.calibration.pictures, FEATURE_PICTURES)
         middle = self.denoiser.get_submodule(self.description.middle)
         seed = self.seed + NOISE_OFFSET
