@@ -112,7 +112,8 @@ def collect(
     """Run the pipeline and keep what the denoiser sees at the wanted steps.
 
     Sample i comes from trajectory ``i mod pictures`` at its step. Where the pipeline runs conditional and
-    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two.
+    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two. Which
+    steps a trajectory gets is left to chance: a pair of step and trajectory may come up more than once.
 
     Args:
         steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
