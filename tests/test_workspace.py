@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import shutil
@@ -11,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stepquant
 from stepquant import workspace
 from stepquant.errors import StepquantError
-from stepquant.workspace import Workspace, allocate, uninterrupted, write_atomic
+from stepquant.workspace import Workspace, allocate, digest, fingerprint, uninterrupted, write_atomic
 
 SMALL = stepquant.Calibration(samples=8, steps=2)
 
@@ -166,3 +169,27 @@ def test_sigint_ends_a_run_with_130_and_a_sentence(unconditional_folder, tmp_pat
     with Workspace(tmp_path / ".out.work") as kept:
         assert all(kept.load(path.stem) is not None for path in kept.folder.glob("block-*"))
         assert not list(kept.folder.glob(".*.draft"))
+
+
+def _inputs():
+    """Pairs of arguments of a pipeline's call that differ where `repr` does not tell, or only in what they hold."""
+    mask, other = np.zeros((64, 64)), np.zeros((64, 64))
+    other[32, 32] = 1
+    tensor = torch.zeros(5000)
+    last = tensor.clone()
+    last[2500] = 1
+    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
+    coloured = picture.convert("P")
+    coloured.putpalette([255, 0, 0] * 256)
+    names = np.array(["a", "b"], object)
+    return [
+        (mask, other), (mask, mask.astype(np.float32)), (mask, mask.reshape(32, 128)), ([tensor], [last]),
+        ({"a": (mask, 1)}, {"a": (other, 1)}), ({"a": 1}, {"b": 1}), ([1.0], [2.0]), (names, names[::-1]),
+        (picture, Image.fromarray(np.eye(8, dtype=np.uint8))), (picture.convert("P"), coloured),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), _inputs())
+def test_fingerprints_are_of_what_an_argument_holds(one, other):
+    assert digest(fingerprint(one)) == digest(fingerprint(copy.deepcopy(one))), "the same elsewhere"
+    assert digest(fingerprint(one)) != digest(fingerprint(other))

@@ -73,6 +73,18 @@ def unet(**config: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(**(shape | config)).eval()
 
 
+class HalvesApart(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A UNet whose batch of both halves of guidance is two calls, as true-CFG pipelines do."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet, self._internal_dict = unet, unet.config
+
+    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **arguments: Any) -> tuple[Any]:
+        halves = zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True)
+        return (torch.cat([self.unet(x, timestep, context, **arguments)[0] for x, context in halves]),)
+
+
 def sdxl(folder: Path) -> Any:
     """Stable Diffusion XL: pooled text and picture sizes as added conditions."""
     tokenizer, text_encoder = clip(folder / "one")

@@ -12,12 +12,14 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -144,6 +146,26 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def fingerprint(value: Any) -> Any:
+    """Stands for an argument, JSON-able: what tensors, arrays and pictures hold, and not where they lie.
+
+    Dictionaries, lists and tuples are entered; of anything else it is the `repr`.
+    """
+    if isinstance(value, Tensor):
+        return tensors_digest({"value": value})
+    if isinstance(value, Image):
+        return [value.mode, value.getpalette(), fingerprint(np.asarray(value))]
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.ndarray):
+        return fingerprint(value.tolist())
+    if isinstance(value, Mapping):
+        return {repr(key): fingerprint(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(entry) for entry in value]
+    return repr(value)
 
 
 class Workspace:

@@ -10,7 +10,6 @@ import diffusers
 import pytest
 import tiny
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,19 +148,7 @@ def test_calibration_sees_both_halves_of_guidance(text_pipeline, monkeypatch):
 
     assert conditions(text_pipeline) == 2
 
-    class Twice(ModelMixin, ConfigMixin):
-        """Splits the batch of both halves into two calls, as true-CFG pipelines do."""
-
-        def __init__(self, unet):
-            super().__init__()
-            self.unet, self._internal_dict = unet, unet.config
-
-        def forward(self, sample, timestep, encoder_hidden_states, **arguments):
-            halves = zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True)
-            parts = [self.unet(x, timestep, context, **arguments)[0] for x, context in halves]
-            return (torch.cat(parts),)
-
     pipeline = copy.copy(text_pipeline)
-    pipeline.unet = Twice(text_pipeline.unet)
+    pipeline.unet = tiny.HalvesApart(text_pipeline.unet)
     samples = collect(pipeline, text_pipeline.unet, request, steps, SMALL, 0, Progress())
     assert samples.tensors["encoder_hidden_states"].flatten(1).unique(dim=0).shape[0] == 2

@@ -25,8 +25,31 @@ def test_unknown_recipes_and_hyperparameters_are_named():
         find_recipe("magic")
     with pytest.raises(StepquantError, match="no hyperparameter 'iterations'"):
         hyperparameters("minmax", {"iterations": 3})
-    with pytest.raises(StepquantError, match="expected a number"):
-        hyperparameters("q-diffusion", {"iterations": -1})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "value", "expected"),
+    [
+        ("q-diffusion", "iterations", -1, "a whole number, 0 or more"),
+        ("q-diffusion", "iterations", 2.5, "a whole number, 0 or more"),
+        ("q-diffusion", "iterations", True, "a whole number, 0 or more"),
+        ("tfmq", "time_iterations", "3", "a whole number, 0 or more"),
+        ("quest", "batch_size", 0, "a whole number, 1 or more"),
+        ("tdq", "scale_rate", float("nan"), "a finite number, 0 or more"),
+        ("pqd", "drop_probability", float("inf"), "a finite number, 0 or more"),
+        ("ptq4dm", "mean", -0.1, "a finite number, 0 or more"),
+    ],
+)
+def test_numbers_that_a_recipe_cannot_work_with_are_refused(recipe, key, value, expected):
+    with pytest.raises(StepquantError, match=f"^{key} of recipe {recipe} is {value!r}: expected {expected}.$"):
+        hyperparameters(recipe, {key: value})
+    assert hyperparameters(recipe, {key: 1})[key] == 1
+
+
+def test_training_refuses_them_too(unconditional_pipeline):
+    for key, value in (("batch_size", 0), ("iterations", 2.5), ("weight_rate", float("nan"))):
+        with pytest.raises(StepquantError, match=f"^{key} of recipe qat is {value!r}: expected"):
+            stepquant.train(unconditional_pipeline, "w4a8", distill=True, calibration=SMALL, **{key: value})
 
 
 def test_the_spec_reaches_the_layers(unconditional_pipeline):

@@ -17,8 +17,10 @@ from stepquant.models.description import main_tensor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import draw, make_request
 from stepquant.progress import Progress
-from stepquant.reconstruction.objectives import LayerOutputs
+from stepquant.reconstruction.blocks import Settings, reconstruct
+from stepquant.reconstruction.objectives import LayerOutputs, error
 from stepquant.reconstruction.replay import Replay
+from stepquant.workspace import Workspace
 
 PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 
@@ -149,6 +151,35 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert len(unconditional_pipeline.unet._forward_pre_hooks) == hooks
     assert not quantized_modules(unconditional_pipeline.unet)
+
+
+@pytest.mark.parametrize(("block_weight", "left_out"), [(0.0, 0), (1.0, 1)])
+def test_the_last_layer_of_a_block_is_left_to_the_blocks_own_error_if_that_counts(
+    block_weight, left_out, unconditional_pipeline, tmp_path, monkeypatch
+):
+    """Without it a block of one layer would learn nothing."""
+    denoiser, samples = samples_of(unconditional_pipeline)
+    model = instrument(denoiser, describe(denoiser), QuantSpec(bits="w4a8"))
+    seen, losses = [], []
+
+    def spy(outputs, targets, *weights):
+        seen.append(set(targets.layers))
+        found = error(outputs, targets, *weights)
+        losses.append(float(found.detach()))
+        return found
+
+    monkeypatch.setattr("stepquant.reconstruction.blocks.error", spy)
+    blocks = ("down_blocks.0.resnets.0", "conv_out")
+    settings = Settings(iterations=1, block_weight=block_weight, layer_weight=1.0)
+    with Workspace(tmp_path) as workspace:
+        reconstruct(
+            denoiser, model, blocks, samples, settings, workspace=workspace, key="", seed=0, batch_size=4,
+            progress=Progress(),
+        )  # fmt: skip
+    layers = [list(model.layers_in(block)) for block in blocks]
+    assert [len(names) for names in layers] == [3, 1]
+    assert seen == [set(names[: len(names) - left_out]) for names in layers]
+    assert all(loss > 0 for loss in losses)
 
 
 @pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")

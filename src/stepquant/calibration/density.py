@@ -6,6 +6,8 @@ hold what nothing else shows (diversity). Both get samples.
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.calibration.trajectories import StepCount
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
 from stepquant.pipelines import Request, draw
@@ -20,26 +23,40 @@ from stepquant.progress import Progress
 
 
 def step_features(
-    pipeline: Any, middle: nn.Module, request: Request, pictures: int, seed: int, progress: Progress
+    pipeline: Any,
+    denoiser: nn.Module,
+    middle: nn.Module,
+    request: Request,
+    pictures: int,
+    seed: int,
+    progress: Progress,
 ) -> Tensor:
     """The middle of the denoiser at each step while `pictures` pictures are drawn: float32 [T, B, positions, C].
 
+    Of a step that calls the denoiser more than once (PNDM, Heun, halves of guidance apart) it is the mean.
+
     Args:
-        middle: its output is [B, C, H, W] or [B, N, C].
+        middle: the module of `denoiser` to look at; its output is [B, C, H, W] or [B, N, C].
     """
-    kept: list[Tensor] = []
+    signature = inspect.signature(denoiser.forward)
+    count = StepCount()
+    kept: dict[int, list[Tensor]] = defaultdict(list)
+
+    def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count.see(signature.bind(*args, **kwargs).arguments["timestep"])
 
     def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
         features = main_tensor(output).detach().float()
-        kept.append(features.flatten(2).transpose(1, 2) if features.dim() == 4 else features)
+        kept[count.step].append(features.flatten(2).transpose(1, 2) if features.dim() == 4 else features)
 
-    handle = middle.register_forward_hook(keep)
+    handles = [denoiser.register_forward_pre_hook(see, with_kwargs=True), middle.register_forward_hook(keep)]
     try:
         with progress.task("Looking at the steps", pictures * request.steps) as advance:
             draw(pipeline, request, range(pictures), seed, decode=False, on_step=partial(advance, pictures))
     finally:
-        handle.remove()
-    return torch.stack(kept).cpu()
+        for handle in handles:
+            handle.remove()
+    return torch.stack([torch.stack(calls).mean(dim=0) for calls in kept.values()]).cpu()
 
 
 def density(features: Tensor, quantile: float = 0.3) -> Tensor:
@@ -96,14 +113,19 @@ def dense_and_diverse_steps(
         StepquantError: if there are fewer than two steps to compare, or fewer samples than steps.
     """
     steps = len(features)
+    check_enough(samples, steps)
+    counts = share_out(density(features, quantile) + diversity_weight * diversity(features), samples)
+    chosen = torch.arange(steps).repeat_interleave(counts)
+    return chosen[torch.randperm(samples, generator=generator)]
+
+
+def check_enough(samples: int, steps: int) -> None:
+    """Raise `StepquantError` if there are fewer than two steps to compare, or fewer samples than steps."""
     if steps < 2 or samples < steps:
         raise StepquantError(
             f"{samples} calibration samples over {steps} steps are too few to select by density and diversity: "
             "take at least 2 steps, and at least one sample a step."
         )
-    counts = share_out(density(features, quantile) + diversity_weight * diversity(features), samples)
-    chosen = torch.arange(steps).repeat_interleave(counts)
-    return chosen[torch.randperm(samples, generator=generator)]
 
 
 def _scaled(values: Tensor) -> Tensor:

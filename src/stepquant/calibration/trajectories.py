@@ -112,7 +112,8 @@ def collect(
     """Run the pipeline and keep what the denoiser sees at the wanted steps.
 
     Sample i comes from trajectory ``i mod pictures`` at its step. Where the pipeline runs conditional and
-    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two.
+    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two. Which
+    steps a trajectory gets is left to chance: a pair of step and trajectory may come up more than once.
 
     Args:
         steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
@@ -212,11 +213,28 @@ def collect_all(
     return CalibrationSet(tensors, torch.cat([part.steps for part in parts]), parts[0].shared, outputs)
 
 
-class _Recorder:
-    """A hook on the denoiser that copies the wanted rows of its arguments and its output.
+class StepCount:
+    """Counts the sampler's steps by changes of timestep: a step may call the denoiser more than once.
 
-    Steps are counted by changes of timestep.
+    Attributes:
+        step: of the call that `see` was last told of; -1 before the first.
+        calls: how many the step has had so far.
     """
+
+    def __init__(self) -> None:
+        self.step, self.calls = -1, 0
+        self._time: float | None = None
+
+    def see(self, timestep: Tensor | float) -> None:
+        """Count a call of the denoiser at that timestep, which may be one for each sample."""
+        time = float(torch.as_tensor(timestep).reshape(-1)[0])
+        if time != self._time:
+            self.step, self.calls, self._time = self.step + 1, 0, time
+        self.calls += 1
+
+
+class _Recorder:
+    """A hook on the denoiser that copies the wanted rows of its arguments and its output."""
 
     def __init__(self, denoiser: nn.Module, steps: Tensor, indices: range, pictures: int) -> None:
         self.signature = inspect.signature(denoiser.forward)
@@ -227,9 +245,7 @@ class _Recorder:
                 self.wanted[step].append(sample)
         self.rows: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self.shared: dict[str, Tensor] = {}
-        self.step = -1
-        self.time: float | None = None
-        self.calls = 0
+        self.count = StepCount()
         self.remove = denoiser.register_forward_hook(self._read, with_kwargs=True).remove
 
     def samples(self, steps: int) -> dict[str, Tensor]:
@@ -250,9 +266,7 @@ class _Recorder:
         arguments = self.signature.bind(*args, **kwargs).arguments
         sample = next(value for value in arguments.values() if isinstance(value, Tensor))
         time = torch.as_tensor(arguments["timestep"]).reshape(-1)
-        if self.time is None or float(time[0]) != self.time:
-            self.step, self.time, self.calls = self.step + 1, float(time[0]), 0
-        self.calls += 1
+        self.count.see(time)
         arguments["timestep"] = time.expand(sample.shape[0]) if time.numel() == 1 else time
         flat = {name: value for key, value in arguments.items() for name, value in flatten(key, value)}
         flat[OUTPUT] = main_tensor(output)
@@ -265,9 +279,9 @@ class _Recorder:
         self.shared = {name: value.detach().clone() for name, value in others.items()}
         batch = len(self.indices)
         halves = sample.shape[0] // batch
-        for wanted in self.wanted.get(self.step, ()):
+        for wanted in self.wanted.get(self.count.step, ()):
             turn = wanted + wanted // self.pictures
-            if turn % self.calls != self.calls - 1:
+            if turn % self.count.calls != self.count.calls - 1:
                 continue  # an earlier call of this step is this sample's
             half = turn % halves
             row = half * batch + wanted % self.pictures - self.indices.start

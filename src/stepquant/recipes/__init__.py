@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepquant.errors import StepquantError
@@ -64,8 +65,12 @@ def hyperparameters(recipe: str | Recipe, given: dict[str, Any] | None = None) -
         if value is None and values[key] is None:
             continue
         is_number = isinstance(values[key], int | float) or float in get_args(hints.get(key))
-        if is_number and (not isinstance(value, int | float) or value < 0):
-            raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a number, 0 or more.")
+        if is_number:
+            whole, least = type(values[key]) is int, int(key == "batch_size")
+            fits = type(value) is int if whole else isinstance(value, int | float)
+            if not fits or not least <= value < math.inf:
+                kind = "whole number" if whole else "finite number"
+                raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a {kind}, {least} or more.")
         choices = hints[key].__args__ if get_origin(hints.get(key)) is Literal else None
         if choices is not None and value not in choices:
             raise StepquantError(f"{key} of recipe {name} is {value!r}: expected one of {', '.join(choices)}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepquant.calibration.allocation import weight_sizes, within_budget
 from stepquant.calibration.balance import find_balances
 from stepquant.calibration.correction import estimate_correction
-from stepquant.calibration.density import dense_and_diverse_steps, step_features
+from stepquant.calibration.density import check_enough, dense_and_diverse_steps, step_features
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import How, Sensitivity, measure
@@ -39,14 +39,18 @@ from stepquant.pipelines import Request
 from stepquant.progress import Progress
 from stepquant.reconstruction.blocks import Settings, reconstruct
 from stepquant.reconstruction.network import Finetuning, finetune
-from stepquant.workspace import Workspace, digest, tensors_digest
+from stepquant.workspace import Workspace, digest, fingerprint, tensors_digest
 
 RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""
 RANKING_TRAJECTORIES = 16
 """Pictures drawn for them."""
-CORRECTION_OFFSET = 1_000_000
-"""Added to the seed of the pictures that a correction is estimated on."""
+TRAJECTORIES_OFFSET = 1_000_003
+"""Between the seeds of one set of trajectories and the next, see `Job.trajectories`."""
+CORRECTION_OFFSET = 3_000_500_000
+"""Added to the seed of the pictures that a correction is estimated on: some half a million from every multiple of
+`TRAJECTORIES_OFFSET`, and far behind calibration and evaluation; all of them modulo 2^32, which is what generators on
+the CPU take of a seed."""
 FEATURE_PICTURES = 16
 """Pictures whose features the steps are selected by."""
 
@@ -92,13 +96,20 @@ class Job:
     @cached_property
     def sampling_key(self) -> str:
         """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
+        others = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and part is not self.denoiser
+        }
         return digest(
             [
                 tensors_digest(dict(self.denoiser.state_dict())),
+                # What encodes prompts and pictures.
+                {name: _weights_digest(part) for name, part in others.items()},
                 self.calibration.model_dump(),
                 self.chunk,
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
-                {name: _fingerprint(value) for name, value in self.request.inputs.items()},
+                fingerprint(self.request.inputs),
                 type(self.pipeline.scheduler).__name__,
                 {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
                 self.seed,
@@ -137,7 +148,7 @@ class Job:
     def trajectories(self, index: int) -> CalibrationSet:
         """Whole trajectories with the denoiser's outputs, other ones for every index; kept in the cache."""
         # Far from the noise of the other calibration samples, which are at most as many as `Calibration.pictures`.
-        seed = self.seed + (1 + index) * 1_000_003
+        seed = self.seed + (1 + index) * TRAJECTORIES_OFFSET
 
         def compute() -> CalibrationSet:
             return collect_all(self.pipeline, self.denoiser, self.request, self.calibration, seed, self.progress)
@@ -171,10 +182,11 @@ class Job:
         stored = self.workspace.load(stage)
         if stored is not None:
             return stored["steps"]
+        check_enough(self.calibration.samples, self.request.steps)  # before the pictures are drawn
         pictures = min(self.calibration.pictures, FEATURE_PICTURES)
         middle = self.denoiser.get_submodule(self.description.middle)
         seed = self.seed + NOISE_OFFSET
-        features = step_features(self.pipeline, middle, self.request, pictures, seed, self.progress)
+        features = step_features(self.pipeline, self.denoiser, middle, self.request, pictures, seed, self.progress)
         steps = dense_and_diverse_steps(features, self.calibration.samples, self.generator(), diversity_weight)
         self.workspace.save(stage, {"steps": steps})
         return steps
@@ -239,7 +251,12 @@ class Job:
 
         Other stages do it first where the spec asks for it; a recipe that wants it by default calls this.
         """
-        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors)])[:16]}"
+        # The same samples are balanced otherwise for other grids, which recipes choose.
+        grids = {
+            name: [_grid(layer.weight_quantizer), layer.activation_quantizer and _grid(layer.activation_quantizer)]
+            for name, layer in instrumented.layers.items()
+        }
+        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors), grids])[:16]}"
         balances = self.workspace.load(stage)
         if balances is None:
             balances = find_balances(instrumented, samples, self.chunk, self.progress)
@@ -357,8 +374,15 @@ class Job:
         )
 
 
-def _fingerprint(value: Any) -> str:
-    return tensors_digest({"value": value}) if isinstance(value, Tensor) else repr(value)
+def _grid(quantizer: WeightQuantizer | ActivationQuantizer) -> list[Any]:
+    """What a balance depends on of a quantizer."""
+    return [type(quantizer).__qualname__, quantizer.bits, list(quantizer.group_sizes)]
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """Of a model's weights; those that are on no device, or packed by another library, are left out."""
+    tensors = model.state_dict().items()
+    return tensors_digest({name: tensor for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta})
 
 
 Recipe = Callable[..., Instrumented]

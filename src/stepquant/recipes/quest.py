@@ -4,8 +4,9 @@ What differs from the public code: ranges are searched (least error) for every c
 instead of an average of min and max; where the code has a scale per input channel (4-bit activations), channels are
 balanced (below 8 bits): one static factor a channel, folded into the weight, since integer kernels cannot take a scale
 per input channel out of a sum; errors are relative to full precision's power, so that layers of any size weigh alike;
-learning rates of weights are in steps of their grid. Learning rates and iterations fit minutes on two cores:
-`iterations` asks for more.
+learning rates of weights are in steps of their grid; the activation scales of the time layers learn on while critical
+modules are aligned, where the paper leaves these layers as they are. Learning rates and iterations fit minutes on two
+cores: `iterations` asks for more.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def quest(
     rounding_weight: float = 0.1,
     weight_rate: float = 1e-3,
     scale_rate: float = 1e-3,
+    time_global_weight: float = 1.0,
     global_weight: float = 2.0,
 ) -> Instrumented:
     """One activation scale a step; then train the time-embedding layers, and after them the critical ones.
@@ -62,10 +64,11 @@ def quest(
     3. Activations: a range for each calibrated step, or one shared by all (the paper's text has one, its code one a
        step).
     4. Temporal layer alignment (section 4.2): weights, biases and activation scales of the layers that depend on the
-       timestep alone, ``L_TLA + L_G``.
-    5. Critical module alignment (section 4.3): the critical layers' weights and all other activation scales,
-       network-wise, ``L_CMA + 2 L_G``. They are those that relieve the output's error most when they alone keep full
-       precision (``"ranked"``), up to `critical_share` of all weights, or one of the paper's lists by name.
+       timestep alone, ``L_TLA + time_global_weight L_G``.
+    5. Critical module alignment (section 4.3): the critical layers' weights and all activation scales, those of the
+       time layers too, network-wise, ``L_CMA + global_weight L_G``. Critical are the layers that relieve the output's
+       error most when they alone keep full precision (``"ranked"``), up to `critical_share` of all weights, or one of
+       the paper's lists by name.
     """
     job.needs_the_whole("quest")
     description = job.description
@@ -96,6 +99,7 @@ def quest(
         batch_size=batch_size,
         weight_rate=weight_rate,
         scale_rate=scale_rate,
+        global_weight=time_global_weight,
     )
     job.finetune(model, samples, alignment)
     if critical == "ranked":

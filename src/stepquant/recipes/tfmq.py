@@ -1,4 +1,8 @@
-"""`tfmq`: TFMQ-DM (Huang et al., CVPR 2024, arXiv 2311.16503): the layers that know the time, kept faithful first."""
+"""`tfmq`: TFMQ-DM (Huang et al., CVPR 2024, arXiv 2311.16503): the layers that know the time, kept faithful first.
+
+What differs: the time layers have one static activation range each, as all layers have, where the paper calibrates one
+for each of the finitely many timesteps; their block comes last and not first (see 3 below).
+"""
 
 from __future__ import annotations
 

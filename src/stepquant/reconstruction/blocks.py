@@ -57,7 +57,8 @@ class Settings:
         weight_rate: learning rate of compensated weights, in steps of their grid, and through the rounding (straight
             through, Adam, cosine to 0); 0 leaves them as they were rounded.
         block_weight: weight of the error of the block's output.
-        layer_weight: weight of the summed errors of its layers' outputs, all but the last (EDA-DM's beta).
+        layer_weight: weight of the summed errors of its layers' outputs (EDA-DM's beta): all but the last, which the
+            block's output stands for, unless `block_weight` is 0.
     """
 
     iterations: int = 500
@@ -117,7 +118,9 @@ def reconstruct(
             pair = full_precision.get_submodule(block), instrumented.model.get_submodule(block)
             clean = original.inputs(block)
             inputs = quantized.inputs(block)
-            layers = list(instrumented.layers_in(block))[:-1] if settings.layer_weight else []
+            layers = list(instrumented.layers_in(block)) if settings.layer_weight else []
+            if settings.block_weight:
+                layers = layers[:-1]
             with staying(*pair):
                 target, layer_targets = original.run(block, clean, record=layers)
                 stage = f"block-{key}-{index:03d}"
