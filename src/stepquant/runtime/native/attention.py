@@ -37,7 +37,7 @@ class NativeAttention(Kernel):
         attention = processor.attention()
         self.tables: list[ActivationTable] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
-        self.by_row = [table.scale for table in self.tables] + self.zero_points
+        self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether no accumulator can overflow, nor the difference of two scores."""

@@ -143,6 +143,13 @@ class NativeKernel(Kernel):
         """Whether all input channels are one piece, so that a pass over codes sees every channel of a position."""
         return len(self.pieces) == 1
 
+    @property
+    def lasting(self) -> list[Tensor]:
+        """What calls point into that is the same in all of them."""
+        taps = [geometry.taps for plan in self.plans.values() for geometry in plan.geometries]
+        packed = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
+        return [x for x in (*self.by_row, *packed, *taps, self.balance, self.bias) if x is not None]
+
     def _pack(self, segment: Segment) -> Piece:
         """A row of taps is one run of bytes where it can be."""
         weight = segment.weight
