@@ -16,7 +16,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepquant.nn.clock import StepClock
+from stepquant.nn.clock import StepClock, of_samples
 from stepquant.nn.layers import Kernel, keep_dtypes
 from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
@@ -243,5 +243,4 @@ def is_joint(attn: Any) -> bool:
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[B, 1] -> [B', 1, ...] to broadcast against x [B', ...], where B' is a multiple of B (samples stay together)."""
-    values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
-    return values.reshape(-1, *(1,) * (x.dim() - 1))
+    return of_samples(values, x.shape[0]).reshape(-1, *(1,) * (x.dim() - 1))

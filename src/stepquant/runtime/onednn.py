@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.nn.clock import of_samples
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.segments import along_channels, channel_dim, segments_of, sums_fit
@@ -84,7 +85,7 @@ class OneDnnKernel(Kernel):
         if self.static or row.dim() == 0:
             return self._run(x, 0 if self.static else int(row))
         # Samples of several steps in one batch: one call for each step among them.
-        rows = row.repeat_interleave(x.shape[0] // row.shape[0])
+        rows = of_samples(row, x.shape[0])
         y: Tensor | None = None
         for step in rows.unique().tolist():
             chosen = (rows == step).nonzero().squeeze(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepquant.errors import StepquantError
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
 from stepquant.nn.clock import StepClock
 from stepquant.runtime import native
@@ -61,3 +62,21 @@ def test_operands_of_any_layout_and_dtype():
 def test_one_operand_in_float_cannot_run():
     bits = dict.fromkeys(("query", "key", "value"), 8)
     assert not can_run(QuantizedAttentionProcessor(bits, dict.fromkeys(bits, 1), StepClock()))
+
+
+@pytest.mark.parametrize("key", [(3, 2, 5, 8), (2, 1, 5, 8), (2, 2, 5, 9), (2, 2, 6, 8)])
+def test_operands_that_do_not_fit(key):
+    query, value = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
+    with pytest.raises(StepquantError, match="expected query, key and value of the same"):
+        NativeAttention(processor())(query, torch.randn(key), value, None, torch.tensor(0))
+    with pytest.raises(StepquantError, match="on meta"):
+        NativeAttention(processor())(query, value.to("meta"), value, None, torch.tensor(0))
+    with pytest.raises(StepquantError, match="3 timesteps were given for a batch of 2"):
+        NativeAttention(processor())(query, value, value, None, torch.tensor([0, 1, 2]))
+
+
+def test_one_context_of_all_samples():
+    simulated = processor()
+    query, key, value = torch.randn(3, 2, 4, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    expected = simulated.attend(query, key, value, None)
+    torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stepquant.errors import StepquantError
 from stepquant.runtime import native
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
@@ -110,3 +111,43 @@ def test_values_beyond_every_code():
     torch.testing.assert_close(
         NativeKernel(module)(x, torch.tensor(1)), ReferenceKernel(module)(x, torch.tensor(1)), atol=1e-5, rtol=1e-5
     )
+
+
+GIVEN = {
+    "few channels": (torch.randn(2, 4, 6, 6), "shape .2, 4, 6, 6.: expected 8 channels"),
+    "many channels": (torch.randn(2, 9, 6, 6), "shape .2, 9, 6, 6.: expected 8 channels"),
+    "no batch": (torch.randn(8, 6, 6), "shape .8, 6, 6.: expected"),
+    "no memory": (torch.empty(2, 8, 6, 6, device="meta"), "an input on meta"),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_picture_that_is_not_for_the_layer(given, normalized):
+    x, told = GIVEN[given]
+    kernel = NativeKernel(convolution(8, 5, 3, padding=1))
+    with pytest.raises(StepquantError, match=told):
+        if normalized:
+            group_norm(x, nn.GroupNorm(4, 8))
+        else:
+            kernel(x, torch.tensor(1))
+
+
+@pytest.mark.parametrize("activation", [None, "geglu"])
+def test_tokens_that_are_not_for_the_layer(activation):
+    with pytest.raises(StepquantError, match=f"expected {7 if activation is None else 14} channels"):
+        NativeKernel(linear(7, 5)).run(torch.randn(2, 3, 10), torch.tensor(1), activation=activation)
+    with pytest.raises(StepquantError, match="an input on meta"):
+        NativeKernel(linear(7, 5))(torch.empty(2, 7, device="meta"), torch.tensor(1))
+    with pytest.raises(StepquantError, match=r"expected \[B, ..., in\]"):
+        NativeKernel(linear(7, 5))(torch.randn(7), torch.tensor([0, 2]))
+
+
+def test_what_is_of_one_sample_is_of_all():
+    """A gate and an embedding [1, out] are those of every sample; a normalization of another batch is an error."""
+    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 4, 7)
+    added, gate = torch.randn(1, 5), torch.randn(1, 5)
+    expected = (kernel(x, row) + added[:, None]) * gate[:, None]
+    torch.testing.assert_close(kernel.run(x, row, channel_add=added, gate=gate), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(StepquantError, match="a batch of 3 was given the normalizations of 2 samples"):
+        kernel.run(x, row, norm=Norm(torch.ones(2, 7), torch.zeros(2, 7)))

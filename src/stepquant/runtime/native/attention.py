@@ -7,7 +7,9 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from stepquant.errors import StepquantError
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.clock import of_samples
 from stepquant.nn.layers import Kernel, opaque
 from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
@@ -27,7 +29,11 @@ def can_run(processor: QuantizedAttentionProcessor) -> bool:
 class NativeAttention(Kernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
 
+    Key and value may also be [1, heads, N, d], of all samples.
     The result has the layout [B, N, heads, d], seen as [B, heads, N, d].
+
+    Raises:
+        StepquantError: if the operands do not fit each other, or one is not in the processor's memory.
     """
 
     def __init__(self, processor: QuantizedAttentionProcessor, *, amx: bool | None = None) -> None:
@@ -45,8 +51,16 @@ class NativeAttention(Kernel):
 
     @opaque
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
-        query, key, value = (_adjacent(x) for x in (query, key, value))
         batch, heads, length, size = query.shape
+        fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == size and len(key) in (1, batch)
+        if not fits or not all(x is None or x.is_cpu for x in (query, key, value, mask)):
+            raise StepquantError(
+                f"attention was given {_told(query)}, {_told(key)} and {_told(value)}: expected query, key and value "
+                "of the same samples, heads and channels, on cpu like the mask."
+            )
+        if len(key) != batch:
+            key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+        query, key, value = (_adjacent(x) for x in (query, key, value))
         keep = [self._grid(index, row, batch) for index in range(4)]
         grids = (Grid * 4)(*(grid for grid, _ in keep))
         y = torch.empty(batch, length, heads, size, dtype=query.dtype)
@@ -72,9 +86,13 @@ class NativeAttention(Kernel):
         if table.scale.shape[0] == 1 or row.dim() == 0:
             at = 0 if table.scale.shape[0] == 1 else int(row)
             return Grid(table.scale.data_ptr() + 4 * at, zero_point.data_ptr() + 4 * at, 0, top), None
-        rows = row.repeat_interleave(batch // row.shape[0])
+        rows = of_samples(row, batch)
         values = (table.scale[rows, 0].contiguous(), zero_point[rows, 0].contiguous())
         return Grid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
+
+
+def _told(x: Tensor) -> str:
+    return f"{list(x.shape)} on {x.device}"
 
 
 def _adjacent(x: Tensor) -> Tensor:

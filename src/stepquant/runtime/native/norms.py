@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stepquant.errors import StepquantError
 from stepquant.runtime.native.build import library
 from stepquant.runtime.native.library import TYPES, GroupNorm
 from stepquant.runtime.native.recording import record
@@ -26,7 +27,15 @@ class Norm(NamedTuple):
 
 
 def dense(x: Tensor, *, image: bool) -> Tensor:
-    """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other."""
+    """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other.
+
+    Raises:
+        StepquantError: if x is not in the processor's memory, or no picture where it should be one.
+    """
+    if not x.is_cpu:
+        raise StepquantError(f"a layer of the native runtime was given an input on {x.device}: expected it on cpu.")
+    if image and x.dim() != 4:
+        raise StepquantError(f"a layer was given an input of shape {list(x.shape)}: expected [B, C, H, W].")
     if x.dtype not in TYPES:
         x = x.float()
     if image:
@@ -36,6 +45,12 @@ def dense(x: Tensor, *, image: bool) -> Tensor:
             else x.contiguous(memory_format=torch.channels_last)
         )
     return x.contiguous()
+
+
+def check_channels(shape: torch.Size, given: int, expected: int) -> None:
+    """Raise `StepquantError` where an input of a shape has not as many channels as is expected."""
+    if given != expected:
+        raise StepquantError(f"a layer was given an input of shape {list(shape)}: expected {expected} channels.")
 
 
 def layer_norm(norm: nn.LayerNorm, multiply: Tensor | None = None, add: Tensor | None = None) -> Norm:
@@ -57,6 +72,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     x = dense(x, image=image)
     shape, stride = x.shape, x.stride()
     batch, channels = shape[0], shape[1 if image else 2]
+    check_channels(shape, channels, norm.num_channels)
     pixels = shape[2] * shape[3] if image else shape[1]
     weight, bias = _affine(norm, channels)
     multiply, add = torch.empty(2, batch, channels)
