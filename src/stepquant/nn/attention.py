@@ -197,7 +197,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         self.kernel: Kernel | None = None
         for name in self.bits:
             assert rows is not None
-            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
+            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1, dtype=torch.float32))
             self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
 
     def fill(self, attention: QuantizedAttention) -> None:

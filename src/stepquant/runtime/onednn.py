@@ -33,9 +33,9 @@ def _probe() -> bool:
     size = 64
     codes = torch.full((size, size), largest_code(8), dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
-    scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    scale, zero_point = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise.tensor(
-        codes, scale, zero_point, weight, torch.ones(size), _zeros(scale.expand(size)), None,
+        codes, scale, zero_point, weight, torch.ones(size, dtype=torch.float32), _zeros(scale.expand(size)), None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return bool((y == size * largest_code(8) * 127).all())

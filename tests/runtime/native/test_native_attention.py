@@ -80,3 +80,11 @@ def test_one_context_of_all_samples():
     query, key, value = torch.randn(3, 2, 4, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     expected = simulated.attend(query, key, value, None)
     torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)
+
+
+def test_other_defaults_of_torch():
+    simulated, row = processor(), torch.tensor(0)
+    query, key, value = (torch.randn(2, 2, 4, 8) for _ in range(3))
+    expected = NativeAttention(simulated)(query, key, value, None, row)
+    with torch.device("meta"):
+        assert torch.equal(NativeAttention(simulated)(query, key, value, None, row), expected)

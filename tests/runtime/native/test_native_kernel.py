@@ -101,6 +101,29 @@ def test_group_norm(shape, dtype):
     )
 
 
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_other_defaults_of_torch(default):
+    module, row = convolution(8, 5, 3, padding=1), torch.tensor(1)
+    plain, norm = nn.GroupNorm(2, 8, affine=False), nn.GroupNorm(2, 8)
+    x = torch.randn(1, 8, 6, 6)
+
+    def results():
+        norms = [group_norm(x, one) for one in (plain, norm)]
+        return [*norms[0][:2], *norms[1][:2], NativeKernel(module).run(x, row, norm=norms[1], activation="silu")]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16 if default == "dtype" else before)
+        with torch.device("cpu" if default == "dtype" else "meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(before)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, wanted)
+
+
 def test_nothing_to_do():
     assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
 

@@ -63,7 +63,7 @@ class NativeAttention(Kernel):
         query, key, value = (_adjacent(x) for x in (query, key, value))
         keep = [self._grid(index, row, batch) for index in range(4)]
         grids = (Grid * 4)(*(grid for grid, _ in keep))
-        y = torch.empty(batch, length, heads, size, dtype=query.dtype)
+        y = torch.empty(batch, length, heads, size, dtype=query.dtype, device="cpu")
         strides = (0, 0, 0)
         if mask is not None:
             mask = mask.float().expand(batch, heads, length, key.shape[2])

@@ -238,7 +238,7 @@ class NativeKernel(Kernel):
                 f"a batch of {plan.batch} was given the normalizations of {len(norm.multiply)} samples."
             )
         channel_add, gate = (_of_each(values, plan.batch) for values in (channel_add, gate))
-        y = torch.empty(plan.shape, dtype=plan.dtype, memory_format=plan.memory_format)
+        y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
         sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
         scale, zero_point, step, keep = self._grid(row, plan.batch, several[0])
         for index, piece in enumerate(self.pieces):
@@ -346,7 +346,7 @@ class NativeKernel(Kernel):
         # Tiles of 16 outputs end with the row, or run on across the gap, whichever wastes less.
         flat = pixels if sh == sw and (out_height * pixels + 15) // 16 < out_height * ((out_width + 15) // 16) else 0
         step = sw * piece.channels
-        table = torch.tensor(taps, dtype=torch.int64)
+        table = torch.tensor(taps, dtype=torch.int64, device="cpu")
         return Geometry(
             Plane(image, pixels, ph, ph + extra, pw),
             Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from stepquant.errors import StepquantError
 from stepquant.runtime.native.build import library
 from stepquant.runtime.native.library import TYPES, GroupNorm
 from stepquant.runtime.native.recording import record
+
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the kernels take, whatever torch's defaults are."""
 
 
 class Norm(NamedTuple):
@@ -75,7 +78,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     check_channels(shape, channels, norm.num_channels)
     pixels = shape[2] * shape[3] if image else shape[1]
     weight, bias = _affine(norm, channels)
-    multiply, add = torch.empty(2, batch, channels)
+    multiply, add = torch.empty(2, batch, channels, **_FLOAT)
     call = GroupNorm(
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(), TYPES[x.dtype], norm.eps,
         stride[0], stride[3 if image else 1], batch, pixels, channels, norm.num_groups, torch.get_num_threads(),
@@ -89,8 +92,8 @@ def _affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     """Weight and bias in float32, as they are where they are."""
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     return (
-        torch.ones(channels) if weight is None else weight.detach().float(),
-        torch.zeros(channels) if bias is None else bias.detach().float(),
+        torch.ones(channels, **_FLOAT) if weight is None else weight.detach().float(),
+        torch.zeros(channels, **_FLOAT) if bias is None else bias.detach().float(),
     )
 
 

@@ -124,7 +124,7 @@ class Recording:
         tensors = [
             inputs[output.of_input]
             if output.of_input is not None
-            else torch.empty_strided(output.shape, output.stride, dtype=output.dtype)
+            else torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="cpu")
             for output in self.outputs
         ]
         slots = self.slots
@@ -245,7 +245,10 @@ class Recorder(TorchDispatchMode):
             return None
         batch, channels, height, width = first.shape
         y = torch.empty(
-            (batch, channels + second.shape[1], height, width), dtype=first.dtype, memory_format=torch.channels_last
+            (batch, channels + second.shape[1], height, width),
+            dtype=first.dtype,
+            device="cpu",
+            memory_format=torch.channels_last,
         )
         self._allocate(y)
         size = first.element_size()
