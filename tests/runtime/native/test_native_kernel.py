@@ -56,6 +56,44 @@ def test_everything_fused(shape, row, dtype):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
+def strided(x):
+    """The same, every other of twice as many samples."""
+    return torch.stack([x, torch.zeros_like(x)], dim=1).flatten(0, 1)[::2]
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "strided": strided,
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", [False, True])
+def test_a_residual_of_any_layout(layout, image):
+    module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
+    x, residual = (
+        (torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)) if image else (torch.randn(2, 9, 7), torch.randn(2, 9, 6))
+    )
+    if image:
+        residual = residual.to(memory_format=torch.channels_last)
+    residual = LAYOUTS[layout](residual)
+    expected = ReferenceKernel(module)(x, row) + residual
+    torch.testing.assert_close(NativeKernel(module).run(x, row, residual=residual), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_norm_of_any_layout(layout):
+    """Of the rows of a picture, too, which may lie apart in memory."""
+    norm = nn.GroupNorm(2, 8)
+    x = torch.randn(2, 8, 6, 10).to(memory_format=torch.channels_last)
+    for picture in (LAYOUTS[layout](x), x[:, :, ::2], x[..., ::2], x[..., 1:4], x[:, :, :1], x[..., :1]):
+        found = group_norm(picture, norm)
+        y = picture * found.multiply[..., None, None] + found.add[..., None, None]
+        torch.testing.assert_close(y, norm(picture).detach(), atol=2e-5, rtol=2e-5)
+
+
 def test_padding_of_a_downsampler(size):
     module = convolution(6, 5, 3, stride=2)
     x, row = torch.randn(2, 6, *size), torch.tensor(1)

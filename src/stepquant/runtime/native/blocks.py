@@ -104,7 +104,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
         row,
         norm=norm,
         activation="silu",
-        residual=residual.contiguous(memory_format=torch.channels_last),
+        residual=residual,
         factor=1 / block.output_scale_factor,
         dtype=x.dtype,
     )

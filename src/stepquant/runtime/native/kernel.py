@@ -212,7 +212,7 @@ class NativeKernel(Kernel):
             upsample: 2 repeats every pixel in both directions.
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
             channel_add, gate: float32 [B, out] or [1, out], contiguous.
-            residual: float, of the output's shape; channels-last, or contiguous for a linear.
+            residual: float, of the output's shape; copied unless it is channels-last, or contiguous for a linear.
             dtype: of the result; by default that of x.
 
         Raises:
@@ -237,6 +237,8 @@ class NativeKernel(Kernel):
             raise StepquantError(
                 f"a batch of {plan.batch} was given the normalizations of {len(norm.multiply)} samples."
             )
+        if residual is not None:
+            residual = residual.contiguous(memory_format=plan.memory_format)
         channel_add, gate = (_of_each(values, plan.batch) for values in (channel_add, gate))
         y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
         sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)

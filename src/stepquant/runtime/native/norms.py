@@ -73,7 +73,10 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
     image = x.dim() == 4
     x = dense(x, image=image)
+    if image and x.shape[2] > 1 and x.shape[3] > 1 and x.stride(2) != x.shape[3] * x.stride(3):
+        x = x.contiguous(memory_format=torch.channels_last)  # no gaps between rows
     shape, stride = x.shape, x.stride()
+    pixel = stride[3] if image and shape[3] > 1 else stride[-2]
     batch, channels = shape[0], shape[1 if image else 2]
     check_channels(shape, channels, norm.num_channels)
     pixels = shape[2] * shape[3] if image else shape[1]
@@ -81,7 +84,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
     multiply, add = torch.empty(2, batch, channels, **_FLOAT)
     call = GroupNorm(
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(), TYPES[x.dtype], norm.eps,
-        stride[0], stride[3 if image else 1], batch, pixels, channels, norm.num_groups, torch.get_num_threads(),
+        stride[0], pixel, batch, pixels, channels, norm.num_groups, torch.get_num_threads(),
     )  # fmt: skip
     library().sq_group_norm(byref(call))
     record(call)
