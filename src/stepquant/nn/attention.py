@@ -182,6 +182,14 @@ class AttentionProcessor(nn.Module):
         return self.operand("probability", probability) @ self.operand("value", value)
 
 
+class AttentionKernel(Kernel):
+    """Executes an attention: ``forward(query, key, value, mask, row)``, what `AttentionProcessor.attend` returns."""
+
+    def fits(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it can take operands of these shapes; others run as without a kernel."""
+        return True
+
+
 class QuantizedAttentionProcessor(AttentionProcessor):
     """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1].
 
@@ -194,7 +202,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     ) -> None:
         super().__init__()
         self.bits, self.clock = dict(bits or {}), clock or StepClock()
-        self.kernel: Kernel | None = None
+        self.kernel: AttentionKernel | None = None
         for name in self.bits:
             assert rows is not None
             self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1, dtype=torch.float32))
@@ -222,7 +230,8 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if self.kernel is None or query.device.type != "cpu":  # kernels of attention are for processors
+        # Kernels of attention are for processors.
+        if self.kernel is None or query.device.type != "cpu" or not self.kernel.fits(query, key):
             return super().attend(query, key, value, mask)
         return self.kernel(query, key, value, mask, self.clock.row)
 

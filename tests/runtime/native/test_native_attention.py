@@ -88,3 +88,23 @@ def test_other_defaults_of_torch():
     expected = NativeAttention(simulated)(query, key, value, None, row)
     with torch.device("meta"):
         assert torch.equal(NativeAttention(simulated)(query, key, value, None, row), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [33_025, 40_000])
+def test_sums_that_a_kernel_cannot_hold(keys):
+    """Every probability and value has the largest code, so that the sum of their products does not fit above 33,025."""
+    simulated = processor()
+    simulated.probability_scale.fill_(1 / keys / 255)
+    simulated.value_scale.fill_(1 / 255)
+    simulated.value_zero_point.fill_(0)
+    query, key, value = torch.randn(1, 1, 2, 4), torch.zeros(1, 1, keys, 4), torch.ones(1, 1, keys, 4)
+    simulated.kernel = NativeAttention(simulated)
+    assert simulated.kernel.fits(query, key) == (keys == 33_025)
+    torch.testing.assert_close(simulated.attend(query, key, value, None), torch.ones(1, 1, 2, 4), atol=0.01, rtol=0)
+
+
+def test_wide_heads_do_not_fit():
+    kernel = NativeAttention(processor())
+    assert kernel.fits(torch.empty(1, 1, 1, 16_512), torch.empty(1, 1, 1, 16_512))
+    assert not kernel.fits(torch.empty(1, 1, 1, 16_513), torch.empty(1, 1, 1, 16_513))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
 from stepquant.nn.clock import of_samples
-from stepquant.nn.layers import Kernel, opaque
+from stepquant.nn.layers import opaque
 from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
@@ -26,7 +26,7 @@ def can_run(processor: QuantizedAttentionProcessor) -> bool:
     return set(processor.bits) == set(OPERANDS)
 
 
-class NativeAttention(Kernel):
+class NativeAttention(AttentionKernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
 
     Key and value may also be [1, heads, N, d], of all samples.
