@@ -278,7 +278,7 @@ def test_weight_only_layer():
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_output_has_the_dtype_of_the_input(backend, dtype):
     model = nn.Sequential(convolution(4, 5, 3), convolution(5, 4, 3, bits=(4, None)))
     prepare(model, backend)

@@ -57,6 +57,8 @@ def test_operands_of_any_layout_and_dtype():
     key, value = torch.randn(2, 3, 8, 5).transpose(2, 3), torch.randn(2, 3, 5, 8).double()
     expected = simulated.attend(query, key, value.float(), None)
     torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)
+    wide = NativeAttention(simulated)(query.double(), key, value, None, torch.tensor(0))
+    torch.testing.assert_close(wide, expected.double())
 
 
 def test_one_operand_in_float_cannot_run():

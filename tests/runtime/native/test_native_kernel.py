@@ -212,3 +212,13 @@ def test_what_is_of_one_sample_is_of_all():
     torch.testing.assert_close(kernel.run(x, row, channel_add=added, gate=gate), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(StepquantError, match="a batch of 3 was given the normalizations of 2 samples"):
         kernel.run(x, row, norm=Norm(torch.ones(2, 7), torch.zeros(2, 7)))
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_residual_in_float64(image):
+    module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
+    x = torch.randn(2, 4, 3, 5) if image else torch.randn(2, 9, 7)
+    y = NativeKernel(module)(x, row)
+    found = NativeKernel(module).run(x.double(), row, residual=torch.ones_like(y).double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), y + 1, atol=1e-5, rtol=1e-5)

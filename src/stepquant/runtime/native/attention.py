@@ -60,6 +60,7 @@ class NativeAttention(AttentionKernel):
             )
         if len(key) != batch:
             key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+        dtype = query.dtype
         query, key, value = (_adjacent(x) for x in (query, key, value))
         keep = [self._grid(index, row, batch) for index in range(4)]
         grids = (Grid * 4)(*(grid for grid, _ in keep))
@@ -77,7 +78,7 @@ class NativeAttention(AttentionKernel):
         )  # fmt: skip
         self.library.sq_attention(byref(attention))
         record(attention)
-        return y.transpose(1, 2)
+        return y.to(dtype).transpose(1, 2)
 
     def _grid(self, index: int, row: Tensor, batch: int) -> tuple[Grid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""

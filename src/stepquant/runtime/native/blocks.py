@@ -137,6 +137,7 @@ def _attention(
         last.clock.row,
         residual=x if block.residual_connection else None,
         factor=1 / block.rescale_output_factor,
+        dtype=hidden_states.dtype,
     )
     return y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
 

@@ -213,13 +213,16 @@ class NativeKernel(Kernel):
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
             channel_add, gate: float32 [B, out] or [1, out], contiguous.
             residual: float, of the output's shape; copied unless it is channels-last, or contiguous for a linear.
-            dtype: of the result; by default that of x.
+            dtype: of the result; by default that of x. In float64 it is the one of float32.
 
         Raises:
             StepquantError: if x has another number of channels or dimensions than the layer is for, or is not in the
                 processor's memory; if it is no multiple of the samples that `row` is of.
         """
-        dtype = dtype or x.dtype
+        wanted = dtype or x.dtype
+        dtype = wanted if wanted in TYPES else torch.float32
+        if residual is not None and residual.dtype not in TYPES:
+            residual = residual.float()
         x = dense(x, image=self.is_convolution)
         several = (
             row.dim() == 1 and self.rows > 1,
@@ -265,7 +268,7 @@ class NativeKernel(Kernel):
             self.library.sq_layer(byref(call))
             record(call, plan.geometries[index].bytes)
         del keep
-        return y
+        return y.to(wanted)
 
     def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[int, int, int, Any]:
         """Addresses of the first group's scale and zero point, bytes to the next group's, and what they point into."""
