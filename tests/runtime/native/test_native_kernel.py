@@ -9,6 +9,7 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.runtime import native
+from stepquant.runtime.native import kernel as kernel_module
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm, group_norm
@@ -222,3 +223,16 @@ def test_a_residual_in_float64(image):
     found = NativeKernel(module).run(x.double(), row, residual=torch.ones_like(y).double())
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), y + 1, atol=1e-5, rtol=1e-5)
+
+
+def test_plans_are_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr(kernel_module, "MOST_PLANS", 6)
+    kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
+    pictures = [torch.randn(batch, 4, 5, 5) for batch in range(1, 9)]
+    expected, kept = [], []
+    for x in pictures:
+        expected.append(kernel(x, row))
+        kept.append([plan.shape[0] for plan in kernel.plans.values()])
+    assert kept == [list(range(max(1, last - 5), last + 1)) for last in range(1, 9)]
+    assert torch.equal(kernel(pictures[0], row), expected[0])
+    assert [plan.shape[0] for plan in kernel.plans.values()] == [4, 5, 6, 7, 8, 1]

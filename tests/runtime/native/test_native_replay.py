@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -24,7 +25,7 @@ from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.native.recording import Memory, Recorder, Recording, lay_out
 from stepquant.runtime.native.replay import step_by_step
 from tests.runtime.native.test_native_blocks import Twice
-from tests.runtime.test_runtimes import linear
+from tests.runtime.test_runtimes import convolution, linear
 
 pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
 
@@ -122,6 +123,23 @@ def test_memory_that_may_go_is_an_obstacle():
 
     assert recording(kernel.lasting) is None
     assert torch.equal(recording([*kernel.lasting, norm.multiply, norm.add]).replay([x], 1), expected)
+
+
+def test_a_recording_keeps_what_it_points_into():
+    """A layer may forget the plan that it was recorded with."""
+    kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    expected = kernel(x, row)
+    with Recorder([x], row, 1, kernel.by_row, kernel.lasting) as recorder:
+        result = kernel(x, row)
+    recording = recorder.finish(result)
+    (taps,) = [weakref.ref(plan.geometries[0].taps) for plan in kernel.plans.values()]
+    kernel.plans.clear()
+    del recorder
+    assert taps() is not None
+    assert torch.equal(recording.replay([x], 1), expected)
+    del recording
+    assert taps() is None
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -32,6 +32,9 @@ from stepquant.runtime.native.norms import Norm, check_channels, dense, group_no
 from stepquant.runtime.native.recording import record
 from stepquant.runtime.segments import Segment, segments_of, sums_fit
 
+MOST_PLANS = 32
+"""Plans that a layer keeps, of inputs of different shapes; the oldest is forgotten for the next."""
+
 
 class Piece(NamedTuple):
     """Input channels with one weight scale and one activation scale, packed.
@@ -148,7 +151,7 @@ class NativeKernel(Kernel):
     @property
     def lasting(self) -> list[Tensor]:
         """What calls point into that is the same in all of them."""
-        taps = [geometry.taps for plan in self.plans.values() for geometry in plan.geometries]
+        taps = [geometry.taps for plan in list(self.plans.values()) for geometry in plan.geometries]
         packed = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
         return [x for x in (*self.by_row, *packed, *taps, self.balance, self.bias) if x is not None]
 
@@ -235,7 +238,10 @@ class NativeKernel(Kernel):
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self._plan(*key)
+            plan = self._plan(*key)
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.pop(next(iter(self.plans.copy())), None)  # copied: other threads add to it, too
+            self.plans[key] = plan
         if norm is not None and several[1] and len(norm.multiply) != plan.batch:
             raise StepquantError(
                 f"a batch of {plan.batch} was given the normalizations of {len(norm.multiply)} samples."
