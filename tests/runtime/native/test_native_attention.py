@@ -110,3 +110,11 @@ def test_wide_heads_do_not_fit():
     kernel = NativeAttention(processor())
     assert kernel.fits(torch.empty(1, 1, 1, 16_512), torch.empty(1, 1, 1, 16_512))
     assert not kernel.fits(torch.empty(1, 1, 1, 16_513), torch.empty(1, 1, 1, 16_513))
+
+
+def test_nan_has_the_smallest_code():
+    kernel, operands = NativeAttention(processor()), [torch.randn(2, 2, 4, 8) for _ in range(3)]
+    for operand in operands:
+        operand[1, 0, 2, 3] = torch.nan
+    lowest = [operand.nan_to_num(nan=-1e30) for operand in operands]
+    assert torch.equal(kernel(*operands, None, torch.tensor(0)), kernel(*lowest, None, torch.tensor(0)))

@@ -167,6 +167,13 @@ def test_nothing_to_do():
     assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
 
 
+def test_nan_has_the_smallest_code():
+    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 7)
+    x[1, 2] = torch.nan
+    lowest = x.nan_to_num(nan=-1e30)
+    assert torch.equal(kernel(x, row), kernel(lowest, row))
+
+
 def test_values_beyond_every_code():
     module = linear(7, 5)
     x = torch.tensor([[1e30, -1e30, 3e9, -3e9, 0.0, 65504.0, -65504.0]])

@@ -30,7 +30,7 @@ class NativeAttention(AttentionKernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
 
     Key and value may also be [1, heads, N, d], of all samples.
-    The result has the layout [B, N, heads, d], seen as [B, heads, N, d].
+    The result has the layout [B, N, heads, d], seen as [B, heads, N, d]. NaN in an operand becomes the code 0.
 
     Raises:
         StepquantError: if the operands do not fit each other, or one is not in the processor's memory.

@@ -109,6 +109,8 @@ def can_run(module: QuantizedModule) -> bool:
 class NativeKernel(Kernel):
     """One layer. `forward` is the layer alone; `run` has what can be fused with it.
 
+    No code stands for NaN: it becomes the smallest code, 0, and so a finite output, where the reference puts out NaN.
+
     Args:
         packed: hold weights of up to 4 bits as codes, two to a byte, which are unpacked some columns at a time as they
             are multiplied; results are the same.
