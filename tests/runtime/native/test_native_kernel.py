@@ -56,7 +56,6 @@ def test_everything_fused(shape, row, dtype):
         assert_same_up_to_ties(found, expected, step=worth)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
 def strided(x):
     """The same, every other of twice as many samples."""
     return torch.stack([x, torch.zeros_like(x)], dim=1).flatten(0, 1)[::2]
@@ -95,6 +94,7 @@ def test_group_norm_of_any_layout(layout):
         torch.testing.assert_close(y, norm(picture).detach(), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
 def test_padding_of_a_downsampler(size):
     module = convolution(6, 5, 3, stride=2)
     x, row = torch.randn(2, 6, *size), torch.tensor(1)

@@ -244,13 +244,14 @@ class NativeKernel(Kernel):
             if len(self.plans) >= MOST_PLANS:
                 self.plans.pop(next(iter(self.plans.copy())), None)  # copied: other threads add to it, too
             self.plans[key] = plan
-        if norm is not None and several[1] and len(norm.multiply) != plan.batch:
+        if several[1] and norm is not None and len(norm.multiply) != plan.batch:
             raise StepquantError(
                 f"a batch of {plan.batch} was given the normalizations of {len(norm.multiply)} samples."
             )
         if residual is not None:
             residual = residual.contiguous(memory_format=plan.memory_format)
-        channel_add, gate = (_of_each(values, plan.batch) for values in (channel_add, gate))
+        if several[2]:
+            channel_add, gate = (_of_each(values, plan.batch) for values in (channel_add, gate))
         y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
         sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
         scale, zero_point, step, keep = self._grid(row, plan.batch, several[0])
@@ -276,7 +277,7 @@ class NativeKernel(Kernel):
             self.library.sq_layer(byref(call))
             record(call, plan.geometries[index].bytes)
         del keep
-        return y.to(wanted)
+        return y if dtype is wanted else y.to(wanted)
 
     def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[int, int, int, Any]:
         """Addresses of the first group's scale and zero point, bytes to the next group's, and what they point into."""
