@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from stepquant.errors import StepquantError
+from stepquant.nn.attention import QuantizedAttentionProcessor
 from stepquant.nn.clock import StepClock
+from stepquant.nn.correction import OutputCorrection
 from stepquant.nn.deploy import Structure, install_empty
 from stepquant.nn.layers import LayerFormat, QuantizedLinear
 from stepquant.nn.tables import QuantizedWeight
@@ -98,3 +100,18 @@ def test_a_malformed_structure_is_one_sentence(change):
     with pytest.raises(StepquantError) as caught:
         Structure.parse({"timesteps": [0.0, 1.0], "layers": {}, "attentions": {}} | change)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_are_float32_whatever_torch_makes():
+    """As where a model is built in half precision."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        modules = [
+            QuantizedLinear(4, 3, True, LayerFormat(weight_bits=8, weight_groups=(4,), activation_bits=8), StepClock()),
+            QuantizedAttentionProcessor({"query": 8}, {"query": 2}),
+            OutputCorrection(2, StepClock()),
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in modules:
+        assert {buffer.dtype for buffer in module.buffers()} <= {torch.float32, torch.uint8}

@@ -280,7 +280,7 @@ def test_weight_only_layer():
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_output_has_the_dtype_of_the_input(backend, dtype):
     model = nn.Sequential(convolution(4, 5, 3), convolution(5, 4, 3, bits=(4, None)))
     prepare(model, backend)
@@ -290,6 +290,16 @@ def test_output_has_the_dtype_of_the_input(backend, dtype):
     y = model(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), wide, atol=0.03 * float(wide.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_timesteps_of_other_samples(backend, batch):
+    model = nn.Sequential(convolution(4, 5, 3))
+    prepare(model, backend)
+    model[0].clock.set(torch.tensor([0.0, 2.0]))
+    with pytest.raises(StepquantError, match=f"2 timesteps were given for a batch of {batch}"):
+        model(torch.randn(batch, 4, 8, 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)

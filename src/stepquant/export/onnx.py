@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
-from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.nn.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
 from stepquant.nn.deploy import quantized_modules
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.nn.tables import ActivationTable
@@ -162,7 +162,7 @@ class OnnxWeightKernel(Kernel):
         return y if self.bias is None else y + along_channels(self.bias, self.dim, y.dim())
 
 
-class OnnxAttention(Kernel):
+class OnnxAttention(AttentionKernel):
     """Both products of an attention; its four operands are quantized."""
 
     def __init__(self, processor: QuantizedAttentionProcessor) -> None:

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepquant.nn.clock import StepClock
+from stepquant.nn.clock import StepClock, of_samples
 from stepquant.nn.layers import Kernel, keep_dtypes
 from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
@@ -182,6 +182,14 @@ class AttentionProcessor(nn.Module):
         return self.operand("probability", probability) @ self.operand("value", value)
 
 
+class AttentionKernel(Kernel):
+    """Executes an attention: ``forward(query, key, value, mask, row)``, what `AttentionProcessor.attend` returns."""
+
+    def fits(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it can take operands of these shapes; others run as without a kernel."""
+        return True
+
+
 class QuantizedAttentionProcessor(AttentionProcessor):
     """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1].
 
@@ -194,10 +202,10 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     ) -> None:
         super().__init__()
         self.bits, self.clock = dict(bits or {}), clock or StepClock()
-        self.kernel: Kernel | None = None
+        self.kernel: AttentionKernel | None = None
         for name in self.bits:
             assert rows is not None
-            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1))
+            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1, dtype=torch.float32))
             self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
 
     def fill(self, attention: QuantizedAttention) -> None:
@@ -227,7 +235,8 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if self.kernel is None or query.device.type != "cpu":  # kernels of attention are for processors
+        # Kernels of attention are for processors.
+        if self.kernel is None or query.device.type != "cpu" or not self.kernel.fits(query, key):
             return super().attend(query, key, value, mask)
         return self.kernel(query, key, value, mask, self.clock.row)
 
@@ -248,5 +257,4 @@ def is_joint(attn: Any) -> bool:
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[B, 1] -> [B', 1, ...] to broadcast against x [B', ...], where B' is a multiple of B (samples stay together)."""
-    values = values.repeat_interleave(x.shape[0] // values.shape[0], dim=0)
-    return values.reshape(-1, *(1,) * (x.dim() - 1))
+    return of_samples(values, x.shape[0]).reshape(-1, *(1,) * (x.dim() - 1))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.errors import StepquantError
+
 CLOSE = 1 / 500
 """Of the calibrated span: a timestep this near to a table row counts as that of the row. Samplers that space as many
 steps differently are a timestep apart, and a table for every timestep of training serves fractions of one."""
@@ -68,6 +70,20 @@ class StepClock:
         """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""
         position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
         return denoiser.register_forward_pre_hook(_ReadTimestep(self, position), with_kwargs=True)
+
+
+def of_samples(values: Tensor, batch: int) -> Tensor:
+    """What each of the clock's steps has, [B, ...], for a batch of a multiple of B samples, [batch, ...]: samples of a
+    step stay together.
+
+    Raises:
+        StepquantError: if `batch` is no multiple of B.
+    """
+    if batch % len(values) != 0:
+        raise StepquantError(
+            f"{len(values)} timesteps were given for a batch of {batch}: expected one for all samples, or one for each."
+        )
+    return values.repeat_interleave(batch // len(values), dim=0)
 
 
 def reads_timestep(model: nn.Module) -> bool:

@@ -51,7 +51,7 @@ class OutputCorrection(nn.Module):
         super().__init__()
         self.clock = clock
         for name in ("timesteps", "gain", "variance"):
-            self.register_buffer(name, torch.zeros(rows))
+            self.register_buffer(name, torch.zeros(rows, dtype=torch.float32))
 
     def fill(self, correction: Correction) -> None:
         """Copy the table, which must have this module's rows."""

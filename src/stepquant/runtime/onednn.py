@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.nn.clock import of_samples
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.segments import along_channels, channel_dim, segments_of, sums_fit
@@ -32,9 +33,9 @@ def _probe() -> bool:
     size = 64
     codes = torch.full((size, size), largest_code(8), dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
-    scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    scale, zero_point = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise.tensor(
-        codes, scale, zero_point, weight, torch.ones(size), _zeros(scale.expand(size)), None,
+        codes, scale, zero_point, weight, torch.ones(size, dtype=torch.float32), _zeros(scale.expand(size)), None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return bool((y == size * largest_code(8) * 127).all())
@@ -84,7 +85,7 @@ class OneDnnKernel(Kernel):
         if self.static or row.dim() == 0:
             return self._run(x, 0 if self.static else int(row))
         # Samples of several steps in one batch: one call for each step among them.
-        rows = row.repeat_interleave(x.shape[0] // row.shape[0])
+        rows = of_samples(row, x.shape[0])
         y: Tensor | None = None
         for step in rows.unique().tolist():
             chosen = (rows == step).nonzero().squeeze(1)

@@ -182,6 +182,22 @@ def test_group_norm(shape, dtype):
     torch.testing.assert_close(first * multiply + add, norm(first), atol=2e-5, rtol=2e-5)
 
 
+def test_group_norm_is_float32_whatever_torch_makes():
+    kernel, norm, x = (
+        on_gpu(linear()),
+        nn.GroupNorm(4, 8).to(GPU).requires_grad_(False),
+        torch.randn(1, 8, 3, 3).to(GPU),
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = kernel.group_norm(x, norm)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.multiply.dtype == found.add.dtype == torch.float32
+    expected = kernel.group_norm(x, norm)
+    assert torch.equal(found.multiply, expected.multiply) and torch.equal(found.add, expected.add)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_output_has_the_dtype_of_the_input(dtype):
     module, row = linear(), torch.tensor(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepquant.errors import StepquantError
 from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
 from stepquant.nn.clock import StepClock
 from stepquant.runtime import native
@@ -56,8 +57,64 @@ def test_operands_of_any_layout_and_dtype():
     key, value = torch.randn(2, 3, 8, 5).transpose(2, 3), torch.randn(2, 3, 5, 8).double()
     expected = simulated.attend(query, key, value.float(), None)
     torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)
+    wide = NativeAttention(simulated)(query.double(), key, value, None, torch.tensor(0))
+    torch.testing.assert_close(wide, expected.double())
 
 
 def test_one_operand_in_float_cannot_run():
     bits = dict.fromkeys(("query", "key", "value"), 8)
     assert not can_run(QuantizedAttentionProcessor(bits, dict.fromkeys(bits, 1), StepClock()))
+
+
+@pytest.mark.parametrize("key", [(3, 2, 5, 8), (2, 1, 5, 8), (2, 2, 5, 9), (2, 2, 6, 8)])
+def test_operands_that_do_not_fit(key):
+    query, value = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
+    with pytest.raises(StepquantError, match="expected query, key and value of the same"):
+        NativeAttention(processor())(query, torch.randn(key), value, None, torch.tensor(0))
+    with pytest.raises(StepquantError, match="on meta"):
+        NativeAttention(processor())(query, value.to("meta"), value, None, torch.tensor(0))
+    with pytest.raises(StepquantError, match="3 timesteps were given for a batch of 2"):
+        NativeAttention(processor())(query, value, value, None, torch.tensor([0, 1, 2]))
+
+
+def test_one_context_of_all_samples():
+    simulated = processor()
+    query, key, value = torch.randn(3, 2, 4, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    expected = simulated.attend(query, key, value, None)
+    torch.testing.assert_close(NativeAttention(simulated)(query, key, value, None, torch.tensor(0)), expected)
+
+
+def test_other_defaults_of_torch():
+    simulated, row = processor(), torch.tensor(0)
+    query, key, value = (torch.randn(2, 2, 4, 8) for _ in range(3))
+    expected = NativeAttention(simulated)(query, key, value, None, row)
+    with torch.device("meta"):
+        assert torch.equal(NativeAttention(simulated)(query, key, value, None, row), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [33_025, 40_000])
+def test_sums_that_a_kernel_cannot_hold(keys):
+    """Every probability and value has the largest code, so that the sum of their products does not fit above 33,025."""
+    simulated = processor()
+    simulated.probability_scale.fill_(1 / keys / 255)
+    simulated.value_scale.fill_(1 / 255)
+    simulated.value_zero_point.fill_(0)
+    query, key, value = torch.randn(1, 1, 2, 4), torch.zeros(1, 1, keys, 4), torch.ones(1, 1, keys, 4)
+    simulated.kernel = NativeAttention(simulated)
+    assert simulated.kernel.fits(query, key) == (keys == 33_025)
+    torch.testing.assert_close(simulated.attend(query, key, value, None), torch.ones(1, 1, 2, 4), atol=0.01, rtol=0)
+
+
+def test_wide_heads_do_not_fit():
+    kernel = NativeAttention(processor())
+    assert kernel.fits(torch.empty(1, 1, 1, 16_512), torch.empty(1, 1, 1, 16_512))
+    assert not kernel.fits(torch.empty(1, 1, 1, 16_513), torch.empty(1, 1, 1, 16_513))
+
+
+def test_nan_has_the_smallest_code():
+    kernel, operands = NativeAttention(processor()), [torch.randn(2, 2, 4, 8) for _ in range(3)]
+    for operand in operands:
+        operand[1, 0, 2, 3] = torch.nan
+    lowest = [operand.nan_to_num(nan=-1e30) for operand in operands]
+    assert torch.equal(kernel(*operands, None, torch.tensor(0)), kernel(*lowest, None, torch.tensor(0)))

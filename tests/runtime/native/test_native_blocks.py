@@ -135,3 +135,16 @@ def test_other_families(name, request):
         found[backend] = model(torch.randn(2, 4, 8, 8), **arguments).sample
     assert any(isinstance(getattr(module, "kernel", None), NativeKernel) for module in model.modules())
     assert signal_to_noise(found["native"], found["reference"]) > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnets.0", "attentions.0"])
+def test_pictures_of_any_layout(unet, name):
+    """A block reads its input twice: for its first layer, and as the residual."""
+    model = copy.deepcopy(unet)
+    prepare(model, "native")
+    block = model.mid_block.get_submodule(name)
+    whole = torch.randn(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    more = {"temb": torch.randn(2, 32)} if name == "resnets.0" else {}
+    for x in (whole[::2], whole[:1].expand(2, -1, -1, -1), whole[:2, :, ::2], whole[:2, ..., 2:6]):
+        assert torch.equal(block(x, **more), block(x.contiguous(memory_format=torch.channels_last), **more))

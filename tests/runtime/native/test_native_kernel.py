@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stepquant.errors import StepquantError
 from stepquant.runtime import native
+from stepquant.runtime.native import kernel as kernel_module
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm, group_norm
@@ -52,6 +54,44 @@ def test_everything_fused(shape, row, dtype):
         )
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert_same_up_to_ties(found, expected, step=worth)
+
+
+def strided(x):
+    """The same, every other of twice as many samples."""
+    return torch.stack([x, torch.zeros_like(x)], dim=1).flatten(0, 1)[::2]
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "strided": strided,
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", [False, True])
+def test_a_residual_of_any_layout(layout, image):
+    module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
+    x, residual = (
+        (torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)) if image else (torch.randn(2, 9, 7), torch.randn(2, 9, 6))
+    )
+    if image:
+        residual = residual.to(memory_format=torch.channels_last)
+    residual = LAYOUTS[layout](residual)
+    expected = ReferenceKernel(module)(x, row) + residual
+    torch.testing.assert_close(NativeKernel(module).run(x, row, residual=residual), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_norm_of_any_layout(layout):
+    """Of the rows of a picture, too, which may lie apart in memory."""
+    norm = nn.GroupNorm(2, 8)
+    x = torch.randn(2, 8, 6, 10).to(memory_format=torch.channels_last)
+    for picture in (LAYOUTS[layout](x), x[:, :, ::2], x[..., ::2], x[..., 1:4], x[:, :, :1], x[..., :1]):
+        found = group_norm(picture, norm)
+        y = picture * found.multiply[..., None, None] + found.add[..., None, None]
+        torch.testing.assert_close(y, norm(picture).detach(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
@@ -100,8 +140,38 @@ def test_group_norm(shape, dtype):
     )
 
 
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_other_defaults_of_torch(default):
+    module, row = convolution(8, 5, 3, padding=1), torch.tensor(1)
+    plain, norm = nn.GroupNorm(2, 8, affine=False), nn.GroupNorm(2, 8)
+    x = torch.randn(1, 8, 6, 6)
+
+    def results():
+        norms = [group_norm(x, one) for one in (plain, norm)]
+        return [*norms[0][:2], *norms[1][:2], NativeKernel(module).run(x, row, norm=norms[1], activation="silu")]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16 if default == "dtype" else before)
+        with torch.device("cpu" if default == "dtype" else "meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(before)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, wanted)
+
+
 def test_nothing_to_do():
     assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
+
+
+def test_nan_has_the_smallest_code():
+    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 7)
+    x[1, 2] = torch.nan
+    lowest = x.nan_to_num(nan=-1e30)
+    assert torch.equal(kernel(x, row), kernel(lowest, row))
 
 
 def test_values_beyond_every_code():
@@ -110,3 +180,66 @@ def test_values_beyond_every_code():
     torch.testing.assert_close(
         NativeKernel(module)(x, torch.tensor(1)), ReferenceKernel(module)(x, torch.tensor(1)), atol=1e-5, rtol=1e-5
     )
+
+
+GIVEN = {
+    "few channels": (torch.randn(2, 4, 6, 6), "shape .2, 4, 6, 6.: expected 8 channels"),
+    "many channels": (torch.randn(2, 9, 6, 6), "shape .2, 9, 6, 6.: expected 8 channels"),
+    "no batch": (torch.randn(8, 6, 6), "shape .8, 6, 6.: expected"),
+    "no memory": (torch.empty(2, 8, 6, 6, device="meta"), "an input on meta"),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_picture_that_is_not_for_the_layer(given, normalized):
+    x, told = GIVEN[given]
+    kernel = NativeKernel(convolution(8, 5, 3, padding=1))
+    with pytest.raises(StepquantError, match=told):
+        if normalized:
+            group_norm(x, nn.GroupNorm(4, 8))
+        else:
+            kernel(x, torch.tensor(1))
+
+
+@pytest.mark.parametrize("activation", [None, "geglu"])
+def test_tokens_that_are_not_for_the_layer(activation):
+    with pytest.raises(StepquantError, match=f"expected {7 if activation is None else 14} channels"):
+        NativeKernel(linear(7, 5)).run(torch.randn(2, 3, 10), torch.tensor(1), activation=activation)
+    with pytest.raises(StepquantError, match="an input on meta"):
+        NativeKernel(linear(7, 5))(torch.empty(2, 7, device="meta"), torch.tensor(1))
+    with pytest.raises(StepquantError, match=r"expected \[B, ..., in\]"):
+        NativeKernel(linear(7, 5))(torch.randn(7), torch.tensor([0, 2]))
+
+
+def test_what_is_of_one_sample_is_of_all():
+    """A gate and an embedding [1, out] are those of every sample; a normalization of another batch is an error."""
+    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 4, 7)
+    added, gate = torch.randn(1, 5), torch.randn(1, 5)
+    expected = (kernel(x, row) + added[:, None]) * gate[:, None]
+    torch.testing.assert_close(kernel.run(x, row, channel_add=added, gate=gate), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(StepquantError, match="a batch of 3 was given the normalizations of 2 samples"):
+        kernel.run(x, row, norm=Norm(torch.ones(2, 7), torch.zeros(2, 7)))
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_residual_in_float64(image):
+    module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
+    x = torch.randn(2, 4, 3, 5) if image else torch.randn(2, 9, 7)
+    y = NativeKernel(module)(x, row)
+    found = NativeKernel(module).run(x.double(), row, residual=torch.ones_like(y).double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), y + 1, atol=1e-5, rtol=1e-5)
+
+
+def test_plans_are_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr(kernel_module, "MOST_PLANS", 6)
+    kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
+    pictures = [torch.randn(batch, 4, 5, 5) for batch in range(1, 9)]
+    expected, kept = [], []
+    for x in pictures:
+        expected.append(kernel(x, row))
+        kept.append([plan.shape[0] for plan in kernel.plans.values()])
+    assert kept == [list(range(max(1, last - 5), last + 1)) for last in range(1, 9)]
+    assert torch.equal(kernel(pictures[0], row), expected[0])
+    assert [plan.shape[0] for plan in kernel.plans.values()] == [4, 5, 6, 7, 8, 1]

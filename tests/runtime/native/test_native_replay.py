@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -13,12 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepquant as sq
-from stepquant.nn.deploy import replace_module
+from stepquant.calibration.instrument import instrument
+from stepquant.config import QuantSpec
+from stepquant.models import describe
+from stepquant.nn.deploy import install, replace_module
 from stepquant.runtime import native, prepare
 from stepquant.runtime.native import recording, replay
-from stepquant.runtime.native.recording import Memory, Recording, lay_out
+from stepquant.runtime.native.kernel import NativeKernel
+from stepquant.runtime.native.norms import Norm
+from stepquant.runtime.native.recording import Memory, Recorder, Recording, lay_out
 from stepquant.runtime.native.replay import step_by_step
 from tests.runtime.native.test_native_blocks import Twice
+from tests.runtime.test_runtimes import convolution, linear
 
 pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
 
@@ -44,11 +51,30 @@ case = pytest.fixture(build, scope="module", params=[*UNETS, "class_pipeline"], 
 unet_case = pytest.fixture(build, scope="module", params=UNETS, name="unet_case")
 
 
-def runs(model, shape, conditions, times=TIMES, *, plain=False, seed=0):
+@pytest.fixture(scope="module")
+def static_unet(unconditional_pipeline):
+    """One grid for all steps, so that no kernel looks at the step."""
+    full = unconditional_pipeline.unet
+    instrumented = instrument(full, describe(full), QuantSpec.parse("w8a8"), timesteps=None, weight_range="minmax")
+    for quantizer in instrumented.activation_quantizers():
+        quantizer.observing = True
+    with torch.no_grad():
+        instrumented.model(torch.randn(4, 1, 16, 16), 500)
+    for quantizer in instrumented.activation_quantizers():
+        quantizer.set_range("minmax", per_row=False)
+    result = copy.deepcopy(full)
+    install(result, instrumented.freeze())
+    prepare(result, "native")
+    return result
+
+
+def runs(model, shape, conditions, times=TIMES, *, plain=False, seed=0, mode=torch.no_grad):
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), step_by_step() if plain else nullcontext():
+    with mode(), step_by_step() if plain else nullcontext():
         return [
-            model(torch.randn(2, *shape, generator=generator), torch.tensor([time, time]), **conditions).sample
+            model(
+                torch.randn(2, *shape, generator=generator).to(model.dtype), torch.tensor([time, time]), **conditions
+            ).sample
             for time in times
         ]
 
@@ -72,10 +98,57 @@ def test_a_recording_does_what_the_kernels_do(case):
     assert not torch.equal(*(runs(model, shape, conditions, [time])[0] for time in (900, 100)))
 
 
-def test_every_block_of_a_unet_is_recorded(unet_case):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_types_and_modes(static_unet, dtype, mode):
+    """In half precision kernels read copies of the normalizations' parameters, which are gone after a call."""
+    model = copy.deepcopy(static_unet).to(dtype)
+    expected = runs(model, (1, 16, 16), {}, TIMES * 2, plain=True, mode=mode)
+    found = runs(model, (1, 16, 16), {}, TIMES * 2, mode=mode)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert {y.dtype for y in found} == {dtype}
+    kinds = {torch.float32: {Recording}, torch.float64: set()}
+    assert {type(one) for one in recorded(model)} == kinds.get(dtype, {bool})
+
+
+def test_memory_that_may_go_is_an_obstacle():
+    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(2, 3, 7)
+    norm = Norm(torch.rand(1, 7) + 0.5, torch.randn(1, 7), 1e-5)
+    expected = kernel.run(x, row, norm=norm)
+
+    def recording(lasting):
+        with Recorder([x], row, 1, kernel.by_row, lasting) as recorder:
+            result = kernel.run(x, row, norm=norm)
+        return recorder.finish(result)
+
+    assert recording(kernel.lasting) is None
+    assert torch.equal(recording([*kernel.lasting, norm.multiply, norm.add]).replay([x], 1), expected)
+
+
+def test_a_recording_keeps_what_it_points_into():
+    """A layer may forget the plan that it was recorded with."""
+    kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    expected = kernel(x, row)
+    with Recorder([x], row, 1, kernel.by_row, kernel.lasting) as recorder:
+        result = kernel(x, row)
+    recording = recorder.finish(result)
+    (taps,) = [weakref.ref(plan.geometries[0].taps) for plan in kernel.plans.values()]
+    kernel.plans.clear()
+    del recorder
+    assert taps() is not None
+    assert torch.equal(recording.replay([x], 1), expected)
+    del recording
+    assert taps() is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_block_of_a_unet_is_recorded(unet_case, mode):
     model, shape, conditions = unet_case
     model = copy.deepcopy(model)
-    runs(model, shape, conditions)
+    expected = runs(model, shape, conditions, plain=True, mode=mode)
+    found = runs(model, shape, conditions, mode=mode)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         assert [type(one) for one in block.__dict__["_recordings"].by_layout.values()] == [Recording]
 

@@ -76,7 +76,7 @@ def _(x, *_grid_and_norm):  # type: ignore[no-untyped-def]
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """A group normalization of x, float [B, pixels, C], as ``x * multiply + add``: float32 [B, C] each."""
     batch, pixels, channels = x.shape
-    multiply, add = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    multiply, add = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     width = channels // groups
     wide = triton.next_power_of_2(width)
     high = max(1, ELEMENTS // wide)
@@ -89,7 +89,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
 
 @group_norm.register_fake
 def _(x, *_norm):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty(x.shape[0], x.shape[2], device=x.device) for _ in range(2))
+    return tuple(torch.empty(x.shape[0], x.shape[2], dtype=torch.float32, device=x.device) for _ in range(2))
 
 
 @torch.library.custom_op("stepquant::matmul", mutates_args=())

@@ -7,8 +7,10 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
-from stepquant.nn.layers import Kernel, opaque
+from stepquant.errors import StepquantError
+from stepquant.nn.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
+from stepquant.nn.clock import of_samples
+from stepquant.nn.layers import opaque
 from stepquant.nn.tables import ActivationTable
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
@@ -24,10 +26,14 @@ def can_run(processor: QuantizedAttentionProcessor) -> bool:
     return set(processor.bits) == set(OPERANDS)
 
 
-class NativeAttention(Kernel):
+class NativeAttention(AttentionKernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
 
-    The result has the layout [B, N, heads, d], seen as [B, heads, N, d].
+    Key and value may also be [1, heads, N, d], of all samples.
+    The result has the layout [B, N, heads, d], seen as [B, heads, N, d]. NaN in an operand becomes the code 0.
+
+    Raises:
+        StepquantError: if the operands do not fit each other, or one is not in the processor's memory.
     """
 
     def __init__(self, processor: QuantizedAttentionProcessor, *, amx: bool | None = None) -> None:
@@ -37,7 +43,7 @@ class NativeAttention(Kernel):
         attention = processor.attention()
         self.tables: list[ActivationTable] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
-        self.by_row = [table.scale for table in self.tables] + self.zero_points
+        self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether no accumulator can overflow, nor the difference of two scores."""
@@ -45,11 +51,20 @@ class NativeAttention(Kernel):
 
     @opaque
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
-        query, key, value = (_adjacent(x) for x in (query, key, value))
         batch, heads, length, size = query.shape
+        fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == size and len(key) in (1, batch)
+        if not fits or not all(x is None or x.is_cpu for x in (query, key, value, mask)):
+            raise StepquantError(
+                f"attention was given {_told(query)}, {_told(key)} and {_told(value)}: expected query, key and value "
+                "of the same samples, heads and channels, on cpu like the mask."
+            )
+        if len(key) != batch:
+            key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+        dtype = query.dtype
+        query, key, value = (_adjacent(x) for x in (query, key, value))
         keep = [self._grid(index, row, batch) for index in range(4)]
         grids = (Grid * 4)(*(grid for grid, _ in keep))
-        y = torch.empty(batch, length, heads, size, dtype=query.dtype)
+        y = torch.empty(batch, length, heads, size, dtype=query.dtype, device="cpu")
         strides = (0, 0, 0)
         if mask is not None:
             mask = mask.float().expand(batch, heads, length, key.shape[2])
@@ -63,7 +78,7 @@ class NativeAttention(Kernel):
         )  # fmt: skip
         self.library.sq_attention(byref(attention))
         record(attention)
-        return y.transpose(1, 2)
+        return y.to(dtype).transpose(1, 2)
 
     def _grid(self, index: int, row: Tensor, batch: int) -> tuple[Grid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""
@@ -72,9 +87,13 @@ class NativeAttention(Kernel):
         if table.scale.shape[0] == 1 or row.dim() == 0:
             at = 0 if table.scale.shape[0] == 1 else int(row)
             return Grid(table.scale.data_ptr() + 4 * at, zero_point.data_ptr() + 4 * at, 0, top), None
-        rows = row.repeat_interleave(batch // row.shape[0])
+        rows = of_samples(row, batch)
         values = (table.scale[rows, 0].contiguous(), zero_point[rows, 0].contiguous())
         return Grid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
+
+
+def _told(x: Tensor) -> str:
+    return f"{list(x.shape)} on {x.device}"
 
 
 def _adjacent(x: Tensor) -> Tensor:

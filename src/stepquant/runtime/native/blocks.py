@@ -104,7 +104,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
         row,
         norm=norm,
         activation="silu",
-        residual=residual.contiguous(memory_format=torch.channels_last),
+        residual=residual,
         factor=1 / block.output_scale_factor,
         dtype=x.dtype,
     )
@@ -137,6 +137,7 @@ def _attention(
         last.clock.row,
         residual=x if block.residual_connection else None,
         factor=1 / block.rescale_output_factor,
+        dtype=hidden_states.dtype,
     )
     return y.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
 

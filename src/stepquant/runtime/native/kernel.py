@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stepquant.errors import StepquantError
+from stepquant.nn.clock import of_samples
 from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.numerics.affine import largest_code
 from stepquant.runtime.native.build import has_amx, library
@@ -26,9 +28,12 @@ from stepquant.runtime.native.library import (
     unpack_nibbles,
 )
 from stepquant.runtime.native.memory import scratch
-from stepquant.runtime.native.norms import Norm, dense, group_norm
+from stepquant.runtime.native.norms import Norm, check_channels, dense, group_norm
 from stepquant.runtime.native.recording import record
 from stepquant.runtime.segments import Segment, segments_of, sums_fit
+
+MOST_PLANS = 32
+"""Plans that a layer keeps, of inputs of different shapes; the oldest is forgotten for the next."""
 
 
 class Piece(NamedTuple):
@@ -104,6 +109,8 @@ def can_run(module: QuantizedModule) -> bool:
 class NativeKernel(Kernel):
     """One layer. `forward` is the layer alone; `run` has what can be fused with it.
 
+    No code stands for NaN: it becomes the smallest code, 0, and so a finite output, where the reference puts out NaN.
+
     Args:
         packed: hold weights of up to 4 bits as codes, two to a byte, which are unpacked some columns at a time as they
             are multiplied; results are the same.
@@ -142,6 +149,13 @@ class NativeKernel(Kernel):
     def whole(self) -> bool:
         """Whether all input channels are one piece, so that a pass over codes sees every channel of a position."""
         return len(self.pieces) == 1
+
+    @property
+    def lasting(self) -> list[Tensor]:
+        """What calls point into that is the same in all of them."""
+        taps = [geometry.taps for plan in list(self.plans.values()) for geometry in plan.geometries]
+        packed = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
+        return [x for x in (*self.by_row, *packed, *taps, self.balance, self.bias) if x is not None]
 
     def _pack(self, segment: Segment) -> Piece:
         """A row of taps is one run of bytes where it can be."""
@@ -202,27 +216,45 @@ class NativeKernel(Kernel):
             activation: one of `ACTIVATIONS`; after a normalization only ``silu``, and that of a group normalization.
             upsample: 2 repeats every pixel in both directions.
             extra: rows and columns of zeros below and to the right of the picture, besides the padding.
-            channel_add, gate: float32 [B, out], contiguous.
-            residual: float, of the output's shape; channels-last, or contiguous for a linear.
-            dtype: of the result; by default that of x.
+            channel_add, gate: float32 [B, out] or [1, out], contiguous.
+            residual: float, of the output's shape; copied unless it is channels-last, or contiguous for a linear.
+            dtype: of the result; by default that of x. In float64 it is the one of float32.
+
+        Raises:
+            StepquantError: if x has another number of channels or dimensions than the layer is for, or is not in the
+                processor's memory; if it is no multiple of the samples that `row` is of.
         """
-        dtype = dtype or x.dtype
+        wanted = dtype or x.dtype
+        dtype = wanted if wanted in TYPES else torch.float32
+        if residual is not None and residual.dtype not in TYPES:
+            residual = residual.float()
         x = dense(x, image=self.is_convolution)
-        of_samples = (
+        several = (
             row.dim() == 1 and self.rows > 1,
             norm is not None and len(norm.multiply) > 1,
             channel_add is not None or gate is not None,
         )
         key = (
-            x.shape, x.stride(), x.dtype, dtype, None if residual is None else residual.dtype, of_samples,
+            x.shape, x.stride(), x.dtype, dtype, None if residual is None else residual.dtype, several,
             None if norm is None else norm.epsilon, activation, upsample, extra, factor, torch.get_num_threads(),
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self._plan(*key)
-        y = torch.empty(plan.shape, dtype=plan.dtype, memory_format=plan.memory_format)
+            plan = self._plan(*key)
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.pop(next(iter(self.plans.copy())), None)  # copied: other threads add to it, too
+            self.plans[key] = plan
+        if several[1] and norm is not None and len(norm.multiply) != plan.batch:
+            raise StepquantError(
+                f"a batch of {plan.batch} was given the normalizations of {len(norm.multiply)} samples."
+            )
+        if residual is not None:
+            residual = residual.contiguous(memory_format=plan.memory_format)
+        if several[2]:
+            channel_add, gate = (_of_each(values, plan.batch) for values in (channel_add, gate))
+        y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
         sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-        scale, zero_point, step, keep = self._grid(row, plan.batch, of_samples[0])
+        scale, zero_point, step, keep = self._grid(row, plan.batch, several[0])
         for index, piece in enumerate(self.pieces):
             call = Call.from_buffer_copy(plan.calls[index])
             call.x = x.data_ptr() + plan.offsets[index]
@@ -245,14 +277,14 @@ class NativeKernel(Kernel):
             self.library.sq_layer(byref(call))
             record(call, plan.geometries[index].bytes)
         del keep
-        return y
+        return y if dtype is wanted else y.to(wanted)
 
     def _grid(self, row: Tensor, batch: int, per_sample: bool) -> tuple[int, int, int, Any]:
         """Addresses of the first group's scale and zero point, bytes to the next group's, and what they point into."""
         if not per_sample:
             at = (0 if self.rows == 1 else int(row)) * self.groups * 4
             return self.scale.data_ptr() + at, self.zero_point.data_ptr() + at, 4, None
-        rows = row.repeat_interleave(batch // row.shape[0])
+        rows = of_samples(row, batch)
         tables = [values[rows].t().contiguous() for values in (self.scale, self.zero_point)]
         return tables[0].data_ptr(), tables[1].data_ptr(), 4 * batch, tables
 
@@ -263,7 +295,7 @@ class NativeKernel(Kernel):
         x_type: torch.dtype,
         dtype: torch.dtype,
         residual_type: torch.dtype | None,
-        of_samples: tuple[bool, bool, bool],
+        several: tuple[bool, bool, bool],
         epsilon: float | None,
         activation: str | None,
         upsample: int,
@@ -271,11 +303,16 @@ class NativeKernel(Kernel):
         factor: float,
         threads: int,
     ) -> Plan:
+        check_channels(
+            shape, shape[1 if self.is_convolution else -1], self.inputs * (2 if activation == "geglu" else 1)
+        )
+        if any(several) and len(shape) < 2:
+            raise StepquantError(f"a layer was given an input of shape {list(shape)}: expected [B, ..., in].")
         if self.is_convolution:
             batch, height, width = shape[0], shape[2] * upsample, shape[3] * upsample
             strides = (stride[0], stride[2], stride[3])
         else:
-            batch, height = (shape[0] if any(of_samples) else 1), 1
+            batch, height = (shape[0] if any(several) else 1), 1
             width = shape.numel() // max(1, batch * shape[-1])
             strides = (width * shape[-1], 0, shape[-1])
         geometries = [self._geometry(piece, batch, height, width, extra) for piece in self.pieces]
@@ -297,8 +334,8 @@ class NativeKernel(Kernel):
                     (piece.run + 63) // 64, self.outputs,
                 ),
                 positions=geometry.positions,
-                per_sample=of_samples[0], top=self.top,
-                norm_image=self.inputs if of_samples[1] else 0, epsilon=epsilon or 0.0,
+                per_sample=several[0], top=self.top,
+                norm_image=self.inputs if several[1] else 0, epsilon=epsilon or 0.0,
                 activation=ACTIVATIONS[activation],
                 y_type=TYPES[dtype if last else torch.float32], residual_type=0 if other is None else TYPES[other],
                 factor=factor if last else 1.0, amx=self.amx, threads=threads,
@@ -323,7 +360,7 @@ class NativeKernel(Kernel):
         # Tiles of 16 outputs end with the row, or run on across the gap, whichever wastes less.
         flat = pixels if sh == sw and (out_height * pixels + 15) // 16 < out_height * ((out_width + 15) // 16) else 0
         step = sw * piece.channels
-        table = torch.tensor(taps, dtype=torch.int64)
+        table = torch.tensor(taps, dtype=torch.int64, device="cpu")
         return Geometry(
             Plane(image, pixels, ph, ph + extra, pw),
             Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),
@@ -332,6 +369,11 @@ class NativeKernel(Kernel):
             batch * image + (16 + pixels) * step + 64,
             (out_height, out_width),
         )
+
+
+def _of_each(values: Tensor | None, batch: int) -> Tensor | None:
+    """[B, C] or [1, C] -> [B, C]."""
+    return values if values is None or len(values) == batch else values.expand(batch, -1).contiguous()
 
 
 def is_native(module: Any) -> bool:

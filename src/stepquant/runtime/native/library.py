@@ -105,6 +105,6 @@ def unpack_nibbles(nibbles: Tensor, zero_point: Tensor, taps: int) -> Tensor:
 
 def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """[out] -> [out rounded up to 32], the rest 0."""
-    result = torch.zeros((values.shape[0] + 31) // 32 * 32, dtype=dtype)
+    result = torch.zeros((values.shape[0] + 31) // 32 * 32, dtype=dtype, device=values.device)
     result[: values.shape[0]] = values
     return result

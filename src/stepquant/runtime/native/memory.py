@@ -14,6 +14,6 @@ def scratch(name: str, size: int) -> int:
     """Address of at least `size` bytes, this thread's own under `name` until its next call with that name."""
     buffer: Tensor | None = getattr(_BUFFERS, name, None)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         setattr(_BUFFERS, name, buffer)
     return buffer.data_ptr()

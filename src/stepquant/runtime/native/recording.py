@@ -7,7 +7,8 @@ lies between two kernels gets a place in memory that is used again as soon as no
 
 A `Recorder` sees every tensor operation of a block. Views and fresh memory need nothing at replay, and two pictures
 joined along their channels are a call of their own; after anything else, or after looking at a value, the block cannot
-be recorded.
+be recorded. Nor can it where a kernel reads from memory that is not the block's own and not known to stay: what is
+computed aside and given to a kernel may be gone at replay.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ KINDS = (Call, GroupNorm, Attention, Join)
 """As ``replay.cpp`` numbers them."""
 
 NOWHERE, CODES, ARENA, FIRST = 0, 1, 2, 3
-"""Slots of memory: absolute addresses, codes of one layer, what lies between kernels; then inputs and outputs."""
+"""Slots of memory: absolute addresses, of what the recording keeps alive; codes of one layer; what lies between
+kernels; then inputs and outputs."""
 
 _ACTIVE = threading.local()
 _ATEN = torch.ops.aten
@@ -45,6 +47,7 @@ _FRESH = (
     _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
 )
+_LOOKS = (_ATEN._local_scalar_dense.default, _ATEN.item.default)
 
 
 def record(structure: ctypes.Structure, codes: int = 0) -> None:
@@ -92,6 +95,7 @@ class Recording:
         structures: one after the other; `steps` and `pointers`, of the structures of these names, say what to do
             with them.
         outputs: in order; `template` is what the block returns, with their indices in their place.
+        kept: tensors that absolute addresses point into.
         arena, codes: bytes.
     """
 
@@ -102,6 +106,7 @@ class Recording:
         pointers: list[Any],
         outputs: list[Output],
         template: Any,
+        kept: list[Tensor],
         *,
         inputs: int,
         arena: int,
@@ -109,7 +114,7 @@ class Recording:
     ) -> None:
         self.structures = ctypes.create_string_buffer(structures, len(structures))
         self.steps, self.pointers = (Step * len(steps))(*steps), (Pointer * len(pointers))(*pointers)
-        self.outputs, self.template = outputs, template
+        self.outputs, self.template, self.kept = outputs, template, kept
         self.slots = (c_void_p * (FIRST + inputs + len(outputs)))()
         self.arena, self.codes = arena, codes
         self.lock = threading.Lock()
@@ -119,7 +124,7 @@ class Recording:
         tensors = [
             inputs[output.of_input]
             if output.of_input is not None
-            else torch.empty_strided(output.shape, output.stride, dtype=output.dtype)
+            else torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="cpu")
             for output in self.outputs
         ]
         slots = self.slots
@@ -140,15 +145,20 @@ class Recorder(TorchDispatchMode):
         inputs: every tensor that the block is given.
         row: the clock's; its value is `row_value`.
         tables: tensors [R, G] of which kernels read one row.
+        lasting: tensors that stay where they are while the recording is used: those of kernels, and parameters.
 
     Attributes:
         obstacle: what keeps the block from being recorded, or None.
     """
 
-    def __init__(self, inputs: list[Tensor], row: Tensor, row_value: int, tables: list[Tensor]) -> None:
+    def __init__(
+        self, inputs: list[Tensor], row: Tensor, row_value: int, tables: list[Tensor], lasting: list[Tensor]
+    ) -> None:
         super().__init__()
         self.inputs, self.row, self.row_value = inputs, row, row_value
-        self.tables = [(*_extent(table), table.stride(0) * table.element_size()) for table in tables if len(table) > 1]
+        by_row = [(x, x.stride(0) * x.element_size()) for x in tables if len(x) > 1]
+        self.lasting = [(*_extent(x), x, step) for x, step in (*by_row, *((x, 0) for x in lasting))]
+        self.kept: dict[int, Tensor] = {}
         self.memory: list[Memory] = []
         self.structures, self.steps = bytearray(), list[Any]()
         self.pointers: list[tuple[int, Memory | int, int, int]] = []
@@ -174,7 +184,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _FRESH:
             self._allocate(result)
-        elif not func.is_view and not (func is _ATEN._local_scalar_dense.default and self._is_row(args[0])):
+        elif not (func.is_view and _is_within(result, args[0])) and not (func in _LOOKS and self._is_row(args[0])):
             self.obstacle = self.obstacle or str(func)
         return result
 
@@ -208,7 +218,7 @@ class Recorder(TorchDispatchMode):
             for at, where, offset, by_row in self.pointers
         ]
         return Recording(
-            bytes(self.structures), self.steps, pointers, outputs, template,
+            bytes(self.structures), self.steps, pointers, outputs, template, list(self.kept.values()),
             inputs=len(self.inputs), arena=arena, codes=self.codes,
         )  # fmt: skip
 
@@ -235,7 +245,10 @@ class Recorder(TorchDispatchMode):
             return None
         batch, channels, height, width = first.shape
         y = torch.empty(
-            (batch, channels + second.shape[1], height, width), dtype=first.dtype, memory_format=torch.channels_last
+            (batch, channels + second.shape[1], height, width),
+            dtype=first.dtype,
+            device="cpu",
+            memory_format=torch.channels_last,
         )
         self._allocate(y)
         size = first.element_size()
@@ -258,9 +271,11 @@ class Recorder(TorchDispatchMode):
             start, stop = _extent(x)
             if start <= address < stop:
                 return FIRST + index, address - start, 0
-        for start, stop, by_row in self.tables:
+        for start, stop, x, by_row in self.lasting:
             if start <= address < stop:
+                self.kept[start] = x
                 return NOWHERE, address - self.row_value * by_row, by_row
+        self.obstacle = self.obstacle or "memory that is not known to stay"
         return NOWHERE, address, 0
 
     def _taken_apart(self, result: Any, tensors: list[Tensor]) -> Any:
@@ -290,6 +305,12 @@ def _filled(template: Any, tensors: list[Tensor]) -> Any:
     if isinstance(template, int):
         return tensors[template]
     return tuple(_filled(part, tensors) for part in template)
+
+
+def _is_within(result: Any, x: Tensor) -> bool:
+    """Whether what an operation made of x is a view: in inference mode some are called views that copy if they must."""
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    return all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

@@ -160,7 +160,9 @@ def replayed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwarg
         return function(block, *args, **kwargs)
     if recording is True:
         tables = [table for module in block.modules() for table in getattr(module, "by_row", ())]
-        with Recorder(tensors, row, int(row), tables) as recorder:
+        lasting = [x for module in block.modules() for x in getattr(module, "lasting", ())]
+        lasting += [parameter for _, _, parameter, _ in known.parameters]
+        with Recorder(tensors, row, int(row), tables, lasting) as recorder:
             result = function(block, *args, **kwargs)
         known.by_layout[layout] = recorder.finish(result) or False
         return result

@@ -101,6 +101,7 @@ struct Quantizer {
   }
 
   // Clamped before it is rounded, since the bounds are integers: so no value is too large for an int32.
+  // The maximum of NaN and a bound is the bound, if that stands second: NaN has the code 0.
   __m128i operator()(__m512 x) const { return (*this)(x, inverse); }
 
   // With a reciprocal of its own for each lane.
