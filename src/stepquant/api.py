@@ -123,6 +123,11 @@ def quantize(
             spec = job.within_budget(budget)
             job = dataclasses.replace(job, spec=spec)
         instrumented = find_recipe(recipe)(job, **values)
+        if not isinstance(instrumented, Instrumented):
+            raise StepquantError(
+                f"recipe {name_of(recipe)} returned a {type(instrumented).__name__}: expected the model that "
+                "job.instrument() gave it."
+            )
         quantization = instrumented.freeze()
         if correction:
             quantization = dataclasses.replace(quantization, correction=job.correction(instrumented))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepquant.distributed import Ranks
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
 from stepquant.overflow import watched
 from stepquant.progress import Progress
@@ -74,6 +74,9 @@ def make_request(
     name = type(pipeline).__name__
     if steps < 1:
         raise StepquantError(f"steps are {steps}: expected at least 1.")
+    trained = getattr(pipeline.scheduler.config, "num_train_timesteps", steps)
+    if steps > trained:
+        raise StepquantError(f"steps are {steps}, but the model knows {trained} timesteps: ask for at most as many.")
     if prompts is not None and kind != "text":
         raise StepquantError(f"a prompt was given, but {name} is {_described(kind)}: leave the prompt out.")
     if labels is not None and kind != "class":
@@ -148,9 +151,15 @@ def draw(
         on_step: called after each denoising step.
 
     Raises:
-        StepquantError: if the denoiser puts out NaN or infinity, naming the layer and the step where that began.
+        StepquantError: if the denoiser puts out NaN or infinity, naming the layer and the step where that began; if the
+            pipeline refuses an argument, or cannot give out pictures in its dtype.
     """
     kind = kind_of(pipeline)
+    if kind == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
+        raise StepquantError(
+            f"{type(pipeline).__name__} gives pictures as NumPy arrays, which have no bfloat16: load it in float32 or "
+            "float16 (--dtype)."
+        )
     arguments: dict[str, Any] = {
         "num_inference_steps": request.steps,
         "generator": [torch.Generator().manual_seed(seed + index) for index in indices],
@@ -175,6 +184,8 @@ def draw(
     try:
         with torch.no_grad(), watched(getattr(pipeline, denoiser_name(pipeline))):
             pictures = pipeline(**arguments).images
+    except ValueError as error:  # a pipeline's word for arguments that do not suit it
+        raise StepquantError(f"{type(pipeline).__name__} does not draw this: {first_line(error)}.") from error
     finally:
         handle()
     if isinstance(pictures, Tensor):

@@ -36,6 +36,9 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--exception", "(=w8a8"], "no regular expression"),
         (["zoo:fashion-ddpm", "--recipe", "minmax", "--iterations", "5"], "no hyperparameter 'iterations'"),
         (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
+        (["zoo:fashion-ddpm", "--steps", "5000"], "the model knows 1000 timesteps"),
+        (["zoo:fashion-ddpm", "--dtype", "bfloat16"], "have no bfloat16: load it in float32 or float16"),
+        (["zoo:emoji-ldm", "--size", "33"], "does not draw this: `height` and `width` have to be divisible by 8"),
     ],
 )
 def test_quantize(arguments, message, tmp_path):
@@ -58,6 +61,21 @@ def test_quantize(arguments, message, tmp_path):
 def test_train(arguments, message, tmp_path):
     assert message in _fails("train", "zoo:fashion-ddpm", *arguments, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["quantize"], ["train", "--distill"]])
+@pytest.mark.parametrize("out", [".", "/", ".."])
+def test_a_result_needs_a_name(command, out):
+    assert f"out is '{out}': expected the name of a folder" in _fails(*command, "zoo:fashion-ddpm", "--out", out)
+
+
+def test_a_recipe_that_returns_something_else(tmp_path):
+    (tmp_path / "own.py").write_text("def mine(job): return 3")
+    arguments = ["--recipe", tmp_path / "own.py:mine", "--samples", 1, "--steps", 1, "--out", tmp_path / "out"]
+    runner = CliRunner().invoke(app, ["quantize", "zoo:fashion-ddpm", *map(str, arguments)])
+    assert runner.exit_code == 2
+    assert "stepquant: recipe mine returned a int: expected the model" in runner.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

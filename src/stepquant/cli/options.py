@@ -64,6 +64,13 @@ def pairs_from(given: Sequence[str] | None, what: str, form: str) -> dict[str, s
     return pairs
 
 
+def workspace_of(out: Path) -> Path:
+    """The hidden folder beside `out` that a run keeps its finished stages in."""
+    if out.name in ("", ".."):
+        raise StepquantError(f"out is {str(out)!r}: expected the name of a folder to be made, as in out/model.")
+    return out.with_name(f".{out.name}.work")
+
+
 def check_writable_file(path: Path) -> None:
     """Raise `StepquantError` unless a file can be written at `path`; makes the folder it lies in."""
     if path.is_dir():

@@ -19,6 +19,7 @@ from stepquant.cli.options import (
     check_writable_folder,
     pairs_from,
     progress,
+    workspace_of,
 )
 from stepquant.errors import StepquantError
 from stepquant.progress import Stopwatch
@@ -116,7 +117,7 @@ def quantize(
     others = pairs_from(also, "option --also", "NAME=BITS, as in text_encoder=w8a16")
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
-    workspace = out.with_name(f".{out.name}.work")
+    workspace = workspace_of(out)
     said = f"{model} quantized to {spec} with {recipe}"
     if is_finished(workspace, out, asked):
         typer.echo(f"{said}: {out}")

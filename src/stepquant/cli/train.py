@@ -17,6 +17,7 @@ from stepquant.cli.options import (
     check_writable_folder,
     pairs_from,
     progress,
+    workspace_of,
 )
 from stepquant.cli.quantize import parameter_bytes
 from stepquant.errors import StepquantError
@@ -88,7 +89,7 @@ def train(
     exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
     spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
-    workspace = out.with_name(f".{out.name}.work")
+    workspace = workspace_of(out)
     said = f"{model} trained to {spec} with {intervals} intervals: {out}"
     if is_finished(workspace, out, asked):
         typer.echo(said)
