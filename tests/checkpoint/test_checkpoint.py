@@ -255,6 +255,9 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     for folder in (foreign, copied):
         with pytest.raises(StepquantError, match="--overwrite"):
             quantized.save_pretrained(folder)
+    with pytest.raises(StepquantError, match="holds no model"):
+        quantized.save_pretrained(foreign, overwrite=True)
+    assert (foreign / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("")
     with pytest.raises(StepquantError, match="no folder"):
         quantized.save_pretrained(tmp_path / "file", overwrite=True)

@@ -111,9 +111,11 @@ def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
     assert "conv_out.bias" in _fails("quantize", folder, "--out", tmp_path / "out")
 
 
-def test_an_output_folder_with_something_in_it_is_kept(unconditional_folder, tmp_path):
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("command", [["quantize"], ["train", "--distill"]])
+def test_an_output_folder_with_something_in_it_is_kept(command, overwrite, unconditional_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "--overwrite" in _fails("quantize", unconditional_folder, "--out", tmp_path)
+    assert "--overwrite" in _fails(*command, unconditional_folder, "--out", tmp_path, *overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -88,13 +88,18 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that exists, unless it is to be overwritten; never touches it."""
+    """Refuse an output folder that exists, unless it holds a model that is to be overwritten; never touches it."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise StepquantError(f"{out} exists and is no folder: choose another name for the output.")
-    if not out.exists() or overwrite or not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
-    whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
-    raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
+    if not is_checkpoint(out) and not (out / "model_index.json").is_file():
+        raise StepquantError(
+            f"{out} holds no model, and --overwrite replaces nothing else: choose another folder, or empty this one."
+        )
+    if not overwrite:
+        whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
+        raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
 
 
 def _complete(pipeline: Any, folder: Path) -> None:
