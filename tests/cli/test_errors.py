@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -76,6 +77,20 @@ def test_a_recipe_that_returns_something_else(tmp_path):
     assert runner.exit_code == 2
     assert "stepquant: recipe mine returned a int: expected the model" in runner.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "zoo:fashion-ddpm", "--recipe"], "recipe g of .* is called with the job alone.*argument: 'b'"),
+        (["sample", "zoo:fashion-ddpm", "--backend"], "runtime g of .* is called with a layer alone.*argument: 'b'"),
+    ],
+)
+def test_a_function_that_takes_something_else(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text("def g(a, b, c): ...")
+    assert re.search(message, _fails(*arguments, "bad.py:g", "--out", "out.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.py"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ def resolve_backend(name: str) -> Backend:
     Never called with what a checkpoint says.
 
     Raises:
-        StepquantError: if there is no such file or function, or the file cannot be run.
+        StepquantError: if there is no such file or function, the file cannot be run, or the function
+            needs more than a layer.
     """
-    return load_function(name, "runtime") if ":" in name else name
+    return load_function(name, "runtime", ["a layer"]) if ":" in name else name
