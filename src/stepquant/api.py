@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.allocation import check_budget, weight_sizes
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.instrument import Instrumented, check_exceptions
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
 from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
@@ -29,7 +29,7 @@ from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
 from stepquant.nn.placement import device_of, placed
 from stepquant.picture_folder import open_pictures
-from stepquant.pipelines import kind_of, make_request
+from stepquant.pipelines import check_dtype, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
@@ -185,16 +185,21 @@ def sensitivity(
 
 
 def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = None) -> nn.Module:
-    """The pipeline's denoiser; raises `StepquantError` if there is nothing to quantize, or the budget is beyond it."""
+    """The pipeline's denoiser.
+
+    Raises:
+        StepquantError: if there is nothing to quantize, an exception matches no layer, or the budget is beyond it.
+    """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser):
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
-    if kind_of(pipeline) == "unconditional" and pipeline.dtype == torch.bfloat16:
-        raise StepquantError(f"{type(pipeline).__name__} cannot draw in bfloat16: give it in float16 or float32.")
+    check_dtype(pipeline)
     if spec.default_bits.is_float:
         raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    description = describe(denoiser)
+    check_exceptions(description, spec)
     if budget is not None:
-        bits = describe(denoiser).quantized_bits(spec)
+        bits = description.quantized_bits(spec)
         check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
     return denoiser
 

@@ -132,6 +132,15 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def check_dtype(pipeline: Any) -> None:
+    """Raise `StepquantError` if the pipeline cannot give out pictures in its dtype."""
+    if kind_of(pipeline) == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
+        raise StepquantError(
+            f"{type(pipeline).__name__} gives pictures as NumPy arrays, which have no bfloat16: load it in float32 or "
+            "float16 (--dtype)."
+        )
+
+
 def draw(
     pipeline: Any,
     request: Request,
@@ -155,11 +164,7 @@ def draw(
             pipeline refuses an argument, or cannot give out pictures in its dtype.
     """
     kind = kind_of(pipeline)
-    if kind == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
-        raise StepquantError(
-            f"{type(pipeline).__name__} gives pictures as NumPy arrays, which have no bfloat16: load it in float32 or "
-            "float16 (--dtype)."
-        )
+    check_dtype(pipeline)
     arguments: dict[str, Any] = {
         "num_inference_steps": request.steps,
         "generator": [torch.Generator().manual_seed(seed + index) for index in indices],

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import stepquant
 from stepquant.cli import options, quantize
 from stepquant.cli.main import app
 
@@ -39,6 +40,10 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
         (["zoo:fashion-ddpm", "--steps", "5000"], "the model knows 1000 timesteps"),
         (["zoo:fashion-ddpm", "--dtype", "bfloat16"], "have no bfloat16: load it in float32 or float16"),
+        (["zoo:fashion-ddpm", "--bits", "w16a16"], "there is nothing to quantize"),
+        (["zoo:fashion-ddpm", "--bits", "w4a8", "--budget", "1bits"], "a budget of 1 bits cannot be met"),
+        (["zoo:fashion-ddpm", "--also", "vae=w8a16"], "no model 'vae' beside its denoiser"),
+        (["zoo:fashion-ddpm", "--exception", "no_such=w8a8"], "exception 'no_such' matches none of the layers"),
         (["zoo:emoji-ldm", "--size", "33"], "does not draw this: `height` and `width` have to be divisible by 8"),
     ],
 )
@@ -115,6 +120,19 @@ def test_sample(kind, arguments, message, request, tmp_path, monkeypatch):
 def test_a_folder_that_is_no_pipeline(tmp_path):
     for command in (["sample"], ["inspect"], ["quantize", "--out", tmp_path / "out"]):
         assert "no model_index.json" in _fails(*command, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(unconditional_pipeline, tmp_path_factory):
+    calibration = stepquant.Calibration(samples=4, steps=2)
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    stepquant.save(stepquant.quantize(unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration), folder)
+    return folder
+
+
+def test_a_model_that_is_quantized_already(quantized_folder, tmp_path):
+    said = "quantized already: give the full-precision one"
+    assert said in _fails("quantize", quantized_folder, "--out", tmp_path / "out")
 
 
 def test_weights_that_are_not_finite(unconditional_folder, tmp_path):

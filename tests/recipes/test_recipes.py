@@ -77,15 +77,19 @@ def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
     assert all(module.layer_format.activation_bits is None for module in quantized_modules(quantized.unet).values())
 
 
-def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline):
+def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline, monkeypatch):
+    calls = []
+    monkeypatch.setattr("stepquant.recipes.job.collect", lambda *arguments, **_: calls.append(arguments))
     with pytest.raises(StepquantError, match="nothing to quantize"):
         stepquant.quantize(unconditional_pipeline, "w16a16")
     with pytest.raises(StepquantError, match="matches none"):
         stepquant.quantize(
             unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL
         )
+    assert not calls, "no sample is drawn"
     with pytest.raises(StepquantError, match="leave the prompt out"):
         stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
+    monkeypatch.undo()
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     with pytest.raises(StepquantError, match="quantized already"):
         stepquant.quantize(quantized, "w4a8")
