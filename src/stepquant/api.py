@@ -194,8 +194,7 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     if quantized_modules(denoiser):
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
     check_dtype(pipeline)
-    if spec.default_bits.is_float:
-        raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    spec.check_quantizes()
     description = describe(denoiser)
     check_exceptions(description, spec)
     if budget is not None:
