@@ -60,7 +60,8 @@ def test_quantize(arguments, message, tmp_path):
         (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
         (["--distill", "--iterations", "0"], "iterations is 0"),
         (["--distill", "--batch-size", "0"], "batch-size is 0"),
-        (["--distill", "--learning-rate", "-1"], "expected a finite number, 0 or more"),
+        (["--distill", "--learning-rate", "-1"], "learning-rate is -1.0: expected a finite number, 0 or more"),
+        (["--distill", "--learning-rate", "nan"], "learning-rate is nan: expected a finite number, 0 or more"),
         (["--distill", "--ema-decay", "1"], "less than 1"),
     ],
 )
