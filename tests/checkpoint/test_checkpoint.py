@@ -256,6 +256,8 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     for folder in (foreign, copied):
         with pytest.raises(StepquantError, match="--overwrite"):
             quantized.save_pretrained(folder)
+    with pytest.raises(StepquantError, match=r"give --overwrite \(in Python overwrite=True\)"):
+        quantized.save_pretrained(copied)
     with pytest.raises(StepquantError, match="holds no model"):
         quantized.save_pretrained(foreign, overwrite=True)
     assert (foreign / "thesis.txt").read_text() == "years of work"
@@ -276,6 +278,12 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     stepquant.load(copied)
     quantized.save_pretrained(copied, overwrite=True)
     stepquant.load(copied)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "zoo:fashion-ddpm"])
+def test_what_is_no_folder_is_told_what_loads_from_the_hub(name):
+    with pytest.raises(StepquantError, match=f"^{name} is no folder: .*hub .*DiffusionPipeline.from_pretrained"):
+        stepquant.load(name)
 
 
 def test_nothing_is_written_into_a_checkpoint(quantized, copied):

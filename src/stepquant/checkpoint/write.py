@@ -109,7 +109,9 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         )
     if not overwrite:
         whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
-        raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
+        raise StepquantError(
+            f"{out} {whose}: choose another folder, or give --overwrite (in Python overwrite=True) to replace it."
+        )
 
 
 def _complete(pipeline: Any, folder: Path) -> None:
