@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stepquant.calibration.allocation import check_budget, weight_sizes
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
+from stepquant.calibration.instrument import Instrumented, check_exceptions
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
 from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
@@ -29,7 +29,7 @@ from stepquant.models import denoiser_name, describe
 from stepquant.nn.deploy import Quantization, install, quantized_modules
 from stepquant.nn.placement import device_of, placed
 from stepquant.picture_folder import open_pictures
-from stepquant.pipelines import kind_of, make_request
+from stepquant.pipelines import check_dtype, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
@@ -45,11 +45,11 @@ def quantize(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
     *,
-    budget: float | None = None,
+    budget: float | str | None = None,
     correction: bool = False,
     also: Also | None = None,
     recipe: str | Recipe = "q-diffusion",
-    calibration: Calibration | None = None,
+    calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -74,18 +74,19 @@ def quantize(
         pipeline: a full-precision pipeline with a UNet or a transformer. In bfloat16 or float16 its weights stay so
             while they are calibrated, at half the memory, and so does what the quantized pipeline keeps of it.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
-        budget: most bits of a weight, on average: the layers that suffer most keep 8 within it (see `sensitivity`).
+        budget: most bits of a weight, on average, as 4.5 or ``"4.5bits"``: the layers that suffer most keep 8 within it
+            (see `sensitivity`).
         correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
             every recipe and costs one multiplication of the output.
         also: other models of the pipeline and the bits of their weights, ``{"text_encoder": "w8a16", "vae": "w8a16"}``;
             rounded to nearest, with activations in floating point. By default they stay as they are.
         recipe: name of a recipe (``stepquant.recipes.RECIPES``), or a function of your own that is one: it takes a
             `Job`, and its hyperparameters as keyword-only arguments.
-        calibration: how many samples, over how many steps.
+        calibration: how many samples, over how many steps: a `Calibration`, or a dictionary of its attributes.
         prompts: calibrate on these; by default the model's own examples.
         guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
         inputs: what else the pipeline's call needs, such as the `image` of an inpainting or ControlNet pipeline.
-        seed: same seed, same machine, same versions: same integers.
+        seed: 0 or more; same seed, same machine, same versions: same integers.
         workspace: folder that keeps finished stages, so that the same call continues after an interruption; by
             default a temporary one.
         cache: folder of calibration samples that several calls, also at the same time, share: those of the same model,
@@ -102,7 +103,9 @@ def quantize(
         StepquantError: for a spec, recipe or pipeline that does not work, in one sentence.
     """
     spec = QuantSpec.parse(spec)
-    calibration = calibration or Calibration()
+    calibration = Calibration.parse(calibration)
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    _check_seed(seed)
     values = hyperparameters(recipe, arguments)
     denoiser = check_quantizable(pipeline, spec, budget)
     where = check_device(device)
@@ -176,8 +179,9 @@ def sensitivity(
         StepquantError: for a spec or a pipeline that does not work, in one sentence.
     """
     spec = QuantSpec.parse(spec)
+    _check_seed(seed)
+    calibration = Calibration.parse({"samples": samples, "steps": steps})
     denoiser = check_quantizable(pipeline, spec)
-    calibration = Calibration(samples=samples, steps=steps)
     request = make_request(pipeline, steps, prompts=prompts)
     with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
         job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress())
@@ -185,18 +189,27 @@ def sensitivity(
 
 
 def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = None) -> nn.Module:
-    """The pipeline's denoiser; raises `StepquantError` if there is nothing to quantize, or the budget is beyond it."""
+    """The pipeline's denoiser.
+
+    Raises:
+        StepquantError: if there is nothing to quantize, an exception matches no layer, or the budget is beyond it.
+    """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser):
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
-    if kind_of(pipeline) == "unconditional" and pipeline.dtype == torch.bfloat16:
-        raise StepquantError(f"{type(pipeline).__name__} cannot draw in bfloat16: give it in float16 or float32.")
-    if spec.default_bits.is_float:
-        raise StepquantError(f"bits {spec} leave every layer in floating point: there is nothing to quantize.")
+    check_dtype(pipeline)
+    spec.check_quantizes()
+    description = describe(denoiser)
+    check_exceptions(description, spec)
     if budget is not None:
-        bits = describe(denoiser).quantized_bits(spec)
+        bits = description.quantized_bits(spec)
         check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
     return denoiser
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or seed < 0:
+        raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
 
 
 def check_device(device: torch.device | str | None) -> torch.device | None:

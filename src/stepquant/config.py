@@ -126,6 +126,11 @@ class QuantSpec(BaseModel):
     def default_bits(self) -> LayerBits:
         return LayerBits.parse(self.bits)
 
+    def check_quantizes(self) -> None:
+        """Raise `StepquantError` if no layer becomes integers."""
+        if self.default_bits.is_float:
+            raise StepquantError(f"bits {self} leave every layer in floating point: there is nothing to quantize.")
+
     def layer_bits(self, name: str, *, first: bool = False, last: bool = False) -> LayerBits:
         """Bits of the layer called `name` (its dotted module path in the denoiser)."""
         for pattern, exception in self.exceptions.items():

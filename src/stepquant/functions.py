@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepquant.errors import StepquantError, first_line
 
 
-def load_function(name: str, what: str) -> Callable[..., Any]:
+def load_function(name: str, what: str, arguments: Sequence[str] = ()) -> Callable[..., Any]:
     """The function called `name` in a file, which is run as a module.
 
     Args:
         what: it is, for the sentence that says what is wrong.
+        arguments: what it will be called with, in words; it must take as many, and need no others.
 
     Raises:
-        StepquantError: if there is no such file or function, or the file cannot be run.
+        StepquantError: if there is no such file or function, the file cannot be run, or the function takes something
+            else.
     """
     file, _, function = name.rpartition(":")
     path = Path(file)
@@ -34,4 +37,14 @@ def load_function(name: str, what: str) -> Callable[..., Any]:
     found = getattr(module, function, None)
     if not callable(found):
         raise StepquantError(f"{what} file {file} has no function {function!r}.")
+    try:
+        if arguments:
+            inspect.signature(found).bind(*arguments)
+    except TypeError as error:
+        raise StepquantError(
+            f"{what} {function} of {file} is called with {' and '.join(arguments)} alone, "
+            f"which it does not take: {first_line(error)}."
+        ) from None
+    except ValueError:  # a callable without a signature shows only in the call what it takes
+        pass
     return found

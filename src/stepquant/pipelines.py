@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,8 @@ def make_request(
 
     Raises:
         StepquantError: for a prompt to a model that takes none, a label that does not exist, fewer than one step, a
-            size that the pipeline does not let one choose, or a picture that it needs and was not given.
+            guidance that is no number, a size that the pipeline does not let one choose, or a picture that it needs and
+            was not given.
     """
     kind = kind_of(pipeline)
     name = type(pipeline).__name__
@@ -77,6 +79,8 @@ def make_request(
     trained = getattr(pipeline.scheduler.config, "num_train_timesteps", steps)
     if steps > trained:
         raise StepquantError(f"steps are {steps}, but the model knows {trained} timesteps: ask for at most as many.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise StepquantError(f"guidance is {guidance}: expected a finite number.")
     if prompts is not None and kind != "text":
         raise StepquantError(f"a prompt was given, but {name} is {_described(kind)}: leave the prompt out.")
     if labels is not None and kind != "class":
@@ -132,6 +136,15 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def check_dtype(pipeline: Any) -> None:
+    """Raise `StepquantError` if the pipeline cannot give out pictures in its dtype."""
+    if kind_of(pipeline) == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
+        raise StepquantError(
+            f"{type(pipeline).__name__} gives pictures as NumPy arrays, which have no bfloat16: load it in float32 or "
+            "float16 (--dtype)."
+        )
+
+
 def draw(
     pipeline: Any,
     request: Request,
@@ -155,11 +168,7 @@ def draw(
             pipeline refuses an argument, or cannot give out pictures in its dtype.
     """
     kind = kind_of(pipeline)
-    if kind == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
-        raise StepquantError(
-            f"{type(pipeline).__name__} gives pictures as NumPy arrays, which have no bfloat16: load it in float32 or "
-            "float16 (--dtype)."
-        )
+    check_dtype(pipeline)
     arguments: dict[str, Any] = {
         "num_inference_steps": request.steps,
         "generator": [torch.Generator().manual_seed(seed + index) for index in indices],

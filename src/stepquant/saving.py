@@ -44,10 +44,11 @@ def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpack
         backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
         memory: ``"unpacked"``, or ``"packed"``: weights of up to 4 bits stay two to a byte. Results are the same.
 
-    ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component.
+    ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component. It loads from
+    the hub, too, by a model's id; `load` takes folders only.
 
     Raises:
-        StepquantError: for a folder that is foreign, damaged, or of a newer format.
+        StepquantError: for what is no folder, or one that is foreign, damaged, or of a newer format.
     """
     return bound(load_pipeline(folder, backend, memory)[0])
 

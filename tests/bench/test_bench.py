@@ -130,6 +130,10 @@ def test_resident_memory():
             "--roofline and --resident measure a processor: leave them out with --device cuda.",
         ),
         (["arch:cifar-ddpm", "--rounds", "0"], "rounds is 0: expected at least 1."),
+        (
+            ["arch:cifar-ddpm", "--bits", "w16a16"],
+            "bits w16a16 leave every layer in floating point: there is nothing to quantize.",
+        ),
     ],
 )
 def test_bad_input(arguments, sentence):

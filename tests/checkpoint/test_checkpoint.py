@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -255,6 +256,11 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     for folder in (foreign, copied):
         with pytest.raises(StepquantError, match="--overwrite"):
             quantized.save_pretrained(folder)
+    with pytest.raises(StepquantError, match=r"give --overwrite \(in Python overwrite=True\)"):
+        quantized.save_pretrained(copied)
+    with pytest.raises(StepquantError, match="holds no model"):
+        quantized.save_pretrained(foreign, overwrite=True)
+    assert (foreign / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("")
     with pytest.raises(StepquantError, match="no folder"):
         quantized.save_pretrained(tmp_path / "file", overwrite=True)
@@ -272,6 +278,32 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     stepquant.load(copied)
     quantized.save_pretrained(copied, overwrite=True)
     stepquant.load(copied)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "zoo:fashion-ddpm"])
+def test_what_is_no_folder_is_told_what_loads_from_the_hub(name):
+    with pytest.raises(StepquantError, match=f"^{name} is no folder: .*hub .*DiffusionPipeline.from_pretrained"):
+        stepquant.load(name)
+
+
+def test_nothing_is_written_into_a_checkpoint(quantized, copied):
+    for folder in (copied / "other", copied / "unet" / "deeper" / "other"):
+        with pytest.raises(StepquantError, match="lies inside the checkpoint"):
+            quantized.save_pretrained(folder)
+    stepquant.load(copied)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_of_any_new_file(umask, mode, text_pipeline, tmp_path):
+    quantized = stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=SMALL)
+    before = os.umask(umask)
+    try:
+        quantized.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) >= 2
+    assert set(modes.values()) == {mode}, modes
 
 
 def test_a_pipeline_with_a_safety_checker_loads_again(text_pipeline, tmp_path):

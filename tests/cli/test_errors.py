@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import stepquant
 from stepquant.cli import options, quantize
 from stepquant.cli.main import app
 
@@ -38,6 +40,10 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
         (["zoo:fashion-ddpm", "--steps", "5000"], "the model knows 1000 timesteps"),
         (["zoo:fashion-ddpm", "--dtype", "bfloat16"], "have no bfloat16: load it in float32 or float16"),
+        (["zoo:fashion-ddpm", "--bits", "w16a16"], "there is nothing to quantize"),
+        (["zoo:fashion-ddpm", "--bits", "w4a8", "--budget", "1bits"], "a budget of 1 bits cannot be met"),
+        (["zoo:fashion-ddpm", "--also", "vae=w8a16"], "no model 'vae' beside its denoiser"),
+        (["zoo:fashion-ddpm", "--exception", "no_such=w8a8"], "exception 'no_such' matches none of the layers"),
         (["zoo:emoji-ldm", "--size", "33"], "does not draw this: `height` and `width` have to be divisible by 8"),
     ],
 )
@@ -54,7 +60,8 @@ def test_quantize(arguments, message, tmp_path):
         (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
         (["--distill", "--iterations", "0"], "iterations is 0"),
         (["--distill", "--batch-size", "0"], "batch-size is 0"),
-        (["--distill", "--learning-rate", "-1"], "expected a finite number, 0 or more"),
+        (["--distill", "--learning-rate", "-1"], "learning-rate is -1.0: expected a finite number, 0 or more"),
+        (["--distill", "--learning-rate", "nan"], "learning-rate is nan: expected a finite number, 0 or more"),
         (["--distill", "--ema-decay", "1"], "less than 1"),
     ],
 )
@@ -79,6 +86,20 @@ def test_a_recipe_that_returns_something_else(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "zoo:fashion-ddpm", "--recipe"], "recipe g of .* is called with the job alone.*argument: 'b'"),
+        (["sample", "zoo:fashion-ddpm", "--backend"], "runtime g of .* is called with a layer alone.*argument: 'b'"),
+    ],
+)
+def test_a_function_that_takes_something_else(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text("def g(a, b, c): ...")
+    assert re.search(message, _fails(*arguments, "bad.py:g", "--out", "out.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.py"]
+
+
+@pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
         ("unconditional", ["--prompt", "a"], "unconditional"),
@@ -86,6 +107,9 @@ def test_a_recipe_that_returns_something_else(tmp_path):
         ("class", ["--label", 10], "label 10 does not exist"),
         ("class", ["--prompt", "a"], "class labels"),
         ("text", ["--label", 1], "conditioned on text"),
+        ("unconditional", ["--backend", "nope"], "unknown backend 'nope': expected one of auto, native"),
+        ("class", ["--guidance", "nan"], "guidance is nan: expected a finite number"),
+        ("text", ["--guidance", "inf"], "guidance is inf: expected a finite number"),
         ("unconditional", ["--count", 0], "count is 0"),
         ("unconditional", ["--steps", 0], "steps is 0"),
         ("unconditional", ["--out", "grid.xyz"], "ends in .png"),
@@ -102,6 +126,19 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
         assert "no model_index.json" in _fails(*command, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def quantized_folder(unconditional_pipeline, tmp_path_factory):
+    calibration = stepquant.Calibration(samples=4, steps=2)
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    stepquant.save(stepquant.quantize(unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration), folder)
+    return folder
+
+
+def test_a_model_that_is_quantized_already(quantized_folder, tmp_path):
+    said = "quantized already: give the full-precision one"
+    assert said in _fails("quantize", quantized_folder, "--out", tmp_path / "out")
+
+
 def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
     folder = shutil.copytree(unconditional_folder, tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -111,9 +148,11 @@ def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
     assert "conv_out.bias" in _fails("quantize", folder, "--out", tmp_path / "out")
 
 
-def test_an_output_folder_with_something_in_it_is_kept(unconditional_folder, tmp_path):
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("command", [["quantize"], ["train", "--distill"]])
+def test_an_output_folder_with_something_in_it_is_kept(command, overwrite, unconditional_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "--overwrite" in _fails("quantize", unconditional_folder, "--out", tmp_path)
+    assert "--overwrite" in _fails(*command, unconditional_folder, "--out", tmp_path, *overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -39,6 +39,7 @@ def test_evaluation_of_a_quantized_pipeline(quantized_folder, unconditional_fold
 
 def test_evaluation_of_a_pipeline_against_itself(unconditional_folder, monkeypatch):
     monkeypatch.setattr("stepquant.evaluation.compare.peak_memory_bytes", lambda *_: 1)
+    monkeypatch.setattr("stepquant.evaluation.compare._check_quantized", lambda *_: None)
     result = evaluation.evaluate(unconditional_folder, str(unconditional_folder), count=1, steps=2).result
     assert result.step_error == [0, 0]
     assert result.ssim == pytest.approx(1)
@@ -47,6 +48,13 @@ def test_evaluation_of_a_pipeline_against_itself(unconditional_folder, monkeypat
 def test_evaluation_against_another_model_is_refused(quantized_folder, class_folder):
     with pytest.raises(StepquantError, match="is not made from"):
         evaluation.evaluate(quantized_folder, str(class_folder), count=1, steps=1)
+
+
+def test_evaluation_takes_a_quantized_model_against_full_precision(quantized_folder, unconditional_folder):
+    with pytest.raises(StepquantError, match="is not quantized"):
+        evaluation.evaluate(unconditional_folder, str(unconditional_folder), count=1, steps=1)
+    with pytest.raises(StepquantError, match="is quantized: compare with the full-precision"):
+        evaluation.evaluate(quantized_folder, str(quantized_folder), count=1, steps=1)
 
 
 def test_bytes(tmp_path):

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -77,18 +79,60 @@ def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
     assert all(module.layer_format.activation_bits is None for module in quantized_modules(quantized.unet).values())
 
 
-def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline):
+def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline, monkeypatch):
+    calls = []
+    monkeypatch.setattr("stepquant.recipes.job.collect", lambda *arguments, **_: calls.append(arguments))
     with pytest.raises(StepquantError, match="nothing to quantize"):
         stepquant.quantize(unconditional_pipeline, "w16a16")
     with pytest.raises(StepquantError, match="matches none"):
         stepquant.quantize(
             unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL
         )
+    assert not calls, "no sample is drawn"
     with pytest.raises(StepquantError, match="leave the prompt out"):
         stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
+    monkeypatch.undo()
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     with pytest.raises(StepquantError, match="quantized already"):
         stepquant.quantize(quantized, "w4a8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration": {"steps": 0}}, r"^calibration: steps: Input should be greater than 0 \(given: 0\)\.$"),
+        ({"calibration": {"sampels": 4}}, r"^calibration: sampels: Extra inputs"),
+        ({"calibration": 4}, r"^calibration: Input should be .* \(given: 4\)\.$"),
+        ({"budget": "few"}, "budget 'few' is not understood"),
+        ({"budget": "1bits"}, "a budget of 1 bits cannot be met"),
+        ({"seed": -1}, "^seed is -1: expected a whole number, 0 or more.$"),
+        ({"seed": 0.5}, "^seed is 0.5: expected a whole number, 0 or more.$"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments, message, unconditional_pipeline):
+    for call in (stepquant.quantize, functools.partial(stepquant.train, distill=True)):
+        with pytest.raises(StepquantError, match=message):
+            call(unconditional_pipeline, "w4a8", **arguments)
+
+
+def test_sensitivity_refuses_them_too(unconditional_pipeline):
+    for name, value in (("samples", 0), ("steps", 0), ("seed", -1)):
+        with pytest.raises(StepquantError, match=rf"\b{name}\b.* {value}\b"):
+            stepquant.sensitivity(unconditional_pipeline, "w4a8", **{name: value})
+
+
+def test_calibration_and_budget_may_be_written_as_the_command_has_them(unconditional_pipeline):
+    written = stepquant.quantize(
+        unconditional_pipeline, "w4a8", recipe="minmax", calibration={"samples": 4, "steps": 2}, budget="6bits"
+    )
+    typed = stepquant.quantize(
+        unconditional_pipeline,
+        "w4a8",
+        recipe="minmax",
+        calibration=stepquant.Calibration(samples=4, steps=2),
+        budget=6.0,
+    )
+    assert written.unet.config["quantization_config"] == typed.unet.config["quantization_config"]
 
 
 QUICK = {"iterations": 2, "time_iterations": 2, "rounding_iterations": 2}

@@ -93,6 +93,13 @@ def _frozen(name: str, part: Any) -> Any:
     return frozen
 
 
+def check_exceptions(description: ModelDescription, spec: QuantSpec) -> None:
+    """Raise `StepquantError` if an exception of the spec matches no layer."""
+    for pattern in spec.exceptions:
+        if not any(re.search(pattern, name) for name in description.layers):
+            raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
+
+
 def instrument(
     denoiser: nn.Module,
     description: ModelDescription,
@@ -116,9 +123,7 @@ def instrument(
     Raises:
         StepquantError: if an exception of the spec matches no layer.
     """
-    for pattern in spec.exceptions:
-        if not any(re.search(pattern, name) for name in description.layers):
-            raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
+    check_exceptions(description, spec)
     # Weights are never changed, only read through their quantizers: the copy shares their memory.
     weights: list[Any] = [module.weight for module in denoiser.modules() if can_quantize(module)]
     shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}

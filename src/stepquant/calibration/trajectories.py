@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from stepquant.distributed import Ranks
@@ -53,6 +53,22 @@ class Calibration(BaseModel):
     steps: PositiveInt = 50
     trajectories: PositiveInt | None = None
     size: PositiveInt | None = None
+
+    @classmethod
+    def parse(cls, calibration: Calibration | dict[str, Any] | None) -> Calibration:
+        """Accept a `Calibration`, a dictionary of the attributes above, or None for the defaults.
+
+        Raises:
+            StepquantError: for an attribute that there is not, or a value that it cannot have.
+        """
+        if isinstance(calibration, cls):
+            return calibration
+        try:
+            return cls.model_validate({} if calibration is None else calibration)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise StepquantError(f"calibration: {where}{first['msg']} (given: {first['input']!r}).") from None
 
     @property
     def pictures(self) -> int:

@@ -46,9 +46,12 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "
     Raises:
         StepquantError: for a folder that is missing, foreign, damaged, or of a newer format.
     """
-    folder = Path(folder)
+    given, folder = folder, Path(folder)
     if not folder.is_dir():
-        raise StepquantError(f"{folder} is no folder: give one that `stepquant quantize` wrote.")
+        raise StepquantError(
+            f"{given} is no folder: give one that `stepquant quantize` wrote; a model on the hub is loaded by "
+            "DiffusionPipeline.from_pretrained of diffusers."
+        )
     manifest = read_manifest(folder)
     verify(folder, manifest)
     check_index(folder)

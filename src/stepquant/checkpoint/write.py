@@ -59,6 +59,8 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
         tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
         # One entry of metadata and no more: safetensors writes several in an order that changes from run to run.
         save_file(tensors, draft / component / WEIGHTS, metadata={"format": "pt"})
+        for path in draft.rglob("*.safetensors"):  # which safetensors lets their owner alone read
+            shutil.copymode(draft / "model_index.json", path)
         (draft / CARD).unlink(missing_ok=True)
         files = {
             path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
@@ -88,13 +90,28 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that exists, unless it is to be overwritten; never touches it."""
+    """Refuse an output folder inside a checkpoint, and one that exists, unless it holds a model to be overwritten.
+
+    Never touches it.
+    """
+    for parent in out.resolve().parents:
+        if is_checkpoint(parent):
+            raise StepquantError(
+                f"{out} lies inside the checkpoint {parent}, which must stay as it is: choose another."
+            )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise StepquantError(f"{out} exists and is no folder: choose another name for the output.")
-    if not out.exists() or overwrite or not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
-    whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
-    raise StepquantError(f"{out} {whose}: choose another folder, or give --overwrite to replace it.")
+    if not is_checkpoint(out) and not (out / "model_index.json").is_file():
+        raise StepquantError(
+            f"{out} holds no model, and --overwrite replaces nothing else: choose another folder, or empty this one."
+        )
+    if not overwrite:
+        whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
+        raise StepquantError(
+            f"{out} {whose}: choose another folder, or give --overwrite (in Python overwrite=True) to replace it."
+        )
 
 
 def _complete(pipeline: Any, folder: Path) -> None:

@@ -57,11 +57,13 @@ def bench(
     from stepquant.bench.peers import PEERS, check_peers
     from stepquant.bench.resident import resident as resident_of
     from stepquant.bench.roofline import roofline
+    from stepquant.config import QuantSpec
     from stepquant.runtime import MEMORY, check_memory
 
     at_least_one("batch", batch)
     at_least_one("rounds", rounds)
     check_memory(memory)
+    QuantSpec.parse(bits).check_quantizes()
     if device not in ("cpu", "cuda"):
         raise StepquantError(f"device is {device!r}: expected cpu or cuda.")
     if device == "cuda":

@@ -87,9 +87,10 @@ def quantize(
     import torch
 
     import stepquant
-    from stepquant.api import check_device
+    from stepquant.api import check_device, check_quantizable
     from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
+    from stepquant.components import check_components
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
     from stepquant.loading import DTYPES, resolve_pipeline
@@ -129,6 +130,8 @@ def quantize(
         check_writable_file(times)
     check_device(device)
     pipeline = resolve_pipeline(model, dtype=DTYPES[dtype])
+    check_quantizable(pipeline, spec, budget_bits)
+    check_components(pipeline, others)
     check_space(out.parent, parameter_bytes(pipeline))
 
     calibration = stepquant.Calibration(samples=samples or preset.samples, steps=steps or preset.steps, size=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +77,8 @@ def train(
         )
     for name, value in (("iterations", iterations), ("batch-size", batch_size), ("steps", steps)):
         at_least_one(name, value)
+    if not 0 <= learning_rate < math.inf:
+        raise StepquantError(f"learning-rate is {learning_rate}: expected a finite number, 0 or more.")
     if not 0 <= ema_decay < 1:
         raise StepquantError(f"ema-decay is {ema_decay}: expected 0 or more, and less than 1.")
     arguments: dict[str, Any] = {

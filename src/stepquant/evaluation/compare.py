@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
@@ -23,6 +23,7 @@ from stepquant.evaluation.metrics import Figure, Judged, check_wanted, measure
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
+from stepquant.nn.deploy import quantized_modules
 from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, kind_of, make_request
 from stepquant.progress import Progress
 from stepquant.runtime.files import resolve_backend
@@ -127,8 +128,8 @@ def evaluate(
         cache: folder that keeps features of pictures for other evaluations.
 
     Raises:
-        StepquantError: if one of them cannot be loaded, `folder` is not made from `against`, or a metric lacks what it
-            needs.
+        StepquantError: if one of them cannot be loaded, `folder` is not quantized or `against` is, the one is not made
+            from the other, or a metric lacks what it needs.
     """
     progress = progress or Progress()
     if count < 1:
@@ -138,6 +139,7 @@ def evaluate(
     real = None if data is None else FolderPictures(data)
     quantized, original = resolve_pipeline(str(folder), resolve_backend(backend), memory), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
+    _check_quantized(folder, getattr(quantized, denoiser), against, getattr(original, denoiser))
     request = make_request(original, steps, prompts=prompts, guidance=guidance)
 
     ranks = Ranks.current()
@@ -215,3 +217,11 @@ def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> st
     if not same:
         raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of pictures.")
     return denoiser
+
+
+def _check_quantized(folder: Path, quantized: nn.Module, against: str, original: nn.Module) -> None:
+    """Raise `StepquantError` unless the first denoiser is quantized, and the second is not."""
+    if not quantized_modules(quantized):
+        raise StepquantError(f"{folder} is not quantized: expected a folder that stepquant quantize wrote.")
+    if quantized_modules(original):
+        raise StepquantError(f"{against} is quantized: compare with the full-precision model that it was made from.")

@@ -10,6 +10,7 @@ def resolve_recipe(name: str) -> Recipe:
     """The recipe called `name`, or the function of that name in a file, which is run as a module.
 
     Raises:
-        StepquantError: if there is no such recipe, file or function, or the file cannot be run.
+        StepquantError: if there is no such recipe, file or function, the file cannot be run, or the function
+            needs more than the job: hyperparameters are keywords with defaults.
     """
-    return load_function(name, "recipe") if ":" in name else find_recipe(name)
+    return load_function(name, "recipe", ["the job"]) if ":" in name else find_recipe(name)

@@ -70,8 +70,7 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
             raise StepquantError("a runtime of your own holds weights as it likes: leave memory out.")
         name = getattr(backend, "__name__", type(backend).__name__)
     else:
-        if backend not in BACKENDS:
-            raise StepquantError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}.")
+        check_backend(backend)
         if backend in INTEGER and (reason := INTEGER[backend]()) is not None:
             raise StepquantError(f"backend {backend} cannot run here: {reason}; use --backend auto.")
         name = _resolve(backend, _device_of(model))
@@ -138,6 +137,12 @@ def _class_of(module: QuantizedModule) -> type[Kernel]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_backend(name: str) -> None:
+    """Raise `StepquantError` unless `name` is one of `BACKENDS`."""
+    if name not in BACKENDS:
+        raise StepquantError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}.")
 
 
 def check_memory(memory: str) -> None:
@@ -219,4 +224,14 @@ def fallbacks(model: nn.Module) -> list[str]:
     return [name for name, kernel in kernels.items() if issubclass(kernel, (ReferenceKernel, WeightOnlyKernel))]
 
 
-__all__ = ["BACKENDS", "MEMORY", "Backend", "KernelFactory", "check_memory", "fallbacks", "prepare", "summary"]
+__all__ = [
+    "BACKENDS",
+    "MEMORY",
+    "Backend",
+    "KernelFactory",
+    "check_backend",
+    "check_memory",
+    "fallbacks",
+    "prepare",
+    "summary",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepquant.functions import load_function
-from stepquant.runtime import Backend
+from stepquant.runtime import Backend, check_backend
 
 
 def resolve_backend(name: str) -> Backend:
@@ -12,6 +12,10 @@ def resolve_backend(name: str) -> Backend:
     Never called with what a checkpoint says.
 
     Raises:
-        StepquantError: if there is no such file or function, or the file cannot be run.
+        StepquantError: if there is no such backend, file or function, the file cannot be run, or the function
+            needs more than a layer.
     """
-    return load_function(name, "runtime") if ":" in name else name
+    if ":" in name:
+        return load_function(name, "runtime", ["a layer"])
+    check_backend(name)  # a model in full precision has no layer to prepare, where the name would be checked
+    return name

@@ -166,14 +166,20 @@ class Study(BaseModel):
         """Name, full hyperparameters, calibration and options of an entry of `recipes`."""
         arguments = dict(given)
         name = arguments.pop("recipe", label)
-        budget = self.calibration.model_dump() | dict(arguments.pop("calibration", {}))
+        if not isinstance(name, str):
+            raise StepquantError(f"recipe {label!r} of the study: recipe is {name!r}: expected its name.")
+        tables = {key: arguments.pop(key, {}) for key in ("calibration", "options")}
+        for key, table in tables.items():
+            if not isinstance(table, dict):
+                raise StepquantError(f"recipe {label!r} of the study: {key} is {table!r}: expected a table.")
         try:
-            calibration = Calibration.model_validate(budget)
-            options = Options.model_validate(arguments.pop("options", {}))
+            calibration = Calibration.model_validate(self.calibration.model_dump() | tables["calibration"])
+            options = Options.model_validate(tables["options"])
         except ValidationError as error:
             first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
             raise StepquantError(
-                f"recipe {label!r} of the study: {error.title.lower()}: {first['loc'][0]}: {first['msg']}."
+                f"recipe {label!r} of the study: {error.title.lower()}: {where}: {first['msg']}."
             ) from None
         return name, hyperparameters(resolve_recipe(name), arguments), calibration, options
 
