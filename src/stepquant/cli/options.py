@@ -23,7 +23,7 @@ Backend = Annotated[
     str, typer.Option(help="What runs a quantized model: auto, native, onednn, cuda, reference, or path.py:function.")
 ]
 Memory = Annotated[
-    str, typer.Option(help="How weights of up to 4 bits are held: unpacked, or packed: half of it, a little slower.")
+    str, typer.Option(help="How weights of up to 4 bits are held: unpacked, or packed: half of it, a seventh slower.")
 ]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the model's own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File with a prompt a line; default: the model's own prompts.")]
