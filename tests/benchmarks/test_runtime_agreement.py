@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.runtime_agreement import Simulation, compare
+from benchmarks.runtime_agreement import Simulation, of_outputs, of_pictures, one_by_one
 from stepquant.runtime.reference import ReferenceKernel
+from stepquant.studies.reference import TARGET
 from tests.runtime.test_runtimes import SPLITS, STEPS, convolution, linear
 
 
@@ -26,5 +27,26 @@ def test_decibels():
     """Errors of 2, 0.2 and 0.02 throughout: 0, 20 and 40 dB; together the largest counts."""
     simulated = torch.zeros(3, 1, 4, 4)
     pictures = simulated + torch.tensor([2.0, 0.2, 0.02]).reshape(3, 1, 1, 1)
-    assert compare(pictures, simulated) == {"pooled": 4.73, "worst": 0.0, "median": 20.0}
-    assert compare(simulated, simulated)["pooled"] == 100.0
+    assert of_pictures(pictures, simulated) == {"pooled": 4.73, "worst": 0.0, "median": 20.0}
+    assert of_pictures(simulated, simulated)["pooled"] == 100.0
+
+
+def test_decibels_of_outputs():
+    """An error of a tenth and of a hundredth of the peak-to-peak: 20 and 40 dB."""
+    calls = [{"sample": torch.zeros(1, 4), TARGET: torch.tensor([[0.0, 1.0, 2.0, 4.0]])} for _ in range(3)]
+    errors = iter((0.4, 0.04, 0.4))
+    assert of_outputs(lambda call: calls[0][TARGET] + next(errors), calls) == {"worst": 20.0, "median": 20.0}
+    errors = iter((0.4, 0.04, 0.04))
+    assert of_outputs(lambda call: calls[0][TARGET] + next(errors), calls) == {"worst": 20.0, "median": 40.0}
+
+
+def test_one_by_one():
+    """Every argument of a sample goes with it, and what is of all of them with each."""
+
+    def denoiser(sample, timestep, class_labels):
+        assert len(sample) == len(class_labels) == 1 and timestep.dim() == 0
+        return (sample * timestep + class_labels[:, None],)
+
+    call = {"sample": torch.randn(3, 2), "timestep": torch.tensor(5), "class_labels": torch.arange(3)}
+    expected = call["sample"] * 5 + torch.arange(3)[:, None]
+    assert torch.equal(one_by_one(denoiser, call), expected)

@@ -20,6 +20,7 @@ from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.numerics.affine import quantize
 from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare, summary
 from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.fusion import is_fused, is_unchanged
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
@@ -394,6 +395,8 @@ def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditio
         ours.load_state_dict(other.state_dict())
         for _ in range(3):
             assert torch.equal(ours(x, 500).sample, wanted)
+    assert all(is_unchanged(block) for block in ours.modules() if is_fused(block)), "blocks are fused no longer"
+    assert backend != "native" or any(is_fused(block) for block in ours.modules())
 
 
 def grouped() -> nn.Sequential:

@@ -226,9 +226,10 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         attention.check()
         return attention
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.kernel is not None:  # it has tables of its own, made of these
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        given = any(f"{prefix}{name}" in state_dict for name, _ in self.named_buffers(recurse=False))
+        if given and self.kernel is not None:  # it has tables of its own, made of these
             self.kernel = type(self.kernel)(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:

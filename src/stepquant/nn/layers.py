@@ -207,9 +207,12 @@ class QuantizedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight_packed"] = self._packed()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if not any(f"{prefix}{name}" in state_dict for name, _ in self.named_buffers(recurse=False)):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._renew_kernel()
 
     @property
