@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepquant.nn.clock import StepClock, of_samples
-from stepquant.nn.layers import Kernel, keep_dtypes
+from stepquant.nn.layers import Kernel, has_buffers_of, keep_dtypes
 from stepquant.nn.tables import ActivationTable, QuantizedAttention
 from stepquant.numerics.affine import fake_quantize
 
@@ -228,8 +228,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        given = any(f"{prefix}{name}" in state_dict for name, _ in self.named_buffers(recurse=False))
-        if given and self.kernel is not None:  # it has tables of its own, made of these
+        if self.kernel is not None and has_buffers_of(self, state_dict, prefix):  # it has tables made of these
             self.kernel = type(self.kernel)(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:

@@ -208,12 +208,12 @@ class QuantizedModule(nn.Module):
         destination[f"{prefix}weight_packed"] = self._packed()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if not any(f"{prefix}{name}" in state_dict for name, _ in self.named_buffers(recurse=False)):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            return
-        self.restore()
+        given = has_buffers_of(self, state_dict, prefix)
+        if given:
+            self.restore()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._renew_kernel()
+        if given:
+            self._renew_kernel()
 
     @property
     def device(self) -> torch.device:
@@ -256,6 +256,11 @@ class QuantizedModule(nn.Module):
             self._renew_kernel()
         assert self.kernel is not None
         return self.kernel(x, self.clock.row)
+
+
+def has_buffers_of(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a state dict has something of a module's own: an adapter's has not."""
+    return any(f"{prefix}{name}" in state_dict for name, _ in module.named_buffers(recurse=False))
 
 
 def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:

@@ -4,7 +4,7 @@ The paper's post-training variant keeps the weights as they are; here they are r
 these can be compared at equal effort. Open in the paper, and chosen here: 128 Fourier features; generators start at a
 regression through the ranges found step by step and not at the static range, which a few hundred iterations would
 hardly leave; weights have a scale per output channel, where the public code has one a tensor; grids are affine with the
-zero point of the static range, which covers the paper's signed, unsigned and shifted grids alike.
+zero point of the static range, where the paper's are symmetric, or behind a SiLU start at its smallest value.
 
 What differs: the fastest Fourier feature turns four times over the table (`nn.intervals.TURNS`), where the paper's
 turns every six timesteps; generators are trained without dropout, which tens of iterations would only be disturbed by;

@@ -93,9 +93,9 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
 def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
     """Why `model` runs slower than it could, a sentence each."""
     problems = []
-    reasons = [f"{other}: {reason}" for other, reason in _left_out(_device_of(model)) if backend == "auto"]
-    if reasons:
-        problems.append(f"stepquant runs by {name}, not by a faster runtime ({'; '.join(reasons)}).")
+    if backend == "auto" and (left_out := _left_out(_device_of(model))):
+        reasons = "; ".join(f"{other}: {reason}" for other, reason in left_out)
+        problems.append(f"stepquant runs by {name}, not by a faster runtime ({reasons}).")
     expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) is ReferenceKernel]
     if expected and name != "reference":
         problems.append(f"no integer kernel in {name}, run by the reference, slowly: {_few(expected)}.")
