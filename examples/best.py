@@ -4,25 +4,43 @@ python examples/best.py zoo:fashion-class w4a4 out/best
 """
 
 import sys
+from typing import Literal
 
 import stepquant
 from stepquant.calibration.instrument import Instrumented
 from stepquant.loading import resolve_pipeline
 from stepquant.recipes import Job
+from stepquant.recipes.quest import BALANCED_BELOW, most_relieving
 from stepquant.reconstruction.blocks import Settings
 from stepquant.reconstruction.network import Finetuning
 
+RANKED_SAMPLES = 32
+"""Of the calibration samples, how many the ranking of layers looks at."""
 
-def best(job: Job, *, iterations: int = 300, finetuning: int = 300, rate: float = 1e-3) -> Instrumented:
-    """Dense and diverse samples, balanced channels, intervals over time, blocks rebuilt, critical layers aligned."""
+
+def best(
+    job: Job,
+    *,
+    intervals: Literal["table", "generator"] = "table",
+    iterations: int = 300,
+    finetuning: int = 300,
+    rate: float = 1e-3,
+) -> Instrumented:
+    """Dense and diverse samples, balanced channels, intervals over time, blocks rebuilt, critical layers aligned.
+
+    `intervals`: a grid of its own for every calibrated step, or TDQ's generator, for when each step has few samples.
+    """
     samples = job.collect(job.dense_and_diverse_steps(diversity_weight=1.0))  # EDA-DM's TDAC
     model = job.instrument("least-error", split_skips=True, timesteps=job.training_timesteps())
-    if job.spec.default_bits.activation < 8:  # at 8 bits, activations have no difficulty to hand on to the weights
+    if job.spec.default_bits.activation < BALANCED_BELOW:
         job.balance(model, samples)
-    job.reconstruct(model, samples, Settings(iterations=iterations, over_time="generator"))  # TDQ
-    critical = tuple(name for name in model.layers if name in job.description.time_layers or ".to_" in name)
+    job.reconstruct(model, samples, Settings(iterations=iterations, over_time=intervals))  # TDQ
+    time_layers = tuple(name for name in model.layers if name in job.description.time_layers)
+    ranking = job.rank_layers(model, samples.first(RANKED_SAMPLES), "relief")
+    aligned = time_layers + most_relieving(ranking, 0.05, time_layers)
+    generated = intervals == "generator"
     settings = Finetuning(
-        critical, critical, iterations=finetuning, weight_rate=rate, global_weight=2.0, over_time=True
+        aligned, aligned, iterations=finetuning, weight_rate=rate, global_weight=2.0, over_time=generated
     )
     job.finetune(model, samples, settings)  # QuEST's TLA and CMA together
     return model

@@ -10,19 +10,22 @@ from stepquant.recipes.files import resolve_recipe
 BEST = resolve_recipe(f"{Path(__file__).parents[2] / 'examples' / 'best.py'}:best")
 
 
-@pytest.mark.parametrize("bits", ["w4a8", "w4a4"])
-def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipeline, bits):
+@pytest.mark.parametrize(("bits", "intervals"), [("w4a8", "generator"), ("w4a4", "table")])
+def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipeline, bits, intervals):
     quantized = stepquant.quantize(
         unconditional_pipeline,
         bits,
         recipe=BEST,
         calibration=stepquant.Calibration(samples=12, steps=4),
+        intervals=intervals,
         iterations=2,
         finetuning=2,
     )
     modules = quantized_modules(quantized.unet).values()
     per_step = [module for module in modules if module.layer_format.activation_rows == 1000]
     assert len(per_step) == len(modules) - 1, "all but the first layer's input have an interval for every timestep"
+    grids = {module.layer().activation.zero_point.unique(dim=0).shape[0] for module in per_step}
+    assert (max(grids) > 1) == (intervals == "table"), "a generator bends the scale and leaves the zero point"
     assert any(module.layer().balance is not None for module in modules) == (bits == "w4a4")
     with torch.no_grad():
         assert torch.isfinite(quantized.unet(torch.randn(2, 1, 16, 16), 500).sample).all()
