@@ -89,6 +89,12 @@ def test_filters(wanted, message):
         study.only(**wanted)
 
 
+def test_a_part_keeps_the_pairs_it_has_both_of():
+    study = Study.model_validate(STUDY | {"pairs": [("short", "minmax")]})
+    assert study.only(seeds=[0]).pairs == study.pairs
+    assert study.only(recipes=["short"]).pairs == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,6 +123,10 @@ def test_what_does_not_exist_is_refused_before_the_work(change, message):
         ("bits = []", "models: Field required"),
         ('models = ["a"]\nbits = ["w8a8"]\nseeds = [-1]\n[recipes]\nminmax = {}', "seeds.0"),
         ('models = ["a"]\nbits = ["w8a8"]\nseeds = [0]\ncount = 3\n[recipes]\nminmax = {}', "count: Extra"),
+        (
+            'models = ["a"]\nbits = ["w8a8"]\nseeds = [0]\npairs = [["minmax", "magic"]]\n[recipes]\nminmax = {}',
+            "pairs name 'magic', which is not among the recipes",
+        ),
     ],
 )
 def test_a_bad_file_is_told_in_one_sentence(text, message, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from stepquant.calibration.trajectories import Calibration
 from stepquant.config import QuantSpec
@@ -120,6 +121,7 @@ class Study(BaseModel):
         recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
             in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one,
             and a table ``options`` holds `Options`.
+        pairs: labels of a recipe and of what it is compared with, seed by seed, in the table of pairs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,6 +133,14 @@ class Study(BaseModel):
     evaluation: Budget = Budget()
     calibration: Calibration = Calibration()
     guidance: dict[str, float] = Field(default_factory=dict)
+    pairs: list[tuple[str, str]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _pairs_are_of_recipes(self) -> Study:
+        for label in itertools.chain(*self.pairs):
+            if label not in self.recipes:
+                raise ValueError(f"pairs name {label!r}, which is not among the recipes")
+        return self
 
     def cells(self) -> Iterator[Cell]:
         """Seeds outermost, then bits, models and recipes: a study that is stopped early has whole tables of few seeds.
@@ -195,12 +205,14 @@ class Study(BaseModel):
         Raises:
             StepquantError: for something the study does not have.
         """
+        labels = _chosen("recipe", list(self.recipes), recipes)
         return self.model_copy(
             update={
                 "models": _chosen("model", self.models, models),
                 "bits": _chosen("bits", self.bits, bits),
                 "seeds": _chosen("seed", self.seeds, seeds),
-                "recipes": {label: self.recipes[label] for label in _chosen("recipe", list(self.recipes), recipes)},
+                "recipes": {label: self.recipes[label] for label in labels},
+                "pairs": [pair for pair in self.pairs if set(pair) <= set(labels)],
             }
         )
 

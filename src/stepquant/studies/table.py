@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ Values = dict[tuple[str, str], list[float]]
 
 
 def markdown_tables(study: Study, results: Path) -> str:
-    """A table a model and metric, recipes x bits: mean over seeds ± standard deviation (how many seeds)."""
+    """A table a model and metric, recipes x bits: mean over seeds ± standard deviation (how many seeds); then pairs."""
     lines = finished(results)
     out = []
     for model in study.models:
@@ -57,7 +58,34 @@ def markdown_tables(study: Study, results: Path) -> str:
                 cells = [_text(values.get((label, bits), []), metric.decimals) for bits in study.bits]
                 out.append(f"| `{label}` | {' | '.join(cells)} |")
             out.append("")
-    return "\n".join(out).rstrip()
+    return "\n".join(out + _pairs(study, lines)).rstrip()
+
+
+def _pairs(study: Study, lines: dict[str, Line]) -> list[str]:
+    """By how much the first of each pair is above the second in PSNR, and its error relative to the second's.
+
+    Seeds draw other pictures, so differences are taken within each, of the seeds that have both.
+    """
+    if not study.pairs:
+        return []
+    quality, error = METRICS[:2]
+    heads = [f"`{label}` over `{baseline}`" for label, baseline in study.pairs]
+    out = ["**Pairs**: difference in PSNR, and in error relative to the second's, within seeds", ""]
+    out += [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for bits, model in itertools.product(study.bits, study.models):
+        found: dict[str, dict[int, Line]] = {}
+        for cell in study.only(models=[model], bits=[bits]).cells():
+            if cell.identity in lines:
+                found.setdefault(cell.label, {})[cell.seed] = lines[cell.identity]
+        texts = []
+        for label, baseline in study.pairs:
+            first, second = found.get(label, {}), found.get(baseline, {})
+            seeds = sorted(set(first) & set(second))
+            gains = [_of(quality, first[seed]) - _of(quality, second[seed]) for seed in seeds]
+            excess = [100 * (_of(error, first[seed]) / _of(error, second[seed]) - 1) for seed in seeds]
+            texts.append(_difference(gains, excess))
+        out.append(f"| {bits.upper()} {model} | {' | '.join(texts)} |")
+    return out
 
 
 def draw_figure(study: Study, results: Path, path: Path) -> None:
@@ -115,6 +143,23 @@ def _collect(study: Study, lines: dict[str, Line], model: str, metric: Metric) -
         if original is not None:
             full[cell.seed] = original
     return values, list(full.values())
+
+
+def _of(metric: Metric, line: Line) -> float:
+    value = metric.of(line)
+    assert value is not None, "every cell has it"
+    return value
+
+
+def _difference(gains: list[float], excess: list[float]) -> str:
+    """Such as ``+0.9 ± 0.3 dB, -12 ± 1 % (3)``."""
+    if not gains:
+        return ""
+    decibels, percent = f"{statistics.mean(gains):+.1f}", f"{statistics.mean(excess):+.0f}"
+    if len(gains) > 1:
+        decibels += f" ± {statistics.stdev(gains):.1f}"
+        percent += f" ± {statistics.stdev(excess):.0f}"
+    return f"{decibels} dB, {percent} % ({len(gains)})"
 
 
 def _text(values: list[float], decimals: int) -> str:
