@@ -1,5 +1,6 @@
 import pytest
 
+from stepquant.calibration.trajectories import Calibration
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 
@@ -46,3 +47,14 @@ def test_a_bad_spec_is_one_sentence(fields, said):
     with pytest.raises(StepquantError, match=said) as caught:
         QuantSpec.parse(fields)
     assert "\n" not in str(caught.value)
+    with pytest.raises(StepquantError) as constructed:
+        QuantSpec(**fields)
+        assert str(constructed.value) == str(caught.value)
+
+
+def test_a_wrong_calibration_is_one_sentence_however_it_is_made():
+    said = "calibration: steps: Input should be greater than 0 (given: 0)."
+    for make in (lambda: Calibration(steps=0), lambda: Calibration.parse({"steps": 0})):
+        with pytest.raises(StepquantError) as caught:
+            make()
+        assert str(caught.value) == said

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stepquant.errors import StepquantError
 
@@ -49,7 +57,31 @@ def _checked_bits(text: str) -> str:
     return str(LayerBits.parse(text))
 
 
-class QuantSpec(BaseModel):
+class Checked(BaseModel):
+    """Settings that a user writes: however they are made, a wrong one is a `StepquantError` of one sentence.
+
+    Checks of a subclass belong to its fields: one of the whole model would come after the sentence is made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    called: ClassVar[str]
+    """What the sentence begins with."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_it_in_one_sentence(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return check(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            what = first["msg"].removeprefix("Value error, ")
+            given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+            raise StepquantError(f"{cls.called}: {where and f'{where}: '}{what}{given}.") from None
+
+
+class QuantSpec(Checked):
     """What every layer of a denoiser becomes.
 
     Attributes:
@@ -70,7 +102,7 @@ class QuantSpec(BaseModel):
         group_size: input channels that share a weight scale; ``None`` means one scale an output channel.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called = "quantization spec"
 
     bits: str
     exceptions: dict[str, str] = Field(default_factory=dict)
@@ -104,23 +136,17 @@ class QuantSpec(BaseModel):
             raise ValueError("expected 2 to 8, or 16 for floating point")
         return value
 
-    @model_validator(mode="after")
-    def _group_size_is_weight_only(self) -> QuantSpec:
-        if self.group_size is not None and self.group_size & (self.group_size - 1):
-            raise ValueError("group_size must be a power of two")
-        return self
+    @field_validator("group_size")
+    @classmethod
+    def _power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
+            raise ValueError("expected a power of two")
+        return value
 
     @classmethod
     def parse(cls, spec: QuantSpec | str | dict) -> QuantSpec:
         """Accept a spec, a string such as ``"w4a8"``, or a dictionary of the attributes above."""
-        if isinstance(spec, cls):
-            return spec
-        try:
-            return cls.model_validate({"bits": spec} if isinstance(spec, str) else spec)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "spec"
-            raise StepquantError(f"quantization spec: {where}: {first['msg']} (given: {first['input']!r}).") from None
+        return cls.model_validate({"bits": spec} if isinstance(spec, str) else spec)
 
     @property
     def default_bits(self) -> LayerBits:

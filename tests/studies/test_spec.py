@@ -125,7 +125,7 @@ def test_what_does_not_exist_is_refused_before_the_work(change, message):
         ('models = ["a"]\nbits = ["w8a8"]\nseeds = [0]\ncount = 3\n[recipes]\nminmax = {}', "count: Extra"),
         (
             'models = ["a"]\nbits = ["w8a8"]\nseeds = [0]\npairs = [["minmax", "magic"]]\n[recipes]\nminmax = {}',
-            "pairs name 'magic', which is not among the recipes",
+            "pairs: 'magic' is not among the recipes",
         ),
     ],
 )

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from stepquant.config import Checked
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models import chunk_size
@@ -37,7 +38,7 @@ SHARED = "shared:"
 """Marks there the arguments that all samples have in common."""
 
 
-class Calibration(BaseModel):
+class Calibration(Checked):
     """How calibration samples are collected.
 
     Attributes:
@@ -47,7 +48,7 @@ class Calibration(BaseModel):
         size: height and width of the pictures in pixels; None means the model's own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called = "calibration"
 
     samples: PositiveInt = 256
     steps: PositiveInt = 50
@@ -61,14 +62,7 @@ class Calibration(BaseModel):
         Raises:
             StepquantError: for an attribute that there is not, or a value that it cannot have.
         """
-        if isinstance(calibration, cls):
-            return calibration
-        try:
-            return cls.model_validate({} if calibration is None else calibration)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            raise StepquantError(f"calibration: {where}{first['msg']} (given: {first['input']!r}).") from None
+        return cls.model_validate({} if calibration is None else calibration)
 
     @property
     def pictures(self) -> int:

@@ -96,7 +96,7 @@ def finished(results: Path) -> dict[str, Line]:
     for line in read_lines(results):
         try:
             cell = Cell.model_validate({name: line[name] for name in Cell.model_fields})
-        except (KeyError, ValidationError):
+        except (KeyError, ValidationError, StepquantError):
             continue  # written by something else, or by a version with other fields: neither done nor in the way
         lines[cell.identity] = line
     return lines

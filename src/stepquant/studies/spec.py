@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from stepquant.calibration.trajectories import Calibration
-from stepquant.config import QuantSpec
+from stepquant.config import Checked, QuantSpec
 from stepquant.errors import StepquantError, first_line
 from stepquant.loading import ZOO_PREFIX, locate
 from stepquant.recipes import hyperparameters
@@ -23,7 +23,7 @@ PICTURES_PER_SEED = 10_000
 between them is that of independent draws. Calibration pictures are numbered alike, from their own offset."""
 
 
-class Budget(BaseModel):
+class Budget(Checked):
     """What each cell is judged by.
 
     Attributes:
@@ -32,7 +32,7 @@ class Budget(BaseModel):
         frechet_count: pictures of the distribution's figures, where there is a classifier; by default `count`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called = "evaluation"
 
     count: PositiveInt = 16
     steps: PositiveInt = 20
@@ -43,7 +43,7 @@ class Budget(BaseModel):
         return max(self.count, self.frechet_count or 0)
 
 
-class Options(BaseModel):
+class Options(Checked):
     """What `stepquant.quantize` can do with any recipe.
 
     Attributes:
@@ -52,7 +52,7 @@ class Options(BaseModel):
         correction: whether the output is corrected.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called = "options"
 
     spec: dict[str, Any] = Field(default_factory=dict)
     budget: float | None = None
@@ -108,7 +108,7 @@ class Cell(BaseModel):
         return source_of(self.model)
 
 
-class Study(BaseModel):
+class Study(Checked):
     """A grid of cells.
 
     Attributes:
@@ -124,7 +124,7 @@ class Study(BaseModel):
         pairs: labels of a recipe and of what it is compared with, seed by seed, in the table of pairs.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called = "study"
 
     models: Annotated[list[str], Field(min_length=1)]
     bits: Annotated[list[str], Field(min_length=1)]
@@ -135,12 +135,13 @@ class Study(BaseModel):
     guidance: dict[str, float] = Field(default_factory=dict)
     pairs: list[tuple[str, str]] = Field(default_factory=list)
 
-    @model_validator(mode="after")
-    def _pairs_are_of_recipes(self) -> Study:
-        for label in itertools.chain(*self.pairs):
-            if label not in self.recipes:
-                raise ValueError(f"pairs name {label!r}, which is not among the recipes")
-        return self
+    @field_validator("pairs")
+    @classmethod
+    def _of_recipes(cls, pairs: list[tuple[str, str]], given: ValidationInfo) -> list[tuple[str, str]]:
+        for label in itertools.chain(*pairs):
+            if label not in given.data.get("recipes", ()):
+                raise ValueError(f"{label!r} is not among the recipes")
+        return pairs
 
     def cells(self) -> Iterator[Cell]:
         """Seeds outermost, then bits, models and recipes: a study that is stopped early has whole tables of few seeds.
@@ -183,14 +184,10 @@ class Study(BaseModel):
             if not isinstance(table, dict):
                 raise StepquantError(f"recipe {label!r} of the study: {key} is {table!r}: expected a table.")
         try:
-            calibration = Calibration.model_validate(self.calibration.model_dump() | tables["calibration"])
+            calibration = Calibration.parse(self.calibration.model_dump() | tables["calibration"])
             options = Options.model_validate(tables["options"])
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise StepquantError(
-                f"recipe {label!r} of the study: {error.title.lower()}: {where}: {first['msg']}."
-            ) from None
+        except StepquantError as error:
+            raise StepquantError(f"recipe {label!r} of the study: {error}") from None
         return name, hyperparameters(resolve_recipe(name), arguments), calibration, options
 
     def only(
@@ -223,10 +220,8 @@ def read_study(path: Path) -> Study:
         return Study.model_validate(tomllib.loads(path.read_text()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StepquantError(f"study {path} cannot be read: {first_line(error)}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise StepquantError(f"study {path}: {where}: {first['msg']}.") from None
+    except StepquantError as error:
+        raise StepquantError(f"{path}: {error}") from None
 
 
 def source_of(model: str) -> str:
