@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,29 +61,31 @@ def markdown_tables(study: Study, results: Path) -> str:
 
 
 def _pairs(study: Study, lines: dict[str, Line]) -> list[str]:
-    """By how much the first of each pair is above the second in PSNR, and its error relative to the second's.
+    """By how much the first of each pair is above the second in PSNR, and its error relative to the second's; by bits.
 
     Seeds draw other pictures, so differences are taken within each, of the seeds that have both.
     """
     if not study.pairs:
         return []
     quality, error = METRICS[:2]
-    heads = [f"`{label}` over `{baseline}`" for label, baseline in study.pairs]
-    out = ["**Pairs**: difference in PSNR, and in error relative to the second's, within seeds", ""]
-    out += [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for bits, model in itertools.product(study.bits, study.models):
-        found: dict[str, dict[int, Line]] = {}
-        for cell in study.only(models=[model], bits=[bits]).cells():
+    out = []
+    for bits in study.bits:
+        out += [f"**{bits.upper()}**: difference in PSNR, and in error relative to the second's, within seeds", ""]
+        out += [f"| | {' | '.join(study.models)} |", "|---" * (1 + len(study.models)) + "|"]
+        found: dict[tuple[str, str], dict[int, Line]] = {}
+        for cell in study.only(bits=[bits]).cells():
             if cell.identity in lines:
-                found.setdefault(cell.label, {})[cell.seed] = lines[cell.identity]
-        texts = []
+                found.setdefault((cell.model, cell.label), {})[cell.seed] = lines[cell.identity]
         for label, baseline in study.pairs:
-            first, second = found.get(label, {}), found.get(baseline, {})
-            seeds = sorted(set(first) & set(second))
-            gains = [_of(quality, first[seed]) - _of(quality, second[seed]) for seed in seeds]
-            excess = [100 * (_of(error, first[seed]) / _of(error, second[seed]) - 1) for seed in seeds]
-            texts.append(_difference(gains, excess))
-        out.append(f"| {bits.upper()} {model} | {' | '.join(texts)} |")
+            texts = []
+            for model in study.models:
+                first, second = found.get((model, label), {}), found.get((model, baseline), {})
+                seeds = sorted(set(first) & set(second))
+                gains = [_of(quality, first[seed]) - _of(quality, second[seed]) for seed in seeds]
+                excess = [100 * (_of(error, first[seed]) / _of(error, second[seed]) - 1) for seed in seeds]
+                texts.append(_difference(gains, excess))
+            out.append(f"| `{label}` over `{baseline}` | {' | '.join(texts)} |")
+        out.append("")
     return out
 
 
