@@ -28,13 +28,13 @@ def best(
 ) -> Instrumented:
     """Dense and diverse samples, balanced channels, intervals over time, blocks rebuilt, critical layers aligned.
 
-    `intervals`: a grid of its own for every calibrated step, or TDQ's generator, for when each step has few samples.
+    `intervals`: a grid for every calibrated step, shaped by its neighbours' samples as well, or TDQ's generator.
     """
     samples = job.collect(job.dense_and_diverse_steps(diversity_weight=1.0))  # EDA-DM's TDAC
     model = job.instrument("least-error", split_skips=True, timesteps=job.training_timesteps())
     if job.spec.default_bits.activation < BALANCED_BELOW:
         job.balance(model, samples)
-    job.reconstruct(model, samples, Settings(iterations=iterations, over_time=intervals))  # TDQ
+    job.reconstruct(model, samples, Settings(iterations=iterations, over_time=intervals, neighbours=2))  # TDQ
     time_layers = tuple(name for name in model.layers if name in job.description.time_layers)
     ranking = job.rank_layers(model, samples.first(RANKED_SAMPLES), "relief")
     aligned = time_layers + most_relieving(ranking, 0.05, time_layers)

@@ -43,6 +43,35 @@ def test_each_step_has_its_own_row_and_unseen_steps_take_the_nearest():
         assert torch.equal(quantizer(x[row : row + 1]), mixed[row : row + 1])
 
 
+@pytest.mark.parametrize("method", ["minmax", "least-error"])
+def test_neighbours_have_a_say_in_the_range_of_a_step(method):
+    clock = StepClock(torch.arange(5.0) * 10)
+    quantizer = ActivationQuantizer(4, clock, rows=5)
+    x = torch.randn(4, 500, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 4.0, 2.0, 9.0])[:, None]
+    steps = torch.tensor([0, 10, 30, 40])  # nothing is seen at 20: neighbours are those that were
+
+    def grids(neighbours, seen):
+        clock.set(steps[seen])
+        quantizer.observing = True
+        quantizer(x[seen])
+        quantizer.set_range(method, neighbours=neighbours)
+        return quantizer.scale[:, 0], quantizer.zero_point[:, 0]
+
+    def alone(rows):
+        single = ActivationQuantizer(4, StepClock())
+        single.observing = True
+        single(x[rows])
+        single.set_range(method)
+        return single.scale[0, 0], single.zero_point[0, 0]
+
+    scale, zero_point = grids(1, slice(None))
+    for row, near in ((0, [0, 1]), (1, [0, 1, 2]), (3, [1, 2, 3]), (4, [2, 3])):
+        assert (scale[row], zero_point[row]) == alone(near)
+    assert scale[2] == scale[1]
+    scale, _ = grids(0, slice(None))
+    assert [scale[row] for row in (0, 1, 3, 4)] == [alone([row])[0] for row in range(4)]
+
+
 @pytest.mark.parametrize("observations", [17, 40, 100])
 def test_a_range_search_meets_the_ends_of_observations_as_often_as_other_values(observations):
     """However many were observed: a stride in step with their length would meet all of their maxima, or none."""
@@ -50,7 +79,7 @@ def test_a_range_search_meets_the_ends_of_observations_as_often_as_other_values(
     quantizer.observing = True
     for _ in range(observations):
         quantizer(torch.tensor([[0.0] * 99 + [-1.0, 1.0]]))
-    observed = quantizer._observed()
+    observed = quantizer.observations.values()
     seen = quantizer._thinned(observed)
     assert seen.shape[1] <= 1.1 * quantizer.SEARCHED_VALUES
     for end in (-1, 1):

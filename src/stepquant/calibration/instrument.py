@@ -222,12 +222,13 @@ def search_ranges(
     *,
     per_row: bool,
     ranks: Ranks,
+    neighbours: int = 0,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Set the range of quantizers that have observed each process's share of the samples."""
+    """Set the range of quantizers that have observed each process's share of the samples: `set_range` of each."""
 
     def search(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        quantizer.set_range(method, per_row=per_row)
+        quantizer.set_range(method, per_row=per_row, neighbours=neighbours)
         return quantizer.scale, quantizer.zero_point, quantizer.found_gain
 
     if ranks.count > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ class ActivationQuantizer(nn.Module):
         rows = rows.expand(x.shape[0]) if rows.dim() == 0 else rows.repeat_interleave(x.shape[0] // rows.shape[0])
         self.observations.add(rows, [group.reshape(x.shape[0], -1) for group in groups])
 
-    def set_range(self, method: RangeMethod, *, per_row: bool = True) -> None:
+    def set_range(self, method: RangeMethod, *, per_row: bool = True, neighbours: int = 0) -> None:
         """Search the range of what was observed, row by row, switch the quantizer on and forget the observations.
 
         A table row that no sample fell on takes the grid of the nearest row that has one.
@@ -164,20 +165,24 @@ class ActivationQuantizer(nn.Module):
         Args:
             per_row: False: one range over the observations of all rows, the same in each. Those of the single rows
                 are only remembered, as where a generator starts (`learn`).
+            neighbours: observed rows on either side whose observations the range of a row is searched on as well.
         """
         rows = self.observations.rows
         if not rows:
             raise RuntimeError("set_range: nothing was observed")
         if per_row:
-            grids = [affine_from_range(*self._search(method, row), self.bits) for row in rows]
+            grids = [
+                affine_from_range(*self._search(method, near, values), self.bits)
+                for near, values in self._neighbourhoods(neighbours)
+            ]
             filled = torch.tensor(rows)
             nearest = (torch.arange(self.rows)[:, None] - filled).abs().argmin(dim=1)
             self.scale, self.zero_point = (torch.stack(values)[nearest] for values in zip(*grids, strict=True))
         else:
-            scale, zero_point = affine_from_range(*self._search(method), self.bits)
+            scale, zero_point = affine_from_range(*self._search(method, rows, self.observations.values()), self.bits)
             self.scale, self.zero_point = scale.expand(self.rows, -1).clone(), zero_point.expand(self.rows, -1).clone()
             if self.rows > 1:
-                self.found_gain = torch.tensor(rows), torch.stack(self._gains(rows, scale, zero_point))
+                self.found_gain = torch.tensor(rows), torch.stack(self._gains(scale, zero_point))
         self.take_range(self.scale, self.zero_point, self.found_gain)
 
     def take_range(self, scale: Tensor, zero_point: Tensor, found_gain: tuple[Tensor, Tensor] | None) -> None:
@@ -186,27 +191,27 @@ class ActivationQuantizer(nn.Module):
         self.enabled, self.observing = True, False
         self.observations = Observations(*self.scale.shape)
 
-    def _gains(self, rows: list[int], scale: Tensor, zero_point: Tensor) -> list[Tensor]:
+    def _gains(self, scale: Tensor, zero_point: Tensor) -> list[Tensor]:
         """The best gain of each row, float [S] each, on what its neighbours saw as well.
 
         A row has a handful of samples: an interval that fits them alone clips what other pictures need.
         """
-        observed = [self._observed(row) for row in rows]
-        gains = []
+        return [
+            least_error_gain(self._thinned(values), scale, zero_point, self.bits)
+            for _, values in self._neighbourhoods(NEIGHBOURS)
+        ]
+
+    def _neighbourhoods(self, neighbours: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Each observed row with its `neighbours` on either side, and what was observed there: float [S, n]."""
+        rows = self.observations.rows
+        observed = [self.observations.values(row) for row in rows]
         for index in range(len(rows)):
-            near = torch.cat(observed[max(0, index - NEIGHBOURS) : index + NEIGHBOURS + 1], dim=1)
-            gains.append(least_error_gain(self._thinned(near), scale, zero_point, self.bits))
-        return gains
+            near = slice(max(0, index - neighbours), index + neighbours + 1)
+            yield rows[near], torch.cat(observed[near], dim=1)
 
-    def _observed(self, row: int | None = None) -> Tensor:
-        """What was observed, of one row or of all: float [S, n]."""
-        return self.observations.values(row)
-
-    def _search(self, method: RangeMethod, row: int | None = None) -> tuple[Tensor, Tensor]:
-        """The range of what was observed, of one row or of all: float [S] twice."""
-        values = self._observed(row)
-        lows, highs = self.observations.low, self.observations.high
-        low, high = (lows.amin(0), highs.amax(0)) if row is None else (lows[row], highs[row])
+    def _search(self, method: RangeMethod, rows: list[int], values: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of `values`, float [S, n], which were observed in `rows`: float [S] twice."""
+        low, high = self.observations.low[rows].amin(0), self.observations.high[rows].amax(0)
         if self.unsigned:
             low = torch.zeros_like(low)
         return self.find_range(self._thinned(values), method, low, high)

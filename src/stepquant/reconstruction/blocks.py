@@ -52,6 +52,8 @@ class Settings:
             and activations stay in full precision until `Job.calibrate_ranges`.
         over_time: how scales depend on the table row, where tables have more than one: a ``"table"`` of ranges found
             and gains learned row by row, or one range for all rows and a ``"generator"`` (TDQ) that bends it.
+        neighbours: of a ``"table"``: calibrated steps on either side whose samples have a say in the range of a step.
+            A step has few samples of its own, and a range that fits them alone clips what other pictures need.
         rounding: how weights are rounded: ``"compensated"``, in closed form before scales are learned
             (`stepquant.reconstruction.compensation`), or ``"adaround"``, learned together with the scales.
         weight_rate: learning rate of compensated weights, in steps of their grid, and through the rounding (straight
@@ -70,6 +72,7 @@ class Settings:
     activation_range: RangeMethod = "least-error"
     learn_scales: bool = True
     over_time: OverTime = "table"
+    neighbours: int = 0
     rounding: Rounding = "compensated"
     weight_rate: float = 2e-2
     block_weight: float = 1.0
@@ -169,7 +172,8 @@ def _initialise_ranges(
             args, kwargs = inputs.at(chosen)
             instrumented.clock.set(samples.tensors["timestep"][chosen])
             instrumented.model.get_submodule(block)(*args, **kwargs)
-    search_ranges(quantizers, settings.activation_range, per_row=settings.over_time == "table", ranks=ranks)
+    per_row, neighbours = settings.over_time == "table", settings.neighbours
+    search_ranges(quantizers, settings.activation_range, per_row=per_row, ranks=ranks, neighbours=neighbours)
     for quantizer in quantizers:
         # Before the weights are rounded: they are compensated for the intervals that they will meet.
         quantizer.learn(over_time=settings.over_time == "generator")
