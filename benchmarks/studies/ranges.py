@@ -1,0 +1,16 @@
+"""Block reconstruction with the activation ranges of one's choice, for `ranges.toml`."""
+
+from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.selection import uniform_steps
+from stepquant.numerics.ranges import RangeMethod
+from stepquant.recipes import Job
+from stepquant.reconstruction.blocks import Settings
+
+
+def reconstructed(job: Job, *, activation_range: RangeMethod = "least-error", iterations: int = 50) -> Instrumented:
+    """`q-diffusion`, its activation ranges found by `activation_range`."""
+    steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
+    samples = job.collect(steps)
+    model = job.instrument(weight_range="least-error", split_skips=True)
+    job.reconstruct(model, samples, Settings(iterations=iterations, activation_range=activation_range))
+    return model
