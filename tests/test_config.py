@@ -49,7 +49,7 @@ def test_a_bad_spec_is_one_sentence(fields, said):
     assert "\n" not in str(caught.value)
     with pytest.raises(StepquantError) as constructed:
         QuantSpec(**fields)
-        assert str(constructed.value) == str(caught.value)
+    assert str(constructed.value) == str(caught.value)
 
 
 def test_a_wrong_calibration_is_one_sentence_however_it_is_made():

@@ -70,8 +70,8 @@ class Checked(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             what = first["msg"].removeprefix("Value error, ")
-            given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
-            raise StepquantError(f"{cls.called}: {where and f'{where}: '}{what}{given}.") from None
+            found = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+            raise StepquantError(f"{cls.called}: {where and f'{where}: '}{what}{found}.") from None
 
 
 class QuantSpec(Checked):
