@@ -36,7 +36,7 @@ study: $(VENV)/installed-dev
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --table \
 		--figure out/$$study.png; done
 
-# An hour or so; DATA is the folder that training/README.md describes, without it nothing learns from pictures.
+# An hour or so; DATA is the folder that training/README.md describes, without it nothing learns from images.
 study-qat: $(VENV)/installed
 	$(BIN)/python -m benchmarks.qat $(if $(DATA),--data $(DATA))
 	$(BIN)/python -m benchmarks.qat --table

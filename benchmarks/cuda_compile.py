@@ -24,7 +24,7 @@ from stepquant.runtime.cuda.tuning import HIGH, TILES
 TYPES = {
     "codes": "*i8", "weight": "*i8", "weight_zero_point": "*i8", "weight_sum": "*i32", "weight_scale": "*fp32",
     "bias": "*fp32", "row": "*i64", "scale": "*fp32", "zero_point": "*i32", "channel_add": "*fp32",
-    "residual": "*bf16", "y": "*bf16", "x": "*bf16", "multiply": "*fp32", "add": "*fp32", "balance": "*fp32",
+    "residual": "*bf16", "y": "*bf16", "x": "*bf16", "multiply": "*fp32", "add": "*fp32", "smoothing": "*fp32",
     "factor": "fp32", "eps": "fp32",
 }  # fmt: skip
 ALIGNED = {"M", "N", "C", "K", "RUN", "BUCKET", "x_sample", "x_pixel", "norm_sample"}

@@ -7,7 +7,7 @@
     python benchmarks/full_size.py --scale tiny        # with 3 M, to see that it works
 
 What is measured is whether all of it works at that size, how long each stage takes and how much memory, beside what the
-plan said before; the weights are untrained, so the pictures show nothing. ``--json benchmarks/results/full-size.json``
+plan said before; the weights are untrained, so the images show nothing. ``--json benchmarks/results/full-size.json``
 keeps it.
 """
 
@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stepquant
 from stepquant.evaluation.cost import folder_bytes, own_peak_bytes
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import hyperparameters
@@ -82,7 +82,7 @@ def build(scale: dict[str, Any], folder: Path) -> Any:
 
 
 def use(pipeline: Any, size: int) -> None:
-    """Draw as users do: a negative prompt, two pictures a prompt, a callback, other schedulers than calibration had."""
+    """Draw as users do: a negative prompt, two images a prompt, a callback, other schedulers than calibration had."""
     seen: list[int] = []
 
     def note(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("--bits", default="w8a8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4, help="of the calibration trajectories, and of the picture")
+    parser.add_argument("--steps", type=int, default=4, help="of the calibration trajectories, and of the image")
     parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--calibration-size", type=int, default=512, help="pixels of the calibration pictures")
+    parser.add_argument("--calibration-size", type=int, default=512, help="pixels of the calibration images")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
@@ -164,8 +164,8 @@ def main() -> None:
             loaded = diffusers.DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=dtype)
         with stages.task("draw"):
             request = make_request(loaded, arguments.steps, prompts=prompts, size=scale["size"])
-            picture = draw(loaded, request, [0], 0)
-        assert picture.shape == (1, 3, scale["size"], scale["size"]) and bool(torch.isfinite(picture).all())
+            image = generate(loaded, request, [0], 0)
+        assert image.shape == (1, 3, scale["size"], scale["size"]) and bool(torch.isfinite(image).all())
         with stages.task("use"):
             use(loaded, scale["size"] // 2)
     figures = {

@@ -2,9 +2,9 @@
 
     python benchmarks/paper_figures.py tdq      # intervals over time: generator, free table, static
     python benchmarks/paper_figures.py quest    # what finetuning does to the ranges of activations
-    python benchmarks/paper_figures.py emoji    # pictures from text: full precision, minmax, quest, a row each
+    python benchmarks/paper_figures.py emoji    # images from text: full precision, minmax, quest, a row each
 
-Pictures go to docs/images/, the figures in them to benchmarks/results/.
+Images go to docs/images/, the figures in them to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stepquant
+from stepquant.images import grid, save_image
+from stepquant.layers.install import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pictures import grid, save_picture
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 ROOT = Path(__file__).parents[1]
 MODEL, BITS, GUIDANCE, STEPS = "zoo:fashion-class", "w4a4", 4.0, 20
@@ -78,7 +78,7 @@ def tdq() -> None:
         axes.set_title(name, fontsize=7)
         axes.tick_params(labelsize=7)
     grid[0][0].legend(fontsize=7)
-    figure.supxlabel("timestep, from picture to noise", fontsize=8)
+    figure.supxlabel("timestep, from image to noise", fontsize=8)
     figure.supylabel("interval, of its mean over time", fontsize=8)
     save(figure, "tdq-intervals", {"layers": len(moving), "median_total_variation_over_rise": variation})
 
@@ -106,7 +106,7 @@ def quest() -> None:
 
 
 def emoji() -> None:
-    """What W4A4 leaves of pictures drawn from text, with the budget of the study and its guidance."""
+    """What W4A4 leaves of images drawn from text, with the budget of the study and its guidance."""
     model, guidance, count = "zoo:emoji-ldm", 5.0, 12
     pipelines = {
         "full precision": resolve_pipeline(model),
@@ -115,13 +115,13 @@ def emoji() -> None:
     }
     rows = []
     for pipeline in pipelines.values():
-        rows.append(draw(pipeline, make_request(pipeline, STEPS, guidance=guidance), range(count), SEED))
-    save_picture(grid(torch.cat(rows), columns=count), ROOT / "docs" / "images" / "emoji-w4a4.png")
+        rows.append(generate(pipeline, make_request(pipeline, STEPS, guidance=guidance), range(count), SEED))
+    save_image(grid(torch.cat(rows), columns=count), ROOT / "docs" / "images" / "emoji-w4a4.png")
 
 
 @torch.no_grad()
 def ranges(pipeline: Any) -> dict[str, float]:
-    """Layer -> largest less smallest value of its input while 16 pictures are drawn."""
+    """Layer -> largest less smallest value of its input while 16 images are drawn."""
     modules = quantized_modules(getattr(pipeline, denoiser_name(pipeline)))
     ends: dict[str, tuple[float, float]] = {}
 
@@ -133,7 +133,7 @@ def ranges(pipeline: Any) -> dict[str, float]:
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    draw(pipeline, make_request(pipeline, STEPS, guidance=GUIDANCE), range(16), SEED, decode=False)
+    generate(pipeline, make_request(pipeline, STEPS, guidance=GUIDANCE), range(16), SEED, decode=False)
     for handle in handles:
         handle.remove()
     return {name: high - low for name, (low, high) in ends.items() if high > low}

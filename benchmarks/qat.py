@@ -25,7 +25,7 @@ from stepquant import zoo
 from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines import draw_many, make_request
+from stepquant.pipelines.generate import generate_many, make_request
 from stepquant.progress import Progress
 from stepquant.quiet import silence_libraries
 from stepquant.zoo.classifier import FashionClassifier
@@ -44,14 +44,14 @@ CELLS = [
 GUIDANCE = {"fashion-class": 4.0}
 STEPS = (20, 10)
 COMPARED, DRAWN = 16, 64
-"""Pictures that the PSNR and the Frechet distance are taken over."""
+"""Images that the PSNR and the Frechet distance are taken over."""
 
 TRAINED_ON = 2000
-"""Pictures of the training set."""
+"""Images of the training set."""
 
 
 class Reference:
-    """A full-precision model, its pictures at each number of steps, and their distance to the data."""
+    """A full-precision model, its images at each number of steps, and their distance to the data."""
 
     def __init__(self, model: str, seed: int) -> None:
         self.pipeline = resolve_pipeline(f"zoo:{model}")
@@ -60,20 +60,20 @@ class Reference:
         assert folder is not None
         self.classifier = FashionClassifier.from_pretrained(folder)
         self.statistics = load_statistics(folder / "statistics.safetensors")
-        self.pictures = {steps: self.draw(self.pipeline, steps) for steps in STEPS}
+        self.images = {steps: self.draw(self.pipeline, steps) for steps in STEPS}
 
-    def draw(self, pipeline: Any, steps: int) -> Tensor:
+    def generate(self, pipeline: Any, steps: int) -> Tensor:
         request = make_request(pipeline, steps, guidance=self.guidance)
-        return draw_many(pipeline, request, DRAWN, self.seed, Progress(), "")
+        return generate_many(pipeline, request, DRAWN, self.seed, Progress(), "")
 
     @torch.no_grad()
-    def frechet(self, pictures: Tensor) -> float:
-        return round(frechet_distance(gaussian_statistics(self.classifier.features(pictures)), self.statistics), 2)
+    def frechet(self, images: Tensor) -> float:
+        return round(frechet_distance(gaussian_statistics(self.classifier.features(images)), self.statistics), 2)
 
     def figures(self, pipeline: Any) -> dict[str, Any]:
         """By number of steps."""
         figures: dict[str, Any] = {"psnr_db": {}, "frechet_classifier": {}, "frechet_classifier_fp32": {}}
-        for steps, wanted in self.pictures.items():
+        for steps, wanted in self.images.items():
             drawn = self.draw(pipeline, steps)
             figures["psnr_db"][steps] = round(float(psnr(drawn[:COMPARED], wanted[:COMPARED]).mean()), 2)
             figures["frechet_classifier"][steps] = self.frechet(drawn)
@@ -81,13 +81,13 @@ class Reference:
         return figures
 
 
-def write_pictures(data: Path, folder: Path) -> None:
-    """The first pictures of the training set as PNG files, a subfolder a class."""
-    pictures, labels = fashion_mnist(data, "train")
+def write_images(data: Path, folder: Path) -> None:
+    """The first images of the training set as PNG files, a subfolder a class."""
+    images, labels = fashion_mnist(data, "train")
     for index in range(TRAINED_ON):
         path = folder / FASHION_CLASSES[int(labels[index])] / f"{index:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pictures[index, 0].numpy()).save(path)
+        Image.fromarray(images[index, 0].numpy()).save(path)
 
 
 def read() -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with fashion-mnist/, for the cells that learn from pictures")
+    parser.add_argument("--data", type=Path, help="folder with fashion-mnist/, for the cells that learn from images")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--models", nargs="+", help="only these")
@@ -122,9 +122,9 @@ def main() -> None:
     silence_libraries()
     references: dict[tuple[str, int], Reference] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        pictures, cache = Path(temporary) / "pictures", Path(temporary) / "cache"
+        images, cache = Path(temporary) / "images", Path(temporary) / "cache"
         if options.data:
-            write_pictures(options.data, pictures)
+            write_images(options.data, images)
         for seed in options.seeds:
             for model, bits, source in CELLS:
                 skipped = (source == "data" and not options.data) or model not in (options.models or [model])
@@ -137,17 +137,17 @@ def main() -> None:
                         continue
                     if (model, seed) not in references:
                         references[model, seed] = Reference(model, seed)
-                    run(cell, references[model, seed], pictures if source == "data" else None, cache)
+                    run(cell, references[model, seed], images if source == "data" else None, cache)
 
 
-def run(cell: dict[str, Any], reference: Reference, pictures: Path | None, cache: Path) -> None:
+def run(cell: dict[str, Any], reference: Reference, images: Path | None, cache: Path) -> None:
     """Train one cell and append its line."""
     start, busy = time.monotonic(), time.process_time()
     quantized = stepquant.train(
         reference.pipeline,
         cell["bits"],
-        data=pictures,
-        distill=pictures is None,
+        data=images,
+        distill=images is None,
         intervals=cell["intervals"],
         iterations=cell["iterations"],
         calibration=stepquant.Calibration(samples=128, steps=20, trajectories=64),

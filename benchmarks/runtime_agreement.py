@@ -1,11 +1,11 @@
-"""How close pictures drawn in integers are to the simulation's, and how close the simulation is to itself.
+"""How close images drawn in integers are to the simulation's, and how close the simulation is to itself.
 
     python -m benchmarks.runtime_agreement [--models fashion-ddpm ...] [--bits w8a8 w4a8] [--recipe minmax] [--count 8]
 
-Each model of the zoo is quantized, and the same pictures are drawn with the simulation (quantized values in floating
+Each model of the zoo is quantized, and the same images are drawn with the simulation (quantized values in floating
 point, multiplied in float32) and with every runtime. Accumulators are exact everywhere, but what lies between the
 layers is float32, added up in another order: now and then a value next to the middle of two codes falls on the other
-side, and the trajectory takes another path from there. So the simulation is also compared with itself, its pictures
+side, and the trajectory takes another path from there. So the simulation is also compared with itself, its images
 drawn one by one instead of in one batch, where torch adds up in another order, too. No runtime can be expected to be
 closer than that. A second comparison leaves out where a path leads: the outputs of every runtime for the latents that
 the simulation met. One line of JSON a model and bits goes to ``benchmarks/results/runtime-agreement.jsonl``.
@@ -27,18 +27,18 @@ import torch
 from torch import Tensor
 
 import stepquant as sq
-from stepquant.calibration.trajectories import nest
+from stepquant.calibration.samples import nest
+from stepquant.core.affine import dequantize, quantize
+from stepquant.core.qtensor import expand_groups
 from stepquant.evaluation.fidelity import psnr
 from stepquant.export.network import example_arguments
 from stepquant.export.onnx import OnnxDenoiser, export_onnx
 from stepquant.export.openvino import OpenVinoDenoiser, export_openvino
+from stepquant.layers.modules import Kernel, QuantizedModule
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
-from stepquant.nn.layers import Kernel, QuantizedModule
-from stepquant.nn.tables import expand_groups
-from stepquant.numerics.affine import dequantize, quantize
-from stepquant.pipelines import Request, draw, make_request
+from stepquant.pipelines.generate import Request, generate, make_request
 from stepquant.runtime import INTEGER
 from stepquant.runtime.segments import along_channels, channel_dim, linear_map
 from stepquant.studies.reference import TARGET, reference
@@ -60,12 +60,12 @@ class Simulation(Kernel):
         super().__init__()
         layer = module.layer()
         assert layer.activation is not None
-        self.table, self.bias, self.balance = layer.activation, layer.bias, layer.balance
+        self.table, self.bias, self.smoothing = layer.activation, layer.bias, layer.smoothing
         self.weight, self.dim, self.apply_map = layer.weight.dequantize(), channel_dim(module), linear_map(module)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, zero_point = (self._spread(values, x) for values in self.table.at(row))
-        divided = scale if self.balance is None else scale * along_channels(self.balance, self.dim, x.dim())
+        divided = scale if self.smoothing is None else scale * along_channels(self.smoothing, self.dim, x.dim())
         seen = dequantize(quantize(x, divided, zero_point, self.table.bits), scale, zero_point)
         return self.apply_map(seen, self.weight, self.bias)
 
@@ -81,17 +81,17 @@ def decibels(error: Tensor, peak: float) -> float:
     return min(20 * math.log10(peak) - 10 * math.log10(mean_square), 100.0) if mean_square else 100.0
 
 
-def of_pictures(pictures: Tensor, simulated: Tensor) -> dict[str, float]:
-    """dB: of all pictures together, of the worst picture, and of the one in the middle."""
-    each = psnr(pictures, simulated)
-    pooled = decibels(pictures - simulated, peak=2)
+def of_images(images: Tensor, simulated: Tensor) -> dict[str, float]:
+    """dB: of all images together, of the worst image, and of the one in the middle."""
+    each = psnr(images, simulated)
+    pooled = decibels(images - simulated, peak=2)
     return {"pooled": round(pooled, 2), "worst": round(float(each.min()), 2), "median": round(float(each.median()), 2)}
 
 
 def of_outputs(run: Any, simulated: list[dict[str, Tensor]]) -> dict[str, float]:
     """dB, to the peak-to-peak of the simulation's output: of the worst step and of the one in the middle.
 
-    `run` takes the arguments of each call of the denoiser on the way to the simulation's pictures.
+    `run` takes the arguments of each call of the denoiser on the way to the simulation's images.
     """
     each = []
     for call in simulated:
@@ -121,7 +121,7 @@ def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dic
     """Figures of one model."""
     full = resolve_pipeline(f"zoo:{model}")
     calibration = sq.Calibration(samples=64, steps=steps)
-    pictures, outputs = {}, {}
+    images, outputs = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "quantized"
         sq.quantize(full, bits, recipe=recipe, calibration=calibration).save_pretrained(folder)
@@ -134,13 +134,13 @@ def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dic
         (calls,) = kept.calls
 
         def look(name: str, pipeline: Any) -> None:
-            drawn = draw(pipeline, request_of(pipeline), range(count), SEED)
+            drawn = generate(pipeline, request_of(pipeline), range(count), SEED)
             denoiser = getattr(pipeline, denoiser_name(pipeline))
-            pictures[name] = of_pictures(drawn, kept.pictures)
+            images[name] = of_images(drawn, kept.images)
             outputs[name] = of_outputs(partial(answer, denoiser), calls)
 
-        alone = [draw(simulation, request_of(simulation), [index], SEED) for index in range(count)]
-        pictures[ALONE] = of_pictures(torch.cat(alone), kept.pictures)
+        alone = [generate(simulation, request_of(simulation), [index], SEED) for index in range(count)]
+        images[ALONE] = of_images(torch.cat(alone), kept.images)
         outputs[ALONE] = of_outputs(partial(one_by_one, getattr(simulation, denoiser_name(simulation))), calls)
         for name in ("reference", *(name for name, reason_of in INTEGER.items() if reason_of() is None)):
             look(name, sq.load(folder, backend=name))
@@ -153,7 +153,7 @@ def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dic
             look(name, pipeline)
     return {
         "model": model, "bits": bits, "recipe": recipe, "count": count, "steps": steps,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "pictures": pictures, "outputs": outputs,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "images": images, "outputs": outputs,
     }  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from typing import Literal
 import stepquant
 from stepquant.calibration.instrument import Instrumented
 from stepquant.loading import resolve_pipeline
+from stepquant.optimize.blocks import Settings
+from stepquant.optimize.network import Finetuning
 from stepquant.recipes import Job
-from stepquant.recipes.quest import BALANCED_BELOW, most_relieving
-from stepquant.reconstruction.blocks import Settings
-from stepquant.reconstruction.network import Finetuning
+from stepquant.recipes.quest import SMOOTHED_BELOW, most_relieving
 
 RANKED_SAMPLES = 32
 """Of the calibration samples, how many the ranking of layers looks at."""
@@ -26,14 +26,14 @@ def best(
     finetuning: int = 300,
     rate: float = 1e-3,
 ) -> Instrumented:
-    """Dense and diverse samples, balanced channels, intervals over time, blocks rebuilt, critical layers aligned.
+    """Dense and diverse samples, smoothed channels, intervals over time, blocks rebuilt, critical layers aligned.
 
     `intervals`: a grid for every calibrated step, shaped by its neighbours' samples as well, or TDQ's generator.
     """
     samples = job.collect(job.dense_and_diverse_steps(diversity_weight=1.0))  # EDA-DM's TDAC
     model = job.instrument("least-error", split_skips=True, timesteps=job.training_timesteps())
-    if job.spec.default_bits.activation < BALANCED_BELOW:
-        job.balance(model, samples)
+    if job.spec.default_bits.activation < SMOOTHED_BELOW:
+        job.smoothing(model, samples)
     job.reconstruct(model, samples, Settings(iterations=iterations, over_time=intervals, neighbours=2))  # TDQ
     time_layers = tuple(name for name in model.layers if name in job.description.time_layers)
     ranking = job.rank_layers(model, samples.first(RANKED_SAMPLES), "relief")

@@ -1,4 +1,4 @@
-"""A model family of your own: AuraFlow, text to picture with joint and single transformer blocks.
+"""A model family of your own: AuraFlow, text to image with joint and single transformer blocks.
 
 python examples/own_family.py fal/AuraFlow-v0.3 w4a8 out/auraflow
 """

@@ -9,12 +9,12 @@ import torch
 from scipy.special import lambertw
 from torch import Tensor
 
+from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.weight import WeightQuantizer
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
-from stepquant.nn.activation_quantizer import ActivationQuantizer
-from stepquant.nn.weight_quantizer import WeightQuantizer
-from stepquant.numerics.affine import SMALLEST_SCALE, quantize
-from stepquant.numerics.ranges import RangeMethod
+from stepquant.core.affine import SMALLEST_SCALE, quantize
+from stepquant.core.ranges import RangeMethod
 from stepquant.recipes import Job
 
 ROUNDS = 20
@@ -27,10 +27,12 @@ class LeastSquaresWeight(WeightQuantizer):
     """
 
     @torch.no_grad()
-    def set_range(self, weight: Tensor, balance: Tensor | None) -> None:
+    def set_range(self, weight: Tensor, smoothing: Tensor | None) -> None:
         """weight: float [out, in, *kernel]; `self.scale` and `self.zero_point`: float [groups, out]."""
-        super().set_range(weight, balance)
-        values = weight.float() if balance is None else weight.float() * balance.reshape(-1, *(1,) * (weight.dim() - 2))
+        super().set_range(weight, smoothing)
+        values = (
+            weight.float() if smoothing is None else weight.float() * smoothing.reshape(-1, *(1,) * (weight.dim() - 2))
+        )
         for index, group in enumerate(values.split(self.group_sizes, dim=1)):
             channels, zero_point = group.flatten(1), self.zero_point[index, :, None]
             for _ in range(ROUNDS):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import stepquant
+from stepquant.core.affine import quantize
+from stepquant.layers.attention import per_sample
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import Kernel, QuantizedLinear, QuantizedModule
 from stepquant.models import denoiser_name
-from stepquant.nn.attention import per_sample
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import Kernel, QuantizedLinear, QuantizedModule
-from stepquant.numerics.affine import quantize
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 MIDDLE = 128
 """Taken off the unsigned codes of activations, so that they fit int8."""
@@ -49,7 +49,7 @@ def int_matmul(module: QuantizedModule) -> Kernel | None:
     """The kernel of a linear with one scale for all input channels; None leaves a layer to the reference."""
     shape = module.layer_format
     grouped = len(shape.weight_groups) > 1 or len(shape.activation_groups) > 1
-    if not isinstance(module, QuantizedLinear) or grouped or shape.balanced:
+    if not isinstance(module, QuantizedLinear) or grouped or shape.smoothed:
         return None
     return IntMatmul(module)
 
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     pipe = stepquant.load(sys.argv[1], backend=int_matmul)
     kernels = [module.kernel for module in quantized_modules(getattr(pipe, denoiser_name(pipe))).values()]
     print(f"{sum(isinstance(kernel, IntMatmul) for kernel in kernels)} of {len(kernels)} layers by int8 matmul")
-    print("drawn:", draw(pipe, make_request(pipe, 10), range(4), 0).shape)
+    print("drawn:", generate(pipe, make_request(pipe, 10), range(4), 0).shape)

@@ -163,7 +163,7 @@ def _saved(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _autoencoder() -> AutoencoderKL:
-    """4 latent channels at half the resolution of a 3-channel picture."""
+    """4 latent channels at half the resolution of a 3-channel image."""
     return AutoencoderKL(
         sample_size=16,
         block_out_channels=(8, 8),

@@ -76,7 +76,7 @@ def test_one_block_at_a_time(recipe, pipeline):
 
 
 def test_a_model_need_not_fit():
-    """Of wide layers and small pictures, so that weights are most of what has to."""
+    """Of wide layers and small images, so that weights are most of what has to."""
     wide = unconditional(4, 32, 64)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in wide.unet.parameters())
     with pretend_gpu() as memory:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stepquant
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 CALIBRATION = stepquant.Calibration(samples=16, steps=4)
 
@@ -34,14 +34,14 @@ def test_two_threads_draw_what_each_draws_alone(quantized, text_pipeline):
     pairs = zip((*quantized, text_pipeline), (5, 3, 4), strict=True)
     jobs = [(pipeline, steps, seed) for pipeline, steps in pairs for seed in (0, 7)]
 
-    def pictures(job) -> torch.Tensor:
+    def images(job) -> torch.Tensor:
         pipeline, steps, seed = job
-        return draw(pipeline, make_request(pipeline, steps), range(2), seed)
+        return generate(pipeline, make_request(pipeline, steps), range(2), seed)
 
-    alone = [pictures(job) for job in jobs]
+    alone = [images(job) for job in jobs]
     with ThreadPoolExecutor(3) as threads:
         for turn in (0, 1):  # one thread a pipeline
-            together = list(threads.map(pictures, jobs[turn::2]))
+            together = list(threads.map(images, jobs[turn::2]))
             assert all(torch.equal(*pair) for pair in zip(alone[turn::2], together, strict=True))
 
 

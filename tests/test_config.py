@@ -1,6 +1,6 @@
 import pytest
 
-from stepquant.calibration.trajectories import Calibration
+from stepquant.calibration.samples import Calibration
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 
@@ -17,7 +17,7 @@ def test_bits_that_nothing_could_run_are_refused(text):
 
 
 def test_first_and_last_layer_get_more_bits_and_exceptions_win():
-    spec = QuantSpec.parse({"bits": "w4a4", "exceptions": {r"mid_block\.": "w6a8", "conv_out": "w4a4"}})
+    spec = QuantSpec.parse({"bits": "w4a4", "overrides": {r"mid_block\.": "w6a8", "conv_out": "w4a4"}})
     assert spec.layer_bits("down_blocks.0.conv") == (4, 4)
     assert spec.layer_bits("conv_in", first=True) == (8, 16)
     assert spec.layer_bits("proj_out", last=True) == (8, 8)
@@ -26,7 +26,7 @@ def test_first_and_last_layer_get_more_bits_and_exceptions_win():
 
 
 def test_first_exception_that_matches_wins():
-    spec = QuantSpec.parse({"bits": "w4a8", "exceptions": {"conv1": "w8a8", "conv": "w2a8"}})
+    spec = QuantSpec.parse({"bits": "w4a8", "overrides": {"conv1": "w8a8", "conv": "w2a8"}})
     assert spec.layer_bits("a.conv1").weight == 8
     assert spec.layer_bits("a.conv2").weight == 2
 
@@ -37,8 +37,8 @@ def test_first_exception_that_matches_wins():
         ({"bits": "w4a8", "group_size": 24}, "group_size"),
         ({"bits": "w4a8", "softmax_bits": 12}, "softmax_bits"),
         ({"bits": "w4a8", "first_last_bits": 1}, "first_last_bits"),
-        ({"bits": "w4a8", "exceptions": {"(": "w8a8"}}, "regular expression"),
-        ({"bits": "w4a8", "exceptions": {"a": "w99a8"}}, "w99a8"),
+        ({"bits": "w4a8", "overrides": {"(": "w8a8"}}, "regular expression"),
+        ({"bits": "w4a8", "overrides": {"a": "w99a8"}}, "w99a8"),
         ({"bits": "w4a8", "colour": 1}, "colour"),
         ({}, "bits"),
     ],

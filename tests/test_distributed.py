@@ -19,10 +19,10 @@ from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.pipelines import draw, draw_many, make_request
+from stepquant.optimize.blocks import Settings
+from stepquant.pipelines.generate import generate, generate_many, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job
-from stepquant.reconstruction.blocks import Settings
 from stepquant.workspace import Workspace
 
 # Forked: the children inherit everything imported, and need not import it again.
@@ -106,7 +106,7 @@ def same_files(one: Path, other: Path) -> None:
 # Trajectories, observed ranges, rounding in closed form: everything but learning is the same to the bit.
 EXACT = {
     "minmax": {"recipe": "minmax"},
-    "compensated": {"recipe": "q-diffusion", "iterations": 0},
+    "gptq": {"recipe": "q-diffusion", "iterations": 0},
     "a row a step": {
         "recipe": "quest",
         "rounding_iterations": 0,
@@ -120,7 +120,7 @@ EXACT = {
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", EXACT)
 def test_several_processes_write_the_same_bytes_as_one(name, count, unconditional_pipeline, tmp_path):
-    if count == 3 and name != "compensated":
+    if count == 3 and name != "gptq":
         pytest.skip("one recipe is enough for an odd number")
     alone = quantize(unconditional_pipeline, tmp_path / "alone", **EXACT[name])
     stepquant.save(alone, tmp_path / "one")
@@ -215,13 +215,13 @@ def test_learning_together_agrees_to_rounding(name, text_pipeline, tmp_path):
     nearly_equal(alone.state_dict(), torch.load(tmp_path / "state"))
 
 
-def test_pictures_are_drawn_together(unconditional_pipeline, tmp_path):
+def test_images_are_drawn_together(unconditional_pipeline, tmp_path):
     request = make_request(unconditional_pipeline, 2)
-    alone = [draw(unconditional_pipeline, request, range(start, start + 4), 5) for start in (0, 4, 8)]
+    alone = [generate(unconditional_pipeline, request, range(start, start + 4), 5) for start in (0, 4, 8)]
 
     def work(ranks: Ranks) -> None:
-        pictures = draw_many(unconditional_pipeline, request, 12, 5, Progress(), "", 4, ranks)
-        assert torch.equal(pictures, torch.cat(alone))
+        images = generate_many(unconditional_pipeline, request, 12, 5, Progress(), "", 4, ranks)
+        assert torch.equal(images, torch.cat(alone))
 
     assert run(work, tmp_path) == [0, 0]
 

@@ -178,14 +178,14 @@ def _inputs():
     tensor = torch.zeros(5000)
     last = tensor.clone()
     last[2500] = 1
-    picture = Image.fromarray(np.zeros((8, 8), np.uint8))
-    coloured = picture.convert("P")
+    image = Image.fromarray(np.zeros((8, 8), np.uint8))
+    coloured = image.convert("P")
     coloured.putpalette([255, 0, 0] * 256)
     names = np.array(["a", "b"], object)
     return [
         (mask, other), (mask, mask.astype(np.float32)), (mask, mask.reshape(32, 128)), ([tensor], [last]),
         ({"a": (mask, 1)}, {"a": (other, 1)}), ({"a": 1}, {"b": 1}), ([1.0], [2.0]), (names, names[::-1]),
-        (picture, Image.fromarray(np.eye(8, dtype=np.uint8))), (picture.convert("P"), coloured),
+        (image, Image.fromarray(np.eye(8, dtype=np.uint8))), (image.convert("P"), coloured),
     ]  # fmt: skip
 
 

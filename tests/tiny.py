@@ -86,7 +86,7 @@ class HalvesApart(diffusers.ModelMixin, diffusers.ConfigMixin):
 
 
 def sdxl(folder: Path) -> Any:
-    """Stable Diffusion XL: pooled text and picture sizes as added conditions."""
+    """Stable Diffusion XL: pooled text and image sizes as added conditions."""
     tokenizer, text_encoder = clip(folder / "one")
     tokenizer_2, text_encoder_2 = clip(folder / "two", projected=True)
     model = unet(
@@ -100,12 +100,12 @@ def sdxl(folder: Path) -> Any:
 
 
 def pixart(folder: Path, sized: bool = True) -> Any:
-    """PixArt; with picture size and aspect ratio as conditions (alpha at 1024) or without (sigma)."""
+    """PixArt; with image size and aspect ratio as conditions (alpha at 1024) or without (sigma)."""
     torch.manual_seed(2)
     tokenizer, text_encoder = t5()
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=128 if sized else 8,  # the pipeline tells the picture's size to models of 128 only
+        sample_size=128 if sized else 8,  # the pipeline tells the image's size to models of 128 only
         patch_size=2, cross_attention_dim=24, caption_channels=WIDTH, use_additional_conditions=sized,
     )  # fmt: skip
     return diffusers.PixArtAlphaPipeline(

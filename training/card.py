@@ -7,7 +7,7 @@ import argparse
 from training.loop import plans_of, state_of
 
 SOURCES = {
-    "fashion-mnist": "Fashion-MNIST (Zalando SE), 60,000 training pictures padded to 32x32; MIT licence",
+    "fashion-mnist": "Fashion-MNIST (Zalando SE), 60,000 training images padded to 32x32; MIT licence",
     "fluent-emoji": "Fluent emoji, 3D style (Microsoft), 64x64 over named background colours; MIT licence",
 }
 
@@ -38,7 +38,7 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         "",
         summary.strip().replace("``", "`"),
         "",
-        "A small reference model of stepquant: something real and quick to quantize, not a tool for making pictures.",
+        "A small reference model of stepquant: something real and quick to quantize, not a tool for making images.",
         "",
         f"- **Data:** {SOURCES[source]}.",
         f"- **Command:** `{command}`",

@@ -41,14 +41,14 @@ def fashion_mnist(data: Path, split: str) -> tuple[Tensor, Tensor]:
         raw = gzip.decompress((data / "fashion-mnist" / f"{split}-{kind}-ubyte.gz").read_bytes())
         return np.frombuffer(raw, dtype=np.uint8, offset=header)
 
-    pictures = torch.from_numpy(read("images-idx3", 16).reshape(-1, 1, 28, 28).copy())
+    images = torch.from_numpy(read("images-idx3", 16).reshape(-1, 1, 28, 28).copy())
     labels = torch.from_numpy(read("labels-idx1", 8).astype(np.int64))
-    return torch.nn.functional.pad(pictures, (2, 2, 2, 2)), labels
+    return torch.nn.functional.pad(images, (2, 2, 2, 2)), labels
 
 
-def to_float(pictures: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 [0, 255] -> float32 [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def emoji(data: Path, groups: tuple[str, ...] = EMOJI_GROUPS) -> Emoji:
     with (folder / "captions.tsv").open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     chosen = [index for index, row in enumerate(rows) if row["group"] in groups]
-    pictures = torch.from_numpy(rgba[chosen].copy()).permute(0, 3, 1, 2).contiguous()
-    return Emoji(pictures, [rows[index]["name"].lower() for index in chosen])
+    images = torch.from_numpy(rgba[chosen].copy()).permute(0, 3, 1, 2).contiguous()
+    return Emoji(images, [rows[index]["name"].lower() for index in chosen])
 
 
 def on_colour(rgba: Tensor, colour: str) -> Tensor:
-    """Lay pictures (uint8 [N, 4, 64, 64]) over a background colour: float32 [N, 3, 64, 64] in [-1, 1]."""
+    """Lay images (uint8 [N, 4, 64, 64]) over a background colour: float32 [N, 3, 64, 64] in [-1, 1]."""
     alpha = rgba[:, 3:].float() / 255
     background = torch.tensor(COLOURS[colour], dtype=torch.float32).view(1, 3, 1, 1)
     return (rgba[:, :3].float() * alpha + background * (1 - alpha)) / 127.5 - 1

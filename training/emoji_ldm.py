@@ -96,8 +96,8 @@ def main() -> None:
     pairs = [
         (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
     ]
-    pictures = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
-    autoencoder, latents = vae.prepared("emoji", options.vae, pictures, options.out / "latents.safetensors")
+    images = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    autoencoder, latents = vae.prepared("emoji", options.vae, images, options.out / "latents.safetensors")
 
     def tokens_of(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -53,8 +53,8 @@ def main() -> None:
     vae.add_argument(parser)
     options = parser.parse_args()
     plan = plan_from(options)
-    pictures, labels = fashion_mnist(options.data, "train")
-    autoencoder, latents = vae.prepared("fashion", options.vae, to_float(pictures), options.out / "latents.safetensors")
+    images, labels = fashion_mnist(options.data, "train")
+    autoencoder, latents = vae.prepared("fashion", options.vae, to_float(images), options.out / "latents.safetensors")
     model = build().to(device())
     if options.init:
         model.load_state_dict(DiTTransformer2DModel.from_pretrained(options.init, subfolder="transformer").state_dict())

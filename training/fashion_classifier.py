@@ -24,12 +24,12 @@ def main() -> None:
     model = FashionClassifier().to(device())
     if options.init:
         model.load_state_dict(FashionClassifier.from_pretrained(options.init).state_dict())
-    pictures, labels = fashion_mnist(options.data, "train")
+    images, labels = fashion_mnist(options.data, "train")
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
+        chosen = torch.randint(len(images), (plan.batch,), generator=generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        batch = to_float(pictures[chosen]).roll(shift, dims=(2, 3)).to(device())
+        batch = to_float(images[chosen]).roll(shift, dims=(2, 3)).to(device())
         with autocast():
             logits = model(batch)
         return F.cross_entropy(logits.float(), labels[chosen].to(device()), label_smoothing=0.05)
@@ -37,16 +37,16 @@ def main() -> None:
     if not options.export_only:
         train(plan, model, loss)
     if options.export:
-        export(pictures, options)
+        export(images, options)
 
 
 @torch.no_grad()
-def export(pictures: Tensor, options: argparse.Namespace) -> None:
-    """Write weights, accuracy and the feature statistics of the 10,000 test pictures."""
+def export(images: Tensor, options: argparse.Namespace) -> None:
+    """Write weights, accuracy and the feature statistics of the 10,000 test images."""
     model = load_ema(FashionClassifier(), options.out).train()
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(SETTLING):
-        model(to_float(pictures[torch.randint(len(pictures), (256,), generator=generator)]))
+        model(to_float(images[torch.randint(len(images), (256,), generator=generator)]))
     model.save_pretrained(options.export)
     model = FashionClassifier.from_pretrained(options.export)
     tests, labels = fashion_mnist(options.data, "t10k")
@@ -55,7 +55,7 @@ def export(pictures: Tensor, options: argparse.Namespace) -> None:
     save_statistics(gaussian_statistics(features), options.export / "statistics.safetensors")
     text = card("fashion-classifier", __doc__ or "", "fashion-mnist", options)
     measured = (
-        f"\n## Measured\n\n{accuracy:.2%} of the 10,000 test pictures are classified rightly. "
+        f"\n## Measured\n\n{accuracy:.2%} of the 10,000 test images are classified rightly. "
         "`statistics.safetensors` holds mean and covariance of their features.\n"
     )
     (options.export / "README.md").write_text(text + measured)

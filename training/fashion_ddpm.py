@@ -38,12 +38,12 @@ def main() -> None:
     model = build().to(device())
     if options.init:
         model.load_state_dict(UNet2DModel.from_pretrained(options.init, subfolder="unet").state_dict())
-    pictures, _ = fashion_mnist(options.data, "train")
+    images, _ = fashion_mnist(options.data, "train")
     alphas = scheduler().alphas_cumprod
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
-        clean = to_float(pictures[chosen]).to(device())
+        chosen = torch.randint(len(images), (plan.batch,), generator=generator)
+        clean = to_float(images[chosen]).to(device())
         return denoising_loss(lambda x, t: model(x, t, return_dict=False)[0], clean, alphas, generator)
 
     if not options.export_only:

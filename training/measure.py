@@ -39,10 +39,10 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     sentences = []
     for guidance in options.guidance:
-        pictures, labels = sample(pipeline, options.count, guidance, options.seed)
+        images, labels = sample(pipeline, options.count, guidance, options.seed)
         if options.name != "emoji-ldm":
-            sentences += judge(options.models / "fashion-classifier", pictures, labels, guidance)
-    save_grid(pictures, options.grid)
+            sentences += judge(options.models / "fashion-classifier", images, labels, guidance)
+    save_grid(images, options.grid)
     card = folder / "README.md"
     text = card.read_text().split(HEADING)[0]
     card.write_text(text + HEADING + "".join(f"- {sentence}\n" for sentence in sentences) if sentences else text)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Pictures float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count] if they have any."""
+    """Images float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count] if they have any."""
     generator = torch.Generator().manual_seed(seed)
     kind = type(pipeline).__name__
     prompts = (Path(pipeline.config._name_or_path) / "prompts.txt").read_text().split("\n") if "Stable" in kind else []
@@ -68,12 +68,12 @@ def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) 
     return torch.cat(parts), labels if kind == "DiTPipeline" else None
 
 
-def judge(classifier: Path, pictures: Tensor, labels: Tensor | None, guidance: float) -> list[str]:
-    """What the Fashion-MNIST classifier makes of `pictures`, as sentences for the card."""
+def judge(classifier: Path, images: Tensor, labels: Tensor | None, guidance: float) -> list[str]:
+    """What the Fashion-MNIST classifier makes of `images`, as sentences for the card."""
     model = FashionClassifier.from_pretrained(classifier)
-    features = model.features(pictures * 2 - 1)
+    features = model.features(images * 2 - 1)
     distance = frechet_distance(gaussian_statistics(features), load_statistics(classifier / "statistics.safetensors"))
-    count = f"{len(pictures)} samples of {STEPS} DDIM steps"
+    count = f"{len(images)} samples of {STEPS} DDIM steps"
     scale = "" if labels is None else f" at guidance scale {guidance:g}"
     sentences = [f"Frechet distance in the features of `fashion-classifier`, {count}{scale}: {distance:.2f}."]
     if labels is not None:
@@ -84,9 +84,9 @@ def judge(classifier: Path, pictures: Tensor, labels: Tensor | None, guidance: f
     return sentences
 
 
-def save_grid(pictures: Tensor, path: Path, columns: int = 10, enlarge: int = 2) -> None:
-    """The first 100 of `pictures` as one PNG."""
-    shown = pictures[: min(100, len(pictures) // columns * columns)].clamp(0, 1)
+def save_grid(images: Tensor, path: Path, columns: int = 10, enlarge: int = 2) -> None:
+    """The first 100 of `images` as one PNG."""
+    shown = images[: min(100, len(images) // columns * columns)].clamp(0, 1)
     channels, size = shown.shape[1], shown.shape[-1]
     rows = shown.reshape(-1, columns, channels, size, size).permute(0, 3, 1, 4, 2)
     array = (rows.reshape(-1, columns * size, channels) * 255).round().byte().numpy()

@@ -49,20 +49,20 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target) + F.mse_loss(output, target) + edges
 
 
-def pictures_of(kind: str, data: Path) -> Callable[[int, torch.Generator], Tensor]:
-    """A function ``(batch, generator) -> float32 [batch, C, H, W]`` of training pictures."""
+def images_of(kind: str, data: Path) -> Callable[[int, torch.Generator], Tensor]:
+    """A function ``(batch, generator) -> float32 [batch, C, H, W]`` of training images."""
     if kind == "fashion":
         fashion, _ = fashion_mnist(data, "train")
         return lambda batch, generator: to_float(fashion[torch.randint(len(fashion), (batch,), generator=generator)])
     rgba = emoji(data).rgba
     colours = list(COLOURS)
 
-    def draw(batch: int, generator: torch.Generator) -> Tensor:
+    def generate(batch: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(rgba), (batch,), generator=generator)
         colour = torch.randint(len(colours), (batch,), generator=generator).tolist()
         return torch.cat([on_colour(rgba[i : i + 1], colours[c]) for i, c in zip(chosen.tolist(), colour, strict=True)])
 
-    return draw
+    return generate
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -71,15 +71,15 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def prepared(kind: str, run: Path, pictures: Tensor, cache: Path) -> tuple[AutoencoderKL, Tensor]:
-    """The trained autoencoder of `run`, and the latents of `pictures` with zero mean and unit variance per channel.
+def prepared(kind: str, run: Path, images: Tensor, cache: Path) -> tuple[AutoencoderKL, Tensor]:
+    """The trained autoencoder of `run`, and the latents of `images` with zero mean and unit variance per channel.
 
     The normalisation is folded into the two 1x1 convolutions around the latent, so that the scaling factor is 1 and a
     pipeline needs no shift. Encoding is done once: delete the file `cache` when the autoencoder has changed.
 
     Args:
         run: ``--out`` folder of its training, or the folder of an exported pipeline.
-        pictures: float32 [N, C, H, W] in [-1, 1].
+        images: float32 [N, C, H, W] in [-1, 1].
         cache: safetensors with ``latents`` [N, 4, h, w], ``mean`` [4] and ``std`` [4].
     """
     trained = (run / "checkpoint.safetensors").exists()
@@ -87,7 +87,7 @@ def prepared(kind: str, run: Path, pictures: Tensor, cache: Path) -> tuple[Autoe
         device()
     )
     if not cache.exists():
-        raw = torch.cat([model.encode(part.to(device())).latent_dist.mean.cpu() for part in pictures.split(200)])
+        raw = torch.cat([model.encode(part.to(device())).latent_dist.mean.cpu() for part in images.split(200)])
         mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
         latents = (raw - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +117,10 @@ def main() -> None:
     model = build(options.kind).to(device())
     if options.init:
         model.load_state_dict(AutoencoderKL.from_pretrained(options.init, subfolder="vae").state_dict())
-    draw = pictures_of(options.kind, options.data)
+    draw_batch = images_of(options.kind, options.data)
 
     def loss(_step: int, generator: torch.Generator) -> Tensor:
-        target = draw(plan.batch, generator).to(device())
+        target = draw_batch(plan.batch, generator).to(device())
         with autocast():
             posterior = model.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device())

@@ -2,9 +2,9 @@
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
-from stepquant.numerics.ranges import RangeMethod
+from stepquant.core.ranges import RangeMethod
+from stepquant.optimize.blocks import Settings
 from stepquant.recipes import Job
-from stepquant.reconstruction.blocks import Settings
 
 
 def reconstructed(job: Job, *, activation_range: RangeMethod = "least-error", iterations: int = 50) -> Instrumented:

@@ -16,7 +16,7 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["stepquant.checkpoint", "stepquant.nn", "stepquant.numerics"]):
+with atheris.instrument_imports(include=["stepquant.checkpoint", "stepquant.layers", "stepquant.core"]):
     import stepquant
     from benchmarks.trust.damage import reseal
     from benchmarks.trust.interruption import build

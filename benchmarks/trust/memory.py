@@ -21,7 +21,7 @@ import torch
 
 import stepquant
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.quiet import silence_libraries
 
 
@@ -64,12 +64,12 @@ def sampling(model: str, steps: int) -> tuple[int, int]:
     pipeline = resolve_pipeline(model)
     calibration = stepquant.Calibration(samples=8, steps=2)
     quantized = stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=calibration)
-    draw(quantized, make_request(quantized, 10), range(2), 0)
+    generate(quantized, make_request(quantized, 10), range(2), 0)
     held = []
     gc.collect()
     start = own_bytes()
     for _ in range(2):
-        draw(quantized, make_request(quantized, steps), range(2), 0)
+        generate(quantized, make_request(quantized, steps), range(2), 0)
         gc.collect()
         held.append(own_bytes() - start)
     return held[0], held[1]

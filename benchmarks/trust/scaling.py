@@ -20,7 +20,7 @@ class Job:
 
     Attributes:
         samples, trajectories, steps, iterations, batch_size: of the recipe.
-        halves: samples of the denoiser a picture and step, 2 under guidance.
+        halves: samples of the denoiser an image and step, 2 under guidance.
         chunk: samples that pass at a time (`stepquant.models.chunk_size`), trajectories likewise.
         blocks, layers: of the denoiser.
         width: inputs of a typical layer, kernel included: the side of its second moments.

@@ -1,16 +1,17 @@
 """stepquant: quantize diffusion models step by step and run them in integers."""
 
-from stepquant import diffusers_quantizer, transformers_quantizer
 from stepquant.api import quantize, sensitivity, train
-from stepquant.calibration.trajectories import Calibration
+from stepquant.calibration.samples import Calibration
 from stepquant.config import QuantSpec
-from stepquant.diffusers_quantizer import StepquantConfig
 from stepquant.errors import StepquantError
+from stepquant.integrations import diffusers as diffusers_integration
+from stepquant.integrations import transformers as transformers_integration
+from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.saving import load, save
 from stepquant.version import __version__
 
-diffusers_quantizer.register()
-transformers_quantizer.register()
+diffusers_integration.register()
+transformers_integration.register()
 
 __all__ = [
     "Calibration",

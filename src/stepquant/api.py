@@ -17,25 +17,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
-from stepquant.calibration.instrument import Instrumented, check_exceptions
+from stepquant.calibration.image_folder import open_images
+from stepquant.calibration.instrument import Instrumented, check_overrides
+from stepquant.calibration.placement import device_of, placed
+from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
-from stepquant.calibration.trajectories import Calibration
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
-from stepquant.components import Also, check_components, quantize_component
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
+from stepquant.integrations.components import Also, check_components, quantize_component
+from stepquant.layers.install import Quantization, install, quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.nn.deploy import Quantization, install, quantized_modules
-from stepquant.nn.placement import device_of, placed
-from stepquant.picture_folder import open_pictures
-from stepquant.pipelines import check_dtype, make_request
+from stepquant.pipelines.corrected_scheduler import correct_sampler
+from stepquant.pipelines.generate import check_dtype, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
 from stepquant.recipes.job import RANKING_SAMPLES
 from stepquant.recipes.qat import qat
 from stepquant.runtime import Backend, prepare
-from stepquant.sampler import correct_sampler
 from stepquant.saving import bound
 from stepquant.version import __version__
 from stepquant.workspace import Workspace
@@ -200,7 +200,7 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     check_dtype(pipeline)
     spec.check_quantizes()
     description = describe(denoiser)
-    check_exceptions(description, spec)
+    check_overrides(description, spec)
     if budget is not None:
         bits = description.quantized_bits(spec)
         check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
@@ -241,9 +241,9 @@ def train(
 
     Args:
         pipeline, spec: as for `quantize`.
-        data: folder of pictures, see `stepquant.picture_folder.open_pictures`; trained on with the diffusion loss.
+        data: folder of images, see `stepquant.calibration.image_folder.open_images`; trained on with the diffusion loss.
         distill: learn what full precision answers instead; on `data` if there is any, else on trajectories of the
-            pipeline's own sampler, as many at a time as ``calibration`` has pictures.
+            pipeline's own sampler, as many at a time as ``calibration`` has images.
         arguments: hyperparameters of `stepquant.recipes.qat.qat`, such as ``iterations``, and all other arguments of
             `quantize` but the recipe. ``calibration`` is of the ranges that training starts at.
 
@@ -252,18 +252,18 @@ def train(
     """
     if data is None and not distill:
         raise StepquantError(
-            "training has nothing to learn from: give a folder of pictures as data, "
+            "training has nothing to learn from: give a folder of images as data, "
             "or ask to distill full precision, which needs none."
         )
-    pictures = None if data is None else open_pictures(data, pipeline)
+    images = None if data is None else open_images(data, pipeline)
     if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
         arguments["intervals"] = "static"  # no activation has an interval
 
     @functools.wraps(qat)
     def trained(job: Job, **values: Any) -> Instrumented:
-        return qat(job, pictures, **values)
+        return qat(job, images, **values)
 
-    named = None if pictures is None else pictures.folder.name
+    named = None if images is None else images.folder.name
     return quantize(pipeline, spec, recipe=trained, distill=distill, data=named, **arguments)
 
 

@@ -79,7 +79,7 @@ class QuantSpec(Checked):
 
     Attributes:
         bits: the default, as ``"w4a8"``.
-        exceptions: regular expressions over module names -> bits, ``{"mid_block": "w8a8"}``; the first that is
+        overrides: regular expressions over module names -> bits, ``{"mid_block": "w8a8"}``; the first that is
             found in a name (``re.search``) wins, and beats `first_last_bits`.
         first_last_bits: least number of bits of the first and the last layer, weight and activation.
         first_input_bits: bits of the first layer's activation, which is the sampler's own state x_t. It has 1 to 16
@@ -88,7 +88,7 @@ class QuantSpec(Checked):
         softmax_bits: bits of the attention probabilities (unsigned, zero point 0).
         split_skips: quantize the two halves of a skip concatenation apart (Q-Diffusion, arXiv 2302.04304);
             ``None`` leaves it to the recipe.
-        balance: move what differs between an activation's channels into the weight (`stepquant.calibration.balance`);
+        smoothing: move what differs between an activation's channels into the weight (`stepquant.calibration.smoothing`);
             ``None`` leaves it to the recipe.
         exact_time: leave the layers whose input depends on the timestep alone in floating point. They are few, and
             their outputs are then those of full precision at every step.
@@ -98,12 +98,12 @@ class QuantSpec(Checked):
     called = "quantization spec"
 
     bits: str
-    exceptions: dict[str, str] = Field(default_factory=dict)
+    overrides: dict[str, str] = Field(default_factory=dict)
     first_last_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = 8
     first_input_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = FLOAT_BITS
     softmax_bits: Annotated[int, Field(ge=2, le=FLOAT_BITS)] = 8
     split_skips: bool | None = None
-    balance: bool | None = None
+    smoothing: bool | None = None
     exact_time: bool = False
     group_size: Annotated[int, Field(ge=8)] | None = None
 
@@ -112,14 +112,14 @@ class QuantSpec(Checked):
     def _parse_bits(cls, value: str) -> str:
         return _checked_bits(value)
 
-    @field_validator("exceptions")
+    @field_validator("overrides")
     @classmethod
-    def _parse_exceptions(cls, value: dict[str, str]) -> dict[str, str]:
+    def _parse_overrides(cls, value: dict[str, str]) -> dict[str, str]:
         for pattern in value:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepquantError(f"exception {pattern!r} is no regular expression: {error}.") from None
+                raise StepquantError(f"override {pattern!r} is no regular expression: {error}.") from None
         return {pattern: _checked_bits(bits) for pattern, bits in value.items()}
 
     @field_validator("first_last_bits", "first_input_bits", "softmax_bits")
@@ -152,9 +152,9 @@ class QuantSpec(Checked):
 
     def layer_bits(self, name: str, *, first: bool = False, last: bool = False) -> LayerBits:
         """Bits of the layer called `name` (its dotted module path in the denoiser)."""
-        for pattern, exception in self.exceptions.items():
+        for pattern, override in self.overrides.items():
             if re.search(pattern, name):
-                return LayerBits.parse(exception)
+                return LayerBits.parse(override)
         bits = self.default_bits
         if bits.is_float or not (first or last):
             return bits

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from stepquant.calibration.trajectories import Calibration
+from stepquant.calibration.samples import Calibration
 from stepquant.evaluation.cost import own_bytes, own_peak_bytes
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines import Request, draw
+from stepquant.pipelines.generate import Request, generate
 
 Effort = Literal["quick", "standard", "thorough"]
 
@@ -45,7 +45,7 @@ class Plan:
     Attributes:
         blocks: units of reconstruction of the denoiser.
         parameters: of the denoiser.
-        pictures, steps, samples: drawn for calibration, denoising steps of each, and inputs kept of them.
+        images, steps, samples: drawn for calibration, denoising steps of each, and inputs kept of them.
         iterations: a block; 0 for a recipe that learns nothing.
         seconds: estimated, the collection of samples and all the rest.
         memory: estimated peak, bytes.
@@ -54,7 +54,7 @@ class Plan:
     family: str
     blocks: int
     parameters: int
-    pictures: int
+    images: int
     steps: int
     samples: int
     iterations: int
@@ -66,13 +66,13 @@ class Plan:
         collecting, calibrating = (duration(seconds) for seconds in self.seconds)
         return (
             f"plan: {self.family}, {self.parameters / 1e6:.1f} M parameters; "
-            f"{self.samples} samples from {self.pictures} pictures of {self.steps} steps (about {collecting}), "
+            f"{self.samples} samples from {self.images} images of {self.steps} steps (about {collecting}), "
             f"then {self.blocks} blocks, {learning} (about {calibrating}); about {self.memory / 1e9:.1f} GB of memory"
         )
 
 
 def make_plan(pipeline: Any, request: Request, calibration: Calibration, hyperparameters: dict[str, Any]) -> Plan:
-    """Time one call of the denoiser on one picture, and multiply.
+    """Time one call of the denoiser on one image, and multiply.
 
     Args:
         hyperparameters: of the recipe; ``iterations`` and ``batch_size`` count if it has them.
@@ -87,12 +87,12 @@ def make_plan(pipeline: Any, request: Request, calibration: Calibration, hyperpa
         family=description.family,
         blocks=len(description.blocks),
         parameters=parameters,
-        pictures=calibration.pictures,
+        images=calibration.images,
         steps=calibration.steps,
         samples=calibration.samples,
         iterations=iterations,
         seconds=(
-            call * calibration.pictures * calibration.steps,
+            call * calibration.images * calibration.steps,
             call * (PASSES * calibration.samples + LEARNING * iterations * batch),
         ),
         memory=max(own_peak_bytes(), own_bytes() + int(QUANTIZED * 4 * parameters)),
@@ -100,13 +100,13 @@ def make_plan(pipeline: Any, request: Request, calibration: Calibration, hyperpa
 
 
 def _seconds_of_a_call(pipeline: Any, denoiser: nn.Module, request: Request) -> float:
-    """The shorter of two steps of one picture: the first is slowed by what is set up once."""
+    """The shorter of two steps of one image: the first is slowed by what is set up once."""
     started: list[float] = []
     spent: list[float] = []
     before = denoiser.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
     after = denoiser.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started[-1]))
     try:
-        draw(
+        generate(
             pipeline,
             Request(request.conditions, 2, request.guidance, request.size, request.inputs),
             [0],

@@ -149,7 +149,7 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def fingerprint(value: Any) -> Any:
-    """Stands for an argument, JSON-able: what tensors, arrays and pictures hold, and not where they lie.
+    """Stands for an argument, JSON-able: what tensors, arrays and images hold, and not where they lie.
 
     Dictionaries, lists and tuples are entered; of anything else it is the `repr`.
     """

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.runtime_agreement import Simulation, of_outputs, of_pictures, one_by_one
+from benchmarks.runtime_agreement import Simulation, of_images, of_outputs, one_by_one
 from stepquant.runtime.reference import ReferenceKernel
 from stepquant.studies.reference import TARGET
 from tests.runtime.test_runtimes import SPLITS, STEPS, convolution, linear
 
 
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("split", SPLITS)
-def test_simulation(split, balanced):
+def test_simulation(split, smoothed):
     for module, x in (
-        (convolution(7, 6, 3, padding=1, split=SPLITS[split], balanced=balanced), torch.randn(3, 7, 6, 5)),
-        (linear(split=SPLITS[split], bits=(4, 8), balanced=balanced), torch.randn(3, 5, 7)),
+        (convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=smoothed), torch.randn(3, 7, 6, 5)),
+        (linear(split=SPLITS[split], bits=(4, 8), smoothed=smoothed), torch.randn(3, 5, 7)),
     ):
         for row in range(STEPS):
             expected = ReferenceKernel(module)(x, torch.tensor(row))
@@ -26,9 +26,9 @@ def test_simulation(split, balanced):
 def test_decibels():
     """Errors of 2, 0.2 and 0.02 throughout: 0, 20 and 40 dB; together the largest counts."""
     simulated = torch.zeros(3, 1, 4, 4)
-    pictures = simulated + torch.tensor([2.0, 0.2, 0.02]).reshape(3, 1, 1, 1)
-    assert of_pictures(pictures, simulated) == {"pooled": 4.73, "worst": 0.0, "median": 20.0}
-    assert of_pictures(simulated, simulated)["pooled"] == 100.0
+    images = simulated + torch.tensor([2.0, 0.2, 0.02]).reshape(3, 1, 1, 1)
+    assert of_images(images, simulated) == {"pooled": 4.73, "worst": 0.0, "median": 20.0}
+    assert of_images(simulated, simulated)["pooled"] == 100.0
 
 
 def test_decibels_of_outputs():

@@ -25,7 +25,7 @@ def _sensitivity(errors, sizes, bits=None):
 
 def _kept(measured, budget):
     """Layer patterns that a w4a8 model spares."""
-    return within_budget(QuantSpec.parse("w4a8"), measured, budget).exceptions
+    return within_budget(QuantSpec.parse("w4a8"), measured, budget).overrides
 
 
 def test_a_budget_takes_the_most_sensitive_layers_by_weight_first():
@@ -81,10 +81,10 @@ def test_budgets_are_parsed():
 
 
 def test_the_spec_within_a_budget_reaches_the_layers(fragile_pipeline, tmp_path):
-    spec = QuantSpec.parse({"bits": "w4a8", "exceptions": {"conv_shortcut": "w6a8"}})
+    spec = QuantSpec.parse({"bits": "w4a8", "overrides": {"conv_shortcut": "w6a8"}})
     measured = stepquant.sensitivity(fragile_pipeline, spec, workspace=tmp_path, samples=8, steps=4)
     chosen = within_budget(spec, measured, 5.5)
-    assert next(iter(chosen.exceptions)) == "conv_shortcut"
+    assert next(iter(chosen.overrides)) == "conv_shortcut"
     unet = fragile_pipeline.unet
     layers = instrument(unet, describe(unet), chosen).layers
     bits = {name: layer.weight_quantizer.bits for name, layer in layers.items()}

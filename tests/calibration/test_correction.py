@@ -8,11 +8,11 @@ import torch
 import stepquant
 from stepquant.calibration.correction import estimate_correction
 from stepquant.calibration.instrument import instrument
-from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
+from stepquant.layers.correction import Correction, correction_of
 from stepquant.models import describe
-from stepquant.nn.correction import Correction, correction_of
 from stepquant.progress import Progress
 
 CALIBRATION = stepquant.Calibration(samples=16, steps=4)

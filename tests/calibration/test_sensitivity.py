@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import stepquant
+from stepquant.calibration.fake_quant.weight import WeightQuantizer
 from stepquant.calibration.instrument import instrument
+from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers, measure
-from stepquant.calibration.trajectories import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.models import describe
-from stepquant.nn.weight_quantizer import WeightQuantizer
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
@@ -58,7 +58,7 @@ def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, t
 
 
 def test_relief_and_alone_agree_where_only_one_layer_is_quantized(unconditional_pipeline, tmp_path):
-    spec = {"bits": "w4a8", "exceptions": {f"^(?!{re.escape(MIDDLE)}$)": "w16a16"}}
+    spec = {"bits": "w4a8", "overrides": {f"^(?!{re.escape(MIDDLE)}$)": "w16a16"}}
     alone, relief = (
         stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, how=how, **SMALL)
         for how in ("alone", "relief")
@@ -81,7 +81,7 @@ def test_the_layers_input_is_quantized_with_it(unconditional_pipeline, tmp_path)
 def test_probabilities_count_in_the_whole_network_and_for_no_layer(unconditional_pipeline, tmp_path):
     attentions = r"attentions\.\d+$"
     only = {f"^(?!{re.escape(MIDDLE)}$)(?!.*{attentions})": "w16a16"}
-    spec = {"bits": "w8a8", "exceptions": only, "softmax_bits": 2}
+    spec = {"bits": "w8a8", "overrides": only, "softmax_bits": 2}
     measured = stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, **SMALL)
     assert list(measured.bits) == [MIDDLE]
     assert (measured.whole > 2 * measured.errors[0]).all()
@@ -178,7 +178,7 @@ def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(how, uncond
 
     def measure(folder, progress=None):
         passes.clear()
-        spec = {"bits": "w4a8", "exceptions": {"time_emb": "w16a16"}}
+        spec = {"bits": "w4a8", "overrides": {"time_emb": "w16a16"}}
         return stepquant.sensitivity(pipeline, spec, workspace=tmp_path / folder, how=how, progress=progress, **SMALL)
 
     whole = measure("whole")

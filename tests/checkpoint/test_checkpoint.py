@@ -13,16 +13,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
 import stepquant
 from stepquant.api import assemble
+from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.checkpoint.card import CARD
 from stepquant.checkpoint.format import MANIFEST, WEIGHTS, Manifest, read_manifest, record
 from stepquant.checkpoint.write import narrow
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import Quantization
 from stepquant.models import denoiser_name, describe
-from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import Quantization
-from stepquant.nn.trainable import wrap
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 
@@ -70,7 +70,7 @@ def test_what_was_saved_is_what_was_measured(name, request, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
     wanted = make_request(pipeline, 2)
-    assert torch.equal(draw(quantized, wanted, range(2), 0), draw(loaded, wanted, range(2), 0))
+    assert torch.equal(generate(quantized, wanted, range(2), 0), generate(loaded, wanted, range(2), 0))
     loaded.save_pretrained(tmp_path / "b")
     # transformers writes a loaded tokenizer's configuration with more defaults spelled out than a new one's.
     respelled = {MANIFEST, "tokenizer_config.json"} if name == "text_pipeline" else set()

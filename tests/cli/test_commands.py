@@ -33,7 +33,7 @@ def quantized(unconditional_folder, tmp_path_factory):
         "--bits",
         "w4a8",
         *small,
-        "--exception",
+        "--override",
         "mid_block=w8a8",
         "--out",
         out,
@@ -78,8 +78,8 @@ def test_inspect_shows_a_full_precision_model(kind, family, request):
 def test_sample_writes_a_grid(quantized, tmp_path):
     out = tmp_path / "new" / "grid.png"
     _run("sample", quantized, "--count", 3, "--steps", 2, "--out", out)
-    with Image.open(out) as picture:
-        assert picture.size == (130, 130)
+    with Image.open(out) as image:
+        assert image.size == (130, 130)
 
 
 @pytest.mark.parametrize(("kind", "condition"), [("class", ("--label", 3)), ("text", ("--prompt", "a b"))])
@@ -90,7 +90,7 @@ def test_sample_takes_conditions(kind, condition, request, tmp_path):
     assert out.is_file()
 
 
-def test_evaluate_writes_figures_and_pictures(quantized, unconditional_folder, tmp_path, monkeypatch):
+def test_evaluate_writes_figures_and_images(quantized, unconditional_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("stepquant.evaluation.compare.peak_memory_bytes", lambda *_: 1)
     figures, grid = tmp_path / "figures.json", tmp_path / "grid.png"
     said = _run(

@@ -34,8 +34,8 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--bits", "four"], "not understood"),
         (["zoo:fashion-ddpm", "--samples", "0"], "samples is 0"),
         (["zoo:fashion-ddpm", "--steps", "-1"], "steps is -1"),
-        (["zoo:fashion-ddpm", "--exception", "mid_block"], "REGEX=BITS"),
-        (["zoo:fashion-ddpm", "--exception", "(=w8a8"], "no regular expression"),
+        (["zoo:fashion-ddpm", "--override", "mid_block"], "REGEX=BITS"),
+        (["zoo:fashion-ddpm", "--override", "(=w8a8"], "no regular expression"),
         (["zoo:fashion-ddpm", "--recipe", "minmax", "--iterations", "5"], "no hyperparameter 'iterations'"),
         (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
         (["zoo:fashion-ddpm", "--steps", "5000"], "the model knows 1000 timesteps"),
@@ -43,7 +43,7 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--bits", "w16a16"], "there is nothing to quantize"),
         (["zoo:fashion-ddpm", "--bits", "w4a8", "--budget", "1bits"], "a budget of 1 bits cannot be met"),
         (["zoo:fashion-ddpm", "--also", "vae=w8a16"], "no model 'vae' beside its denoiser"),
-        (["zoo:fashion-ddpm", "--exception", "no_such=w8a8"], "exception 'no_such' matches none of the layers"),
+        (["zoo:fashion-ddpm", "--override", "no_such=w8a8"], "override 'no_such' matches none of the layers"),
         (["zoo:emoji-ldm", "--size", "33"], "does not draw this: `height` and `width` have to be divisible by 8"),
     ],
 )
@@ -55,7 +55,7 @@ def test_quantize(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a folder of pictures with --data, or --distill"),
+        ([], "give a folder of images with --data, or --distill"),
         (["--data", "/no/such/folder"], "is no folder"),
         (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
         (["--distill", "--iterations", "0"], "iterations is 0"),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import stepquant
 from stepquant.cli.main import app
-from stepquant.nn.deploy import quantized_modules
+from stepquant.layers.install import quantized_modules
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 
@@ -35,18 +35,18 @@ def test_the_command_writes_figures_and_says_how_to_go_on(fragile_folder, tmp_pa
     assert all(len(layer["errors"]) == 4 for layer in figures["layers"])
     said = result.stdout[result.stdout.index("stepquant quantize ") :].replace("\\\n", " ")
     words = shlex.split(said)
-    given = [word for before, word in pairwise(words) if before == "--exception"]
-    exceptions = dict(word.rsplit("=", 1) for word in given)
-    assert exceptions == figures["exceptions"]
-    assert exceptions[f"^{re.escape(FRAGILE)}$"] == "w8a8"
-    with Image.open(out / "sensitivity.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 500
+    given = [word for before, word in pairwise(words) if before == "--override"]
+    overrides = dict(word.rsplit("=", 1) for word in given)
+    assert overrides == figures["overrides"]
+    assert overrides[f"^{re.escape(FRAGILE)}$"] == "w8a8"
+    with Image.open(out / "sensitivity.png") as image:
+        assert image.format == "PNG" and min(image.size) > 500
 
     again = _run(*asked)
     assert again.exit_code == 0
-    assert "--exception" not in again.stdout
+    assert "--override" not in again.stdout
     same = json.loads((out / "sensitivity.json").read_text())
-    assert same["layers"] == figures["layers"] and "exceptions" not in same
+    assert same["layers"] == figures["layers"] and "overrides" not in same
 
 
 def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp_path):

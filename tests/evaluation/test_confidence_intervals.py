@@ -8,7 +8,7 @@ from stepquant.evaluation.intervals import mean_interval
 
 @pytest.mark.parametrize("distribution", ["normal", "skewed"])
 def test_an_interval_covers_the_mean_as_often_as_it_says(distribution):
-    """400 studies of 64 pictures each: at a true coverage of 95 %, 90 to 98 % hold the mean but once in 10,000."""
+    """400 studies of 64 images each: at a true coverage of 95 %, 90 to 98 % hold the mean but once in 10,000."""
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(400):
@@ -32,4 +32,4 @@ def test_what_leaves_nothing_to_resample():
     assert mean_interval(torch.tensor([3.0])).interval is None
     assert mean_interval(torch.full((5,), 3.0)).interval == (3, 3)
     values = torch.rand(20, generator=torch.Generator().manual_seed(2))
-    assert mean_interval(values) == mean_interval(values), "the same pictures give the same interval"
+    assert mean_interval(values) == mean_interval(values), "the same images give the same interval"

@@ -66,7 +66,7 @@ def test_statistics_survive_the_disk(tmp_path):
 
 
 class _Identity(nn.Module):
-    """Hands torchmetrics features as if they were pictures."""
+    """Hands torchmetrics features as if they were images."""
 
     num_features = 6
 
@@ -118,13 +118,13 @@ def test_precision_and_recall_are_those_of_a_tree_of_neighbours(features):
         radius = tree.query(cloud, k=4)[0][:, -1]
         return np.mean([np.any(np.linalg.norm(cloud - query, axis=1) <= radius) for query in queries])
 
-    pictures, data = (cloud.double().numpy() for cloud in features)
+    images, data = (cloud.double().numpy() for cloud in features)
     found = precision_recall(*features)
-    assert found == (pytest.approx(inside(pictures, data)), pytest.approx(inside(data, pictures)))
+    assert found == (pytest.approx(inside(images, data)), pytest.approx(inside(data, images)))
     assert 0.1 < min(found) < max(found) < 1
 
 
-def test_precision_falls_with_bad_pictures_and_recall_with_missing_ones():
+def test_precision_falls_with_bad_images_and_recall_with_missing_ones():
     generator = torch.Generator().manual_seed(6)
     data = torch.randn(200, 2, generator=generator)
     assert precision_recall(data, data) == (1, 1)
@@ -145,11 +145,11 @@ def test_score_is_that_of_torchmetrics():
     assert inception_score(certain, splits=5) == pytest.approx(4)
 
 
-def test_too_few_pictures_and_other_features_are_refused(features):
+def test_too_few_images_and_other_features_are_refused(features):
     a, b = features
     for measured, message in (
-        (lambda: kernel_distance(a[:1], b), "at least 2 pictures"),
-        (lambda: precision_recall(a, b[:3]), "at least 4 pictures"),
+        (lambda: kernel_distance(a[:1], b), "at least 2 images"),
+        (lambda: precision_recall(a, b[:3]), "at least 4 images"),
         (lambda: inception_score(a[:19]), "draw 20 or more"),
         (lambda: kernel_distance(a, b[:, :3]), "vectors of one length"),
         (lambda: frechet_distance(gaussian_statistics(a), gaussian_statistics(b[:, :3])), "6 and of 3 dimensions"),

@@ -34,7 +34,7 @@ class _Code:
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -48,17 +48,17 @@ def alexnet(tmp_path_factory):
     return network, path
 
 
-def test_lpips_is_that_of_torchmetrics(alexnet, pictures, monkeypatch):
+def test_lpips_is_that_of_torchmetrics(alexnet, images, monkeypatch):
     network, path = alexnet
     monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_: network)
-    reference = (pictures + 0.3 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
-    theirs = torchmetrics_lpips._NoTrainLpips(net="alex")(pictures, reference).flatten()
-    ours = Lpips(path)(pictures, reference)
+    reference = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    theirs = torchmetrics_lpips._NoTrainLpips(net="alex")(images, reference).flatten()
+    ours = Lpips(path)(images, reference)
     assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
-    assert Lpips(path)(pictures, pictures).tolist() == [0, 0]
+    assert Lpips(path)(images, images).tolist() == [0, 0]
     assert (ours > 1e-4).all()
     with pytest.raises(StepquantError, match="32 x 32 or more"):
-        Lpips(path)(pictures[..., :16, :16], reference[..., :16, :16])
+        Lpips(path)(images[..., :16, :16], reference[..., :16, :16])
 
 
 def test_weights_that_are_missing_of_something_else_or_hold_code(tmp_path):
@@ -99,10 +99,10 @@ def _processor(folder, mean, std):
     )
 
 
-def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, pictures):
+def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, images):
     extractor = EmbeddingExtractor(clip_folder)
     prompts = ["a b c", "d " * 40]  # the second is longer than the model takes
-    small = pictures[..., :32, :32]
+    small = images[..., :32, :32]
     scores = clip_scores(extractor(small)["embedding"], extractor.texts(prompts))
     codes = ((small + 1) * 127.5).round() / 255
     mean, std = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
@@ -117,15 +117,15 @@ def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, picture
     assert clip_scores(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])).tolist() == [0]
 
 
-def test_dino_gives_its_class_token(tmp_path, pictures):
+def test_dino_gives_its_class_token(tmp_path, images):
     torch.manual_seed(4)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     Dinov2Model(config).save_pretrained(tmp_path)
     _processor(tmp_path, [0.5] * 3, [0.5] * 3)
-    embedding = EmbeddingExtractor(tmp_path)(pictures[..., :32, :32])["embedding"]
+    embedding = EmbeddingExtractor(tmp_path)(images[..., :32, :32])["embedding"]
     with torch.no_grad():
-        token = Dinov2Model.from_pretrained(tmp_path).eval()(pictures[..., :32, :32]).last_hidden_state[:, 0]
-    # Rounding to the 256 codes of a picture file lies between the two.
+        token = Dinov2Model.from_pretrained(tmp_path).eval()(images[..., :32, :32]).last_hidden_state[:, 0]
+    # Rounding to the 256 codes of an image file lies between the two.
     torch.testing.assert_close(embedding, torch.nn.functional.normalize(token, dim=1), atol=1e-2, rtol=0)
     with pytest.raises(StepquantError, match="knows no text"):
         EmbeddingExtractor(tmp_path).texts(["a"])
@@ -145,7 +145,7 @@ def test_inception_says_what_it_lacks(monkeypatch):
         InceptionExtractor(None)
 
 
-def test_inception_by_torch_fidelity(tmp_path, pictures, monkeypatch):
+def test_inception_by_torch_fidelity(tmp_path, images, monkeypatch):
     """With torch-fidelity and torchvision installed (the extra `inception`), which no other test needs."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with monkeypatch.context() as random_weights:
@@ -154,8 +154,8 @@ def test_inception_by_torch_fidelity(tmp_path, pictures, monkeypatch):
         torch.manual_seed(5)
         model = fidelity.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
     torch.save(dict(model.state_dict()), tmp_path / "inception.pth")
-    found = InceptionExtractor(tmp_path / "inception.pth")(pictures)
-    codes = ((pictures + 1) * 127.5).round().to(torch.uint8)
+    found = InceptionExtractor(tmp_path / "inception.pth")(images)
+    codes = ((images + 1) * 127.5).round().to(torch.uint8)
     pool, logits = model(codes)
     torch.testing.assert_close(found["pool"], pool)
     torch.testing.assert_close(found["logits"], logits)

@@ -14,43 +14,43 @@ class _Mean:
     def __init__(self, key: str = "mean", fails_at: int = -1) -> None:
         self.key, self.fails_at, self.calls = key, fails_at, 0
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         if self.calls == self.fails_at:
             raise KeyboardInterrupt
         self.calls += 1
-        return {"mean": pictures.mean(dim=(2, 3)), "max": pictures.amax(dim=(2, 3))}
+        return {"mean": images.mean(dim=(2, 3)), "max": images.amax(dim=(2, 3))}
 
 
 def test_an_interrupted_extraction_continues_and_content_decides(tmp_path):
-    pictures = torch.rand(150, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    expected = pictures.mean(dim=(2, 3))
+    images = torch.rand(150, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = images.mean(dim=(2, 3))
     with pytest.raises(KeyboardInterrupt):
-        extract(_Mean(fails_at=2), TensorPictures(pictures), tmp_path)
+        extract(_Mean(fails_at=2), TensorPictures(images), tmp_path)
     continued = _Mean()
-    found = extract(continued, TensorPictures(pictures), tmp_path)
+    found = extract(continued, TensorPictures(images), tmp_path)
     assert torch.equal(found["mean"], expected)
     assert found["max"].shape == (150, 1)
     assert continued.calls == 1, "two of the three batches were kept"
 
     again = _Mean()
-    assert torch.equal(extract(again, TensorPictures(pictures.clone()), tmp_path)["mean"], expected)
+    assert torch.equal(extract(again, TensorPictures(images.clone()), tmp_path)["mean"], expected)
     assert again.calls == 0
-    changed = pictures.clone()
+    changed = images.clone()
     changed[0, 0, 0, 0] += 0.5
     assert not torch.equal(extract(again, TensorPictures(changed), tmp_path)["mean"], expected)
     assert again.calls == 1
     other = _Mean(key="another network")
-    extract(other, TensorPictures(pictures), tmp_path)
+    extract(other, TensorPictures(images), tmp_path)
     assert other.calls == 3
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     for name, code in (("b.png", 255), ("a.PNG", 0), ("c.jpg", 255)):
         Image.new("L", (6, 5), code).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    pictures = FolderPictures(tmp_path)
-    assert len(pictures) == 3
-    (batch,) = pictures
+    (tmp_path / "notes.txt").write_text("no image")
+    images = FolderPictures(tmp_path)
+    assert len(images) == 3
+    (batch,) = images
     assert batch.shape == (3, 3, 5, 6)
     assert batch.mean(dim=(1, 2, 3)).tolist() == pytest.approx([-1, 1, 1], abs=0.02)
 
@@ -58,12 +58,12 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 def test_what_a_folder_can_hold_wrongly(tmp_path):
     with pytest.raises(StepquantError, match="no folder"):
         FolderPictures(tmp_path / "none")
-    with pytest.raises(StepquantError, match="holds no pictures"):
+    with pytest.raises(StepquantError, match="holds no images"):
         FolderPictures(tmp_path)
     Image.new("L", (6, 5)).save(tmp_path / "a.png")
     Image.new("L", (6, 4)).save(tmp_path / "b.png")
     with pytest.raises(StepquantError, match=r"b.png is 6 x 4 and others are 6 x 5"):
         list(FolderPictures(tmp_path))
-    (tmp_path / "b.png").write_bytes(b"not a picture")
+    (tmp_path / "b.png").write_bytes(b"not an image")
     with pytest.raises(StepquantError, match=r"b.png cannot be read"):
         list(FolderPictures(tmp_path))

@@ -11,26 +11,26 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 
-def test_psnr_is_taken_of_each_picture_over_a_range_of_two():
+def test_psnr_is_taken_of_each_image_over_a_range_of_two():
     reference = torch.zeros(2, 1, 4, 4)
-    pictures = torch.stack([torch.full((1, 4, 4), 0.02), torch.full((1, 4, 4), -0.2)])
+    images = torch.stack([torch.full((1, 4, 4), 0.02), torch.full((1, 4, 4), -0.2)])
     expected = [20 * math.log10(2 / 0.02), 20 * math.log10(2 / 0.2)]
-    assert psnr(pictures, reference).tolist() == pytest.approx(expected, abs=1e-4)
+    assert psnr(images, reference).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_identical_pictures_have_the_highest_psnr():
-    pictures = torch.rand(3, 1, 4, 4)
-    assert psnr(pictures, pictures).tolist() == [HIGHEST_PSNR] * 3
+def test_identical_images_have_the_highest_psnr():
+    images = torch.rand(3, 1, 4, 4)
+    assert psnr(images, images).tolist() == [HIGHEST_PSNR] * 3
 
 
-def test_ssim_is_one_for_identical_pictures_and_falls_with_noise():
+def test_ssim_is_one_for_identical_images_and_falls_with_noise():
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     noise = torch.randn(2, 3, 16, 16, generator=generator)
-    values = [float(ssim(pictures + amount * noise, pictures).mean()) for amount in (0.0, 0.1, 0.5)]
+    values = [float(ssim(images + amount * noise, images).mean()) for amount in (0.0, 0.1, 0.5)]
     assert values[0] == pytest.approx(1)
     assert values[0] > values[1] > values[2]
 
@@ -39,10 +39,10 @@ def test_ssim_is_one_for_identical_pictures_and_falls_with_noise():
 def test_psnr_and_ssim_are_those_of_scikit_image(channels):
     generator = torch.Generator().manual_seed(1)
     reference = torch.rand(2, channels, 24, 20, generator=generator) * 2 - 1
-    pictures = (reference + 0.2 * torch.randn(reference.shape, generator=generator)).clamp(-1, 1)
-    similarity, decibels = ssim(pictures, reference), psnr(pictures, reference)
+    images = (reference + 0.2 * torch.randn(reference.shape, generator=generator)).clamp(-1, 1)
+    similarity, decibels = ssim(images, reference), psnr(images, reference)
     for index in range(2):
-        ours, theirs = (side[index].double().permute(1, 2, 0).numpy() for side in (pictures, reference))
+        ours, theirs = (side[index].double().permute(1, 2, 0).numpy() for side in (images, reference))
         # scikit-image leaves out half a window at the borders: reflected, they are what is left out of the padded ones.
         padded = [np.pad(side, ((5, 5), (5, 5), (0, 0)), mode="reflect") for side in (theirs, ours)]
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -51,11 +51,11 @@ def test_psnr_and_ssim_are_those_of_scikit_image(channels):
         assert float(decibels[index]) == pytest.approx(peak_signal_noise_ratio(theirs, ours, data_range=2.0), abs=1e-9)
 
 
-def test_pictures_of_other_sizes_are_refused():
-    pictures = torch.zeros(2, 1, 16, 16)
+def test_images_of_other_sizes_are_refused():
+    images = torch.zeros(2, 1, 16, 16)
     for metric in (psnr, ssim):
         with pytest.raises(StepquantError, match="cannot be compared"):
-            metric(pictures, torch.zeros(2, 1, 16, 8))
+            metric(images, torch.zeros(2, 1, 16, 8))
     with pytest.raises(StepquantError, match="11 x 11"):
         ssim(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
 
@@ -79,16 +79,16 @@ def test_step_error_of_a_known_distortion(kind, request):
     denoiser = getattr(pipeline, component)
     distorted = _Scaled(copy.deepcopy(denoiser), 1.25)
     wanted = make_request(pipeline, 3, prompts=["a b"] if kind == "text" else None)
-    alone = draw(pipeline, wanted, range(2), 0)
+    alone = generate(pipeline, wanted, range(2), 0)
 
     shadow = Shadow(denoiser, distorted)
     for batch in (range(2), range(2, 3)):
         with shadow:
-            drawn = draw(pipeline, wanted, batch, 0)
+            drawn = generate(pipeline, wanted, batch, 0)
         if batch.start == 0:
             assert torch.equal(drawn, alone), "the trajectory is no longer the full-precision one"
     assert shadow.step_error == pytest.approx([0.25] * 3, rel=1e-4)
     assert all(seconds > 0 for seconds in shadow.seconds)
 
-    draw(pipeline, wanted, range(2), 0)
+    generate(pipeline, wanted, range(2), 0)
     assert distorted.calls == 6, "the shadow ran outside its context"

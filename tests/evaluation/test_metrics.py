@@ -15,9 +15,9 @@ from stepquant.evaluation.metrics import Judged, check_wanted, measure
 
 REWARD = """
 import torch
-def brightness(pictures, prompts):
-    return pictures.mean(dim=(1, 2, 3)) + len(prompts)
-def short(pictures, prompts):
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3)) + len(prompts)
+def short(images, prompts):
     return [1.0]
 """
 
@@ -30,22 +30,22 @@ def _pictures(count: int, seed: int) -> torch.Tensor:
 def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    for index, picture in enumerate(_pictures(80, 9)):
-        codes = ((picture[0] + 1) * 127.5).round().to(torch.uint8)
+    for index, image in enumerate(_pictures(80, 9)):
+        codes = ((image[0] + 1) * 127.5).round().to(torch.uint8)
         Image.fromarray(codes.numpy()).save(folder / f"{index:03}.png")
     return folder
 
 
 def test_the_classifiers_proxies(data, tmp_path):
-    full, pictures = _pictures(40, 1), (_pictures(40, 1) * 0.2)
-    judged = Judged("zoo:fashion-ddpm", pictures, full, data=FolderPictures(data), cache=tmp_path / "cache")
+    full, images = _pictures(40, 1), (_pictures(40, 1) * 0.2)
+    judged = Judged("zoo:fashion-ddpm", images, full, data=FolderPictures(data), cache=tmp_path / "cache")
     figures = measure({"classifier": ""}, judged)
     assert set(figures) == {
         f"classifier_{name}" for name in ("frechet", "kernel_distance", "precision", "recall", "score")
     }
     frechet = figures["classifier_frechet"]
     assert (frechet.count, frechet.data_count) == (40, 80)
-    assert "fewer pictures than the 64 dimensions" in (frechet.note or "")
+    assert "fewer images than the 64 dimensions" in (frechet.note or "")
     # The noise of full precision is that of the data; the washed out one is not.
     assert frechet.value > 2 * (frechet.full_precision or 0)
     assert figures["classifier_kernel_distance"].value > 2 * abs(
@@ -53,7 +53,7 @@ def test_the_classifiers_proxies(data, tmp_path):
     )
     assert len(list((tmp_path / "cache").glob("features-*"))) == 4
     with pytest.raises(StepquantError, match="no classifier for the data of somewhere"):
-        measure({"classifier": ""}, Judged("somewhere", pictures, full, data=FolderPictures(data)))
+        measure({"classifier": ""}, Judged("somewhere", images, full, data=FolderPictures(data)))
 
 
 def test_a_reward_of_ones_own(tmp_path):
@@ -64,7 +64,7 @@ def test_a_reward_of_ones_own(tmp_path):
     assert (figure.value, figure.full_precision, figure.count) == (pytest.approx(8.35), 8, 8)
     low, high = figure.interval
     assert 8 < low < 8.35 < high < 8.7
-    with pytest.raises(StepquantError, match="1 scores for 8 pictures"):
+    with pytest.raises(StepquantError, match="1 scores for 8 images"):
         measure({"reward": f"{tmp_path / 'own.py'}:short"}, judged)
 
 
@@ -105,7 +105,7 @@ def test_evaluate_takes_them(unconditional_pipeline, unconditional_folder, tmp_p
     (tmp_path / "empty").mkdir()
     for wrong, message in (
         (["--with", "beauty=1"], "no metric 'beauty'"),
-        (["--with", "classifier", "--data", "empty"], "holds no pictures"),
+        (["--with", "classifier", "--data", "empty"], "holds no images"),
         (["--prompts", "parti"], "a prompt was given"),
     ):
         result = CliRunner().invoke(app, [*command, *wrong])

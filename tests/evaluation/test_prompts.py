@@ -16,12 +16,12 @@ def test_parti_prompts_are_shipped():
     assert any('called "The Rumbury Wanderers"' in prompt for prompt in prompts), "quotes belong to the prompt"
 
 
-def test_coco_gives_the_first_caption_of_each_picture(tmp_path):
-    captions = [(7, "second  picture\n"), (3, "first"), (7, "again"), (3, "once more")]
+def test_coco_gives_the_first_caption_of_each_image(tmp_path):
+    captions = [(7, "second  image\n"), (3, "first"), (7, "again"), (3, "once more")]
     annotations = [{"image_id": image, "id": place, "caption": text} for place, (image, text) in enumerate(captions)]
     path = tmp_path / "captions_val2014.json"
     path.write_text(json.dumps({"annotations": annotations}))
-    assert prompt_set(str(path)) == ["first", "second picture"]
+    assert prompt_set(str(path)) == ["first", "second image"]
 
 
 def test_a_text_file(tmp_path):

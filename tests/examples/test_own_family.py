@@ -9,7 +9,7 @@ from torch import nn
 import stepquant
 from stepquant import models
 from stepquant.errors import StepquantError
-from stepquant.functions import load_function
+from stepquant.user_code import load_function
 
 describe_auraflow = load_function(
     f"{Path(__file__).parents[2] / 'examples' / 'own_family.py'}:describe_auraflow", "description"
@@ -39,7 +39,7 @@ def registered(monkeypatch):
     models.register(diffusers.AuraFlowTransformer2DModel, describe_auraflow)
 
 
-def draw(pipeline, seed: int = 0, **arguments):
+def generate(pipeline, seed: int = 0, **arguments):
     generator = torch.Generator().manual_seed(seed)
     call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "generator": generator} | INPUTS
     return torch.from_numpy(pipeline("a red bicycle", **(call | arguments)).images)
@@ -51,7 +51,7 @@ def test_blocks_are_in_the_order_they_run(pipeline):
         pipeline.transformer.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
         for block in description.blocks
     ]
-    draw(pipeline, num_inference_steps=1)
+    generate(pipeline, num_inference_steps=1)
     for handle in handles:
         handle.remove()
     assert ran == list(description.blocks)
@@ -82,10 +82,10 @@ def test_the_family_is_quantized_and_loads_without_its_description(pipeline, tmp
         calibration=stepquant.Calibration(samples=8, steps=2, size=16),
     )  # fmt: skip
     stepquant.save(quantized, tmp_path / "model")
-    pictures = draw(quantized)
-    assert 0 < (pictures - draw(pipeline)).abs().mean() < 0.05
+    images = generate(quantized)
+    assert 0 < (images - generate(pipeline)).abs().mean() < 0.05
     monkeypatch.undo()
-    assert torch.equal(draw(stepquant.load(tmp_path / "model")), pictures)
+    assert torch.equal(generate(stepquant.load(tmp_path / "model")), images)
 
 
 @pytest.mark.usefixtures("registered")

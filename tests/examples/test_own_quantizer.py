@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 import stepquant
+from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.core.affine import affine_from_range, fake_quantize
 from stepquant.errors import StepquantError
-from stepquant.functions import load_function
-from stepquant.nn.activation_quantizer import ActivationQuantizer
-from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.weight_quantizer import WeightQuantizer
-from stepquant.numerics.affine import affine_from_range, fake_quantize
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import quantized_modules
+from stepquant.user_code import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_quantizer.py"
 closed_form = load_function(f"{EXAMPLE}:closed_form", "recipe")
@@ -43,11 +43,11 @@ def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
 @pytest.mark.parametrize("groups", [(12,), (5, 7)])
 def test_balanced_and_grouped_weights_gain_as_well(groups):
     torch.manual_seed(0)
-    weight, balance = torch.randn(6, 12, 3, 3), torch.rand(12) + 0.5
+    weight, smoothing = torch.randn(6, 12, 3, 3), torch.rand(12) + 0.5
     errors = []
     for quantizer in (WeightQuantizer(weight, 3, groups, "minmax"), LeastSquaresWeight(weight, 3, groups, "minmax")):
-        quantizer.set_range(weight, balance)
-        errors.append((quantizer(weight) - weight).mul(balance[:, None, None]).square().flatten(1).sum(1))
+        quantizer.set_range(weight, smoothing)
+        errors.append((quantizer(weight) - weight).mul(smoothing[:, None, None]).square().flatten(1).sum(1))
     assert bool((errors[1] < errors[0]).all())
 
 
@@ -73,8 +73,8 @@ class Shifted(ActivationQuantizer):
 
 
 class Negative(WeightQuantizer):
-    def set_range(self, weight, balance):
-        super().set_range(weight, balance)
+    def set_range(self, weight, smoothing):
+        super().set_range(weight, smoothing)
         self.scale = -self.scale
 
 

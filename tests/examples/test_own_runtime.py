@@ -10,11 +10,11 @@ import stepquant
 from stepquant.calibration.selection import uniform_steps
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
-from stepquant.functions import load_function
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import QuantizedLinear
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import QuantizedLinear
 from stepquant.runtime import fallbacks, prepare
 from stepquant.runtime.reference import ReferenceKernel
+from stepquant.user_code import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_runtime.py"
 int_matmul = load_function(f"{EXAMPLE}:int_matmul", "runtime")

@@ -9,7 +9,7 @@ import stepquant as sq
 from stepquant.cli.main import app
 from stepquant.export.onnx import OnnxDenoiser
 from stepquant.export.openvino import OpenVinoDenoiser
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def test_the_command(folder, tmp_path, to, network, kind):
     assert str(tmp_path / network) in result.output
     pipeline = sq.load(folder, backend="reference")
     request = make_request(pipeline, 2)
-    expected = draw(pipeline, request, range(2), seed=0)
+    expected = generate(pipeline, request, range(2), seed=0)
     pipeline.unet = kind(tmp_path / network, pipeline.unet, threads=1)
-    found = draw(pipeline, request, range(2), seed=0)
+    found = generate(pipeline, request, range(2), seed=0)
     assert float((found - expected).square().mean()) < 1e-3 * float(expected.square().mean())
 
 

@@ -20,11 +20,11 @@ from stepquant.errors import StepquantError
 from stepquant.export import onnx as exporting
 from stepquant.export.network import Traceable, example_arguments
 from stepquant.export.onnx import OPSET, OnnxDenoiser, OnnxKernel, OnnxWeightKernel, export_onnx
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.correction import correction_of
+from stepquant.layers.install import quantized_modules
 from stepquant.models import denoiser_name
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.correction import correction_of
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime import prepare
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 from tests.runtime.native.test_native_blocks import signal_to_noise, unet
@@ -79,14 +79,14 @@ def test_convolution(name):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_split_channels(split):
-    check(convolution(7, 6, 3, padding=1, split=SPLITS[split], balanced=True), torch.randn(2, 7, 6, 5))
+    check(convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=True), torch.randn(2, 7, 6, 5))
     check(linear(split=SPLITS[split]), torch.randn(2, 5, 7))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 7)])
 def test_bits(bits):
     """Values far off the grid are clamped to its ends, which below 8 bits lie inside a byte."""
-    check(linear(bits=bits, balanced=True), torch.randn(4, 7) * 5)
+    check(linear(bits=bits, smoothed=True), torch.randn(4, 7) * 5)
     check(convolution(4, 5, 3, padding=1, bits=bits, bias=False), torch.randn(2, 4, 5, 5) * 5)
 
 
@@ -136,7 +136,7 @@ def test_every_product_runs_in_integers(unet, exported, tmp_path):
     pieces = sum(max(1, len(layer.layer_format.activation_groups)) for layer in layers)
     assert len(attentions) > 0
     assert kinds["MatMulIntegerToFloat"] == pieces + 2 * len(attentions)
-    assert kinds["Conv"] == 1  # the first, whose input is the noisy picture
+    assert kinds["Conv"] == 1  # the first, whose input is the noisy image
     assert not kinds.keys() & {"MatMul", "Gemm", "FusedMatMul", "FusedConv", "FusedGemm", "MatMulInteger"}
     weights = [tensor for tensor in onnx.load(exported).graph.initializer if len(tensor.dims) > 1]
     integers = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.INT8]
@@ -168,11 +168,11 @@ def test_in_a_pipeline(kind, request, tmp_path):
     pipeline = sq.quantize(full, "w8a8", recipe="minmax", calibration=calibration, backend="reference")
     name = denoiser_name(pipeline)
     wanted = make_request(pipeline, 2)
-    expected = draw(pipeline, wanted, range(3), seed=0)
+    expected = generate(pipeline, wanted, range(3), seed=0)
     path = tmp_path / "network.onnx"
     export_onnx(getattr(pipeline, name), example_arguments(pipeline), path)
     setattr(pipeline, name, OnnxDenoiser(path, getattr(pipeline, name), threads=1))
-    found = draw(pipeline, wanted, range(3), seed=0)
+    found = generate(pipeline, wanted, range(3), seed=0)
     assert float((found - expected).square().mean()) < 1e-3 * float(expected.square().mean())
 
 

@@ -28,9 +28,9 @@ be rounded. Layers that a model's class keeps in float32 stay so: T5's `wo`, Wan
 img2img, inpainting, ControlNet beside the denoiser and LCM are tested on Stable Diffusion 1. Attention operands are
 quantized in the plain and the joint flows; an attention of another kind keeps its operands in floating point. So do all
 attentions once an IP-Adapter is loaded, also after it is unloaded, until the folder is loaded again; and ranges are
-those of pictures without it. LoRA on a quantized Flux goes through `pipe.transformer.load_lora_adapter`.
+those of images without it. LoRA on a quantized Flux goes through `pipe.transformer.load_lora_adapter`.
 
-`torch.compile` on a quantized denoiser draws the same pictures. Rounded weights compile whole and gain by it; int8
+`torch.compile` on a quantized denoiser draws the same images. Rounded weights compile whole and gain by it; int8
 kernels are called between the pieces of the graph, and run faster without: of the UNet of `zoo:fashion-ddpm` (2.7 M
 parameters, batch 4, one thread of a machine that had other work) a step takes 20 ms in int8 and 46 ms compiled, with
 rounded weights 98 and 72 ms, in float32 79 and 44 ms (`python benchmarks/compiled.py`,

@@ -15,10 +15,10 @@ from torch import nn
 import stepquant
 from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import Shadow
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.install import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 PROMPTS = ["a red bicycle", "a"]
 SMALL = stepquant.Calibration(samples=12, steps=2, size=16)
@@ -35,9 +35,9 @@ def inputs_of(pipeline) -> dict:
     return {"max_sequence_length": 8} if takes else {}
 
 
-def pictures(pipeline, steps: int = 2):
+def images(pipeline, steps: int = 2):
     request = make_request(pipeline, steps, prompts=PROMPTS, size=16, inputs=inputs_of(pipeline))
-    return draw(pipeline, request, range(2), 0)
+    return generate(pipeline, request, range(2), 0)
 
 
 def quantize(pipeline, **arguments):
@@ -57,7 +57,7 @@ def test_blocks_are_complete_and_in_the_order_they_run(pipeline):
         model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
         for block in description.blocks
     ]
-    pictures(pipeline)
+    images(pipeline)
     for handle in handles:
         handle.remove()
     assert ran[: len(description.blocks)] == list(description.blocks)
@@ -68,7 +68,7 @@ def test_blocks_are_complete_and_in_the_order_they_run(pipeline):
 
 
 def test_time_layers_see_the_timestep_alone(pipeline):
-    """Other pictures, other prompts: their inputs stay the same; any other layer's input changes."""
+    """Other images, other prompts: their inputs stay the same; any other layer's input changes."""
     model = denoiser_of(pipeline)
     description = describe(model)
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in description.layers}
@@ -80,7 +80,7 @@ def test_time_layers_see_the_timestep_alone(pipeline):
     ]
     for index, prompt in enumerate(PROMPTS):
         request = make_request(pipeline, 2, prompts=[prompt], size=16 + 8 * index, inputs=inputs_of(pipeline))
-        draw(pipeline, request, [index], 0)
+        generate(pipeline, request, [index], 0)
     for handle in handles:
         handle.remove()
     same = {layer for layer, inputs in seen.items() if torch.equal(inputs[0], inputs[len(inputs) // 2])}
@@ -100,12 +100,12 @@ def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
     )
     shadow = Shadow(denoiser_of(pipeline), denoiser_of(quantized))
     with shadow:
-        expected = pictures(pipeline)
+        expected = images(pipeline)
     assert max(shadow.step_error) < 0.1
     assert torch.isfinite(expected).all()
     quantized.save_pretrained(tmp_path / "model")
     for loaded in (stepquant.load(tmp_path / "model"), DiffusionPipeline.from_pretrained(tmp_path / "model")):
-        assert torch.equal(pictures(loaded), pictures(quantized))
+        assert torch.equal(images(loaded), images(quantized))
 
 
 def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
@@ -117,7 +117,7 @@ def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
         for name in describe(model).attentions:
             model.get_submodule(name).set_processor(QuantizedAttentionProcessor())
         copied.transformer = model
-        assert torch.allclose(pictures(copied), pictures(pipeline), atol=1e-4)
+        assert torch.allclose(images(copied), images(pipeline), atol=1e-4)
 
 
 def test_tdq_on_flux_has_a_row_for_every_flow_time(tmp_path):
@@ -126,7 +126,7 @@ def test_tdq_on_flux_has_a_row_for_every_flow_time(tmp_path):
     quantized = quantize(pipeline, recipe="tdq", iterations=1)
     timesteps = quantized.transformer.config.quantization_config["structure"]["timesteps"]
     assert len(timesteps) == 1000 and max(timesteps) == pytest.approx(0.999)
-    assert torch.isfinite(pictures(quantized)).all()
+    assert torch.isfinite(images(quantized)).all()
 
 
 def wan() -> nn.Module:
@@ -196,7 +196,7 @@ def close(produced, expected, most: float = 0.2):
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_pipelines_that_start_from_a_picture_share_the_denoiser(kind, text_pipeline, quantized_text):
+def test_pipelines_that_start_from_a_image_share_the_denoiser(kind, text_pipeline, quantized_text):
     name = {"img2img": "StableDiffusionImg2ImgPipeline", "inpaint": "StableDiffusionInpaintPipeline"}[kind]
     arguments = {"prompt": "a", "image": torch.rand(1, 3, 16, 16), "strength": 0.8, "num_inference_steps": 3}
     if kind == "inpaint":
@@ -209,12 +209,12 @@ def test_pipelines_that_start_from_a_picture_share_the_denoiser(kind, text_pipel
     assert close(results[1], results[0])
 
 
-def test_inpainting_has_channels_of_its_own_and_needs_a_picture(text_pipeline):
+def test_inpainting_has_channels_of_its_own_and_needs_a_image(text_pipeline):
     components = {name: part for name, part in text_pipeline.components.items() if name != "unet"}
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         **components, unet=tiny.unet(in_channels=9), requires_safety_checker=False
     )
-    with pytest.raises(StepquantError, match="draws from a picture"):
+    with pytest.raises(StepquantError, match="draws from an image"):
         stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL)
     with pytest.raises(StepquantError, match="takes no such argument"):
         stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL, inputs={"magic": 1})
@@ -222,7 +222,7 @@ def test_inpainting_has_channels_of_its_own_and_needs_a_picture(text_pipeline):
     quantized = quantize(pipeline, recipe="minmax", inputs=inputs)
     assert quantized_modules(quantized.unet)["conv_in"].in_channels == 9
     request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs)
-    assert close(draw(quantized, request, range(2), 0), draw(pipeline, request, range(2), 0))
+    assert close(generate(quantized, request, range(2), 0), generate(pipeline, request, range(2), 0))
 
 
 def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
@@ -239,17 +239,17 @@ def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
     request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs)
     shadow = Shadow(pipeline.unet, quantized.unet)
     with shadow:
-        draw(pipeline, request, range(2), 0)
+        generate(pipeline, request, range(2), 0)
     assert max(shadow.step_error) < 0.1
     without = quantize(text_pipeline, recipe="q-diffusion", iterations=1)
     blind = Shadow(pipeline.unet, without.unet)
     with blind:
-        draw(pipeline, request, range(2), 0)
+        generate(pipeline, request, range(2), 0)
     assert max(blind.step_error) > 2 * max(shadow.step_error)
 
 
 def test_few_step_models_draw_with_the_scheduler_they_were_made_for(quantized_text):
     pipeline = copy.copy(quantized_text)
     pipeline.scheduler = diffusers.LCMScheduler.from_config(quantized_text.scheduler.config)
-    produced = pictures(pipeline, steps=2)
+    produced = images(pipeline, steps=2)
     assert torch.isfinite(produced).all()

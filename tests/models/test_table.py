@@ -14,9 +14,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import stepquant
+from stepquant.layers.install import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import draw, kind_of, make_request
+from stepquant.pipelines.generate import generate, kind_of, make_request
 from stepquant.runtime import fallbacks
 
 HERE = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
@@ -42,8 +42,8 @@ def size(pipeline) -> int | None:
     return 16 if "height" in inspect.signature(type(pipeline).__call__).parameters else None
 
 
-def pictures(pipeline):
-    return draw(pipeline, make_request(pipeline, 2, size=size(pipeline), **options(pipeline)), range(2), 0)
+def images(pipeline):
+    return generate(pipeline, make_request(pipeline, 2, size=size(pipeline), **options(pipeline)), range(2), 0)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def test_save(folder):
 
 def test_load(folder, quantized):
     loaded = DiffusionPipeline.from_pretrained(folder)
-    assert torch.equal(pictures(loaded), pictures(quantized))
-    assert torch.equal(pictures(stepquant.load(folder)), pictures(quantized))
+    assert torch.equal(images(loaded), images(quantized))
+    assert torch.equal(images(stepquant.load(folder)), images(quantized))
 
 
 def test_sample(pipeline, quantized):
-    produced, expected = pictures(quantized), pictures(pipeline)
+    produced, expected = images(quantized), images(pipeline)
     assert torch.isfinite(produced).all() and produced.shape == expected.shape
     assert 0 < (produced - expected).abs().mean() < 0.2
 
@@ -99,11 +99,11 @@ def test_lora(pipeline, quantized, tmp_path):
             torch.nn.init.normal_(parameter, std=0.3)
     adapted = copy.copy(quantized)
     setattr(adapted, denoiser_name(pipeline), copy.deepcopy(denoiser_of(quantized)))
-    before = pictures(adapted)
+    before = images(adapted)
     denoiser_of(adapted).load_lora_adapter(get_peft_model_state_dict(trained), prefix=None)
-    assert not torch.allclose(pictures(adapted), before, atol=1e-4)
+    assert not torch.allclose(images(adapted), before, atol=1e-4)
     denoiser_of(adapted).unload_lora()
-    assert torch.equal(pictures(adapted), before)
+    assert torch.equal(images(adapted), before)
 
 
 def test_offload(quantized):
@@ -114,4 +114,4 @@ def test_offload(quantized):
     cpu_offload(denoiser, execution_device=torch.device("cpu"))
     assert any(parameter.is_meta for parameter in denoiser.parameters())
     # Blocks are not fused while the parameters of their norms are away, so a code may round otherwise.
-    assert (pictures(offloaded) - pictures(quantized)).abs().mean() < 0.01
+    assert (images(offloaded) - images(quantized)).abs().mean() < 0.01

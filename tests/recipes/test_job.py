@@ -1,4 +1,4 @@
-"""What a job keeps its stages under, and the noise that its pictures start from."""
+"""What a job keeps its stages under, and the noise that its images start from."""
 
 import copy
 
@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import stepquant
-from stepquant.calibration import trajectories
+from stepquant.calibration import samples as trajectories
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name
-from stepquant.pipelines import make_request
+from stepquant.pipelines.generate import make_request
 from stepquant.recipes import Job
 from stepquant.workspace import Workspace
 
@@ -46,18 +46,18 @@ def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tm
     assert job(copy.copy(text_pipeline), tmp_path).sampling_key == job(text_pipeline, tmp_path).sampling_key
 
 
-def test_a_correction_is_estimated_on_pictures_that_nothing_was_learned_from(
+def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
     unconditional_pipeline, tmp_path, monkeypatch
 ):
     """By the noise they start from: the seed, of which generators on the CPU take 32 bits."""
     drawn = []
-    draw = trajectories.draw
+    generate = trajectories.generate
 
     def spy(pipeline, request, indices, seed, **arguments):
         drawn.extend((seed + index) % 2**32 for index in indices)
-        return draw(pipeline, request, indices, seed, **arguments)
+        return generate(pipeline, request, indices, seed, **arguments)
 
-    monkeypatch.setattr(trajectories, "draw", spy)
+    monkeypatch.setattr(trajectories, "generate", spy)
     monkeypatch.setattr("stepquant.recipes.job.estimate_correction", lambda *_: None)
     one = job(unconditional_pipeline, tmp_path)
     one.collect(torch.arange(4))
@@ -70,25 +70,25 @@ def test_a_correction_is_estimated_on_pictures_that_nothing_was_learned_from(
 
 def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
     """One recipe splits the layers behind skips, another does not."""
-    monkeypatch.setattr("stepquant.calibration.balance.KEPT_COLUMNS", 32)
-    monkeypatch.setattr("stepquant.calibration.balance.CANDIDATES", 4)
+    monkeypatch.setattr("stepquant.calibration.smoothing.KEPT_COLUMNS", 32)
+    monkeypatch.setattr("stepquant.calibration.smoothing.CANDIDATES", 4)
 
-    def balances(folder, *, split_skips):
+    def factors(folder, *, split_skips):
         one = job(unconditional_pipeline, folder)
         model = one.instrument("minmax", split_skips=split_skips)
-        one.balance(model, one.collect(torch.arange(4)))
-        found = {name: layer.weight_quantizer.balance for name, layer in model.layers.items()}
-        return {name: balance for name, balance in found.items() if balance is not None}
+        one.smoothing(model, one.collect(torch.arange(4)))
+        found = {name: layer.weight_quantizer.smoothing for name, layer in model.layers.items()}
+        return {name: smoothing for name, smoothing in found.items() if smoothing is not None}
 
-    fresh = balances(tmp_path / "fresh", split_skips=True)
-    whole = balances(tmp_path / "used", split_skips=False)
-    after = balances(tmp_path / "used", split_skips=True)
+    fresh = factors(tmp_path / "fresh", split_skips=True)
+    whole = factors(tmp_path / "used", split_skips=False)
+    after = factors(tmp_path / "used", split_skips=True)
     assert fresh.keys() == after.keys() and all(torch.equal(fresh[name], after[name]) for name in fresh)
     assert any(name not in whole or not torch.equal(fresh[name], whole[name]) for name in fresh)
 
 
-def test_too_few_samples_to_select_are_refused_before_pictures_are_drawn(unconditional_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepquant.recipes.job.step_features", lambda *_: pytest.fail("pictures were drawn"))
+def test_too_few_samples_to_select_are_refused_before_images_are_drawn(unconditional_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepquant.recipes.job.step_features", lambda *_: pytest.fail("images were drawn"))
     few = stepquant.Calibration(samples=3, steps=4)
     with pytest.raises(StepquantError, match="3 calibration samples over 4 steps are too few"):
         job(unconditional_pipeline, tmp_path, calibration=few).dense_and_diverse_steps(1.0)

@@ -8,7 +8,7 @@ from stepquant.recipes.quest import quest
 
 def test_each_stage_has_a_weight_of_its_own_for_the_global_loss(unconditional_pipeline, tmp_path, monkeypatch):
     stages = []
-    for stage in ("balance", "reconstruct", "calibrate_ranges"):
+    for stage in ("smoothing", "reconstruct", "calibrate_ranges"):
         monkeypatch.setattr(Job, stage, lambda *_, **__: None)
     monkeypatch.setattr(Job, "finetune", lambda _job, _model, _samples, settings: stages.append(settings))
     one = job(unconditional_pipeline, tmp_path)

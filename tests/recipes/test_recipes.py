@@ -7,8 +7,8 @@ import stepquant
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import draw, make_request
+from stepquant.layers.install import quantized_modules
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
 from stepquant.recipes.quest import most_relieving
@@ -55,7 +55,7 @@ def test_training_refuses_them_too(unconditional_pipeline):
 
 
 def test_the_spec_reaches_the_layers(unconditional_pipeline):
-    spec = {"bits": "w4a8", "exceptions": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
+    spec = {"bits": "w4a8", "overrides": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
     quantized = stepquant.quantize(unconditional_pipeline, spec, recipe="minmax", calibration=SMALL)
     layers = {name: module.layer_format for name, module in quantized_modules(quantized.unet).items()}
     assert layers["mid_block.resnets.0.conv1"].weight_bits == 8
@@ -86,7 +86,7 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
         stepquant.quantize(unconditional_pipeline, "w16a16")
     with pytest.raises(StepquantError, match="matches none"):
         stepquant.quantize(
-            unconditional_pipeline, {"bits": "w4a8", "exceptions": {"no_such": "w8a8"}}, calibration=SMALL
+            unconditional_pipeline, {"bits": "w4a8", "overrides": {"no_such": "w8a8"}}, calibration=SMALL
         )
     assert not calls, "no sample is drawn"
     with pytest.raises(StepquantError, match="leave the prompt out"):
@@ -149,8 +149,8 @@ def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, re
     stepquant.save(quantized, tmp_path / "out")
     loaded = stepquant.load(tmp_path / "out")
     request_ = make_request(pipeline, 3)  # other steps than those calibrated
-    pictures = [draw(candidate, request_, range(2), 3) for candidate in (quantized, loaded)]
-    assert torch.isfinite(pictures[0]).all() and torch.equal(*pictures)
+    images = [generate(candidate, request_, range(2), 3) for candidate in (quantized, loaded)]
+    assert torch.isfinite(images[0]).all() and torch.equal(*images)
 
 
 def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):

@@ -20,7 +20,7 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.ha
 
 @pytest.fixture
 def report() -> Report:
-    """Three pairs of 8 x 8 pictures, each quantized one 0.125 brighter; three steps; layers of every kind."""
+    """Three pairs of 8 x 8 images, each quantized one 0.125 brighter; three steps; layers of every kind."""
     figures = EvaluationResult(
         model="folder",
         against="zoo:model",
@@ -30,7 +30,7 @@ def report() -> Report:
         step_error=STEP_ERROR,
         frechet_classifier=None,
         frechet_classifier_fp32=None,
-        frechet_note="too few pictures",
+        frechet_note="too few images",
         denoiser_bytes=2_500_000,
         denoiser_bytes_fp32=10_000_000,
         peak_memory_bytes=300_000_000,
@@ -46,14 +46,14 @@ def report() -> Report:
         threads=1,
         versions={"torch": "2.0"},
     )
-    pictures = torch.zeros(3, 1, 8, 8)
+    images = torch.zeros(3, 1, 8, 8)
     return Report(
         name="a model",
         component="unet",
         provenance={"source": "zoo:model", "recipe": "quest", "spec": {"bits": "w4a8"}, "guidance": None, "seed": 5},
         figures=figures,
-        full_precision=pictures,
-        quantized=pictures + 0.125,
+        full_precision=images,
+        quantized=images + 0.125,
         psnr_db=[30.0, 25.0, 35.0],
         captions=["a cat", "a dog", ""],
         timesteps=torch.tensor([0.0, 400.0, 900.0]),
@@ -106,7 +106,7 @@ def quantized_folder(unconditional_pipeline, tmp_path_factory: pytest.TempPathFa
     """`unconditional_pipeline` in 4-bit weights with a grid a step, and its middle in floating point."""
     quantized = stepquant.quantize(
         unconditional_pipeline,
-        {"bits": "w4a8", "exceptions": {"mid_block.resnets": "w16a16"}},
+        {"bits": "w4a8", "overrides": {"mid_block.resnets": "w16a16"}},
         recipe="quest",
         calibration=stepquant.Calibration(samples=6, steps=3),
         source="nowhere/at-all",

@@ -89,9 +89,9 @@ class Browser:
     def pixel(self, selector: str) -> tuple[int, ...]:
         """The color a quarter into an element, away from the divider."""
         box = self.run(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
-        with Image.open(BytesIO(b64decode(self.driver.get_screenshot_as_base64()))) as picture:
+        with Image.open(BytesIO(b64decode(self.driver.get_screenshot_as_base64()))) as image:
             place = (int(box["x"] + box["width"] / 4), int(box["y"] + box["height"] / 4))
-            return picture.convert("RGB").getpixel(place)
+            return image.convert("RGB").getpixel(place)
 
     def column(self, table: str, index: int) -> list[str]:
         return [cell.text for cell in self.all(f"{table} tbody tr > :nth-child({index})")]
@@ -120,11 +120,11 @@ def test_the_slider_moves_with_the_keys(browser, report):
     assert browser.style(".quantized", "clip-path") == "inset(0px 0px 0px 51%)"
     browser.focus("#cut").send_keys(Keys.HOME)
     assert browser.style(".quantized", "clip-path") == "inset(0px 0px 0px 0%)"
-    # 0.125 of the range -1 to 1 is 16 codes: the brighter, quantized picture is in front everywhere now.
+    # 0.125 of the range -1 to 1 is 16 codes: the brighter, quantized image is in front everywhere now.
     assert browser.pixel(".pair") == (143, 143, 143)
 
 
-def test_the_difference_is_what_lies_between_the_pictures(browser, report):
+def test_the_difference_is_what_lies_between_the_images(browser, report):
     browser.show(report)
     browser.focus("[data-class=split-on]").send_keys(Keys.ARROW_RIGHT)
     assert browser.pixel(".pair") == pytest.approx([8 * 15] * 3, abs=1)
@@ -200,7 +200,7 @@ def test_dark_where_dark_is_preferred(browser, report):
     assert brightness["dark"][0] < 100 < 600 < brightness["dark"][1]
 
 
-def test_on_paper_pictures_stand_side_by_side(browser, report):
+def test_on_paper_images_stand_side_by_side(browser, report):
     browser.show(report, media="print", scheme="dark")
     assert browser.style("body", "background-color") == "rgb(255, 255, 255)"
     assert not browser.one("#cut").is_displayed()

@@ -92,7 +92,7 @@ def test_classes_are_named(class_folder, tmp_path):
     result = _run(folder, "--count", 2, "--steps", 1, "--out", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert 'alt="Picture 2: class 1, quantized"' in text
+    assert 'alt="Image 2: class 1, quantized"' in text
     assert "All are static" in text
 
 

@@ -61,7 +61,7 @@ def test_names_on_a_page_are_escaped(comparison, hostile_report):
 
 
 def _rest(comparison):
-    return comparison.contenders[0].figures, comparison.contenders[0].pictures
+    return comparison.contenders[0].figures, comparison.contenders[0].images
 
 
 def test_two_models_of_one_origin(

@@ -51,12 +51,12 @@ def test_a_map_has_a_pixel_for_each_layer_and_step_in_the_order_of_sampling():
     rising = torch.tensor([1.0, 10.0, 100.0]) / 255
     static = torch.tensor([10.0]) / 255
     drawn = range_map([ActivationRange("a", 8, rising), ActivationRange("b", 8, static)], torch.tensor([0.0, 5.0, 9.0]))
-    picture = _pixels(drawn.layers[0].cells)
-    assert picture.size == (3, 2)
+    image = _pixels(drawn.layers[0].cells)
+    assert image.size == (3, 2)
     # The largest range is at the last timestep, where sampling begins: left.
-    assert picture.getpixel((0, 0)) == RANGE_COLORS[-1]
-    assert picture.getpixel((2, 0)) == RANGE_COLORS[0]
-    assert {picture.getpixel((column, 1)) for column in range(3)} == {picture.getpixel((1, 0))}
+    assert image.getpixel((0, 0)) == RANGE_COLORS[-1]
+    assert image.getpixel((2, 0)) == RANGE_COLORS[0]
+    assert {image.getpixel((column, 1)) for column in range(3)} == {image.getpixel((1, 0))}
     assert drawn.row_notes == ["1 to 100", "10"]
     assert [tick.label for tick in drawn.columns] == ["9", "5", "0"]
     assert [tick.label for tick in drawn.layers[0].ticks] == ["1", "10", "1e+02"]
@@ -65,11 +65,9 @@ def test_a_map_has_a_pixel_for_each_layer_and_step_in_the_order_of_sampling():
 def test_changes_are_relative_to_the_row():
     scales = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([100.0, 200.0, 300.0])]
     drawn = range_map([ActivationRange("a", 8, scale) for scale in scales], torch.arange(3.0))
-    picture = _pixels(drawn.layers[1].cells)
-    assert [picture.getpixel((column, 0)) for column in range(3)] == [
-        picture.getpixel((column, 1)) for column in range(3)
-    ]
-    assert picture.getpixel((1, 0)) == (240, 240, 240)
+    image = _pixels(drawn.layers[1].cells)
+    assert [image.getpixel((column, 0)) for column in range(3)] == [image.getpixel((column, 1)) for column in range(3)]
+    assert image.getpixel((1, 0)) == (240, 240, 240)
 
 
 def test_static_tables_need_one_column():
@@ -85,9 +83,9 @@ def test_a_map_of_errors_is_brightest_where_they_are_largest():
         LayerSensitivity(name="b", bits="w4a8", error=-0.1, errors=[-0.1, 1e-9]),
     ]
     drawn = sensitivity_map(SensitivityFile(how="relief", samples=4, step_groups=[(0, 4), (5, 5)], layers=layers))
-    picture = _pixels(drawn.layers[0].cells)
-    assert picture.getpixel((0, 0)) == RANGE_COLORS[-1]
-    assert {picture.getpixel(place) for place in ((1, 0), (0, 1), (1, 1))} == {RANGE_COLORS[0]}
+    image = _pixels(drawn.layers[0].cells)
+    assert image.getpixel((0, 0)) == RANGE_COLORS[-1]
+    assert {image.getpixel(place) for place in ((1, 0), (0, 1), (1, 1))} == {RANGE_COLORS[0]}
     assert [tick.label for tick in drawn.columns] == ["0-4", "5"]
     assert "most sensitive layer is a" in drawn.alt
 
@@ -95,9 +93,9 @@ def test_a_map_of_errors_is_brightest_where_they_are_largest():
 def test_of_a_long_table_evenly_spread_rows_are_drawn():
     scale = torch.arange(1.0, 1001.0)
     drawn = range_map([ActivationRange("a", 8, scale), ActivationRange("b", 8, scale[:1])], scale)
-    picture = _pixels(drawn.layers[0].cells)
-    assert picture.size == (200, 2)
-    assert [picture.getpixel((column, 0)) for column in (0, 199)] == [RANGE_COLORS[-1], RANGE_COLORS[0]]
+    image = _pixels(drawn.layers[0].cells)
+    assert image.size == (200, 2)
+    assert [image.getpixel((column, 0)) for column in (0, 199)] == [RANGE_COLORS[-1], RANGE_COLORS[0]]
     assert drawn.columns[0].label == "1000"
     assert drawn_rows(3) == [2, 1, 0]
     assert drawn_rows(1) == [0]

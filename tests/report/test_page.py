@@ -50,11 +50,11 @@ def test_every_figure_is_told_in_words(report):
     page = _Page(render(report))
     alternatives = [image["alt"] for image in page.named("img")]
     assert alternatives[:3] == [
-        "Picture 1: a cat, full precision",
-        "Picture 1: a cat, quantized",
-        "Picture 2: a dog, full precision",
+        "Image 1: a cat, full precision",
+        "Image 1: a cat, quantized",
+        "Image 2: a dog, full precision",
     ]
-    assert alternatives[5] == "Picture 3, quantized"
+    assert alternatives[5] == "Image 3, quantized"
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in page.named("svg"))
     assert "1.00% at the first, 20.00% at the last" in page.named("svg")[0]["aria-label"]
 
@@ -71,7 +71,7 @@ def test_the_page_tells_what_is_in_the_report(report):
         "guidance default",
         "seed 5",
         "2 of 3 have a grid for every step",
-        "none: too few pictures",
+        "none: too few images",
         "time it took not in the checkpoint",
         "torch: 2.0",
         "unet 0.90 kB",

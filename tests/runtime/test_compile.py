@@ -1,4 +1,4 @@
-"""torch.compile on a quantized denoiser: the same pictures. Kernels are called as they are, and break the graph."""
+"""torch.compile on a quantized denoiser: the same images. Kernels are called as they are, and break the graph."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import stepquant
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 
 
-def pictures(pipeline):
-    return draw(pipeline, make_request(pipeline, 2, prompts=["a"]), [0], 0)
+def images(pipeline):
+    return generate(pipeline, make_request(pipeline, 2, prompts=["a"]), [0], 0)
 
 
 def function(pipeline):
@@ -34,12 +34,12 @@ def method(pipeline):
 def test_a_compiled_denoiser_draws_the_same(bits, arguments, compiled, kernels, text_pipeline):
     """Traced, but run without a compiler behind it, which would take minutes; ``benchmarks/compiled.py`` has one."""
     pipeline = stepquant.quantize(text_pipeline, bits, calibration=SMALL, **arguments)
-    expected = pictures(pipeline)
+    expected = images(pipeline)
     torch.compiler.reset()
     counters.clear()
     compiled(pipeline)
     for _ in range(2):
-        assert torch.allclose(pictures(pipeline), expected, atol=1e-5)
+        assert torch.allclose(images(pipeline), expected, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     # The clock reads its timestep (Tensor.item), and integer kernels say themselves that they are not to be traced.
     reasons = list(counters["graph_break"])

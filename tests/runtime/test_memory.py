@@ -10,8 +10,8 @@ from torch import nn
 
 import stepquant as sq
 from stepquant.errors import StepquantError
-from stepquant.nn.layers import QuantizedModule
-from stepquant.pipelines import draw, make_request
+from stepquant.layers.modules import QuantizedModule
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime import fallbacks, native, prepare
 from stepquant.runtime.native.build import has_amx
 from tests.runtime.test_runtimes import BACKENDS_HERE, CONVOLUTIONS, SPLITS, convolution, linear
@@ -114,19 +114,19 @@ def test_every_runtime(backend):
 
 
 def test_pipeline(unconditional_pipeline, tmp_path):
-    """`load` takes it, pictures are the same, and so is what is written again."""
+    """`load` takes it, images are the same, and so is what is written again."""
     calibration = sq.Calibration(samples=4, steps=2)
     sq.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=calibration).save_pretrained(
         tmp_path / "a"
     )
-    pictures = []
+    images = []
     for memory in ("unpacked", "packed"):
         pipeline = sq.load(tmp_path / "a", memory=memory)
-        pictures.append(draw(pipeline, make_request(pipeline, 2), range(2), seed=0))
+        images.append(generate(pipeline, make_request(pipeline, 2), range(2), seed=0))
         pipeline.save_pretrained(tmp_path / memory)
         for path in sorted((tmp_path / "a").rglob("*.safetensors")):
             assert (tmp_path / memory / path.relative_to(tmp_path / "a")).read_bytes() == path.read_bytes()
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)
 
 
 def test_bad_input():

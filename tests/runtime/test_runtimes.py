@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stepquant
+from stepquant.core.affine import quantize
+from stepquant.core.qtensor import ActivationTable, QuantizedLayer, QuantizedWeight
 from stepquant.errors import StepquantError
-from stepquant.nn.clock import StepClock
-from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
-from stepquant.nn.tables import ActivationTable, QuantizedLayer, QuantizedWeight
-from stepquant.numerics.affine import quantize
+from stepquant.layers.clock import StepClock
+from stepquant.layers.modules import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
 from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare, summary
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.fusion import is_fused, is_unchanged
@@ -62,19 +62,19 @@ def fill(
         zero_points = torch.randint(1, 1 << activation_bits, table_shape).byte()
         activation = ActivationTable(scale, zero_points, activation_bits, groups)
     bias = torch.randn(shape[0]) if module.bias is not None else None
-    balance = torch.rand(shape[1]) * 4 + 0.1 if module.layer_format.balanced else None
-    module.fill(QuantizedLayer(weight, bias, activation, balance))
+    smoothing = torch.rand(shape[1]) * 4 + 0.1 if module.layer_format.smoothed else None
+    module.fill(QuantizedLayer(weight, bias, activation, smoothing))
     return module
 
 
-def format_of(inputs: int, weight_groups, groups, bits, balanced=False) -> LayerFormat:
+def format_of(inputs: int, weight_groups, groups, bits, smoothed=False) -> LayerFormat:
     return LayerFormat(
         weight_bits=bits[0],
         weight_groups=weight_groups or (inputs,),
         activation_bits=bits[1],
         activation_groups=groups if bits[1] is not None else (),
         activation_rows=STEPS if bits[1] is not None else 1,
-        balanced=balanced,
+        smoothed=smoothed,
     )
 
 
@@ -93,18 +93,18 @@ def convolution(
     split=((), ()),
     bits=(8, 8),
     bias=True,
-    balanced=False,
+    smoothed=False,
 ) -> QuantizedConv2d:
     torch.manual_seed(0)
     plain = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
-    layer_format = format_of(inputs // groups, *split, bits, balanced)
+    layer_format = format_of(inputs // groups, *split, bits, smoothed)
     module = QuantizedConv2d.like(plain, layer_format, clock())
     return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
 
 
-def linear(inputs=7, outputs=5, split=((), ()), bits=(8, 8), bias=True, balanced=False) -> QuantizedLinear:
+def linear(inputs=7, outputs=5, split=((), ()), bits=(8, 8), bias=True, smoothed=False) -> QuantizedLinear:
     torch.manual_seed(0)
-    layer_format = format_of(inputs, *split, bits, balanced)
+    layer_format = format_of(inputs, *split, bits, smoothed)
     module = QuantizedLinear.like(nn.Linear(inputs, outputs, bias), layer_format, clock())
     return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
 
@@ -128,8 +128,8 @@ def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Ten
         for sample, row in zip(x, rows, strict=True):
             scale, zero = layer.activation.scale[row, x_group], layer.activation.zero_point[row, x_group].long()
             top = (1 << layer.activation.bits) - 1
-            if layer.balance is not None:
-                scale = scale * layer.balance.reshape(-1, *(1,) * (codes.dim() - 2))
+            if layer.smoothing is not None:
+                scale = scale * layer.smoothing.reshape(-1, *(1,) * (codes.dim() - 2))
             integers = ((sample * (1 / scale)).round().long() + zero).clamp(0, top) - zero
             outputs.append(multiply(module, integers, weight))
         sums.append(torch.stack(outputs))
@@ -206,20 +206,20 @@ def test_all_bits(bits):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_balanced_layers(split):
-    """Each channel is divided by its own balance before it is rounded; the integer product knows nothing of it."""
+    """Each channel is divided by its own smoothing before it is rounded; the integer product knows nothing of it."""
     row = torch.tensor([1, 0, 1])
-    check(convolution(7, 6, 3, padding=1, split=SPLITS[split], balanced=True), torch.randn(3, 7, 6, 5), row)
-    check(linear(split=SPLITS[split], bits=(4, 4), balanced=True), torch.randn(3, 5, 7), row)
-    check(linear(split=SPLITS[split], balanced=True), torch.randn(3, 7), torch.tensor(2))
+    check(convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=True), torch.randn(3, 7, 6, 5), row)
+    check(linear(split=SPLITS[split], bits=(4, 4), smoothed=True), torch.randn(3, 5, 7), row)
+    check(linear(split=SPLITS[split], smoothed=True), torch.randn(3, 7), torch.tensor(2))
 
 
 def test_balance_changes_the_grid_and_not_the_function():
-    """With grids fine enough, a balanced layer is the linear map of the weight its codes stand for, divided again."""
-    module = linear(inputs=6, bits=(8, 8), bias=False, balanced=True)
+    """With grids fine enough, a smoothed layer is the linear map of the weight its codes stand for, divided again."""
+    module = linear(inputs=6, bits=(8, 8), bias=False, smoothed=True)
     x = torch.randn(50, 6)
-    module.input_scale.fill_(2 * float((x / module.input_balance).abs().max()) / 255)
+    module.input_scale.fill_(2 * float((x / module.input_smoothing).abs().max()) / 255)
     module.input_zero_point.fill_(128)
-    expected = x @ (module.layer().weight.dequantize() / module.input_balance).t()
+    expected = x @ (module.layer().weight.dequantize() / module.input_smoothing).t()
     found = ReferenceKernel(module)(x, torch.tensor(0))
     assert (found - expected).norm() < 0.01 * expected.norm()
 

@@ -47,7 +47,7 @@ def test_a_study_from_the_first_cell_to_the_table(write_study):
     assert minmax["threads"] == 1
     assert minmax["evaluation"] == {"count": 3, "steps": 2, "frechet_count": None}
     assert set(minmax["versions"]) == {"stepquant", "torch", "diffusers"}
-    assert "frechet_classifier" not in minmax, "there is no classifier for the pictures of this model"
+    assert "frechet_classifier" not in minmax, "there is no classifier for the images of this model"
     cached = sorted(file.name for file in (path.parent / "cache").glob("*.safetensors"))
     assert [name.partition("-")[0] for name in cached] == ["reference", "samples"], "cells do not share"
 

@@ -59,18 +59,18 @@ def test_an_entry_may_have_a_budget_of_its_own():
 def test_an_entry_may_have_options_besides_its_recipe():
     plain, *others = (
         next(Study.model_validate(STUDY | {"recipes": {"minmax": {"options": options}}}).cells())
-        for options in ({}, {"correction": True}, {"budget": 5.0}, {"spec": {"balance": True}})
+        for options in ({}, {"correction": True}, {"budget": 5.0}, {"spec": {"smoothing": True}})
     )
     assert plain.identity == next(Study.model_validate(STUDY).cells()).identity
     assert len({cell.identity for cell in (plain, *others)}) == 4
-    assert others[2].spec == QuantSpec(bits="w8a8", balance=True)
+    assert others[2].spec == QuantSpec(bits="w8a8", smoothing=True)
     assert not any(cell.arguments for cell in (plain, *others))
 
 
 def test_seeds_share_no_noise():
     cells = list(Study.model_validate(STUDY | {"evaluation": {"count": 10_000}}).cells())
     starts = sorted({cell.noise for cell in cells})
-    assert starts[1] - starts[0] >= cells[0].evaluation.pictures
+    assert starts[1] - starts[0] >= cells[0].evaluation.images
 
 
 @pytest.mark.parametrize(

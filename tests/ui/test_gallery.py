@@ -21,7 +21,7 @@ def test_a_model_is_quantized_once_and_drawn_beside_its_origin(gallery, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["plain-minmax-w8a8-2"]
     rows = {what: (full, quantized) for what, full, quantized in shown.rows}
     assert rows["peak memory, whole process"] == ("123 MB", "123 MB")
-    assert 20 < float(rows["PSNR to full precision, 3 pictures"][1].split()[0]) < 80
+    assert 20 < float(rows["PSNR to full precision, 3 images"][1].split()[0]) < 80
 
     monkeypatch.setattr("stepquant.quantize", None)  # would fail if it were called
     again = gallery.show(Wanted("plain", "minmax", "w8a8", seed=3, steps=2, count=3))
@@ -29,11 +29,11 @@ def test_a_model_is_quantized_once_and_drawn_beside_its_origin(gallery, tmp_path
 
 
 def test_a_prompt_is_drawn(gallery):
-    pictures = [
+    images = [
         gallery.show(Wanted("text", "minmax", "w8a8", prompt, steps=1, count=1)).quantized.tobytes()
         for prompt in ("a b", "", "a b")
     ]
-    assert pictures[0] == pictures[2] != pictures[1]
+    assert images[0] == images[2] != images[1]
 
 
 @pytest.mark.parametrize(

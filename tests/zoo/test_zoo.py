@@ -7,7 +7,7 @@ from stepquant import zoo
 from stepquant.errors import StepquantError
 from stepquant.evaluation.distribution import load_statistics
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.zoo.classifier import FashionClassifier
 
 
@@ -27,8 +27,8 @@ def test_each_model_draws_and_has_a_card(name):
         if hasattr(part, "parameters")
         for weight in part.parameters()
     } == {torch.float32}
-    pictures = draw(pipeline, make_request(pipeline, 2), range(1), 0)
-    assert bool(torch.isfinite(pictures).all())
+    images = generate(pipeline, make_request(pipeline, 2), range(1), 0)
+    assert bool(torch.isfinite(images).all())
     assert f"# {name}" in zoo.card(name)
     assert not zoo.card(name).startswith("---")
 

@@ -13,9 +13,9 @@ from stepquant.calibration.instrument import instrument
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
+from stepquant.layers.install import install, quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
-from stepquant.nn.deploy import install, quantized_modules
 
 PREFIX = "arch:"
 TOKENS = 77
@@ -23,7 +23,7 @@ TOKENS = 77
 
 
 def cifar_ddpm() -> UNet2DModel:
-    """DDPM on CIFAR-10 (arXiv 2006.11239): 35.7 million parameters, pictures of 32x32."""
+    """DDPM on CIFAR-10 (arXiv 2006.11239): 35.7 million parameters, images of 32x32."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -115,7 +115,7 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
 
 
 def half_arguments(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Arguments of a step on the device: tensors in bfloat16, pictures channels-last, the timestep as it is."""
+    """Arguments of a step on the device: tensors in bfloat16, images channels-last, the timestep as it is."""
 
     def move(value: Tensor) -> Tensor:
         value = value.to(device, torch.bfloat16 if value.is_floating_point() and value.dim() > 1 else value.dtype)

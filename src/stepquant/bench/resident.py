@@ -26,7 +26,7 @@ from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import own_bytes, own_peak_bytes
-from stepquant.nn.deploy import made_by_quantization, quantized_modules
+from stepquant.layers.install import made_by_quantization, quantized_modules
 from stepquant.runtime import prepare
 
 

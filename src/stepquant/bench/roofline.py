@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from stepquant.bench.measure import wall_seconds
 from stepquant.errors import StepquantError
-from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import LayerFormat, QuantizedConv2d, QuantizedLinear
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import LayerFormat, QuantizedConv2d, QuantizedLinear
 from stepquant.runtime.native import NativeKernel
 from stepquant.runtime.native.attention import NativeAttention
 from stepquant.runtime.native.replay import step_by_step

@@ -25,7 +25,7 @@ def parse_budget(text: str) -> float:
 
 
 def within_budget(spec: QuantSpec, sensitivity: Sensitivity, budget: float) -> QuantSpec:
-    """`spec` with exceptions for the layers that keep 8 bits; its own exceptions come first and win.
+    """`spec` with overrides for the layers that keep 8 bits; its own overrides come first and win.
 
     Greedy: in the order of error per weight, each layer of the spec's default bits that still fits. One that causes
     no error gets nothing.
@@ -49,7 +49,7 @@ def within_budget(spec: QuantSpec, sensitivity: Sensitivity, budget: float) -> Q
         if cost <= spare:
             spare -= cost
             kept[exact_name(name)] = str(dear)
-    return spec.model_copy(update={"exceptions": spec.exceptions | kept})
+    return spec.model_copy(update={"overrides": spec.overrides | kept})
 
 
 def check_budget(spec: QuantSpec, bits: dict[str, LayerBits], sizes: dict[str, int], budget: float) -> None:

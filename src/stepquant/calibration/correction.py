@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from stepquant.calibration.instrument import Instrumented
-from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.calibration.samples import CalibrationSet
+from stepquant.layers.correction import Correction, predicted_channels
 from stepquant.models.description import main_tensor
-from stepquant.nn.correction import Correction, predicted_channels
 from stepquant.progress import Progress
 
 SMALLEST_GAIN, LARGEST_GAIN = 0.5, 2.0

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.layers import TrainableAttention, TrainableLayer, wrap
+from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.core.qtensor import InvalidTable
+from stepquant.core.ranges import RangeMethod
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.layers.attention import OPERANDS
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import Quantization, replace_module
+from stepquant.layers.modules import can_quantize
 from stepquant.models import ModelDescription
-from stepquant.nn.activation_quantizer import ActivationQuantizer
-from stepquant.nn.attention import OPERANDS
-from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import Quantization, replace_module
-from stepquant.nn.layers import can_quantize
-from stepquant.nn.tables import InvalidTable
-from stepquant.nn.trainable import TrainableAttention, TrainableLayer, wrap
-from stepquant.nn.weight_quantizer import WeightQuantizer
-from stepquant.numerics.ranges import RangeMethod
 from stepquant.progress import Progress
 
 
@@ -93,11 +93,11 @@ def _frozen(name: str, part: Any) -> Any:
     return frozen
 
 
-def check_exceptions(description: ModelDescription, spec: QuantSpec) -> None:
-    """Raise `StepquantError` if an exception of the spec matches no layer."""
-    for pattern in spec.exceptions:
+def check_overrides(description: ModelDescription, spec: QuantSpec) -> None:
+    """Raise `StepquantError` if an override of the spec matches no layer."""
+    for pattern in spec.overrides:
         if not any(re.search(pattern, name) for name in description.layers):
-            raise StepquantError(f"exception {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
+            raise StepquantError(f"override {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
 
 
 def instrument(
@@ -121,9 +121,9 @@ def instrument(
         weight_quantizer, activation_quantizer: classes of one's own, derived from ours.
 
     Raises:
-        StepquantError: if an exception of the spec matches no layer.
+        StepquantError: if an override of the spec matches no layer.
     """
-    check_exceptions(description, spec)
+    check_overrides(description, spec)
     # Weights are never changed, only read through their quantizers: the copy shares their memory.
     weights: list[Any] = [module.weight for module in denoiser.modules() if can_quantize(module)]
     shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in weights}

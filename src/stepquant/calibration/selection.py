@@ -22,7 +22,7 @@ def normal_steps(
 ) -> Tensor:
     """Steps at normally distributed timesteps, ``t ~ N(mean T, (deviation T)^2)`` clamped to [0, T] (PTQ4DM, PQD).
 
-    Small timesteps are near the picture, that is at the *last* steps of the sampler. Returns int64 [samples].
+    Small timesteps are near the image, that is at the *last* steps of the sampler. Returns int64 [samples].
     """
     _check(samples, steps)
     time = (mean + deviation * torch.randn(samples, generator=generator)).clamp(0, 1)

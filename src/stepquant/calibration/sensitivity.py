@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stepquant.calibration.fake_quant.activation import ActivationQuantizer
 from stepquant.calibration.instrument import Instrumented
-from stepquant.calibration.trajectories import CalibrationSet
+from stepquant.calibration.placement import resting
+from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
-from stepquant.nn.activation_quantizer import ActivationQuantizer
-from stepquant.nn.placement import resting
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
@@ -91,7 +91,7 @@ def measure(
 ) -> Sensitivity:
     """Measure the error that each layer of `instrumented` causes; layers measured are kept in the workspace.
 
-    A layer is what an exception of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
+    A layer is what an override of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
     `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
     What lies before a layer's block is the same whether the layer is quantized or not, and does not run again. The
     workspace's processes share the layers.

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.nn.clock import StepClock
-from stepquant.nn.deploy import quantized_like, replace_module
-from stepquant.nn.layers import can_quantize
-from stepquant.nn.lora import enable_lora
-from stepquant.nn.trainable import wrap
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import quantized_like, replace_module
+from stepquant.layers.lora import enable_lora
+from stepquant.layers.modules import can_quantize
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
     """Replace every linear and convolution of `model`, in place and one by one, by one with rounded weights.
 
     Ranges are each output channel's smallest and largest value, codes the nearest. Any model of diffusers will do: no
-    family has to describe it. So no layer counts as first or last, and what is to keep more bits is an exception.
+    family has to describe it. So no layer counts as first or last, and what is to keep more bits is an override.
     Layers that the model's own class keeps in float32 (``_keep_in_fp32_modules``: T5's ``wo``, Wan's ``time_embedder``)
     stay as they are: its code reads the type of their parameters.
 
@@ -29,7 +29,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         The structure of the quantization, as a configuration holds it.
 
     Raises:
-        StepquantError: if there is nothing to quantize, or an exception of the spec quantizes an activation.
+        StepquantError: if there is nothing to quantize, or an override of the spec quantizes an activation.
     """
     layers, clock = {}, StepClock()
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -38,7 +38,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         if not can_quantize(module) or bits.is_float or kept & set(name.split(".")):
             continue
         if bits.activation < 16:
-            raise StepquantError(f"exception {bits} of layer {name} needs samples: give bits such as w8a16.")
+            raise StepquantError(f"override {bits} of layer {name} needs samples: give bits such as w8a16.")
         device = module.weight.device
         wrapped = wrap(module.float(), bits.weight, None, clock, group_size=spec.group_size, weight_range="minmax")
         replacement = quantized_like(module, wrapped.freeze(), clock)

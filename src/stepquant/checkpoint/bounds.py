@@ -58,7 +58,7 @@ def check_numbers(path: Path, config: dict[str, Any]) -> None:
         width = max(_integers(config.get("num_attention_heads")), default=1)
         width *= max(_integers(config.get("attention_head_dim")), default=1)
         if (side // patch) ** 2 * width > LARGEST_GRID:
-            raise StepquantError(f"{path} describes pictures of {side} x {side}: too large, it is damaged.")
+            raise StepquantError(f"{path} describes images of {side} x {side}: too large, it is damaged.")
 
 
 @contextmanager

@@ -26,12 +26,12 @@ from stepquant.checkpoint.format import (
 )
 from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.correction import OutputCorrection
+from stepquant.layers.install import install_empty
 from stepquant.models import DENOISERS
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.correction import OutputCorrection
-from stepquant.nn.deploy import install_empty
+from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
-from stepquant.sampler import correct_sampler
 from stepquant.workspace import tensors_digest
 
 PIECE = 64

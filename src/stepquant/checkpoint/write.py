@@ -17,7 +17,7 @@ from stepquant.checkpoint.card import CARD, model_card
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, is_checkpoint, record
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.nn.deploy import made_by_quantization
+from stepquant.layers.install import made_by_quantization
 from stepquant.workspace import cannot_write, remove, sync, uninterrupted
 
 
@@ -153,7 +153,7 @@ def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[s
     """A state dict as stored: what quantization made as it is, other floats in fp16 wherever that loses nothing.
 
     Args:
-        made: prefixes of the names of what quantization made (`stepquant.nn.deploy.made_by_quantization`).
+        made: prefixes of the names of what quantization made (`stepquant.layers.install.made_by_quantization`).
     """
     narrowed = {}
     for name, tensor in state.items():

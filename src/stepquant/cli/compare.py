@@ -20,12 +20,12 @@ def compare(
         str | None, typer.Option(metavar="MODEL", help="Their full-precision origin; default: the one they name.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
-    count: Annotated[int, typer.Option(help="Pictures.")] = 16,
+    count: Annotated[int, typer.Option(help="Images.")] = 16,
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
 ) -> None:
-    """Compare quantized models of one origin: a table, and a page with a Pareto figure and pictures."""
+    """Compare quantized models of one origin: a table, and a page with a Pareto figure and images."""
     from stepquant.report import origin_of
     from stepquant.report.comparison import compare as evaluate_all
     from stepquant.report.comparison import write_comparison
@@ -44,7 +44,7 @@ def compare(
 
 def _table(comparison: Comparison) -> Table:
     first = comparison.contenders[0].figures
-    title = f"{first.count} pictures of {first.steps} steps, seed {first.seed}"
+    title = f"{first.count} images of {first.steps} steps, seed {first.seed}"
     table = Table(title=title, title_justify="left")
     table.add_column("model", overflow="fold")
     for column in ("recipe", "bits"):

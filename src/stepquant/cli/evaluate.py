@@ -32,8 +32,8 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by stepquant quantize.")],
     against: Annotated[str, typer.Option(metavar="MODEL", help="Its full-precision origin.")],
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="Write pictures of both, side by side, to this file.")] = None,
-    count: Annotated[int, typer.Option(help="Pictures.")] = 128,
+    grid: Annotated[Path | None, typer.Option(help="Write images of both, side by side, to this file.")] = None,
+    count: Annotated[int, typer.Option(help="Images.")] = 128,
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -44,7 +44,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--with", metavar="METRIC=PATH", help="A further metric; may be repeated; help lists them."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with pictures of the data, for FID and its kin.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with images of the data, for FID and its kin.")] = None,
     backend: Backend = "auto",
     memory: Memory = "unpacked",
 ) -> None:
@@ -53,7 +53,7 @@ def evaluate(
     from stepquant.distributed import Ranks
     from stepquant.evaluation.metrics import NAMES, check_wanted
     from stepquant.evaluation.prompts import prompt_set
-    from stepquant.pictures import picture_format, save_picture, side_by_side
+    from stepquant.images import image_format, save_image, side_by_side
     from stepquant.runtime import check_memory
     from stepquant.workspace import write_atomic
 
@@ -66,7 +66,7 @@ def evaluate(
     at_least_one("count", count)
     at_least_one("steps", steps)
     if grid is not None:
-        picture_format(grid)
+        image_format(grid)
     for path in (json, grid):
         if path is not None:
             check_writable_file(path)
@@ -95,19 +95,19 @@ def evaluate(
     if grid is not None:
         shown = slice(0, PICTURES_SHOWN)
         captions = ("full precision", "quantized")
-        save_picture(side_by_side(evaluated.full_precision[shown], evaluated.quantized[shown], captions), grid)
-        typer.echo(f"pictures, full precision beside quantized: {grid}")
+        save_image(side_by_side(evaluated.full_precision[shown], evaluated.quantized[shown], captions), grid)
+        typer.echo(f"images, full precision beside quantized: {grid}")
 
 
 def _table(result: EvaluationResult) -> Table:
-    title = f"{result.steps} steps, seed {result.seed}; in brackets: 95 % confidence over pictures"
+    title = f"{result.steps} steps, seed {result.seed}; in brackets: 95 % confidence over images"
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for column in ("pictures", "full precision", "quantized"):
+    for column in ("images", "full precision", "quantized"):
         table.add_column(column, justify="right")
     count = str(result.count)
     table.add_row("PSNR to full precision", count, "", _between(f"{result.psnr_db:.2f} dB", result.psnr_db_interval, 2))
-    table.add_row("PSNR of the worst picture", count, "", f"{result.psnr_db_lowest:.2f} dB")
+    table.add_row("PSNR of the worst image", count, "", f"{result.psnr_db_lowest:.2f} dB")
     table.add_row("SSIM to full precision", count, "", _between(f"{result.ssim:.4f}", result.ssim_interval, 4))
     errors, shadowed = result.step_error, str(min(result.count, SHADOWED))
     table.add_row("error of a step, first / last", shadowed, "", f"{errors[0]:.2%} / {errors[-1]:.2%}")

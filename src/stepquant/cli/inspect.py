@@ -16,11 +16,11 @@ def inspect(
 ) -> None:
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
+    from stepquant.layers.correction import correction_of
+    from stepquant.layers.install import quantized_modules
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
-    from stepquant.nn.correction import correction_of
-    from stepquant.nn.deploy import quantized_modules
-    from stepquant.pipelines import kind_of
+    from stepquant.pipelines.generate import kind_of
     from stepquant.runtime import summary
     from stepquant.saving import provenance_of
 
@@ -76,8 +76,8 @@ def _float_table(denoiser: Any) -> Table:
 
 def _quantized_table(denoiser: Any) -> Table:
     """Layers and attentions of a quantized denoiser."""
-    from stepquant.nn.attention import QuantizedAttentionProcessor
-    from stepquant.nn.deploy import quantized_modules
+    from stepquant.layers.attention import QuantizedAttentionProcessor
+    from stepquant.layers.install import quantized_modules
 
     layers = quantized_modules(denoiser)
     table = Table(title=f"{len(layers)} quantized layers")
@@ -89,7 +89,7 @@ def _quantized_table(denoiser: Any) -> Table:
         bits = f"w{layer.weight_bits}a{16 if activation is None else activation}"
         rows = "" if activation is None else str(layer.activation_rows)
         groups = str(len(layer.weight_groups))
-        marks = {"balanced": layer.balanced, "by timestep": module.memo is not None}
+        marks = {"smoothed": layer.smoothed, "by timestep": module.memo is not None}
         notes = ", ".join(mark for mark, holds in marks.items() if holds)
         table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, notes)
     for name, module in denoiser.named_modules():

@@ -45,16 +45,17 @@ def quantize(
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
-    exception: Annotated[
+    override: Annotated[
         list[str] | None, typer.Option(metavar="REGEX=BITS", help="Other bits for some layers; may be repeated.")
     ] = None,
     exact_time: Annotated[
         bool, typer.Option("--exact-time", help="Leave the layers that depend on the timestep alone in floating point.")
     ] = False,
-    balance: Annotated[
+    smoothing: Annotated[
         bool | None,
         typer.Option(
-            "--balance/--no-balance", help="Balance channels between activation and weight; default: up to the recipe."
+            "--smoothing/--no-smoothing",
+            help="Smoothing channels between activation and weight; default: up to the recipe.",
         ),
     ] = None,
     correct: Annotated[
@@ -90,11 +91,11 @@ def quantize(
     from stepquant.api import check_device, check_quantizable
     from stepquant.calibration.allocation import parse_budget
     from stepquant.checkpoint import check_out
-    from stepquant.components import check_components
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
+    from stepquant.integrations.components import check_components
     from stepquant.loading import DTYPES, resolve_pipeline
-    from stepquant.pipelines import make_request, read_prompts
+    from stepquant.pipelines.generate import make_request, read_prompts
     from stepquant.planning import EFFORTS, duration, make_plan
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
@@ -113,8 +114,8 @@ def quantize(
     if iterations is None and effort != "standard" and "iterations" in hyperparameters(chosen):
         arguments["iterations"] = preset.iterations  # standard leaves it to the recipe
     values = hyperparameters(chosen, arguments)
-    exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
-    spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time, "balance": balance})
+    overrides = pairs_from(override, "override", "REGEX=BITS, as in mid_block=w8a8")
+    spec = QuantSpec.parse({"bits": bits, "overrides": overrides, "exact_time": exact_time, "smoothing": smoothing})
     others = pairs_from(also, "option --also", "NAME=BITS, as in text_encoder=w8a16")
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None

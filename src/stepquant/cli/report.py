@@ -16,7 +16,7 @@ def report(
         str | None, typer.Option(metavar="MODEL", help="Its full-precision origin; default: the one it names.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    count: Annotated[int, typer.Option(help="Pictures.")] = 16,
+    count: Annotated[int, typer.Option(help="Images.")] = 16,
     steps: Steps = 50,
     seed: Seed = 0,
     sensitivity: Annotated[

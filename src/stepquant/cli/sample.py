@@ -1,4 +1,4 @@
-"""``stepquant sample``: a grid of pictures."""
+"""``stepquant sample``: a grid of images."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from stepquant.cli.options import Backend, Guidance, Memory, Seed, Steps, at_lea
 
 def sample(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
-    out: Annotated[Path, typer.Option(help="The picture grid to write.")] = Path("grid.png"),
+    out: Annotated[Path, typer.Option(help="The image grid to write.")] = Path("grid.png"),
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a text-to-image model; may be repeated.")] = None,
     label: Annotated[
         list[int] | None, typer.Option(help="Label of a class-conditional model; may be repeated.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Pictures.")] = 16,
+    count: Annotated[int, typer.Option(help="Images.")] = 16,
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
     backend: Backend = "auto",
     memory: Memory = "unpacked",
 ) -> None:
-    """Draw pictures and write them as one grid."""
+    """Draw images and write them as one grid."""
     from stepquant.distributed import Ranks
+    from stepquant.images import grid, image_format, save_image
+    from stepquant.layers.install import quantized_modules
     from stepquant.loading import resolve_pipeline
     from stepquant.models import denoiser_name
-    from stepquant.nn.deploy import quantized_modules
-    from stepquant.pictures import grid, picture_format, save_picture
-    from stepquant.pipelines import draw_many, make_request
+    from stepquant.pipelines.generate import generate_many, make_request
     from stepquant.runtime import check_memory, summary
     from stepquant.runtime.files import resolve_backend
 
     check_memory(memory)
     at_least_one("count", count)
     at_least_one("steps", steps)
-    picture_format(out)
+    image_format(out)
     check_writable_file(out)
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser) and Ranks.current().main:
         typer.echo(f"runtime: {summary(denoiser)}")
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
-    pictures = draw_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
+    images = generate_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
     if Ranks.current().main:
-        save_picture(grid(pictures), out)
-    typer.echo(f"{count} pictures in {steps} steps, seed {seed}: {out}")
+        save_image(grid(images), out)
+    typer.echo(f"{count} images in {steps} steps, seed {seed}: {out}")

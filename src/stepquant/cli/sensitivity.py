@@ -55,7 +55,7 @@ def sensitivity(
     from stepquant.calibration.sensitivity import check_how
     from stepquant.config import LayerBits, QuantSpec
     from stepquant.loading import resolve_pipeline
-    from stepquant.pipelines import read_prompts
+    from stepquant.pipelines.generate import read_prompts
     from stepquant.workspace import write_atomic
 
     at_least_one("samples", samples)
@@ -79,26 +79,26 @@ def sensitivity(
         seed=seed,
         progress=progress(),
     )
-    exceptions = {} if budget_bits is None else within_budget(spec, measured, budget_bits).exceptions
+    overrides = {} if budget_bits is None else within_budget(spec, measured, budget_bits).overrides
     layers = measured.bits.items()
-    kept = [name for name, _ in layers if exact_name(name) in exceptions]
+    kept = [name for name, _ in layers if exact_name(name) in overrides]
     console().print(_table(measured, kept))
     asked = {"model": model, "bits": spec.bits, "how": how, "samples": samples, "steps": steps, "seed": seed}
-    budgeted = {} if budget_bits is None else {"budget": budget_bits, "exceptions": exceptions}
+    budgeted = {} if budget_bits is None else {"budget": budget_bits, "overrides": overrides}
     figures = json.dumps(asked | budgeted | _figures(measured), indent=2) + "\n"
     write_atomic(out / "sensitivity.json", lambda draft: draft.write_text(figures))
     typer.echo(f"figures: {out / 'sensitivity.json'}")
     if find_spec("matplotlib") is None:
-        typer.echo("no picture of layers and steps: it needs matplotlib, pip install 'stepquant[figures]'")
+        typer.echo("no image of layers and steps: it needs matplotlib, pip install 'stepquant[figures]'")
     else:
         heat_map = _heat_map(measured, f"{model} at {spec}, {samples} samples, seed {seed}", kept)
         write_atomic(out / "sensitivity.png", lambda draft: heat_map.savefig(draft, format="png"))
         typer.echo(f"layers and steps: {out / 'sensitivity.png'}")
     if budget_bits is not None:
-        bits_kept = {name: LayerBits.parse(exceptions.get(exact_name(name), str(own))) for name, own in layers}
+        bits_kept = {name: LayerBits.parse(overrides.get(exact_name(name), str(own))) for name, own in layers}
         mean = mean_weight_bits(bits_kept, measured.sizes)
         typer.echo(f"{len(kept)} of {len(layers)} layers keep 8 bits, {mean:.3f} bits a weight. Quantize with:")
-        options = [f"--exception {shlex.quote(f'{pattern}={other}')}" for pattern, other in exceptions.items()]
+        options = [f"--override {shlex.quote(f'{pattern}={other}')}" for pattern, other in overrides.items()]
         typer.echo(" \\\n".join([f"stepquant quantize {shlex.quote(model)} --bits {spec}", *options]))
 
 
@@ -155,7 +155,7 @@ def _heat_map(measured: Sensitivity, title: str, kept: Collection[str]) -> Figur
         norm = SymLogNorm(largest / 100, vmin=-largest, vmax=largest)
         image = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm)
     axes.set_title(f"{title}\n{MEANING[measured.how]}", fontsize=8)
-    axes.set_xlabel("denoising steps, from noise to picture" + ("; in bold: keeps 8 bits" if kept else ""), fontsize=7)
+    axes.set_xlabel("denoising steps, from noise to image" + ("; in bold: keeps 8 bits" if kept else ""), fontsize=7)
     axes.set_xticks(range(groups), [_span(ends) for ends in measured.steps], fontsize=6)
     axes.set_yticks(range(layers), list(measured.bits), fontsize=5)
     for label, name in zip(axes.get_yticklabels(), measured.bits, strict=True):

@@ -24,7 +24,7 @@ def study(
         Path | None, typer.Option(help="JSON lines to add to; default: ../results/NAME.jsonl, seen from the study.")
     ] = None,
     cache: Annotated[
-        Path, typer.Option(help="Folder of full-precision pictures and calibration samples that cells share.")
+        Path, typer.Option(help="Folder of full-precision images and calibration samples that cells share.")
     ] = Path("out/study-cache"),
     table: Annotated[bool, typer.Option("--table", help="Print what there is as Markdown, and run nothing.")] = False,
     figure: Annotated[Path | None, typer.Option(help="Draw what there is to this file, and run nothing.")] = None,

@@ -33,7 +33,7 @@ def train(
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a8, w4a4, w3a3.")] = "w4a4",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures: classes in subfolders, captions in a metadata.jsonl."),
+        typer.Option(help="Folder of images: classes in subfolders, captions in a metadata.jsonl."),
     ] = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Learn what full precision answers; needs no data, but may have some.")
@@ -42,13 +42,13 @@ def train(
         str, typer.Option(help="How activation scales depend on the timestep: generator (TDQ), static, or table.")
     ] = "generator",
     iterations: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Pictures, or points of trajectories, in a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images, or points of trajectories, in a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Of the weights, relative to their size; falls to zero.")] = 1e-3,
     ema_decay: Annotated[float, typer.Option(help="Of the moving average that ships; 0 for none.")] = 0.0,
     steps: Annotated[int, typer.Option(help="Denoising steps of the trajectories, from half to twice as many.")] = 50,
     seed: Seed = 0,
     prompts: Prompts = None,
-    exception: Annotated[
+    override: Annotated[
         list[str] | None, typer.Option(metavar="REGEX=BITS", help="Other bits for some layers; may be repeated.")
     ] = None,
     exact_time: Annotated[
@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Quantize a diffusion model by training it: weights, their scales and the activations' intervals together.
 
-    It learns from pictures (--data), or from the full-precision model (--distill). Interrupted, the same command
+    It learns from images (--data), or from the full-precision model (--distill). Interrupted, the same command
     continues where it stopped.
     """
     asked = {name: str(value) for name, value in locals().items() if name != "overwrite"}
@@ -66,13 +66,13 @@ def train(
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.loading import resolve_pipeline
-    from stepquant.pipelines import read_prompts
+    from stepquant.pipelines.generate import read_prompts
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.qat import qat
 
     if data is None and not distill:
         raise StepquantError(
-            "training has nothing to learn from: give a folder of pictures with --data, "
+            "training has nothing to learn from: give a folder of images with --data, "
             "or --distill to learn from the full-precision model without any."
         )
     for name, value in (("iterations", iterations), ("batch-size", batch_size), ("steps", steps)):
@@ -89,8 +89,8 @@ def train(
         "ema_decay": ema_decay,
     }
     hyperparameters(qat, arguments)
-    exceptions = pairs_from(exception, "exception", "REGEX=BITS, as in mid_block=w8a8")
-    spec = QuantSpec.parse({"bits": bits, "exceptions": exceptions, "exact_time": exact_time})
+    overrides = pairs_from(override, "override", "REGEX=BITS, as in mid_block=w8a8")
+    spec = QuantSpec.parse({"bits": bits, "overrides": overrides, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
     workspace = workspace_of(out)
     said = f"{model} trained to {spec} with {intervals} intervals: {out}"

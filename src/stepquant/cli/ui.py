@@ -21,7 +21,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 7860,
     folder: Annotated[Path, typer.Option(help="Folder that keeps the quantized models.")] = Path("out/ui"),
 ) -> None:
-    """Serve a page to quantize models and look at their pictures, side by side."""
+    """Serve a page to quantize models and look at their images, side by side."""
     from stepquant import zoo
     from stepquant.loading import ZOO_PREFIX, locate
     from stepquant.ui.gallery import Gallery

@@ -21,15 +21,15 @@ from stepquant.evaluation.fidelity import Shadow, psnr, ssim
 from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.metrics import Figure, Judged, check_wanted, measure
 from stepquant.evaluation.proxy import ClassifierProxy
+from stepquant.layers.install import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
-from stepquant.nn.deploy import quantized_modules
-from stepquant.pipelines import BATCH_SIZE, Request, batches, draw, draw_many, kind_of, make_request
+from stepquant.pipelines.generate import BATCH_SIZE, Request, batches, generate, generate_many, kind_of, make_request
 from stepquant.progress import Progress
 from stepquant.runtime.files import resolve_backend
 
 SHADOWED = 32
-"""Pictures, at least, that each step is compared on; the error of a step is a mean over so many values that more of
+"""Images, at least, that each step is compared on; the error of a step is a mean over so many values that more of
 them would only cost time."""
 
 
@@ -37,17 +37,17 @@ class EvaluationResult(BaseModel):
     """The figures of one evaluation.
 
     Attributes:
-        psnr_db: mean over pictures of each one's PSNR to the full-precision picture of the same noise, dB; peak-to-peak
+        psnr_db: mean over images of each one's PSNR to the full-precision image of the same noise, dB; peak-to-peak
             2, each at most 100.
-        psnr_db_lowest: of the worst picture.
-        psnr_db_interval: 95 % confidence interval of the mean over pictures; None for a single one.
-        ssim: mean structural similarity to the same pictures.
+        psnr_db_lowest: of the worst image.
+        psnr_db_interval: 95 % confidence interval of the mean over images; None for a single one.
+        ssim: mean structural similarity to the same images.
         ssim_interval: its interval.
         step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory, over
-            the first pictures (at least 32, if as many are drawn).
+            the first images (at least 32, if as many are drawn).
         frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None where there is
-            no classifier for the data, or too few pictures. Not an FID.
-        frechet_classifier_fp32: the same of the full-precision pictures.
+            no classifier for the data, or too few images. Not an FID.
+        frechet_classifier_fp32: the same of the full-precision images.
         frechet_note: why the two are None.
         denoiser_bytes: all files of the quantized denoiser.
         denoiser_bytes_fp32: the origin's parameters in float32.
@@ -57,7 +57,7 @@ class EvaluationResult(BaseModel):
         seconds_per_step_fp32: the same of the origin, measured alternately in the same run.
         speedup: seconds_per_step_fp32 / seconds_per_step.
         metrics: those that were asked for, see `stepquant.evaluation.metrics`.
-        count, steps, seed, guidance, batch_size: what was drawn; picture i starts from the noise of seed + i.
+        count, steps, seed, guidance, batch_size: what was drawn; image i starts from the noise of seed + i.
         threads: CPU threads of torch.
         versions: of the packages that the figures depend on.
     """
@@ -94,7 +94,7 @@ class EvaluationResult(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the pictures they were taken from: float32 [count, C, H, W] in [-1, 1]."""
+    """The figures, and the images they were taken from: float32 [count, C, H, W] in [-1, 1]."""
 
     result: EvaluationResult
     full_precision: Tensor
@@ -117,15 +117,15 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Draw the same pictures with both pipelines and compare them; processes of one group share the drawing.
+    """Draw the same images with both pipelines and compare them; processes of one group share the drawing.
 
     Args:
         folder: a quantized pipeline; run with the given `backend` and `memory`, see `stepquant.runtime.prepare`.
         against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
         backend: one of ``stepquant.runtime.BACKENDS``, or ``path.py:function``.
         metrics: further metrics, name -> what it needs (`stepquant.evaluation.metrics.NAMES`).
-        data: folder with pictures of the data, for those that compare with it.
-        cache: folder that keeps features of pictures for other evaluations.
+        data: folder with images of the data, for those that compare with it.
+        cache: folder that keeps features of images for other evaluations.
 
     Raises:
         StepquantError: if one of them cannot be loaded, `folder` is not quantized or `against` is, the one is not made
@@ -133,7 +133,7 @@ def evaluate(
     """
     progress = progress or Progress()
     if count < 1:
-        raise StepquantError(f"count is {count}: expected at least 1 picture.")
+        raise StepquantError(f"count is {count}: expected at least 1 image.")
     wanted = metrics or {}
     check_wanted(wanted, data)
     real = None if data is None else FolderPictures(data)
@@ -145,10 +145,10 @@ def evaluate(
     ranks = Ranks.current()
     shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
     reference = _draw_shadowed(original, request, count, seed, shadow, progress, ranks)
-    pictures = draw_many(quantized, request, count, seed, progress, "Drawing quantized", ranks=ranks)
-    decibels, similarity = psnr(pictures, reference), ssim(pictures, reference)
+    images = generate_many(quantized, request, count, seed, progress, "Drawing quantized", ranks=ranks)
+    decibels, similarity = psnr(images, reference), ssim(images, reference)
     drawn_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
-    figures = measure(wanted, Judged(against, pictures, reference, drawn_prompts, real, cache), progress)
+    figures = measure(wanted, Judged(against, images, reference, drawn_prompts, real, cache), progress)
     seconds_fp32, seconds = shadow.seconds
     classifier = ClassifierProxy.of(against)
     note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
@@ -167,7 +167,7 @@ def evaluate(
         ssim=float(similarity.mean()),
         ssim_interval=mean_interval(similarity).interval,
         step_error=shadow.step_error,
-        frechet_classifier=classifier.frechet(pictures) if classifier else None,
+        frechet_classifier=classifier.frechet(images) if classifier else None,
         frechet_classifier_fp32=classifier.frechet(reference) if classifier else None,
         frechet_note=note,
         denoiser_bytes=folder_bytes(folder / denoiser),
@@ -186,7 +186,7 @@ def evaluate(
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in ("stepquant", "torch", "diffusers")},
     )
-    return Evaluation(result, reference, pictures)
+    return Evaluation(result, reference, images)
 
 
 def _draw_shadowed(
@@ -196,15 +196,15 @@ def _draw_shadowed(
     compared = [indices for indices in parts if indices.start < SHADOWED]
     with progress.task("Drawing full precision", count * request.steps) as advance:
 
-        def pictures_of(indices: range) -> Tensor:
-            return draw(pipeline, request, indices, seed, on_step=partial(advance, len(indices)))
+        def images_of(indices: range) -> Tensor:
+            return generate(pipeline, request, indices, seed, on_step=partial(advance, len(indices)))
 
-        pictures = []
+        images = []
         for indices in compared:  # by every process: each has its own times, and the errors are few
             with shadow:
-                pictures.append(pictures_of(indices))
-        pictures += ranks.deal(pictures_of, parts[len(compared) :])
-    return torch.cat(pictures)
+                images.append(images_of(indices))
+        images += ranks.deal(images_of, parts[len(compared) :])
+    return torch.cat(images)
 
 
 def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> str:
@@ -215,7 +215,7 @@ def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> st
         ours, theirs = (getattr(pipeline, denoiser).config for pipeline in (quantized, original))
         same = all(ours.get(key) == theirs.get(key) for key in ("sample_size", "in_channels", "out_channels"))
     if not same:
-        raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of pictures.")
+        raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of images.")
     return denoiser
 
 

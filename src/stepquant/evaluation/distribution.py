@@ -1,4 +1,4 @@
-"""Sets of pictures as distributions, over any features: Frechet distance, kernel distance, precision and recall, score.
+"""Sets of images as distributions, over any features: Frechet distance, kernel distance, precision and recall, score.
 
 The arithmetic alone. With Inception's features (`stepquant.evaluation.extractors`) these are FID, sFID, KID, precision
 and recall, and the Inception score; with any other they have other values, compare models on the same data set at the
@@ -84,8 +84,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 
-def precision_recall(pictures: Tensor, data: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of pictures inside the data's manifold, and of the data inside the pictures' (arXiv 1904.06991).
+def precision_recall(images: Tensor, data: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+    """Share of images inside the data's manifold, and of the data inside the images' (arXiv 1904.06991).
 
     A manifold is the union of balls around each feature vector up to its k-th nearest neighbour. Features [N, D] and
     [M, D].
@@ -96,30 +96,30 @@ def precision_recall(pictures: Tensor, data: Tensor, neighbours: int = NEIGHBOUR
     Raises:
         StepquantError: for no more than k of either.
     """
-    _at_least(neighbours + 1, pictures, data, "precision and recall")
-    pictures, data = pictures.double(), data.double()
-    distance = torch.cdist(pictures, data)
+    _at_least(neighbours + 1, images, data, "precision and recall")
+    images, data = images.double(), data.double()
+    distance = torch.cdist(images, data)
 
     def radius(x: Tensor) -> Tensor:
         return torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest of all is the vector itself
 
     precision = (distance <= radius(data)[None]).any(dim=1).double().mean()
-    recall = (distance <= radius(pictures)[:, None]).any(dim=0).double().mean()
+    recall = (distance <= radius(images)[:, None]).any(dim=0).double().mean()
     return float(precision), float(recall)
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
     """``exp(E KL(p(y|x) || p(y)))``, mean over splits (arXiv 1606.03498); logits [N, K] of a classifier.
 
-    Traps: says nothing about the data, nor about variety within a class; a model that draws one perfect picture of
-    each class has the best score there is. Grows with the pictures a split: the usual figures come from 5,000.
+    Traps: says nothing about the data, nor about variety within a class; a model that draws one perfect image of
+    each class has the best score there is. Grows with the images a split: the usual figures come from 5,000.
 
     Raises:
-        StepquantError: for fewer than two pictures a split.
+        StepquantError: for fewer than two images a split.
     """
     if len(logits) < 2 * splits:
         raise StepquantError(
-            f"{len(logits)} pictures are too few for a score over {splits} splits: draw {2 * splits} or more."
+            f"{len(logits)} images are too few for a score over {splits} splits: draw {2 * splits} or more."
         )
     scores = []
     for part in logits.double().tensor_split(splits):
@@ -145,4 +145,4 @@ def _at_least(least: int, a: Tensor, b: Tensor, what: str) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise StepquantError(f"{what} needs two lists of vectors of one length, given {[*a.shape]} and {[*b.shape]}.")
     if min(len(a), len(b)) < least:
-        raise StepquantError(f"{what} needs at least {least} pictures of each, given {len(a)} and {len(b)}: draw more.")
+        raise StepquantError(f"{what} needs at least {least} images of each, given {len(a)} and {len(b)}: draw more.")

@@ -1,4 +1,4 @@
-"""Networks that judge pictures: Inception, the zoo's classifier, CLIP and DINO, and LPIPS' AlexNet.
+"""Networks that judge images: Inception, the zoo's classifier, CLIP and DINO, and LPIPS' AlexNet.
 
 All but the zoo's are given by path, since none may be shipped here. Weights are read without running code from them.
 """
@@ -68,12 +68,12 @@ class InceptionExtractor:
         self.key = f"inception-{tensors_digest(dict(self.model.state_dict()))}"
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         spatial: list[Tensor] = []
         layer = self.model.Mixed_6d.branch1x1.conv  # TensorFlow's mixed_6/conv
         handle = layer.register_forward_hook(lambda _module, _inputs, output: spatial.append(output))
         try:
-            pool, logits = self.model(_codes(pictures))
+            pool, logits = self.model(_codes(images))
         finally:
             handle.remove()
         return {"pool": pool, "spatial": spatial[0][:, :SPATIAL_CHANNELS].flatten(1), "logits": logits}
@@ -87,8 +87,8 @@ class ClassifierExtractor:
         self.key = f"classifier-{tensors_digest(dict(self.classifier.state_dict()))}"
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.classifier.features(pictures.mean(dim=1, keepdim=True))
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.classifier.features(images.mean(dim=1, keepdim=True))
         return {"pool": features, "logits": self.classifier.head(features)}
 
 
@@ -115,8 +115,8 @@ class EmbeddingExtractor:
         self.key = f"embedding-{tensors_digest(dict(self.model.state_dict()))}"
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        codes = list(_codes(pictures).permute(0, 2, 3, 1).numpy())
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        codes = list(_codes(images).permute(0, 2, 3, 1).numpy())
         pixels = self.processor(images=codes, return_tensors="pt")["pixel_values"]
         if hasattr(self.model, "visual_projection"):
             embedding = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
@@ -147,9 +147,9 @@ class EmbeddingExtractor:
         return F.normalize(self.model.text_projection(self.model.text_model(**tokens).pooler_output), dim=1)
 
 
-def _codes(pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W]: what a saved picture holds."""
-    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+def _codes(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W]: what a saved image holds."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 class Lpips(nn.Module):
@@ -184,21 +184,21 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, pictures: Tensor, reference: Tensor) -> Tensor:
+    def forward(self, images: Tensor, reference: Tensor) -> Tensor:
         """Distance of each pair, float32 [N]; both float [N, C, H, W] in [-1, 1], at least 32 x 32.
 
-        Traps: trained on patches of 64 x 64: on smaller pictures it is rough, and it ignores noise that people see.
+        Traps: trained on patches of 64 x 64: on smaller images it is rough, and it ignores noise that people see.
         """
-        if min(pictures.shape[-2:]) < 32:
-            raise StepquantError(f"LPIPS needs pictures of 32 x 32 or more, given {list(pictures.shape[-2:])}.")
-        total = torch.zeros(len(pictures))
-        for ours, theirs, linear in zip(self._taps(pictures), self._taps(reference), self.linear, strict=True):
+        if min(images.shape[-2:]) < 32:
+            raise StepquantError(f"LPIPS needs images of 32 x 32 or more, given {list(images.shape[-2:])}.")
+        total = torch.zeros(len(images))
+        for ours, theirs, linear in zip(self._taps(images), self._taps(reference), self.linear, strict=True):
             difference = (_unit(ours) - _unit(theirs)).square()
             total += F.conv2d(difference, linear).mean(dim=(1, 2, 3))
         return total
 
-    def _taps(self, pictures: Tensor) -> list[Tensor]:
-        hidden = (pictures.expand(-1, 3, -1, -1) - self.SHIFT) / self.SCALE
+    def _taps(self, images: Tensor) -> list[Tensor]:
+        hidden = (images.expand(-1, 3, -1, -1) - self.SHIFT) / self.SCALE
         taps = []
         for index, layer in enumerate(self.features):
             hidden = layer(hidden)

@@ -1,4 +1,4 @@
-"""Features of many pictures: in batches, kept by content, continued where an interrupted run stopped."""
+"""Features of many images: in batches, kept by content, continued where an interrupted run stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class FeatureExtractor(Protocol):
-    """A network that turns pictures into vectors.
+    """A network that turns images into vectors.
 
     Attributes:
         key: stands for the network and its weights; kept features are valid under it.
@@ -29,40 +29,40 @@ class FeatureExtractor(Protocol):
 
     key: str
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Name of a layer -> its vectors, float [N, D], of pictures float [N, C, H, W] in [-1, 1]."""
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Name of a layer -> its vectors, float [N, D], of images float [N, C, H, W] in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorPictures:
-    """Pictures in memory, float [N, C, H, W] in [-1, 1]."""
+    """Images in memory, float [N, C, H, W] in [-1, 1]."""
 
-    pictures: Tensor
+    images: Tensor
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.pictures.split(BATCH_SIZE))
+        return iter(self.images.split(BATCH_SIZE))
 
 
 @dataclass(frozen=True)
 class FolderPictures:
-    """Picture files of a folder, in the order of their names; read batch by batch, as float [N, 3, H, W] in [-1, 1].
+    """Image files of a folder, in the order of their names; read batch by batch, as float [N, 3, H, W] in [-1, 1].
 
     Raises:
-        StepquantError: if there are none, or, while reading, for a file that is no picture or of another size than
-            the first: metrics of resized pictures measure the resizing.
+        StepquantError: if there are none, or, while reading, for a file that is no image or of another size than
+            the first: metrics of resized images measure the resizing.
     """
 
     folder: Path
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
-            raise StepquantError(f"there is no folder {self.folder}: give one with the pictures of the data.")
+            raise StepquantError(f"there is no folder {self.folder}: give one with the images of the data.")
         if not self.files:
-            raise StepquantError(f"{self.folder} holds no pictures: expected files that end in {', '.join(ENDINGS)}.")
+            raise StepquantError(f"{self.folder} holds no images: expected files that end in {', '.join(ENDINGS)}.")
 
     @property
     def files(self) -> list[Path]:
@@ -76,42 +76,42 @@ class FolderPictures:
         for start in range(0, len(files), BATCH_SIZE):
             batch = []
             for file in files[start : start + BATCH_SIZE]:
-                picture = _read(file)
-                size = size or picture.shape
-                if picture.shape != size:
-                    given, first = (f"{shape[2]} x {shape[1]}" for shape in (picture.shape, size))
+                image = _read(file)
+                size = size or image.shape
+                if image.shape != size:
+                    given, first = (f"{shape[2]} x {shape[1]}" for shape in (image.shape, size))
                     raise StepquantError(f"{file} is {given} and others are {first}: bring all to one size first.")
-                batch.append(picture)
+                batch.append(image)
             yield torch.stack(batch)
 
 
 def _read(file: Path) -> Tensor:
     try:
-        with Image.open(file) as picture:
-            codes = torch.from_numpy(np.array(picture.convert("RGB")))
+        with Image.open(file) as image:
+            codes = torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, UnidentifiedImageError) as error:
-        raise StepquantError(f"picture {file} cannot be read: {error}.") from None
+        raise StepquantError(f"image {file} cannot be read: {error}.") from None
     return codes.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def extract(
     extractor: FeatureExtractor,
-    pictures: TensorPictures | FolderPictures,
+    images: TensorPictures | FolderPictures,
     cache: Path | None = None,
     progress: Progress | None = None,
     description: str = "Extracting features",
 ) -> dict[str, Tensor]:
-    """Features of all pictures, layer by layer: float32 [N, D].
+    """Features of all images, layer by layer: float32 [N, D].
 
     Args:
-        cache: folder that keeps the features of each batch under a key of the pictures' content and the extractor:
-            an interrupted extraction continues, and the same pictures are never passed through the network twice.
+        cache: folder that keeps the features of each batch under a key of the images' content and the extractor:
+            an interrupted extraction continues, and the same images are never passed through the network twice.
     """
     kept = None if cache is None else Workspace(cache)
     parts: list[dict[str, Tensor]] = []
-    with (progress or Progress()).task(description, len(pictures)) as advance:
-        for batch in pictures:
-            stage = f"features-{digest([extractor.key, tensors_digest({'pictures': batch})])[:24]}"
+    with (progress or Progress()).task(description, len(images)) as advance:
+        for batch in images:
+            stage = f"features-{digest([extractor.key, tensors_digest({'images': batch})])[:24]}"
             found = kept.load(stage) if kept else None
             if found is None:
                 found = {name: layer.float() for name, layer in extractor(batch).items()}

@@ -1,4 +1,4 @@
-"""How close a quantized pipeline is to its full-precision origin: finished pictures, and each denoising step."""
+"""How close a quantized pipeline is to its full-precision origin: finished images, and each denoising step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from stepquant.errors import StepquantError
 
 PEAK_TO_PEAK = 2.0
-"""Pictures are in [-1, 1]."""
+"""Images are in [-1, 1]."""
 SSIM_WINDOW = 11
 HIGHEST_PSNR = 100.0
-"""dB at which PSNR is capped, so that identical pictures (infinite dB) leave the mean a number."""
+"""dB at which PSNR is capped, so that identical images (infinite dB) leave the mean a number."""
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, dB, float64 [N]; at most `HIGHEST_PSNR`.
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, dB, float64 [N]; at most `HIGHEST_PSNR`.
 
     ``10 log10(4 / mean((x - y)^2))``; both are float [N, C, H, W] in [-1, 1].
 
@@ -31,44 +31,44 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     between models it compares only how far each went from its own origin.
 
     Raises:
-        StepquantError: for pictures of other sizes.
+        StepquantError: for images of other sizes.
     """
-    _check_pairs(pictures, reference)
-    error = (pictures.double() - reference.double()).square().mean(dim=(1, 2, 3))
+    _check_pairs(images, reference)
+    error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(PEAK_TO_PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
 
 
-def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each picture, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each image, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
 
     Both are float [N, C, H, W] in [-1, 1].
 
-    Traps: implementations differ in window, color and borders: here, as in torchmetrics, pictures are reflected there;
+    Traps: implementations differ in window, color and borders: here, as in torchmetrics, images are reflected there;
     scikit-image leaves half a window out, and the two differ by some hundredths at 32 x 32. Flat regions score 1
     whatever lies in them.
 
     Raises:
-        StepquantError: for pictures of other sizes, or smaller than the window.
+        StepquantError: for images of other sizes, or smaller than the window.
     """
-    _check_pairs(pictures, reference)
-    if min(pictures.shape[-2:]) < SSIM_WINDOW:
-        raise StepquantError(f"SSIM needs pictures of {SSIM_WINDOW} x {SSIM_WINDOW} or more.")
+    _check_pairs(images, reference)
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise StepquantError(f"SSIM needs images of {SSIM_WINDOW} x {SSIM_WINDOW} or more.")
     value = structural_similarity_index_measure(
-        pictures.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
+        images.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
     )
     assert isinstance(value, Tensor)
     return value
 
 
-def _check_pairs(pictures: Tensor, reference: Tensor) -> None:
-    if pictures.shape != reference.shape or pictures.dim() != 4:
-        given = f"{list(pictures.shape)} and {list(reference.shape)}"
-        raise StepquantError(f"pictures of {given} cannot be compared: expected the same [N, C, H, W].")
+def _check_pairs(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape or images.dim() != 4:
+        given = f"{list(images.shape)} and {list(reference.shape)}"
+        raise StepquantError(f"images of {given} cannot be compared: expected the same [N, C, H, W].")
 
 
 @dataclass
 class Shadow:
-    """Runs the quantized denoiser beside the full-precision one, on the same inputs, while the latter draws pictures.
+    """Runs the quantized denoiser beside the full-precision one, on the same inputs, while the latter draws images.
 
     The trajectory stays the full-precision one. Because the two alternate, a machine that is busy with something else
     slows both alike, and the ratio of their times stays meaningful.
@@ -84,7 +84,7 @@ class Shadow:
 
     @property
     def step_error(self) -> list[float]:
-        """Relative L2 error of the output at each step: ``|q(x_t) - f(x_t)| / |f(x_t)|`` over all pictures."""
+        """Relative L2 error of the output at each step: ``|q(x_t) - f(x_t)| / |f(x_t)|`` over all images."""
         return [(self._error[step] / self._norm[step]) ** 0.5 if self._norm[step] else 0.0 for step in self._error]
 
     @property

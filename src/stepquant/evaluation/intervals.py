@@ -1,4 +1,4 @@
-"""How sure a figure is: confidence intervals of means over pictures."""
+"""How sure a figure is: confidence intervals of means over images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` pictures and the interval that holds the true one with probability `CONFIDENCE`.
+    """A mean over `count` images and the interval that holds the true one with probability `CONFIDENCE`.
 
     Attributes:
-        interval: lower and upper end; None where a single picture leaves nothing to say.
+        interval: lower and upper end; None where a single image leaves nothing to say.
     """
 
     value: float
@@ -28,9 +28,9 @@ class Estimate:
 def mean_interval(values: Tensor, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
     """Mean of independent values [N] with its bias-corrected and accelerated bootstrap interval (Efron 1987).
 
-    Traps: it is about other pictures of the same model, not about other calibrations: for those, repeat with seeds.
+    Traps: it is about other images of the same model, not about other calibrations: for those, repeat with seeds.
     Its coverage falls short of `confidence` for few values of a skewed distribution. There is none for Frechet and
-    kernel distances, nor for precision and recall: a resample holds pictures twice, which moves them systematically.
+    kernel distances, nor for precision and recall: a resample holds images twice, which moves them systematically.
     """
     numbers = values.double()
     mean = float(numbers.mean())

@@ -6,7 +6,7 @@ import sys
 
 from stepquant.evaluation.cost import own_peak_bytes
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines import draw, make_request
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime.files import resolve_backend
 
 STEPS = 2
@@ -16,7 +16,7 @@ STEPS = 2
 def main(model: str, batch_size: str, backend: str, memory: str) -> None:
     """Draw one batch and print the bytes."""
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
-    draw(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
+    generate(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
     print(own_peak_bytes())
 
 

@@ -22,8 +22,8 @@ from stepquant.evaluation.extractors import ClassifierExtractor, EmbeddingExtrac
 from stepquant.evaluation.features import BATCH_SIZE, FeatureExtractor, FolderPictures, TensorPictures, extract
 from stepquant.evaluation.intervals import Estimate, mean_interval
 from stepquant.evaluation.proxy import ClassifierProxy
-from stepquant.functions import load_function
 from stepquant.progress import Progress
+from stepquant.user_code import load_function
 
 NAMES = {
     "lpips": "LPIPS to full precision; =FILE with AlexNet's weights",
@@ -31,7 +31,7 @@ NAMES = {
     "clip": "the same with CLIP, and the CLIP score of prompts; =FOLDER of a CLIP model",
     "inception": "FID, sFID, KID, precision, recall and IS, needs --data; =FILE with weights, else downloaded",
     "classifier": "their proxies by the zoo's classifier, needs --data",
-    "reward": "a model of people's taste such as ImageReward; =path.py:function(pictures, prompts) -> scores",
+    "reward": "a model of people's taste such as ImageReward; =path.py:function(images, prompts) -> scores",
 }
 """What can be measured, and what it needs."""
 SPLITS = 10
@@ -43,10 +43,10 @@ class Figure(BaseModel):
     """One metric of the quantized model.
 
     Attributes:
-        interval: 95 % confidence over pictures, where there is one (`mean_interval`).
-        full_precision: the same of the full-precision pictures; None for a comparison with them.
-        count: pictures it is from.
-        data_count: pictures of the data it compares with.
+        interval: 95 % confidence over images, where there is one (`mean_interval`).
+        full_precision: the same of the full-precision images; None for a comparison with them.
+        count: images it is from.
+        data_count: images of the data it compares with.
         note: what to know before believing it.
     """
 
@@ -68,16 +68,16 @@ class Figure(BaseModel):
 
 @dataclass(frozen=True)
 class Judged:
-    """What is measured: pictures float [N, C, H, W] in [-1, 1] of both models, from the same noise and conditions.
+    """What is measured: images float [N, C, H, W] in [-1, 1] of both models, from the same noise and conditions.
 
     Attributes:
-        prompts: of each picture; empty for a model without text.
-        data: pictures of the data, for the metrics of distributions.
+        prompts: of each image; empty for a model without text.
+        data: images of the data, for the metrics of distributions.
         cache: folder that keeps features.
     """
 
     model: str
-    pictures: Tensor
+    images: Tensor
     full_precision: Tensor
     prompts: Sequence[str] = ()
     data: FolderPictures | None = None
@@ -90,7 +90,7 @@ def check_wanted(wanted: dict[str, str], data: Path | None) -> None:
         if name not in NAMES:
             raise StepquantError(f"there is no metric {name!r}: expected one of {', '.join(NAMES)}.")
         if name in ("inception", "classifier") and data is None:
-            raise StepquantError(f"metric {name} compares with the data: give a folder of its pictures with --data.")
+            raise StepquantError(f"metric {name} compares with the data: give a folder of its images with --data.")
         if name not in ("inception", "classifier") and not where:
             raise StepquantError(f"metric {name} needs a path: {NAMES[name].partition('; ')[2]}.")
         if name == "reward":
@@ -103,13 +103,13 @@ def measure(wanted: dict[str, str], judged: Judged, progress: Progress | None = 
     """The wanted metrics, name -> figure; `wanted` is the name of each -> its path, or "".
 
     Raises:
-        StepquantError: for missing or damaged weights, too few pictures, or data of another size.
+        StepquantError: for missing or damaged weights, too few images, or data of another size.
     """
     figures: dict[str, Figure] = {}
     for name, where in wanted.items():
         if name == "lpips":
             network = Lpips(Path(where))
-            pairs = zip(judged.pictures.split(BATCH_SIZE), judged.full_precision.split(BATCH_SIZE), strict=True)
+            pairs = zip(judged.images.split(BATCH_SIZE), judged.full_precision.split(BATCH_SIZE), strict=True)
             figures["lpips"] = Figure.of(mean_interval(torch.cat([network(*pair) for pair in pairs])))
         elif name in ("dino", "clip"):
             figures |= _embeddings(name, EmbeddingExtractor(Path(where)), judged, progress)
@@ -124,8 +124,8 @@ def _embeddings(
     name: str, extractor: EmbeddingExtractor, judged: Judged, progress: Progress | None
 ) -> dict[str, Figure]:
     ours, theirs = (
-        extract(extractor, TensorPictures(pictures), judged.cache, progress)["embedding"]
-        for pictures in (judged.pictures, judged.full_precision)
+        extract(extractor, TensorPictures(images), judged.cache, progress)["embedding"]
+        for images in (judged.images, judged.full_precision)
     )
     figures = {f"{name}_similarity": Figure.of(mean_interval((ours * theirs).sum(dim=1)))}
     if name == "clip" and judged.prompts:
@@ -134,22 +134,22 @@ def _embeddings(
     return figures
 
 
-def clip_scores(pictures: Tensor, prompts: Tensor) -> Tensor:
-    """``max(100 cos, 0)`` of each picture's and its prompt's embedding, [N] (arXiv 2104.08718 with w = 100).
+def clip_scores(images: Tensor, prompts: Tensor) -> Tensor:
+    """``max(100 cos, 0)`` of each image's and its prompt's embedding, [N] (arXiv 2104.08718 with w = 100).
 
     Traps: depends on which CLIP; the paper's own w is 2.5; saturates with good models, whose order it does not tell.
     """
-    return (CLIP_SCALE * torch.cosine_similarity(pictures, prompts, dim=1)).clamp(min=0)
+    return (CLIP_SCALE * torch.cosine_similarity(images, prompts, dim=1)).clamp(min=0)
 
 
 def _reward(where: str, judged: Judged) -> Figure:
     function = load_function(where, "reward")
     ours, theirs = (
-        torch.as_tensor(function(pictures, list(judged.prompts))).double().flatten()
-        for pictures in (judged.pictures, judged.full_precision)
+        torch.as_tensor(function(images, list(judged.prompts))).double().flatten()
+        for images in (judged.images, judged.full_precision)
     )
-    if len(ours) != len(judged.pictures):
-        raise StepquantError(f"{where} returned {len(ours)} scores for {len(judged.pictures)} pictures.")
+    if len(ours) != len(judged.images):
+        raise StepquantError(f"{where} returned {len(ours)} scores for {len(judged.images)} images.")
     return Figure.of(mean_interval(ours), float(theirs.mean()))
 
 
@@ -168,8 +168,8 @@ def _distributions(
     assert judged.data is not None, "checked at the door"
     data = extract(extractor, judged.data, judged.cache, progress, "Features of the data")
     sides = [
-        extract(extractor, TensorPictures(pictures), judged.cache, progress)
-        for pictures in (judged.pictures, judged.full_precision)
+        extract(extractor, TensorPictures(images), judged.cache, progress)
+        for images in (judged.images, judged.full_precision)
     ]
     standard = name == "inception"
     named = {
@@ -181,9 +181,9 @@ def _distributions(
         "score": "inception_score" if standard else "classifier_score",
     }
     values = [_of_one(side, data) for side in sides]
-    count, data_count, dimensions = len(judged.pictures), len(judged.data), data["pool"].shape[1]
+    count, data_count, dimensions = len(judged.images), len(judged.data), data["pool"].shape[1]
     few = min(count, data_count) <= dimensions
-    bias = f"biased upwards by far: fewer pictures than the {dimensions} dimensions of the features" if few else None
+    bias = f"biased upwards by far: fewer images than the {dimensions} dimensions of the features" if few else None
     figures = {}
     for key, label in named.items():
         if key not in values[0]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from stepquant.errors import StepquantError
-from stepquant.pipelines import read_prompts
+from stepquant.pipelines.generate import read_prompts
 
 PARTI = "parti"
 """Name of the set that is shipped: PartiPrompts, 1,632 prompts (Apache-2.0, Google Research; arXiv 2206.10789)."""
@@ -16,7 +16,7 @@ PARTI = "parti"
 def prompt_set(name: str) -> list[str]:
     """Prompts of a set, in its order: ``parti``; a COCO ``captions_*.json``; or a text file with a prompt a line.
 
-    A COCO picture has several captions: the first of each is taken, as is usual for FID on COCO.
+    A COCO image has several captions: the first of each is taken, as is usual for FID on COCO.
 
     Raises:
         StepquantError: if there is no such set or file, or it holds no prompt.

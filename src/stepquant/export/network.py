@@ -11,15 +11,15 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import Calibration, collect, flatten, nest
+from stepquant.calibration.samples import Calibration, collect, flatten, nest
 from stepquant.errors import StepquantError
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.correction import OutputCorrection
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import QuantizedModule
+from stepquant.layers.time_cache import TimeLinear
 from stepquant.models import denoiser_name
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.correction import OutputCorrection
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import QuantizedModule
-from stepquant.nn.memo import TimeLinear
-from stepquant.pipelines import make_request
+from stepquant.pipelines.generate import make_request
 from stepquant.progress import Progress
 from stepquant.runtime import KernelFactory, prepare
 
@@ -27,7 +27,7 @@ TIMESTEP = "timestep"
 
 
 def example_arguments(pipeline: Any) -> dict[str, Tensor]:
-    """What the pipeline gives its denoiser at the first step of two pictures, by flat name (`calibration.flatten`).
+    """What the pipeline gives its denoiser at the first step of two images, by flat name (`calibration.flatten`).
 
     Raises:
         StepquantError: if the pipeline cannot draw from noise alone.

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import ActivationTable
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
-from stepquant.nn.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
-from stepquant.nn.tables import ActivationTable
-from stepquant.numerics.affine import largest_code
+from stepquant.layers.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.runtime.onednn import can_run
 from stepquant.runtime.segments import along_channels, channel_dim, linear_map, segments_of
 from stepquant.workspace import write_atomic
@@ -97,8 +97,8 @@ class OnnxKernel(Kernel):
         for index, segment in enumerate(self.segments):
             self.register_buffer(f"weight_{index}", self._columns(segment.weight))
             scale = layer.activation.scale[:, segment.group, None]
-            if layer.balance is not None:
-                scale = scale * layer.balance[segment.start : segment.stop]
+            if layer.smoothing is not None:
+                scale = scale * layer.smoothing[segment.start : segment.stop]
             self.inverses.append(scale.reciprocal())
 
     def _columns(self, weight: Tensor) -> Tensor:

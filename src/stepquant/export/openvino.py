@@ -6,7 +6,7 @@ row, and (s_t, z_t) of the step's,
     u = pad(x) * (s / s_t) + (z_t - z) * s       has the codes on (s, z) that pad(x) has on (s_t, z_t),
     y = conv(Q(u), w) * (s_t / s) - (z_t - z) * s_t * sum(w) + bias.
 
-The picture is padded before it is shifted, so that the sum of weights is the same for every window and the border stays
+The image is padded before it is shifted, so that the sum of weights is the same for every window and the border stays
 exactly zero. Weights are stored as int8.
 """
 
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepquant.core.affine import largest_code
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
-from stepquant.numerics.affine import largest_code
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.workspace import cannot_write
 
 
@@ -56,12 +56,12 @@ class FoldedKernel(Kernel):
         self.register_buffer("weight_scale", weight.scale[0].reshape(spread).clone(), persistent=False)
         self.register_buffer("total", weight.dequantize().flatten(1).sum(1), persistent=False)
         self.bias = layer.bias
-        self.balance = layer.balance
+        self.smoothing = layer.smoothing
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, zero_point = float(self.scale[self.reference]), int(self.zero_point[self.reference])
-        if self.balance is not None:
-            x = x / (self.balance[:, None, None] if self.is_convolution else self.balance)
+        if self.smoothing is not None:
+            x = x / (self.smoothing[:, None, None] if self.is_convolution else self.smoothing)
         if self.is_convolution and any(self.padding):
             height, width = self.padding
             x = F.pad(x, (width, width, height, height))

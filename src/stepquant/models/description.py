@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import can_quantize_attention
-from stepquant.nn.layers import can_quantize
+from stepquant.layers.attention import can_quantize_attention
+from stepquant.layers.modules import can_quantize
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def numbered(model: nn.Module, name: str) -> list[str]:
 def main_tensor(output: Any) -> Tensor:
     """The tensor that a block's output stands for: itself, or the first of a tuple.
 
-    A joint block puts out text and picture, both [B, tokens, C]: they are joined along the tokens.
+    A joint block puts out text and image, both [B, tokens, C]: they are joined along the tokens.
     """
     if isinstance(output, Tensor):
         return output

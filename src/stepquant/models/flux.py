@@ -8,7 +8,7 @@ from stepquant.models.description import ModelDescription, describe_blocks, numb
 
 
 def describe_flux(model: Any) -> ModelDescription:
-    """Blocks: picture embedding, embedding of time, guidance and pooled text, text embedding, both kinds of blocks,
+    """Blocks: image embedding, embedding of time, guidance and pooled text, text embedding, both kinds of blocks,
     output.
 
     The pipeline passes ``t / 1000``, in [0, 1]. Guidance-distilled models (dev) embed the guidance scale beside the

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from stepquant.errors import StepquantError
+from stepquant.layers.clock import reads_timestep
+from stepquant.layers.modules import can_quantize
 from stepquant.models.description import ModelDescription, describe_blocks
-from stepquant.nn.clock import reads_timestep
-from stepquant.nn.layers import can_quantize
 
 TIME_LAYERS = re.compile(r"(^|\.)(time|timestep)_?(embed\w*|proj)\.")
 """Names of the layers of a timestep's own embedding, as diffusers has them."""

@@ -1,4 +1,4 @@
-"""Transformers with joint attention over text and picture: `SD3Transformer2DModel`."""
+"""Transformers with joint attention over text and image: `SD3Transformer2DModel`."""
 
 from __future__ import annotations
 

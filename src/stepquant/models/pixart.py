@@ -10,7 +10,7 @@ from stepquant.models.description import ModelDescription, describe_blocks, numb
 def describe_pixart(model: Any) -> ModelDescription:
     """Blocks: patch embedding, time embedding with its shared modulation, text projection, transformer blocks, output.
 
-    Where picture size and aspect ratio are conditions (`use_additional_conditions`), the shared modulation reads them
+    Where image size and aspect ratio are conditions (`use_additional_conditions`), the shared modulation reads them
     with the time, so that only the timestep's own MLP depends on t alone.
     """
     sized = model.adaln_single.emb.use_additional_conditions

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from stepquant.layers.modules import can_quantize
 from stepquant.models.description import ModelDescription, describe_blocks
-from stepquant.nn.layers import can_quantize
 
 
 def describe_unet(model: Any) -> ModelDescription:

@@ -1,6 +1,6 @@
 """`eda-dm`: EDA-DM (Liu et al., arXiv 2401.04585): select samples by density and diversity, reconstruct finely.
 
-What differs from the public code: the radius of the density adapts to the model; weights are compensated in closed form
+What differs from the public code: the radius of the density adapts to the model; weights are gptq-rounded in closed form
 by default, and with ``rounding="adaround"`` the rounding regulariser stays, since cutting soft values at the end leaves
 a gap between what was optimised and what ships; rates and iterations are those of `q-diffusion`, so that the recipes
 differ in the two ideas alone.
@@ -12,8 +12,8 @@ from typing import Literal
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import normal_steps, uniform_steps
+from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
 
 
 def eda_dm(
@@ -25,7 +25,7 @@ def eda_dm(
     layer_weight: float = 0.8,
     iterations: int = 500,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     rounding_weight: float = 0.1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stepquant.functions import load_function
 from stepquant.recipes import Recipe, find_recipe
+from stepquant.user_code import load_function
 
 
 def resolve_recipe(name: str) -> Recipe:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.allocation import weight_sizes, within_budget
-from stepquant.calibration.balance import find_balances
 from stepquant.calibration.correction import estimate_correction
-from stepquant.calibration.density import check_enough, dense_and_diverse_steps, step_features
+from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.calibration.float32 import computing_in_float32
 from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
-from stepquant.calibration.selection import uniform_steps
-from stepquant.calibration.sensitivity import How, Sensitivity, measure
-from stepquant.calibration.trajectories import (
+from stepquant.calibration.placement import place
+from stepquant.calibration.samples import (
     NOISE_OFFSET,
     OUTPUT,
     SHARED,
@@ -26,33 +26,33 @@ from stepquant.calibration.trajectories import (
     collect,
     collect_all,
 )
+from stepquant.calibration.selection import uniform_steps
+from stepquant.calibration.sensitivity import How, Sensitivity, measure
+from stepquant.calibration.smoothing import find_smoothing
+from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, step_features
 from stepquant.config import QuantSpec
+from stepquant.core.ranges import RangeMethod
 from stepquant.errors import StepquantError
+from stepquant.layers.correction import Correction
 from stepquant.models import ModelDescription, chunk_size, describe
-from stepquant.nn.activation_quantizer import ActivationQuantizer
-from stepquant.nn.correction import Correction
-from stepquant.nn.masters import computing_in_float32
-from stepquant.nn.placement import place
-from stepquant.nn.weight_quantizer import WeightQuantizer
-from stepquant.numerics.ranges import RangeMethod
-from stepquant.pipelines import Request
+from stepquant.optimize.blocks import Settings, reconstruct
+from stepquant.optimize.network import Finetuning, finetune
+from stepquant.pipelines.generate import Request
 from stepquant.progress import Progress
-from stepquant.reconstruction.blocks import Settings, reconstruct
-from stepquant.reconstruction.network import Finetuning, finetune
 from stepquant.workspace import Workspace, digest, fingerprint, tensors_digest
 
 RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""
 RANKING_TRAJECTORIES = 16
-"""Pictures drawn for them."""
+"""Images drawn for them."""
 TRAJECTORIES_OFFSET = 1_000_003
 """Between the seeds of one set of trajectories and the next, see `Job.trajectories`."""
 CORRECTION_OFFSET = 3_000_500_000
-"""Added to the seed of the pictures that a correction is estimated on: some half a million from every multiple of
+"""Added to the seed of the images that a correction is estimated on: some half a million from every multiple of
 `TRAJECTORIES_OFFSET`, and far behind calibration and evaluation; all of them modulo 2^32, which is what generators on
 the CPU take of a seed."""
-FEATURE_PICTURES = 16
-"""Pictures whose features the steps are selected by."""
+FEATURE_IMAGES = 16
+"""Images whose features the steps are selected by."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Job:
     Attributes:
         pipeline: the full-precision diffusers pipeline; never modified.
         denoiser: its UNet or transformer.
-        spec: bits and exceptions.
+        spec: bits and overrides.
         calibration: how many samples, over how many steps.
-        request: the conditions that calibration pictures are drawn with.
+        request: the conditions that calibration images are drawn with.
         seed: of everything random.
         workspace: keeps finished stages.
         progress: is told how far the work is.
@@ -104,7 +104,7 @@ class Job:
         return digest(
             [
                 tensors_digest(dict(self.denoiser.state_dict())),
-                # What encodes prompts and pictures.
+                # What encodes prompts and images.
                 {name: _weights_digest(part) for name, part in others.items()},
                 self.calibration.model_dump(),
                 self.chunk,
@@ -147,7 +147,7 @@ class Job:
 
     def trajectories(self, index: int) -> CalibrationSet:
         """Whole trajectories with the denoiser's outputs, other ones for every index; kept in the cache."""
-        # Far from the noise of the other calibration samples, which are at most as many as `Calibration.pictures`.
+        # Far from the noise of the other calibration samples, which are at most as many as `Calibration.images`.
         seed = self.seed + (1 + index) * TRAJECTORIES_OFFSET
 
         def compute() -> CalibrationSet:
@@ -182,11 +182,11 @@ class Job:
         stored = self.workspace.load(stage)
         if stored is not None:
             return stored["steps"]
-        check_enough(self.calibration.samples, self.request.steps)  # before the pictures are drawn
-        pictures = min(self.calibration.pictures, FEATURE_PICTURES)
+        check_enough(self.calibration.samples, self.request.steps)  # before the images are drawn
+        images = min(self.calibration.images, FEATURE_IMAGES)
         middle = self.denoiser.get_submodule(self.description.middle)
         seed = self.seed + NOISE_OFFSET
-        features = step_features(self.pipeline, self.denoiser, middle, self.request, pictures, seed, self.progress)
+        features = step_features(self.pipeline, self.denoiser, middle, self.request, images, seed, self.progress)
         steps = dense_and_diverse_steps(features, self.calibration.samples, self.generator(), diversity_weight)
         self.workspace.save(stage, {"steps": steps})
         return steps
@@ -234,7 +234,7 @@ class Job:
         quantized_weights: bool = False,
     ) -> None:
         """Set all activation ranges from what the network does on the samples; see `calibrate_ranges`."""
-        self._balance_once(instrumented, samples)
+        self._smooth_once(instrumented, samples)
         calibrate_ranges(
             instrumented,
             samples,
@@ -246,29 +246,29 @@ class Job:
             ranks=self.workspace.ranks,
         )
 
-    def balance(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
-        """Balance the channels of every layer that gains by it (`calibration.balance`); kept in the workspace.
+    def smoothing(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+        """Smoothing the channels of every layer that gains by it (`calibration.smoothing`); kept in the workspace.
 
         Other stages do it first where the spec asks for it; a recipe that wants it by default calls this.
         """
-        # The same samples are balanced otherwise for other grids, which recipes choose.
+        # The same samples are smoothed otherwise for other grids, which recipes choose.
         grids = {
             name: [_grid(layer.weight_quantizer), layer.activation_quantizer and _grid(layer.activation_quantizer)]
             for name, layer in instrumented.layers.items()
         }
-        stage = f"balance-{digest([self.key, tensors_digest(samples.tensors), grids])[:16]}"
-        balances = self.workspace.load(stage)
-        if balances is None:
-            balances = find_balances(instrumented, samples, self.chunk, self.progress)
-            self.workspace.save(stage, balances)
-        for name, balance in balances.items():
-            instrumented.layers[name].balance(balance)
+        stage = f"smoothing-{digest([self.key, tensors_digest(samples.tensors), grids])[:16]}"
+        factors = self.workspace.load(stage)
+        if factors is None:
+            factors = find_smoothing(instrumented, samples, self.chunk, self.progress)
+            self.workspace.save(stage, factors)
+        for name, smoothing in factors.items():
+            instrumented.layers[name].smoothing(smoothing)
 
-    def _balance_once(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
-        if self.spec.balance and not any(
-            layer.weight_quantizer.balance is not None for layer in instrumented.layers.values()
+    def _smooth_once(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+        if self.spec.smoothing and not any(
+            layer.weight_quantizer.smoothing is not None for layer in instrumented.layers.values()
         ):
-            self.balance(instrumented, samples)
+            self.smoothing(instrumented, samples)
 
     def rank_layers(self, instrumented: Instrumented, samples: CalibrationSet, how: How) -> Sensitivity:
         """The error that each layer causes (`calibration.sensitivity`); layers measured are kept in the workspace.
@@ -292,7 +292,7 @@ class Job:
         """The job's spec with 8 bits for the layers that suffer most, within mean weight bits of `budget`."""
         ranking = self.rank_untrained("alone")
         spec = within_budget(self.spec, ranking, budget)
-        kept = len(spec.exceptions) - len(self.spec.exceptions)
+        kept = len(spec.overrides) - len(self.spec.overrides)
         self.progress.note(f"{kept} of {len(ranking.bits)} layers keep 8 bits within {budget:g} bits a weight.")
         return spec
 
@@ -357,7 +357,7 @@ class Job:
 
     def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
         """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""
-        self._balance_once(instrumented, samples)
+        self._smooth_once(instrumented, samples)
         # How one finds its range while learning is not in what it has found before.
         quantizers = sorted({type(quantizer).__qualname__ for quantizer in instrumented.activation_quantizers()})
         reconstruct(
@@ -375,7 +375,7 @@ class Job:
 
 
 def _grid(quantizer: WeightQuantizer | ActivationQuantizer) -> list[Any]:
-    """What a balance depends on of a quantizer."""
+    """What a smoothing depends on of a quantizer."""
     return [type(quantizer).__qualname__, quantizer.bits, list(quantizer.group_sizes)]
 
 

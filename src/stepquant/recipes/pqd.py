@@ -1,6 +1,6 @@
 """`pqd`: PQD (arXiv 2501.00124, WACV workshop 2025). No public code; the text leaves these open, and here they are:
 
-- mean and deviation of the timesteps: 0.4 and 0.4 of T, so a little nearer the picture than PTQ4DM's.
+- mean and deviation of the timesteps: 0.4 and 0.4 of T, so a little nearer the image than PTQ4DM's.
 - "time-aware" ranges: every sample enters the search with equally many values, so a timestep weighs by its share of
   the drawn samples.
 - QDrop: with ``rounding="adaround"`` elements stay in full precision with probability 0.5 while learning. Compensated
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import normal_steps
+from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
 
 
 def pqd(
@@ -25,7 +25,7 @@ def pqd(
     deviation: float = 0.4,
     iterations: int = 500,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     drop_probability: float | None = None,

@@ -1,7 +1,7 @@
 """`q-diffusion`: Q-Diffusion (Li et al., ICCV 2023, arXiv 2302.04304), the usual baseline of the four papers.
 
 What differs from the authors' public settings, and why: they learn rounding (AdaRound) for 20,000 iterations a block.
-In the minutes that two cores are given here that hardly differs from rounding to nearest, so weights are compensated in
+In the minutes that two cores are given here that hardly differs from rounding to nearest, so weights are gptq-rounded in
 closed form by default and then learn through the rounding (``docs/quality.md``); ``rounding="adaround"`` does it the
 authors' way. Scales learn relative to their size.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
+from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
 
 
 def q_diffusion(
@@ -19,7 +19,7 @@ def q_diffusion(
     *,
     iterations: int = 500,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     rounding_weight: float = 0.1,

@@ -2,7 +2,7 @@
 
 Against the paper: weights have a scale per output channel, where the public code has one a tensor; grids are affine
 with the zero point of the static range, which covers the paper's signed, unsigned and shifted grids alike; training
-starts at compensated weights and ranges of least error, since minutes and not days follow, and for the same reason
+starts at gptq-rounded weights and ranges of least error, since minutes and not days follow, and for the same reason
 generators are trained without dropout.
 """
 
@@ -11,20 +11,20 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
+from stepquant.calibration.fake_quant.generator import TURNS
+from stepquant.calibration.image_folder import ImageFolder
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
-from stepquant.nn.intervals import TURNS
-from stepquant.picture_folder import PictureFolder
+from stepquant.optimize.batches import Batches, TrajectoryBatches, image_batches
+from stepquant.optimize.blocks import Settings
+from stepquant.optimize.qat import Training, train
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.batches import Batches, TrajectoryBatches, picture_batches
-from stepquant.reconstruction.blocks import Settings
-from stepquant.reconstruction.qat import Training, train
 from stepquant.workspace import digest
 
 
 def qat(
     job: Job,
-    pictures: PictureFolder | None,
+    images: ImageFolder | None,
     *,
     distill: bool = False,
     data: str | None = None,
@@ -41,7 +41,7 @@ def qat(
 
     1. Start after training: ranges of least error, weights rounded with compensation, on the sampler's own inputs.
     2. Every activation gets a generator that turns the timestep into its interval (section 3.3).
-    3. Train on the diffusion loss over `pictures`, or by distillation from full precision: on the same noised pictures,
+    3. Train on the diffusion loss over `images`, or by distillation from full precision: on the same noised images,
        or without any on trajectories of the sampler with half to twice the calibration's steps.
     4. Tabulate at every timestep of training and drop the networks (section 3.4).
 
@@ -63,19 +63,19 @@ def qat(
         scale_rate=scale_rate,
         generator_rate=generator_rate,
         over_time=intervals == "generator",
-        # Noised pictures come at every timestep, and the paper's features serve; trajectories leave some out.
-        turns=TURNS if pictures is None else None,
+        # Noised images come at every timestep, and the paper's features serve; trajectories leave some out.
+        turns=TURNS if images is None else None,
         ema_decay=ema_decay,
     )
     batches: Batches
-    if pictures is None:
+    if images is None:
         batches, learned_from = TrajectoryBatches(lru_cache(1)(job.trajectories), refresh, batch_size), "trajectories"
     else:
-        learned_from = pictures.key()
-        batches = picture_batches(
+        learned_from = images.key()
+        batches = image_batches(
             job.pipeline,
             job.reference,
-            pictures,
+            images,
             lambda compute: job.kept(f"latents-{digest([job.sampling_key, learned_from])[:16]}", compute)["latents"],
             size=batch_size,
             distill=distill,

@@ -2,7 +2,7 @@
 
 What differs from the public code: ranges are searched (least error) for every calibrated step, at all bit widths,
 instead of an average of min and max; where the code has a scale per input channel (4-bit activations), channels are
-balanced (below 8 bits): one static factor a channel, folded into the weight, since integer kernels cannot take a scale
+smoothed (below 8 bits): one static factor a channel, folded into the weight, since integer kernels cannot take a scale
 per input channel out of a sum; errors are relative to full precision's power, so that layers of any size weigh alike;
 learning rates of weights are in steps of their grid; the activation scales of the time layers learn on while critical
 modules are aligned, where the paper leaves these layers as they are. Learning rates and iterations fit minutes on two
@@ -19,9 +19,9 @@ from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.errors import StepquantError
+from stepquant.optimize.blocks import Rounding, Settings
+from stepquant.optimize.network import Finetuning
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
-from stepquant.reconstruction.network import Finetuning
 
 CRITICAL_LAYERS = {
     "attention": r"\.(to_q|to_k|to_v)$",
@@ -31,8 +31,8 @@ CRITICAL_LAYERS = {
 """The paper's lists of critical layers C_A, as regular expressions over layer names: ``attention`` for unconditional
 latent models, ``feed-forward`` for Stable Diffusion, ``both`` (nearly) for class-conditional ImageNet."""
 
-BALANCED_BELOW = 8
-"""Activation bits below which channels are balanced, unless the spec says otherwise."""
+SMOOTHED_BELOW = 8
+"""Activation bits below which channels are smoothed, unless the spec says otherwise."""
 
 RANKED_SAMPLES = 64
 """Of the calibration samples, how many the ranking of critical layers looks at."""
@@ -48,7 +48,7 @@ def quest(
     time_iterations: int = 150,
     iterations: int = 300,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     rounding_weight: float = 0.1,
     weight_rate: float = 1e-3,
@@ -76,8 +76,8 @@ def quest(
     samples = job.collect(steps)
     timesteps = samples.tensors["timestep"].float().unique() if scales == "per-step" else None
     model = job.instrument(weight_range="least-error", split_skips=True, timesteps=timesteps)
-    if job.spec.balance is None and job.spec.default_bits.activation < BALANCED_BELOW:
-        job.balance(model, samples)
+    if job.spec.smoothing is None and job.spec.default_bits.activation < SMOOTHED_BELOW:
+        job.smoothing(model, samples)
     reconstruction = Settings(
         iterations=rounding_iterations,
         batch_size=batch_size,

@@ -18,8 +18,8 @@ from typing import Literal
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import normal_steps
+from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
 
 
 def tdq(
@@ -28,7 +28,7 @@ def tdq(
     intervals: Literal["generator", "table", "static"] = "generator",
     iterations: int = 500,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-4,
     rounding_weight: float = 0.1,

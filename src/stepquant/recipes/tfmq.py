@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
+from stepquant.optimize.blocks import Rounding, Settings
+from stepquant.optimize.network import Finetuning
 from stepquant.recipes.job import Job
-from stepquant.reconstruction.blocks import Rounding, Settings
-from stepquant.reconstruction.network import Finetuning
 
 
 def tfmq(
@@ -19,7 +19,7 @@ def tfmq(
     iterations: int = 500,
     time_iterations: int = 150,
     batch_size: int = 16,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "gptq",
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     weight_rate: float = 1e-3,

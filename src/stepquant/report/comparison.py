@@ -14,7 +14,7 @@ from torch import Tensor
 from stepquant.checkpoint import read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
-from stepquant.pictures import SMALLEST_SIDE, grid
+from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.progress import Progress
 from stepquant.report.figures import png_uri
 from stepquant.report.page import environment, source_of
@@ -30,19 +30,19 @@ class Contender:
 
     Attributes:
         recipe, bits: as its manifest has them; not validated, whoever wrote the folder chose what they say.
-        pictures: float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
+        images: float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
     """
 
     name: str
     recipe: str
     bits: str
     figures: EvaluationResult
-    pictures: Tensor
+    images: Tensor
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models, and the pictures of their origin from the same noise."""
+    """The models, and the images of their origin from the same noise."""
 
     against: str
     contenders: list[Contender]
@@ -79,7 +79,7 @@ def compare(
                 recipe=str(manifest.provenance.get("recipe", "")),
                 bits=str(spec.get("bits", "")) if isinstance(spec, dict) else "",
                 figures=evaluated.result,
-                pictures=evaluated.quantized[:PICTURES_SHOWN],
+                images=evaluated.quantized[:PICTURES_SHOWN],
             )
         )
         full_precision = evaluated.full_precision[:PICTURES_SHOWN]
@@ -96,7 +96,7 @@ def render_comparison(comparison: Comparison) -> str:
     labels = [one.name for one in contenders]
     sizes = [one.figures.denoiser_bytes / 1e6 for one in contenders]
     times = [one.figures.seconds_per_step * 1e3 for one in contenders]
-    rows = [(comparison.against, comparison.full_precision)] + [(one.name, one.pictures) for one in contenders]
+    rows = [(comparison.against, comparison.full_precision)] + [(one.name, one.images) for one in contenders]
     return templates.get_template("compare.html").render(
         comparison=comparison,
         first=contenders[0].figures,
@@ -105,7 +105,7 @@ def render_comparison(comparison: Comparison) -> str:
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         by_size=scatter(sizes, quality, labels, "size of the denoiser, MB", "PSNR, dB"),
         by_time=scatter(times, quality, labels, "time of a step, ms", "PSNR, dB"),
-        rows=[(name, [png_uri(grid(picture[None])) for picture in pictures]) for name, pictures in rows],
+        rows=[(name, [png_uri(grid(image[None])) for image in images]) for name, images in rows],
         small=min(comparison.full_precision.shape[-2:]) < SMALLEST_SIDE,
         frechet=any(one.figures.frechet_classifier is not None for one in contenders),
     )

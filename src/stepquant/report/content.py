@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import ZOO_PREFIX
-from stepquant.pipelines import kind_of, make_request
+from stepquant.pipelines.generate import kind_of, make_request
 from stepquant.progress import Progress
 from stepquant.report.sensitivity import SensitivityFile, read_sensitivity
 from stepquant.report.structure import (
@@ -40,7 +40,7 @@ class Report:
         provenance: the manifest's: recipe with arguments, spec, calibration, seed, source, versions. Not validated:
             whoever wrote the folder chose what it says.
         figures: against full precision.
-        full_precision, quantized: the pictures shown, float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
+        full_precision, quantized: the images shown, float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
         psnr_db: of each of them, [N].
         captions: what each of them shows, [N]; "" for an unconditional model.
         timesteps: what the rows of per-step tables stand for, float32 [R], ascending.
@@ -93,7 +93,7 @@ def gather(
     times: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Read the checkpoint in `folder`, draw the same pictures with it and its origin, and compare them.
+    """Read the checkpoint in `folder`, draw the same images with it and its origin, and compare them.
 
     Args:
         against: the full-precision origin: a folder, a hub id or ``zoo:NAME``.

@@ -68,7 +68,7 @@ class Layer:
     Attributes:
         name: of its CSS class.
         title: what the colors stand for.
-        cells: as a picture, a pixel a cell (data URI).
+        cells: as an image, a pixel a cell (data URI).
         legend: data URI of the color scale.
         ticks: below the scale; positions from 0 to 1.
     """
@@ -134,7 +134,7 @@ def line_chart(
 
 
 def range_map(activations: list[ActivationRange], timesteps: Tensor) -> HeatMap:
-    """Ranges of activations, a row each, over the timesteps in the order of sampling: noise left, picture right.
+    """Ranges of activations, a row each, over the timesteps in the order of sampling: noise left, image right.
 
     Colored by the range, logarithmic; where rows change over time, also by the range over the row's own mean.
     """
@@ -160,7 +160,7 @@ def range_map(activations: list[ActivationRange], timesteps: Tensor) -> HeatMap:
         row_labels=[activation.name for activation in activations],
         row_notes=notes,
         columns=[Tick((index + 0.5) / rows, f"{moments[index]:g}") for index in _spread(len(moments), MOST_TICKS)],
-        x_label="timestep: noise left, picture right" if rows > 1 else "all steps",
+        x_label="timestep: noise left, image right" if rows > 1 else "all steps",
         width=MAP_WIDTH if rows > 1 else COLUMN_WIDTH,
     )
 
@@ -179,7 +179,7 @@ def sensitivity_map(measured: SensitivityFile) -> HeatMap:
         row_labels=[layer.name for layer in measured.layers],
         row_notes=[f"{layer.error:.2g}" for layer in measured.layers],
         columns=[Tick((index + 0.5) / len(groups), groups[index]) for index in _spread(len(groups), MOST_TICKS)],
-        x_label="denoising step: noise left, picture right",
+        x_label="denoising step: noise left, image right",
         width=MAP_WIDTH,
     )
 
@@ -199,10 +199,10 @@ def drawn_rows(rows: int) -> list[int]:
     return torch.linspace(rows - 1, 0, min(rows, MOST_COLUMNS)).round().long().tolist()
 
 
-def png_uri(picture: Image.Image) -> str:
-    """A picture as a ``data:`` URI."""
+def png_uri(image: Image.Image) -> str:
+    """An image as a ``data:`` URI."""
     buffer = BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""From a `Report` to one HTML file that needs nothing else: styles, script, figures and pictures are in it."""
+"""From a `Report` to one HTML file that needs nothing else: styles, script, figures and images are in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stepquant.evaluation.compare import SHADOWED
-from stepquant.pictures import SMALLEST_SIDE, grid
+from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
 from stepquant.recipes import RECIPES, summary
 from stepquant.report.content import Report
@@ -45,7 +45,7 @@ def render(report: Report) -> str:
     its own and no address to load from."""
     templates = environment()
     style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
-    pictures = report.full_precision, report.quantized
+    images = report.full_precision, report.quantized
     figures = report.figures
     steps = range(1, len(figures.step_error) + 1)
     curves = [_curve(activation, report) for activation in report.activations if len(activation.scale) > 1]
@@ -60,7 +60,7 @@ def render(report: Report) -> str:
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         spec_bits=spec.get("bits", "") if isinstance(spec, dict) else "fewer bits",
         recipe_summary=summary(recipe) if isinstance(recipe, str) and recipe in RECIPES else "",
-        pairs=list(zip(*([png_uri(grid(one[None])) for one in side] for side in pictures), strict=True)),
+        pairs=list(zip(*([png_uri(grid(one[None])) for one in side] for side in images), strict=True)),
         small=min(report.quantized.shape[-2:]) < SMALLEST_SIDE,
         errors=line_chart(
             steps,

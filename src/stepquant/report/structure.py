@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.checkpoint.write import narrow_tensors
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.deploy import made_by_quantization, quantized_modules
-from stepquant.nn.layers import QuantizedConv2d, QuantizedModule, can_quantize
-from stepquant.nn.tables import ActivationTable
-from stepquant.numerics.affine import largest_code
+from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import ActivationTable
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.install import made_by_quantization, quantized_modules
+from stepquant.layers.modules import QuantizedConv2d, QuantizedModule, can_quantize
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.deploy import quantized_modules
-from stepquant.nn.layers import Kernel, QuantizedModule
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.install import quantized_modules
+from stepquant.layers.modules import Kernel, QuantizedModule
 from stepquant.runtime import cuda, native, onednn
 from stepquant.runtime.cuda import CudaKernel
 from stepquant.runtime.native import blocks

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stepquant.functions import load_function
 from stepquant.runtime import Backend, check_backend
+from stepquant.user_code import load_function
 
 
 def resolve_backend(name: str) -> Backend:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.nn.clock import of_samples
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
-from stepquant.numerics.affine import largest_code
+from stepquant.core.affine import largest_code
+from stepquant.layers.clock import of_samples
+from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.runtime.segments import along_channels, channel_dim, segments_of, sums_fit
 
 
@@ -67,7 +67,7 @@ class OneDnnKernel(Kernel):
         self.register_buffer("scale", layer.activation.scale.clone(), persistent=False)
         self.register_buffer("inverse", layer.activation.scale.reciprocal(), persistent=False)
         self.register_buffer("zero_point", layer.activation.zero_point.int(), persistent=False)
-        self.balance = layer.balance
+        self.smoothing = layer.smoothing
         self.spans: list[tuple[int, int, int]] = []
         self.weights: list[tuple[Tensor, Tensor, Tensor]] = []
         self.bias = layer.bias
@@ -96,11 +96,11 @@ class OneDnnKernel(Kernel):
         assert y is not None
         return y
 
-    def codes(self, x: Tensor, row: int, group: int, balance: Tensor | None = None) -> Tensor:
-        """uint8 codes of x, as `numerics.affine.quantize` defines them; balance: float32 [channels of x]."""
+    def codes(self, x: Tensor, row: int, group: int, smoothing: Tensor | None = None) -> Tensor:
+        """uint8 codes of x, as `numerics.affine.quantize` defines them; smoothing: float32 [channels of x]."""
         inverse = self.inverse[row, group]
-        if balance is not None:
-            inverse = along_channels((self.scale[row, group] * balance).reciprocal(), self.dim, x.dim())
+        if smoothing is not None:
+            inverse = along_channels((self.scale[row, group] * smoothing).reciprocal(), self.dim, x.dim())
         steps = x * inverse
         steps = steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top)
         # torch converts float to uint8 one element at a time; by way of int16 both conversions run in vectors.
@@ -111,7 +111,7 @@ class OneDnnKernel(Kernel):
         y: Tensor | None = None
         for (start, stop, group), weight in zip(self.spans, self.weights, strict=True):
             part = x if len(self.spans) == 1 else x.narrow(self.dim, start, stop - start)
-            codes = self.codes(part, row, group, None if self.balance is None else self.balance[start:stop])
+            codes = self.codes(part, row, group, None if self.smoothing is None else self.smoothing[start:stop])
             product = self._multiply(codes, row, group, weight, self.bias if y is None else None)
             y = product if y is None else y.add_(product)
         assert y is not None

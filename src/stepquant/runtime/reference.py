@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.nn.attention import per_sample
-from stepquant.nn.layers import Kernel, QuantizedModule
-from stepquant.nn.tables import ActivationTable
-from stepquant.numerics.affine import quantize
+from stepquant.core.affine import quantize
+from stepquant.core.qtensor import ActivationTable
+from stepquant.layers.attention import per_sample
+from stepquant.layers.modules import Kernel, QuantizedModule
 from stepquant.runtime.segments import Apply, along_channels, bound, channel_dim, linear_map, segments_of
 
 EXACT_IN_FLOAT32 = 1 << 24
@@ -38,7 +38,7 @@ class WeightOnlyKernel(Kernel):
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         y = self.apply_map(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        # Of a picture with one channel torch cannot tell the layout.
+        # Of an image with one channel torch cannot tell the layout.
         return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
@@ -55,7 +55,7 @@ class ReferenceKernel(Kernel):
 
     table_scale: Tensor
     table_zero_point: Tensor
-    balance: Tensor | None
+    smoothing: Tensor | None
     bias: Tensor | None
 
     def __init__(self, module: QuantizedModule) -> None:
@@ -66,7 +66,7 @@ class ReferenceKernel(Kernel):
         buffers = {
             "table_scale": layer.activation.scale,
             "table_zero_point": layer.activation.zero_point,
-            "balance": layer.balance,
+            "smoothing": layer.smoothing,
             "bias": layer.bias,
         }
         self.apply_map: Apply = linear_map(module)
@@ -93,8 +93,8 @@ class ReferenceKernel(Kernel):
             weight = self.get_buffer(f"weight_{index}")
             part = (x if len(self.spans) == 1 else x.narrow(self.dim, span.start, span.stop - span.start)).float()
             s, z = (_broadcast(values[..., span.group], part) for values in (scale, zero_point))
-            if self.balance is not None:
-                s = s * along_channels(self.balance[span.start : span.stop], self.dim, part.dim())
+            if self.smoothing is not None:
+                s = s * along_channels(self.smoothing[span.start : span.stop], self.dim, part.dim())
             codes = quantize(part, s, z, self.bits) - z
             sums.append(self.apply_map(codes.to(weight.dtype), weight, None))
         return sums

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepquant.nn.layers import QuantizedConv2d, QuantizedModule
-from stepquant.nn.tables import QuantizedLayer
+from stepquant.core.qtensor import QuantizedLayer
+from stepquant.layers.modules import QuantizedConv2d, QuantizedModule
 
 MOST_INPUTS = (1 << 31) // (255 * 128)
 """Products of a code and a weight that an int32 accumulator holds in the worst case."""

@@ -1,4 +1,4 @@
-"""What cells of a model and seed share: the full-precision pictures, and what the denoiser did on the way to them."""
+"""What cells of a model and seed share: the full-precision images, and what the denoiser did on the way to them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import flatten, nest
+from stepquant.calibration.samples import flatten, nest
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
-from stepquant.pipelines import Request, batches, draw
+from stepquant.pipelines.generate import Request, batches, generate
 from stepquant.studies.spec import Budget
 from stepquant.workspace import Workspace, digest, tensors_digest
 
@@ -29,12 +29,12 @@ class Reference:
     """The full-precision side of a comparison.
 
     Attributes:
-        pictures: float32 [budget.pictures, C, H, W] in [-1, 1].
+        images: float32 [budget.images, C, H, W] in [-1, 1].
         calls: for each batch, each call of the denoiser in order: its arguments by name, and its answer as ``target``.
-            Of the first ``budget.count`` pictures alone.
+            Of the first ``budget.count`` images alone.
     """
 
-    pictures: Tensor
+    images: Tensor
     calls: list[list[dict[str, Tensor]]] = field(default_factory=list)
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache
             tensors_digest(dict(denoiser.state_dict())),
             [list(request.conditions), request.steps, request.guidance],
             {name: str(value) for name, value in sorted(pipeline.scheduler.config.items())},
-            [budget.count, budget.pictures, noise],
+            [budget.count, budget.images, noise],
         ]
     )
     stage = f"reference-{key[:16]}"
@@ -85,19 +85,19 @@ def _draw(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, 
             tensors["timestep"] = torch.as_tensor(flat["timestep"])
         calls[-1].append(tensors | {TARGET: main_tensor(output).detach().clone()})
 
-    pictures = []
+    images = []
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
     for indices in batches(budget.count):
         calls.append([])
-        pictures.append(draw(pipeline, request, indices, noise))
+        images.append(generate(pipeline, request, indices, noise))
     handle.remove()
-    for indices in batches(budget.pictures - budget.count):
-        pictures.append(draw(pipeline, request, [budget.count + index for index in indices], noise))
-    return Reference(torch.cat(pictures), calls)
+    for indices in batches(budget.images - budget.count):
+        images.append(generate(pipeline, request, [budget.count + index for index in indices], noise))
+    return Reference(torch.cat(images), calls)
 
 
 def _packed(drawn: Reference) -> dict[str, Tensor]:
-    tensors = {"pictures": drawn.pictures}
+    tensors = {"images": drawn.images}
     for batch, calls in enumerate(drawn.calls):
         for step, call in enumerate(calls):
             tensors |= {f"{batch}/{step}/{name}": tensor for name, tensor in call.items()}
@@ -105,14 +105,14 @@ def _packed(drawn: Reference) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> Reference:
-    pictures = tensors.pop("pictures")
+    images = tensors.pop("images")
     places = [(int(batch), int(step), name) for batch, step, name in (path.split("/") for path in tensors)]
     batch_count = 1 + max(batch for batch, _, _ in places)
     step_count = 1 + max(step for _, step, _ in places)
     calls: list[list[dict[str, Tensor]]] = [[{} for _ in range(step_count)] for _ in range(batch_count)]
     for (batch, step, name), tensor in zip(places, tensors.values(), strict=True):
         calls[batch][step][name] = tensor
-    return Reference(pictures, calls)
+    return Reference(images, calls)
 
 
 @contextmanager

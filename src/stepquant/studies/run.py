@@ -43,7 +43,7 @@ def run_study(
 
     Args:
         results: JSON lines, each a cell and its figures; a line is added whole or not at all.
-        cache: folder of full-precision pictures and calibration samples, shared by cells and studies.
+        cache: folder of full-precision images and calibration samples, shared by cells and studies.
         jobs: processes at a time.
         tell: called after each cell.
 

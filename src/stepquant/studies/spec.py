@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
-from stepquant.calibration.trajectories import Calibration
+from stepquant.calibration.samples import Calibration
 from stepquant.config import Checked, QuantSpec
 from stepquant.errors import StepquantError, first_line
 from stepquant.loading import ZOO_PREFIX, locate
@@ -19,17 +19,17 @@ from stepquant.recipes.files import resolve_recipe
 from stepquant.workspace import digest
 
 PICTURES_PER_SEED = 10_000
-"""Picture i of seed s starts from noise ``s * PICTURES_PER_SEED + i``: seeds share no picture, so that the deviation
-between them is that of independent draws. Calibration pictures are numbered alike, from their own offset."""
+"""Image i of seed s starts from noise ``s * PICTURES_PER_SEED + i``: seeds share no image, so that the deviation
+between them is that of independent draws. Calibration images are numbered alike, from their own offset."""
 
 
 class Budget(Checked):
     """What each cell is judged by.
 
     Attributes:
-        count: pictures compared with those of full precision, and inputs of the denoiser at each of their steps.
+        count: images compared with those of full precision, and inputs of the denoiser at each of their steps.
         steps: denoising steps.
-        frechet_count: pictures of the distribution's figures, where there is a classifier; by default `count`.
+        frechet_count: images of the distribution's figures, where there is a classifier; by default `count`.
     """
 
     called = "evaluation"
@@ -39,7 +39,7 @@ class Budget(Checked):
     frechet_count: PositiveInt | None = None
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return max(self.count, self.frechet_count or 0)
 
 
@@ -47,7 +47,7 @@ class Options(Checked):
     """What `stepquant.quantize` can do with any recipe.
 
     Attributes:
-        spec: attributes of the `QuantSpec` besides its bits, such as ``{"balance": True}``.
+        spec: attributes of the `QuantSpec` besides its bits, such as ``{"smoothing": True}``.
         budget: mean weight bits, or None.
         correction: whether the output is corrected.
     """
@@ -99,7 +99,7 @@ class Cell(BaseModel):
 
     @property
     def noise(self) -> int:
-        """Number of the noise that the first picture starts from."""
+        """Number of the noise that the first image starts from."""
         return self.seed * PICTURES_PER_SEED
 
     @property
@@ -114,7 +114,7 @@ class Study(Checked):
     Attributes:
         models: zoo names, folders or hub ids.
         bits: such as ``["w8a8", "w4a8"]``.
-        seeds: each draws other pictures and calibrates on others.
+        seeds: each draws other images and calibrates on others.
         evaluation: what each cell is judged by.
         calibration: the same for each cell.
         guidance: model -> scale of classifier-free guidance.

@@ -31,7 +31,7 @@ METRICS = (
     Metric("psnr_db", "PSNR to full precision, dB", 2),
     Metric("step_error_percent", "error of the denoiser's output at full precision's own steps, %, geometric mean", 2),
     Metric("frechet_classifier", "Frechet distance to the data, classifier features (not FID)", 2),
-    Metric("class_agreement", "pictures of the class that was asked for, by the classifier", 3),
+    Metric("class_agreement", "images of the class that was asked for, by the classifier", 3),
     Metric("quantize_seconds", "seconds of a processor to quantize", 0),
     Metric("peak_memory_bytes", "peak memory while quantizing, GB, libraries included", 2, 1e9),
 )
@@ -63,7 +63,7 @@ def markdown_tables(study: Study, results: Path) -> str:
 def _pairs(study: Study, lines: dict[str, Line]) -> list[str]:
     """By how much the first of each pair is above the second in PSNR, and its error relative to the second's; by bits.
 
-    Seeds draw other pictures, so differences are taken within each, of the seeds that have both.
+    Seeds draw other images, so differences are taken within each, of the seeds that have both.
     """
     if not study.pairs:
         return []

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 import stepquant
-from stepquant.calibration.trajectories import COLLECTING
+from stepquant.calibration.samples import COLLECTING
 from stepquant.evaluation.cost import own_peak_bytes
 from stepquant.evaluation.fidelity import psnr, ssim
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
-from stepquant.pipelines import draw_many, kind_of, make_request
+from stepquant.pipelines.generate import generate_many, kind_of, make_request
 from stepquant.progress import Progress, Stopwatch
 from stepquant.quiet import silence_libraries
 from stepquant.recipes.files import resolve_recipe
@@ -57,16 +57,16 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
 
     request = make_request(pipeline, cell.evaluation.steps, guidance=cell.guidance)
     full = reference(pipeline, request, cell.evaluation, cell.noise, cache)
-    pictures = draw_many(quantized, request, cell.evaluation.pictures, cell.noise, Progress(), "")
+    images = generate_many(quantized, request, cell.evaluation.images, cell.noise, Progress(), "")
     compared = slice(0, cell.evaluation.count)
     figures: dict[str, Any] = {
-        "psnr_db": round(float(psnr(pictures[compared], full.pictures[compared]).mean()), 2),
-        "ssim": round(float(ssim(pictures[compared], full.pictures[compared]).mean()), 4),
+        "psnr_db": round(float(psnr(images[compared], full.images[compared]).mean()), 2),
+        "ssim": round(float(ssim(images[compared], full.images[compared]).mean()), 4),
         "step_error_percent": full.step_errors(getattr(quantized, denoiser_name(quantized))),
     }
     proxy = ClassifierProxy.of(cell.source)
     if proxy is not None:
-        for suffix, drawn in (("", pictures), ("_fp32", full.pictures)):
+        for suffix, drawn in (("", images), ("_fp32", full.images)):
             distance = proxy.frechet(drawn)
             if distance is not None:
                 figures[f"frechet_classifier{suffix}"] = round(distance, 3)

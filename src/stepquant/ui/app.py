@@ -38,7 +38,7 @@ class GradioProgress(Progress):
 def build(gallery: Gallery) -> gradio.Blocks:
     """The page."""
 
-    def draw(
+    def generate(
         model: str,
         recipe: str,
         bits: str,
@@ -70,13 +70,15 @@ def build(gallery: Gallery) -> gradio.Blocks:
         with gradio.Row():
             seed = gradio.Number(0, label="seed", precision=0, minimum=0)
             steps = gradio.Slider(1, 100, value=20, step=1, label="denoising steps")
-            count = gradio.Slider(1, MOST_PICTURES, value=4, step=1, label="pictures")
+            count = gradio.Slider(1, MOST_PICTURES, value=4, step=1, label="images")
         button = gradio.Button("Draw", variant="primary")
         with gradio.Row():
             full = gradio.Image(label="full precision", format="png")
             quantized = gradio.Image(label="quantized", format="png")
         table = gradio.Dataframe(headers=HEADERS, label="what it costs, and what it changed")
-        button.click(draw, [model, recipe, bits, prompt, seed, steps, count], [full, quantized, table], api_name="draw")
+        button.click(
+            generate, [model, recipe, bits, prompt, seed, steps, count], [full, quantized, table], api_name="draw"
+        )
     return page
 
 

@@ -13,9 +13,9 @@ from stepquant.checkpoint import is_checkpoint
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
+from stepquant.images import grid
 from stepquant.loading import resolve_pipeline
-from stepquant.pictures import grid
-from stepquant.pipelines import kind_of
+from stepquant.pipelines.generate import kind_of
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters
 
@@ -33,7 +33,7 @@ class Wanted:
     Attributes:
         model: a name in `Gallery.models`.
         prompt: for a model of text; "" takes the model's own prompts.
-        seed, steps, count: what is drawn; picture i starts from the noise of seed + i.
+        seed, steps, count: what is drawn; image i starts from the noise of seed + i.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures of both models, as grids, and the rows of a table: what, full precision, quantized."""
+    """Images of both models, as grids, and the rows of a table: what, full precision, quantized."""
 
     full_precision: Image.Image
     quantized: Image.Image
@@ -117,7 +117,7 @@ class Gallery:
 def _rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
     ratio = result.denoiser_bytes / result.denoiser_bytes_fp32
     return [
-        (f"PSNR to full precision, {result.count} pictures", "", f"{result.psnr_db:.2f} dB"),
+        (f"PSNR to full precision, {result.count} images", "", f"{result.psnr_db:.2f} dB"),
         ("SSIM to full precision", "", f"{result.ssim:.4f}"),
         (
             f"time of a step, batch of {result.batch_size}",

@@ -38,6 +38,6 @@ def card(name: str) -> str:
 
 
 def classifier_path(name: str) -> Path | None:
-    """The folder of the feature extractor for a pipeline's pictures, or None where there is none."""
+    """The folder of the feature extractor for a pipeline's images, or None where there is none."""
     classifier = CLASSIFIERS.get(name)
     return folder() / classifier if classifier else None

@@ -13,7 +13,7 @@ from stepquant.errors import StepquantError
 
 
 class FashionClassifier(nn.Module):
-    """A small residual CNN; pictures are float32 [B, 1, 32, 32] in [-1, 1].
+    """A small residual CNN; images are float32 [B, 1, 32, 32] in [-1, 1].
 
     Args:
         width: channels of the first stage; the features have ``2 * width`` dimensions.
@@ -29,16 +29,16 @@ class FashionClassifier(nn.Module):
         self.project = nn.Linear(4 * width, 2 * width)
         self.head = nn.Linear(2 * width, 10)
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Penultimate features, float [B, 2 * width], not negative."""
-        hidden = F.relu(self.stem(pictures))
+        hidden = F.relu(self.stem(images))
         for index, stage in enumerate(self.stages):
             hidden = stage(F.max_pool2d(hidden, 2) if index else hidden)
         return F.relu(self.project(hidden.mean(dim=(2, 3))))
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits of the ten classes, float [B, 10]."""
-        return self.head(self.features(pictures))
+        return self.head(self.features(images))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write ``config.json`` and fp16 ``model.safetensors``."""

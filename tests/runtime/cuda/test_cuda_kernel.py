@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.nn.layers import QuantizedModule
-from stepquant.numerics.affine import quantize
+from stepquant.core.affine import quantize
+from stepquant.layers.modules import QuantizedModule
 from stepquant.runtime import cuda
 from stepquant.runtime.cuda.kernel import MIDDLE, CudaKernel
 from stepquant.runtime.native.norms import Norm
@@ -93,10 +93,10 @@ def test_large_accumulators_are_exact():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_split_and_balanced_channels(split, layout):
-    module = convolution(7, 6, 3, padding=1, split=SPLITS[split], balanced=True)
+    module = convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=True)
     x, row = torch.randn(2, 7, 6, 5).to(memory_format=layout), torch.tensor([1, 0])
     assert_close(run(module, x, row), ReferenceKernel(module)(x, row))
-    module = linear(split=SPLITS[split], bits=(4, 4), balanced=True)
+    module = linear(split=SPLITS[split], bits=(4, 4), smoothed=True)
     x = torch.randn(2, 3, 7)
     assert_close(run(module, x, row), ReferenceKernel(module)(x, row))
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stepquant.bench.networks import example, quantize_network
 from stepquant.errors import StepquantError
-from stepquant.nn.clock import StepClock
+from stepquant.layers.clock import StepClock
 from stepquant.runtime import cuda, fallbacks, prepare
 from stepquant.runtime.cuda import CudaKernel, device
 from stepquant.runtime.native.fusion import restore_forward
@@ -221,11 +221,11 @@ def test_operators_are_what_they_claim():
         shared = (piece.weight_zero_point, piece.weight_sum, piece.weight_scale, kernel.bias, row)
         return (*shared, kernel.scale, kernel.zero_point, 0)
 
-    picture = (
+    image = (
         codes.view(2, 4, 3, 6), kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1], [1, 1],
         1, 1, [4, 3], torch.float16,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.stepquant.convolution.default, picture, test_utils=checked)
+    torch.library.opcheck(torch.ops.stepquant.convolution.default, image, test_utils=checked)
     codes = torch.zeros(4, 7, dtype=torch.int8, device=GPU)
     product = (codes, flat.pieces[0].weight.flatten(1), *common(flat), None, 2.0, torch.float16)
     torch.library.opcheck(torch.ops.stepquant.matmul.default, product, test_utils=checked)

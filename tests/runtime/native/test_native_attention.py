@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import OPERANDS, QuantizedAttentionProcessor
-from stepquant.nn.clock import StepClock
+from stepquant.layers.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.layers.clock import StepClock
 from stepquant.runtime import native
 from stepquant.runtime.native.attention import NativeAttention, can_run
 from stepquant.runtime.native.build import has_amx

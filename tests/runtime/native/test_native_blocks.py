@@ -12,8 +12,8 @@ import torch
 import stepquant as sq
 from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
+from stepquant.layers.install import install, replace_module
 from stepquant.models import describe
-from stepquant.nn.deploy import install, replace_module
 from stepquant.runtime import native, prepare
 from stepquant.runtime.native.kernel import NativeKernel
 
@@ -139,7 +139,7 @@ def test_other_families(name, request):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnets.0", "attentions.0"])
-def test_pictures_of_any_layout(unet, name):
+def test_images_of_any_layout(unet, name):
     """A block reads its input twice: for its first layer, and as the residual."""
     model = copy.deepcopy(unet)
     prepare(model, "native")

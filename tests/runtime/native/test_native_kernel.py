@@ -85,13 +85,13 @@ def test_a_residual_of_any_layout(layout, image):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_group_norm_of_any_layout(layout):
-    """Of the rows of a picture, too, which may lie apart in memory."""
+    """Of the rows of an image, too, which may lie apart in memory."""
     norm = nn.GroupNorm(2, 8)
     x = torch.randn(2, 8, 6, 10).to(memory_format=torch.channels_last)
-    for picture in (LAYOUTS[layout](x), x[:, :, ::2], x[..., ::2], x[..., 1:4], x[:, :, :1], x[..., :1]):
-        found = group_norm(picture, norm)
-        y = picture * found.multiply[..., None, None] + found.add[..., None, None]
-        torch.testing.assert_close(y, norm(picture).detach(), atol=2e-5, rtol=2e-5)
+    for image in (LAYOUTS[layout](x), x[:, :, ::2], x[..., ::2], x[..., 1:4], x[:, :, :1], x[..., :1]):
+        found = group_norm(image, norm)
+        y = image * found.multiply[..., None, None] + found.add[..., None, None]
+        torch.testing.assert_close(y, norm(image).detach(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (32, 32)])
@@ -192,7 +192,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("normalized", [False, True])
-def test_a_picture_that_is_not_for_the_layer(given, normalized):
+def test_a_image_that_is_not_for_the_layer(given, normalized):
     x, told = GIVEN[given]
     kernel = NativeKernel(convolution(8, 5, 3, padding=1))
     with pytest.raises(StepquantError, match=told):
@@ -235,11 +235,11 @@ def test_a_residual_in_float64(image):
 def test_plans_are_not_kept_without_end(monkeypatch):
     monkeypatch.setattr(kernel_module, "MOST_PLANS", 6)
     kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
-    pictures = [torch.randn(batch, 4, 5, 5) for batch in range(1, 9)]
+    images = [torch.randn(batch, 4, 5, 5) for batch in range(1, 9)]
     expected, kept = [], []
-    for x in pictures:
+    for x in images:
         expected.append(kernel(x, row))
         kept.append([plan.shape[0] for plan in kernel.plans.values()])
     assert kept == [list(range(max(1, last - 5), last + 1)) for last in range(1, 9)]
-    assert torch.equal(kernel(pictures[0], row), expected[0])
+    assert torch.equal(kernel(images[0], row), expected[0])
     assert [plan.shape[0] for plan in kernel.plans.values()] == [4, 5, 6, 7, 8, 1]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import stepquant as sq
 from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
+from stepquant.layers.install import install, replace_module
 from stepquant.models import describe
-from stepquant.nn.deploy import install, replace_module
 from stepquant.runtime import native, prepare
 from stepquant.runtime.native import recording, replay
 from stepquant.runtime.native.kernel import NativeKernel

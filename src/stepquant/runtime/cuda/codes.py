@@ -15,11 +15,11 @@ ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
 
 @triton.jit
 def quantize_kernel(
-    x, multiply, add, balance, row, scale, zero_point, codes,
+    x, multiply, add, smoothing, row, scale, zero_point, codes,
     M, C, x_sample, x_pixel, norm_sample, per_sample, per_row,
     GROUPS: tl.constexpr, TOP: tl.constexpr, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``code = clamp(round(silu(x * multiply + add) * (1 / (scale * balance))) + zero_point)``.
+    """``code = clamp(round(silu(x * multiply + add) * (1 / (scale * smoothing))) + zero_point)``.
 
     x: float [B, pixels, C], strides of samples and pixels given; multiply, add: float32 [B, C]; codes: int8 [M, C].
     """
@@ -39,8 +39,8 @@ def quantize_kernel(
         values = values * tl.sigmoid(values)
     step = tl.load(row + rows // per_row) * GROUPS
     size = tl.load(scale + step)[:, None]
-    if balance is not None:
-        size = size * tl.load(balance + channels, mask=known, other=1.0)[None, :]
+    if smoothing is not None:
+        size = size * tl.load(smoothing + channels, mask=known, other=1.0)[None, :]
     # Division rounds to nearest, as it does on a processor; what lies beyond any code is brought near before rounding.
     steps = tl.minimum(tl.maximum(values * tl.div_rn(1.0, size), -1024.0), 1024.0)
     found = ((steps + ROUNDER) - ROUNDER).to(tl.int32) + tl.load(zero_point + step)[:, None]

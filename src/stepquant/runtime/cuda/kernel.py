@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
 from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.segments import Segment, segments_of, sums_fit
 
@@ -78,7 +78,7 @@ class CudaKernel(Kernel):
     fuses = True
     scale: Tensor
     zero_point: Tensor
-    balance: Tensor | None
+    smoothing: Tensor | None
     bias: Tensor | None
     first_row: Tensor
 
@@ -92,7 +92,7 @@ class CudaKernel(Kernel):
         buffers = {
             "scale": layer.activation.scale.clone(),
             "zero_point": layer.activation.zero_point.int() - MIDDLE,
-            "balance": None if layer.balance is None else layer.balance.clone(),
+            "smoothing": None if layer.smoothing is None else layer.smoothing.clone(),
             "bias": None if layer.bias is None else layer.bias.clone(),
             "first_row": torch.zeros(1, dtype=torch.int64),
         }
@@ -138,7 +138,7 @@ class CudaKernel(Kernel):
             row: int64 [] or [B], on any device; only one of x's own leaves it running.
             norm: of groups; activation: ``silu``, or None.
             upsample: 2 repeats every pixel in both directions; of a convolution.
-            extra: rows and columns of zeros below and to the right of the picture, besides the padding.
+            extra: rows and columns of zeros below and to the right of the image, besides the padding.
             channel_add: float32 [B, out], contiguous; of a convolution.
             residual: float, of the output's shape.
             dtype: of the result; by default that of x.
@@ -150,7 +150,7 @@ class CudaKernel(Kernel):
             span = slice(None) if len(self.pieces) == 1 else slice(piece.start, piece.start + piece.channels)
             codes = torch.ops.stepquant.quantize(
                 pixels[..., span], row, self.scale, self.zero_point, piece.group, self.bits,
-                None if self.balance is None else self.balance[span],
+                None if self.smoothing is None else self.smoothing[span],
                 *((None, None) if norm is None else (values[:, span] for values in (norm.multiply, norm.add))),
                 activation == "silu",
             )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from stepquant.numerics.affine import largest_code
+from stepquant.core.affine import largest_code
 from stepquant.runtime.cuda.codes import group_norm_kernel, quantize_kernel
 from stepquant.runtime.cuda.products import convolution_kernel, matmul_kernel
 from stepquant.runtime.cuda.tuning import bucket, chosen
@@ -38,7 +38,7 @@ def quantize(
     zero_point: Tensor,
     group: int,
     bits: int,
-    balance: Tensor | None,
+    smoothing: Tensor | None,
     multiply: Tensor | None,
     add: Tensor | None,
     silu: bool,
@@ -48,7 +48,7 @@ def quantize(
     Args:
         x: float [B, pixels, C] with adjacent channels.
         bits: of the codes.
-        balance: float32 [C], or None.
+        smoothing: float32 [C], or None.
         multiply, add: float32 [B, C], or None.
     """
     batch, pixels, channels = x.shape
@@ -60,7 +60,7 @@ def quantize(
     high = ELEMENTS // wide
     with torch.cuda.device_of(x):
         quantize_kernel[(triton.cdiv(rows, high), triton.cdiv(channels, wide))](
-            x, multiply, add, balance, row, scale[:, group], zero_point[:, group], codes,
+            x, multiply, add, smoothing, row, scale[:, group], zero_point[:, group], codes,
             rows, channels, x.stride(0), x.stride(1), 0 if multiply is None else multiply.stride(0),
             pixels, rows // row.shape[0], scale.stride(0), largest_code(bits), silu, high, wide,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def convolution(
     output: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """A convolution of the picture that `codes` stand for: `dtype` [B, *output, out], scaled as by `matmul`.
+    """A convolution of the image that `codes` stand for: `dtype` [B, *output, out], scaled as by `matmul`.
 
     Args:
         codes: int8 [B, H, W, C]; every pixel counts `upsample` times in each direction.
@@ -167,7 +167,7 @@ def convolution(
         channel_add: float32 [B, out], or None.
         residual: float [B, *output, out], contiguous, or None.
         parts: groups of the convolution.
-        output: height and width; windows that reach beyond the padded picture see zeros.
+        output: height and width; windows that reach beyond the padded image see zeros.
     """
     batch, height, width, channels = codes.shape
     outputs, taps = weight.shape[:2]

@@ -91,7 +91,7 @@ def matmul_kernel(
 
 @triton.jit
 def _window(left, pixels, present, pad, c, channels):
-    """Codes of one tap's pixels and these channels; beyond the picture the zero point, beyond the channels 0."""
+    """Codes of one tap's pixels and these channels; beyond the image the zero point, beyond the channels 0."""
     known = c[None, :] < channels
     values = tl.load(left + pixels[:, None] + c[None, :], mask=present[:, None] & known, other=0)
     return tl.where(known & (present[:, None] == 0), pad[:, None], values)
@@ -116,7 +116,7 @@ def convolution_kernel(
     columns = columns + part * N
     sample, position = rows // (OUT_H * OUT_W), rows % (OUT_H * OUT_W)
     top, leftmost = position // OUT_W * SH - PH, position % OUT_W * SW - PW
-    # The code of 0 pads the picture: with the zero point taken out, it counts nothing.
+    # The code of 0 pads the image: with the zero point taken out, it counts nothing.
     pad = tl.load(zero_point + tl.load(row + rows // per_row) * GROUPS).to(tl.int8)
     offsets = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)

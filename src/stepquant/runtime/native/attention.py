@@ -7,12 +7,12 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import ActivationTable
 from stepquant.errors import StepquantError
-from stepquant.nn.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
-from stepquant.nn.clock import of_samples
-from stepquant.nn.layers import opaque
-from stepquant.nn.tables import ActivationTable
-from stepquant.numerics.affine import largest_code
+from stepquant.layers.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
+from stepquant.layers.clock import of_samples
+from stepquant.layers.modules import opaque
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import TYPES, Attention, Grid, Heads
 from stepquant.runtime.native.recording import record

@@ -27,7 +27,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from stepquant.nn.layers import QuantizedModule, opaque
+from stepquant.layers.modules import QuantizedModule, opaque
 from stepquant.runtime.native import transformer
 from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
 from stepquant.runtime.native.kernel import is_native
@@ -111,7 +111,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
 
 
 def _fits_attention(block: Attention) -> bool:
-    """Self-attention over a picture, as `UNet2DModel` has it."""
+    """Self-attention over an image, as `UNet2DModel` has it."""
     return (
         transformer.is_plain(block)
         and block.processor.kernel is not None
@@ -148,7 +148,7 @@ def _fits_upsample(block: Upsample2D) -> bool:
 
 @opaque
 def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
-    """``Upsample2D.forward``; output_size is given where the picture has not twice the size."""
+    """``Upsample2D.forward``; output_size is given where the image has not twice the size."""
     height, width = hidden_states.shape[2:]
     other_size = output_size is not None and tuple(output_size) != (2 * height, 2 * width)
     if other_size or not is_unchanged(block):
@@ -174,6 +174,6 @@ FUSED: tuple[tuple[type, Callable[[Any], bool], Callable[..., Any]], ...] = (
     (Upsample2D, _fits_upsample, _upsample),
     (Downsample2D, _fits_downsample, _downsample),
     (BasicTransformerBlock, transformer.fits_block, transformer.block_forward),
-    (Transformer2DModel, transformer.fits_picture, transformer.picture_forward),
+    (Transformer2DModel, transformer.fits_image, transformer.image_forward),
 )
 """Class of a block, whether one of them can be fused, and its `forward` then."""

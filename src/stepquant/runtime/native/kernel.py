@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stepquant.core.affine import largest_code
 from stepquant.errors import StepquantError
-from stepquant.nn.clock import of_samples
-from stepquant.nn.layers import Kernel, QuantizedConv2d, QuantizedModule, opaque
-from stepquant.numerics.affine import largest_code
+from stepquant.layers.clock import of_samples
+from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule, opaque
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import (
     ACTIVATIONS,
@@ -136,7 +136,7 @@ class NativeKernel(Kernel):
             self.stride, self.padding, self.dilation = module.stride, module.padding, module.dilation
         self.scale = layer.activation.scale.clone()
         self.zero_point = layer.activation.zero_point.int()
-        self.balance = None if layer.balance is None else layer.balance.clone()
+        self.smoothing = None if layer.smoothing is None else layer.smoothing.clone()
         self.top = largest_code(layer.activation.bits)
         self.rows, self.groups = self.scale.shape
         self.by_row = [self.scale, self.zero_point]
@@ -155,7 +155,7 @@ class NativeKernel(Kernel):
         """What calls point into that is the same in all of them."""
         taps = [geometry.taps for plan in list(self.plans.values()) for geometry in plan.geometries]
         packed = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
-        return [x for x in (*self.by_row, *packed, *taps, self.balance, self.bias) if x is not None]
+        return [x for x in (*self.by_row, *packed, *taps, self.smoothing, self.bias) if x is not None]
 
     def _pack(self, segment: Segment) -> Piece:
         """A row of taps is one run of bytes where it can be."""
@@ -182,11 +182,11 @@ class NativeKernel(Kernel):
         parts = [piece.integers(self.outputs) for piece in self.pieces]
         if not self.is_convolution:
             return torch.cat([part[:, 0] for part in parts], dim=1)
-        pictures = [
+        images = [
             part.reshape(self.outputs, *self.kernel_size, piece.channels).permute(0, 3, 1, 2)
             for part, piece in zip(parts, self.pieces, strict=True)
         ]
-        return torch.cat(pictures, dim=1)
+        return torch.cat(images, dim=1)
 
     @opaque
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class NativeKernel(Kernel):
             norm: one with an epsilon only where `whole`.
             activation: one of `ACTIVATIONS`; after a normalization only ``silu``, and that of a group normalization.
             upsample: 2 repeats every pixel in both directions.
-            extra: rows and columns of zeros below and to the right of the picture, besides the padding.
+            extra: rows and columns of zeros below and to the right of the image, besides the padding.
             channel_add, gate: float32 [B, out] or [1, out], contiguous.
             residual: float, of the output's shape; copied unless it is channels-last, or contiguous for a linear.
             dtype: of the result; by default that of x. In float64 it is the one of float32.
@@ -322,7 +322,7 @@ class NativeKernel(Kernel):
             other = residual_type if first else torch.float32
             bias = self.bias if first else None
             calls.append(Call(
-                balance=None if self.balance is None else self.balance.data_ptr() + 4 * piece.start,
+                smoothing=None if self.smoothing is None else self.smoothing.data_ptr() + 4 * piece.start,
                 source=Source(
                     TYPES[x_type], upsample, *strides, batch, height, width, piece.channels, self.inputs
                 ),

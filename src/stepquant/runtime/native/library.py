@@ -37,7 +37,7 @@ Positions = _structure(
 )  # fmt: skip
 Call = _structure(
     "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,
-    y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, balance=c_void_p, source=Source, plane=Plane,
+    y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p, source=Source, plane=Plane,
     layer=Layer, positions=Positions, per_sample=c_int32, top=c_int32, norm_image=c_int64, epsilon=c_float,
     activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, amx=c_int32, threads=c_int32,
 )  # fmt: skip

@@ -33,7 +33,7 @@ def dense(x: Tensor, *, image: bool) -> Tensor:
     """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other.
 
     Raises:
-        StepquantError: if x is not in the processor's memory, or no picture where it should be one.
+        StepquantError: if x is not in the processor's memory, or no image where it should be one.
     """
     if not x.is_cpu:
         raise StepquantError(f"a layer of the native runtime was given an input on {x.device}: expected it on cpu.")

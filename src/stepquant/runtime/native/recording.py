@@ -5,7 +5,7 @@ outputs and the row of the tables. So the calls of one step are kept as the stru
 list of the fields that change; `Recording.replay` fills those in and makes all calls without Python between them. What
 lies between two kernels gets a place in memory that is used again as soon as nothing reads it any more.
 
-A `Recorder` sees every tensor operation of a block. Views and fresh memory need nothing at replay, and two pictures
+A `Recorder` sees every tensor operation of a block. Views and fresh memory need nothing at replay, and two images
 joined along their channels are a call of their own; after anything else, or after looking at a value, the block cannot
 be recorded. Nor can it where a kernel reads from memory that is not the block's own and not known to stay: what is
 computed aside and given to a kernel may be gone at replay.
@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
         return x.data_ptr() == self.row.data_ptr()
 
     def _join(self, tensors: list[Tensor], dim: int = 0) -> Tensor | None:
-        """``torch.cat`` of two pictures along their channels, if these are them."""
+        """``torch.cat`` of two images along their channels, if these are them."""
         if len(tensors) != 2 or dim != 1 or any(x.dim() != 4 or x.dtype not in TYPES for x in tensors):
             return None
         first, second = tensors

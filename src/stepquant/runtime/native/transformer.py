@@ -18,8 +18,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from stepquant.nn.attention import QuantizedAttentionProcessor
-from stepquant.nn.layers import opaque
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.modules import opaque
 from stepquant.runtime.native.fusion import is_unchanged
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, layer_norm
@@ -135,8 +135,8 @@ def _feed_forward(block: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None
     return y
 
 
-def fits_picture(model: Transformer2DModel) -> bool:
-    """Whether a transformer stands between two projections of a picture, as in a UNet, and both have kernels."""
+def fits_image(model: Transformer2DModel) -> bool:
+    """Whether a transformer stands between two projections of an image, as in a UNet, and both have kernels."""
     return (
         getattr(model, "is_input_continuous", False)
         and isinstance(model.norm, nn.GroupNorm)
@@ -147,7 +147,7 @@ def fits_picture(model: Transformer2DModel) -> bool:
 
 
 @opaque
-def picture_forward(
+def image_forward(
     model: Transformer2DModel,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,

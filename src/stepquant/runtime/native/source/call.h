@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-struct Plane {  // where the codes of one picture go; see _new_geometry() in kernel.py
+struct Plane {  // where the codes of one image go; see _new_geometry() in kernel.py
   int64_t image_bytes, row_pixels;
   int64_t top, bottom, left;  // border pixels; the gap is row_pixels - width
 };
@@ -46,7 +46,7 @@ struct Call {
   const float* gate;           // [batch, outputs], multiplied before the residual is added
   const void* residual;        // may be y
   // The same for every call of this shape.
-  const float* balance;        // [channels], or null: divides the input first
+  const float* smoothing;        // [channels], or null: divides the input first
   Source source;
   Plane plane;
   Layer layer;
@@ -71,7 +71,7 @@ struct GroupNorm {  // of [batch, pixels, channels], as x * multiply + add
   int32_t threads;
 };
 
-struct Join {  // the channels of two pictures in one
+struct Join {  // the channels of two images in one
   const void* x[2];
   void* y;
   int64_t bytes[2];            // of a pixel

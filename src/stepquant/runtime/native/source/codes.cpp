@@ -1,6 +1,6 @@
-// From activations to codes in one pass: normalization, SiLU or GELU, upsampling, quantization, the border of the picture.
+// From activations to codes in one pass: normalization, SiLU or GELU, upsampling, quantization, the border of the image.
 //
-// Codes of a picture lie row by row, a pixel's channels together. Between two rows is a gap that serves as the right
+// Codes of an image lie row by row, a pixel's channels together. Between two rows is a gap that serves as the right
 // border of the one and the left border of the other, so that a convolution reads every window without a condition.
 #include <algorithm>
 #include <vector>
@@ -27,7 +27,7 @@ void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m
   inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / s.channels + epsilon));
 }
 
-// Codes of a row of pixels. `multiply` and `add` are [channels]; so is `inverse`, 1 / (scale * balance), or null.
+// Codes of a row of pixels. `multiply` and `add` are [channels]; so is `inverse`, 1 / (scale * smoothing), or null.
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
 void code_row(const void* x, const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
               const float* inverse, const Quantizer& quantizer, uint8_t* out) {
@@ -84,9 +84,9 @@ extern "C" void sq_codes(const Call* given) {
                        : s.type == FLOAT16 ? code_row_of<FLOAT16>(call)
                                            : code_row_of<BFLOAT16>(call);
   const int64_t grids = call.per_sample ? s.batch : 1;
-  std::vector<float> inverse(call.balance ? grids * s.channels : 0);
+  std::vector<float> inverse(call.smoothing ? grids * s.channels : 0);
   for (int64_t i = 0; i < (int64_t)inverse.size(); i++) {
-    inverse[i] = 1.0f / (call.scale[i / s.channels] * call.balance[i % s.channels]);
+    inverse[i] = 1.0f / (call.scale[i / s.channels] * call.smoothing[i % s.channels]);
   }
 #pragma omp parallel for collapse(2) num_threads(call.threads) schedule(static)
   for (int64_t b = 0; b < s.batch; b++) {
@@ -100,7 +100,7 @@ extern "C" void sq_codes(const Call* given) {
         memset(out, zero, p.row_pixels * s.channels);
         continue;
       }
-      const float* own = call.balance ? inverse.data() + (call.per_sample ? b * s.channels : 0) : nullptr;
+      const float* own = call.smoothing ? inverse.data() + (call.per_sample ? b * s.channels : 0) : nullptr;
       const int64_t norm = b * call.norm_image;
       make(call.x, s, b * s.image + y / s.scale * s.row, call.multiply + norm, call.add + norm, call.epsilon, own,
            quantizer, out);

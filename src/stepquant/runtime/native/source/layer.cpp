@@ -1,6 +1,6 @@
 // Convolution and linear on codes: y = (sum of code * weight - zero_point * sum of weight) * scale + bias (+ more).
 //
-// A convolution is a product whose rows are windows: along a row of the picture a window's bytes are contiguous, and
+// A convolution is a product whose rows are windows: along a row of the image a window's bytes are contiguous, and
 // the next pixel's window starts `stride` bytes further, so that nothing is copied.
 #include <algorithm>
 #include <vector>

@@ -1,0 +1,78 @@
+"""Rounding that can be learned: AdaRound for weights, straight-through estimates and LSQ gradients for activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.core.affine import largest_code
+
+# AdaRound stretches the sigmoid to [-0.1, 1.1] and clips it, so that 0 and 1 are reached exactly
+# (arXiv 2004.10568, section 3.3).
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+
+EDGE = 1e-3
+"""Steps beyond its range where a value still counts as inside: a weight that lies at the end must be able to leave."""
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """``h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)``: how far above its floor a weight is rounded (AdaRound, eq. 23)."""
+    return (torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+
+
+def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
+    """The v with ``rectified_sigmoid(v) == h``, for h in [0, 1]."""
+    return torch.logit((h - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))
+
+
+def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
+    """``sum(1 - |2 h(v) - 1|^beta)``: zero when every weight has decided for 0 or 1 (AdaRound, eq. 24)."""
+    return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).sum()
+
+
+def annealed_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
+    """Exponent of the regulariser at `progress` in [0, 1]: cosine from `start` to `end` after the warm-up."""
+    if progress < warmup:
+        return start
+    phase = (progress - warmup) / (1 - warmup)
+    return end + 0.5 * (start - end) * (1 + float(torch.cos(torch.tensor(phase * torch.pi))))
+
+
+class _LearnedQuantize(torch.autograd.Function):
+    """Fake quantization whose gradient reaches x (straight through, clipped) and the scale (LSQ, arXiv 1902.08153)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        # Codes are found in the scale's float32, also under bfloat16 autocast.
+        steps = x * scale.reciprocal() if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale.reciprocal())
+        codes = torch.round(steps).add_(zero_point).clamp_(0, largest_code(bits)).sub_(zero_point)
+        ctx.save_for_backward(steps, codes, scale, zero_point)
+        ctx.largest_code = largest_code(bits)
+        return (codes * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        steps, codes, scale, zero_point = ctx.saved_tensors
+        grad_out, dtype = grad.to(scale.dtype), grad.dtype
+        # The gradient where x is inside the range, else 0: one pass over memory, where comparing and masking are five.
+        grad_x = torch.ops.aten.hardtanh_backward(grad_out, steps + zero_point, -EDGE, ctx.largest_code + EDGE)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # d x'/d s is code - x/s where x is inside the range, and the end of the range where it is clipped.
+            slope = (grad_out * codes).addcmul_(grad_x, steps, value=-1)
+            values_a_scale = slope.numel() / scale.numel()
+            grad_scale = slope.sum_to_size(scale.shape) / (values_a_scale * ctx.largest_code) ** 0.5
+        return grad_x.to(dtype), grad_scale, None, None
+
+
+def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` with gradients to x and, times LSQ's ``1 / sqrt(numel * qmax)``, to the scale.
+
+    Args:
+        x: float, any shape.
+        scale, zero_point: broadcast against x, with as many dimensions.
+    """
+    return _LearnedQuantize.apply(x, scale, zero_point, bits)

@@ -1,0 +1,65 @@
+"""The other models of a pipeline: weights of its text encoders and its autoencoder, without samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stepquant.calibration.weight_only import quantize_weights
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.integrations.diffusers import StepquantConfig
+from stepquant.integrations.transformers import StepquantHfQuantizer
+from stepquant.layers.install import quantized_modules
+from stepquant.models import DENOISERS
+from stepquant.runtime import Backend, prepare
+
+Also = Mapping[str, QuantSpec | str | dict[str, Any]]
+"""Name of a component -> bits of its weights, such as ``{"text_encoder": "w8a16", "vae": "w8a16"}``."""
+
+
+def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
+    """What each of the named components is to become.
+
+    Raises:
+        StepquantError: for a name that is no model beside the denoiser, a model that is quantized already, or bits that
+            need samples.
+    """
+    models = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    others = [name for name in models if name not in DENOISERS]
+    for name in also:
+        if name not in others:
+            raise StepquantError(
+                f"{type(pipeline).__name__} has no model {name!r} beside its denoiser: "
+                f"expected {' or '.join(others) or 'none, since it has no other'}."
+            )
+        if quantized_modules(getattr(pipeline, name)):
+            raise StepquantError(f"{name} is quantized already: give the full-precision one.")
+    return {name: StepquantConfig(spec=QuantSpec.parse(spec)) for name, spec in also.items()}
+
+
+def quantize_component(model: nn.Module, config: StepquantConfig, backend: Backend = "auto") -> nn.Module:
+    """A copy of a model of diffusers or transformers with rounded weights, ready to run and to be saved.
+
+    Weights that are not quantized are the given model's own, not copied.
+
+    Raises:
+        StepquantError: if the model has nothing to quantize.
+    """
+    shared: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()
+    }
+    quantized: Any = copy.deepcopy(model, shared)
+    config = copy.deepcopy(config)
+    config.structure = quantize_weights(quantized, config.spec)
+    if isinstance(quantized, PreTrainedModel):
+        quantized.config.quantization_config = config
+        quantized.hf_quantizer = StepquantHfQuantizer(config)
+    else:
+        quantized.register_to_config(quantization_config=config.to_dict())
+    prepare(quantized, backend)
+    return quantized

@@ -1,0 +1,220 @@
+"""``import stepquant`` teaches diffusers to load what stepquant wrote, and to quantize weights while it loads.
+
+    pipe = DiffusionPipeline.from_pretrained("model-w4a8")                       # a folder that stepquant wrote
+    unet = UNet2DConditionModel.from_pretrained("model-w4a8", subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained("model", subfolder="unet", quantization_config=StepquantConfig("w8a16"))
+
+Registering two classes under ``quant_method: stepquant`` is all that importing does to diffusers.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from packaging.version import Version
+from torch import Tensor, nn
+
+from stepquant.calibration.weight_only import quantize_weights
+from stepquant.checkpoint.format import DIGEST, FORMAT_VERSION, QUANT_METHOD, check_version
+from stepquant.checkpoint.read import check_names, check_tables, check_tensor, verify_component
+from stepquant.checkpoint.write import narrow_tensors
+from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.layers.install import install_empty, made_by_quantization
+from stepquant.runtime import Backend, prepare
+from stepquant.workspace import tensors_digest
+
+OLDEST = "0.40"
+"""The first diffusers that tells a quantizer which files it loads and lets it see their tensors."""
+NEEDED = ("maybe_update_loaded_keys", "maybe_update_state_dict", "update_missing_keys", "create_quantized_param")
+
+
+def check_diffusers(version: str = diffusers.__version__, base: type = DiffusersQuantizer) -> None:
+    """Raise `StepquantError` if this diffusers does not offer what the loading of quantized components relies on."""
+    if Version(version) < Version(OLDEST):
+        raise StepquantError(
+            f"diffusers {version} is too old to load quantized components: install diffusers {OLDEST} or newer, or "
+            "load the folder with stepquant.load."
+        )
+    if not all(hasattr(base, name) for name in NEEDED):
+        raise StepquantError(
+            f"diffusers {version} is newer than this stepquant knows, and loads models in another way: upgrade "
+            "stepquant, or load the folder with stepquant.load."
+        )
+
+
+class _Method(StrEnum):
+    """diffusers wants the name of a method as a member of an enumeration."""
+
+    STEPQUANT = QUANT_METHOD
+
+
+class StepquantConfig(QuantizationConfigMixin):
+    """What diffusers is told about a component quantized by stepquant, or to be quantized while it is loaded.
+
+    Args:
+        bits: of weights, with activations in floating point: ``"w8a16"``, ``"w4a16"``. What activations need is found
+            on samples, which `stepquant.quantize` draws.
+        spec: a `QuantSpec` or its dictionary instead of `bits`, for overrides and groups.
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own.
+        structure, format_version, provenance: of a component that is quantized already, as its ``config.json`` has
+            them.
+
+    Raises:
+        StepquantError: for bits that need calibration, or a configuration written by a newer stepquant.
+    """
+
+    def __init__(
+        self,
+        bits: str | None = None,
+        *,
+        spec: QuantSpec | dict[str, Any] | None = None,
+        backend: Backend = "auto",
+        structure: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        provenance: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        check_diffusers()
+        check_version(format_version, "the quantized component")
+        if unknown or quant_method != QUANT_METHOD:
+            raise StepquantError(f"quantization_config has {sorted(unknown) or quant_method!r}, which is unknown here.")
+        if (bits is None) == (spec is None):
+            raise StepquantError("StepquantConfig takes either bits, such as 'w8a16', or a spec.")
+        self.quant_method = _Method.STEPQUANT
+        self.spec = QuantSpec.parse(bits if spec is None else spec)  # type: ignore[arg-type]
+        self.backend, self.structure, self.provenance = backend, structure, provenance
+        self.format_version = format_version
+        if structure is None and (self.spec.default_bits.activation != FLOAT_BITS or self.spec.default_bits.is_float):
+            raise StepquantError(
+                f"bits {self.spec} cannot be had while loading: activations need samples to be calibrated on; "
+                "give w8a16 or w4a16, or quantize the pipeline with stepquant.quantize."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``config.json`` holds it."""
+        described: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "spec": self.spec.model_dump(mode="json"),
+            "structure": self.structure,
+        }
+        return described | ({} if self.provenance is None else {"provenance": self.provenance})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers prints: not the structure, which has an entry a layer."""
+        return {name: value for name, value in self.to_dict().items() if name != "structure"}
+
+
+class StepquantQuantizer(DiffusersQuantizer):
+    """Takes part in `ModelMixin.from_pretrained`: verifies the file, swaps layers, fills them, installs kernels.
+
+    Every check of `stepquant.load` holds for the component, but one: files of the hub come without ``stepquant.json``,
+    and so does what diffusers itself saved; there hashes are not checked, or those in the weight file are.
+    """
+
+    requires_calibration = False
+    quantization_config: StepquantConfig
+
+    def __init__(self, quantization_config: StepquantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._path = Path()
+        self._expected: dict[str, Tensor] = {}
+        self._made: tuple[str, ...] = ()
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        return torch.float32 if torch_dtype is None else torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Called once the files are known, before any tensor is used."""
+        if self.pre_quantized:
+            self._path = Path(checkpoint_files[0])
+            verify_component([Path(file) for file in checkpoint_files])
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        install_empty(model, self.quantization_config.structure or {}, device="meta")
+        self._made = made_by_quantization(model)
+        self._expected = dict(model.state_dict())
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and missing_keys:
+            check_names(self._path, set(self._expected) - set(missing_keys), set(self._expected))
+        return missing_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called with the tensors of each file, before they are used."""
+        if not self.pre_quantized:
+            return state_dict
+        check_names(self._path, set(state_dict), set(self._expected) & set(state_dict))
+        return {
+            name: check_tensor(self._path, name, tensor, self._expected[name]) for name, tensor in state_dict.items()
+        }
+
+    def check_if_quantized_param(self, model: Any, param_value: Tensor, param_name: str, *_: Any, **__: Any) -> bool:
+        return self.pre_quantized and param_name.startswith(self._made)
+
+    def create_quantized_param(
+        self,
+        model: Any,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Codes and tables are taken as the file has them; `param_value` is rounded to ``torch_dtype`` already."""
+        value = state_dict[param_name].clone()  # it lies in the mapped file
+        set_module_tensor_to_device(model, param_name, target_device, value=value, dtype=value.dtype)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save_pretrained` of the model writes: the same bytes as in a folder written by stepquant."""
+        if not safe_serialization:
+            raise StepquantError(
+                "a quantized model is written as safetensors only: leave out safe_serialization=False."
+            )
+        tensors = narrow_tensors(state_dict, self._made)
+        return tensors, {DIGEST: tensors_digest(tensors)}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        if self.pre_quantized:
+            check_tables(model)
+        else:
+            config.structure = quantize_weights(model, config.spec)
+            self._made = made_by_quantization(model)
+        model.register_to_config(quantization_config=config.to_dict())  # type: ignore[operator]
+        prepare(model, config.backend)
+        return model.requires_grad_(False)
+
+
+def register() -> None:
+    """Enter both classes into the tables of diffusers; doing it again changes nothing."""
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StepquantQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StepquantConfig

@@ -1,0 +1,138 @@
+"""LoRA on a quantized model: a full-precision branch beside each quantized layer, switched and weighted as ever.
+
+    y = quantized(x) + scaling * B(A(x))
+
+The quantized weight is not touched, so adapters can be loaded, mixed, switched off and taken away again by the usual
+methods of diffusers. An adapter to be merged into the weights is fused into the full-precision model, before that is
+quantized. Needs peft, as LoRA in diffusers does.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from stepquant.errors import StepquantError, first_line
+from stepquant.layers.modules import QuantizedConv2d, QuantizedLinear, QuantizedModule
+
+
+def enable_lora(model: Any) -> None:
+    """Let ``model.load_lora_adapter``, which ``pipeline.load_lora_weights`` calls, find its place beside the layers.
+
+    peft adds an adapter to a layer only if it knows its class, or if the layer has a LoRA already; so each quantized
+    layer is given an empty one while an adapter is loaded. Models that take no LoRA are left alone.
+    """
+    if hasattr(type(model), "load_lora_adapter"):
+        model.load_lora_adapter = functools.partial(_load_lora_adapter, model)
+
+
+def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> None:
+    """`load_lora_adapter` of the model's class, on a quantized model.
+
+    Raises:
+        StepquantError: if the adapter names no layer of this model, or has another shape, or peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
+    places = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    adapted = {name: _with_empty_adapter(module) for name, module in places.items() if not name.endswith("base_layer")}
+    for name, layer in adapted.items():
+        _replace(model, name, layer)
+    before = _count(model)
+    try:
+        type(model).load_lora_adapter(model, weights, *args, **kwargs)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise StepquantError(
+            f"the LoRA does not fit this {type(model).__name__}: {_reason(error)}; give one made for this model."
+        ) from None
+    finally:
+        for name, layer in adapted.items():
+            if not layer.lora_A:
+                _replace(model, name, layer.base_layer)
+    if weights and _count(model) == before:
+        raise StepquantError(
+            f"the LoRA does not fit this {type(model).__name__}: none of its layers is one of the model's; give one "
+            "made for this model."
+        )
+    _move(model)
+
+
+def _reason(error: Exception) -> str:
+    """torch tells of a wrong shape in the second line, after a title."""
+    lines = str(error).splitlines()
+    return next((line.strip().rstrip(".") for line in lines if "size mismatch" in line), first_line(error))
+
+
+def _with_empty_adapter(module: QuantizedModule) -> Any:
+    linear, convolution = _classes()
+    return linear(module) if isinstance(module, QuantizedLinear) else convolution(module)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _count(model: nn.Module) -> int:
+    from peft.tuners.lora import LoraLayer
+
+    return sum(len(module.lora_A) for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _move(model: nn.Module) -> None:
+    """Adapters go where their layers are; peft finds no weight to ask."""
+    linear, convolution = _classes()
+    for module in model.modules():
+        if isinstance(module, linear | convolution):
+            device = module.base_layer.device
+            module.lora_A.to(device)
+            module.lora_B.to(device)
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """peft's two kinds of LoRA layer around a quantized layer; made when first needed, since peft is optional."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Conv2d, Linear
+
+    class Unmerged:
+        """What both share: an adapter of its own only later, and no merging."""
+
+        def merge(self, *_args: Any, **_kwargs: Any) -> None:
+            raise StepquantError(
+                "a LoRA cannot be fused into weights that are quantized already: fuse it into the full-precision "
+                "pipeline, then quantize that; or leave it unfused, as a branch of its own."
+            )
+
+        def _get_in_out_features(self, module: Any) -> Any:
+            if isinstance(module, QuantizedLinear):
+                return module.in_features, module.out_features
+            assert isinstance(module, QuantizedConv2d)
+            return module.in_channels, module.out_channels
+
+    class QuantizedLoraLinear(Unmerged, Linear):
+        def __init__(self, base_layer: QuantizedLinear) -> None:
+            nn.Module.__init__(self)
+            LoraLayer.__init__(self, base_layer)
+            self.fan_in_fan_out = self.is_target_conv_1d_layer = False
+
+    class QuantizedLoraConv2d(Unmerged, Conv2d):
+        def __init__(self, base_layer: QuantizedConv2d) -> None:
+            nn.Module.__init__(self)
+            LoraLayer.__init__(self, base_layer)
+            self._kernel_dim, self.conv_fn = 4, nn.functional.conv2d
+
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
+            # peft builds the branch from the class and geometry of its base layer.
+            quantized: Any = self.base_layer
+            geometry = (quantized.weight_shape[2:], quantized.stride, quantized.padding)
+            self.base_layer = nn.Conv2d(1, 1, *geometry)
+            try:
+                super().update_layer(*args, **kwargs)
+            finally:
+                self.base_layer = quantized
+
+    return QuantizedLoraLinear, QuantizedLoraConv2d

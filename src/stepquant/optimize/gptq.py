@@ -1,0 +1,141 @@
+"""Compensate a block's weights for rounding, and for what quantization did to their inputs, in closed form."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.fake_quant.layers import TrainableLayer
+from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.samples import CalibrationSet
+from stepquant.core.affine import largest_code
+from stepquant.core.gptq import aligned_weight, gptq_weight, input_rows, parts_of_inputs, sparser
+from stepquant.distributed import Ranks
+from stepquant.optimize.replay import BlockInputs, Reached
+
+SUMS = 16
+"""Parts that the samples are divided into: each is added up by one process, and the parts in order by all, so that the
+sum is the same however many processes there are. More parts would mean more to send, two matrices of [in, in] each."""
+
+
+@torch.no_grad()
+def gptq(
+    full_precision: nn.Module,
+    instrumented: Instrumented,
+    block: str,
+    layers: dict[str, TrainableLayer],
+    clean: BlockInputs,
+    inputs: BlockInputs,
+    samples: CalibrationSet,
+    batch_size: int,
+    ranks: Ranks,
+) -> None:
+    """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
+
+    Layer after layer, in their order inside the block: the least-squares weight from the layer's quantized input to its
+    full-precision output, then GPTQ's greedy rounding of that; some inputs at a time where they are many. Depthwise and
+    grouped convolutions are left as they are.
+
+    Args:
+        full_precision: the original denoiser.
+        layers: those of the block to compensate, by name and in order.
+        clean, inputs: of the block, in full precision and as the quantized blocks before it make them.
+        ranks: share the samples.
+    """
+    dense = {name: layer for name, layer in layers.items() if _is_dense(layer.inner)}
+    for layer in dense.values():
+        layer.quantizing_weight = False
+    batches = list(samples.batches(batch_size))
+    each = math.ceil(len(batches) / SUMS)
+    parts = [batches[start : start + each] for start in range(0, len(batches), each)]
+    for name, layer in dense.items():
+        moments, cross = _zeros(layer), _zeros(layer)
+        products = partial(_products, full_precision, instrumented, block, name, clean, inputs, samples)
+        for added in ranks.deal(products, parts):
+            for total, part in zip(moments + cross, added, strict=True):
+                total += part
+        if ranks.main:
+            _gptq_layer(layer, moments, cross)
+        layer.weight_quantizer.decided = ranks.send(layer.weight_quantizer.decided)
+        layer.quantizing_weight = True
+
+
+def _products(
+    full_precision: nn.Module,
+    instrumented: Instrumented,
+    block: str,
+    name: str,
+    clean: BlockInputs,
+    inputs: BlockInputs,
+    samples: CalibrationSet,
+    batches: list[slice],
+) -> list[Tensor]:
+    """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X.
+
+    First all of the one kind, then all of the other, each for every part of the inputs (`parts_of_inputs`).
+    """
+    original, layer = full_precision.get_submodule(name), instrumented.layers[name]
+    moments, cross = _zeros(layer), _zeros(layer)
+    for chosen in batches:
+        wanted = _input_of(original, full_precision.get_submodule(block), clean.at(chosen))
+        instrumented.clock.set(samples.tensors["timestep"][chosen])
+        given = _input_of(layer, instrumented.model.get_submodule(block), inputs.at(chosen))
+        if layer.activation_quantizer is not None:
+            given = layer.activation_quantizer(given)
+        step = sparser(len(samples), given, layer.inner)
+        rows = input_rows(given, layer.inner, step)
+        wanted_rows = input_rows(wanted, layer.inner, step)
+        for index, part in enumerate(_parts(layer)):
+            moments[index] += rows[:, part].t() @ rows[:, part]
+            cross[index] += wanted_rows[:, part].t() @ rows[:, part]
+    return moments + cross
+
+
+def _parts(layer: TrainableLayer) -> list[slice]:
+    weight = layer.weight
+    return parts_of_inputs(weight.shape[1], weight[0, 0].numel())
+
+
+def _zeros(layer: TrainableLayer) -> list[Tensor]:
+    sizes = [part.stop - part.start for part in _parts(layer)]
+    return [torch.zeros(size, size, device=layer.weight.device) for size in sizes]
+
+
+def _gptq_layer(layer: TrainableLayer, moments: list[Tensor], cross: list[Tensor]) -> None:
+    weight, quantizer = layer.weight, layer.weight_quantizer
+    flat = weight.flatten(1)
+    scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
+    decided = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    for part, moment, crossed in zip(_parts(layer), moments, cross, strict=True):
+        grid = (scale[:, part], zero_point[:, part])
+        aligned = aligned_weight(flat[:, part], moment, crossed)
+        rounded = gptq_weight(aligned, moment, *grid, quantizer.bits)
+        codes = (torch.round(rounded / grid[0]) + grid[1]).clamp(0, largest_code(quantizer.bits))
+        decided[:, part] = codes.to(torch.uint8)
+    quantizer.decided = decided.view_as(weight)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """What `layer` is given in a run of its block, which goes no further than there."""
+
+    def stop(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise Reached(inputs, {})
+
+    handle = layer.register_forward_pre_hook(stop)
+    args, kwargs = arguments
+    try:
+        block(*args, **kwargs)
+    except Reached as reached:
+        given: Tensor = reached.given[0]
+        return given
+    finally:
+        handle.remove()
+    raise RuntimeError("the layer was never reached: its block does not call it")

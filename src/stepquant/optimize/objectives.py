@@ -1,0 +1,62 @@
+"""What a block's reconstruction minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """What a block put out, and what layers inside it did.
+
+    Attributes:
+        block: float [B, ...], channels second (images) or last (tokens).
+        layers: name -> float [B, ...].
+    """
+
+    block: Tensor
+    layers: dict[str, Tensor]
+
+    def at(self, chosen: Tensor) -> LayerOutputs:
+        """Those of some of the samples."""
+        return LayerOutputs(self.block[chosen], {name: output[chosen] for name, output in self.layers.items()})
+
+    @staticmethod
+    @contextmanager
+    def recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+        """Collects what `layers` put out while the context lasts, under their names."""
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+                outputs[name] = output
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def error(outputs: LayerOutputs, targets: LayerOutputs, block_weight: float = 1.0, layer_weight: float = 0.0) -> Tensor:
+    """``block_weight |B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``, a scalar.
+
+    Errors are summed over channels and averaged over the rest (EDA-DM, arXiv 2401.04585; with `layer_weight` 0 it is
+    BRECQ's block error with the Fisher matrix taken as identity, arXiv 2102.05426).
+    """
+    total = block_weight * squared_error(outputs.block, targets.block)
+    for name, target in targets.layers.items():
+        total = total + layer_weight * squared_error(outputs.layers[name], target)
+    return total
+
+
+def squared_error(x: Tensor, target: Tensor) -> Tensor:
+    """``|x - target|^2``, summed over channels (dimension 1 of images, else the last), averaged over the rest."""
+    return (x - target.to(x.device)).square().sum(dim=1 if x.dim() == 4 else -1).mean()

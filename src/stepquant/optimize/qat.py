@@ -1,0 +1,193 @@
+"""Quantization-aware training: weights, their scales and the activations' intervals together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.instrument import Instrumented
+from stepquant.errors import StepquantError
+from stepquant.models.description import main_tensor
+from stepquant.optimize.batches import Batch, Batches
+from stepquant.optimize.trainer import optimize
+from stepquant.progress import Progress
+from stepquant.workspace import Workspace, digest
+
+SMALLEST_SIZE = 1e-3
+"""Of a tensor, for its learning rate: biases of zero must be able to leave it (as in Adafactor, arXiv 1804.04235)."""
+
+REPORTS = 10
+"""Lines on how the loss goes, in a whole run."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        iterations: optimizer steps (Adam, all rates fall to zero along a cosine).
+        weight_rate: learning rate of weights, biases, norms and embeddings, relative to the root mean square of each
+            tensor (at least `SMALLEST_SIZE`): a step then moves the weights of every layer by the same part of their
+            grid.
+        scale_rate: learning rate of the logarithms of weight scales, and of activation scales that are static or a
+            table; so relative to a scale's size.
+        generator_rate: learning rate of the networks that generate intervals.
+        over_time: intervals are generated from the timestep (TDQ); else they are static, or a free table.
+        turns: of the generator's fastest feature, see `IntervalGenerator`.
+        ema_decay: above 0, what ships is the moving average of everything that was trained.
+        clip_norm: gradients of a larger norm are scaled down to it.
+    """
+
+    iterations: int
+    weight_rate: float
+    scale_rate: float
+    generator_rate: float
+    over_time: bool
+    turns: float | None
+    ema_decay: float
+    clip_norm: float = 1.0
+
+
+def train(
+    instrumented: Instrumented,
+    batches: Batches,
+    training: Training,
+    *,
+    workspace: Workspace,
+    key: str,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Minimise ``|target - denoiser(x_t, t)|^2`` through the quantizers (TDQ, arXiv 2306.02316, section 3.4).
+
+    Gradients pass roundings straight through and reach weight scales by LSQ (arXiv 1902.08153), intervals through the
+    networks that generate them. A batch mixes timesteps, so that an activation has an interval for each sample. Several
+    processes divide each batch; the losses told are those of this one's part.
+
+    Args:
+        instrumented: the copy to train, its quantizers initialised and switched on; settled afterwards.
+        batches: of what it learns from.
+        key: stands for all that the result depends on besides `training` and `seed`.
+
+    Raises:
+        StepquantError: if the loss is no longer a number.
+    """
+    model = instrumented.model
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        groups = _release(instrumented, training)
+        model.eval()  # no dropout, that of the generators included
+        _set_memory_format(model, torch.channels_last)
+        mean = _Mean(max(1, training.iterations // REPORTS), progress)
+
+        def loss(iteration: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+            batch = batches(iteration, generator, workspace.ranks)
+            if batch.share == 0:
+                return torch.zeros(())
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+                error = denoising_error(model, batch)
+            if not bool(torch.isfinite(error)):
+                raise StepquantError(
+                    f"training diverged: the loss of iteration {iteration + 1} is {error.item()}; "
+                    "use lower learning rates."
+                )
+            mean.add(iteration, error.item())
+            return error * batch.share  # the processes' gradients are added up
+
+        optimize(
+            groups,
+            loss,
+            training.iterations,
+            workspace=workspace,
+            stage=f"train-{digest([key, asdict(training), seed])[:16]}",
+            description="Training",
+            progress=progress,
+            clip_norm=training.clip_norm,
+            ema_decay=training.ema_decay,
+        )
+    _set_memory_format(model, torch.contiguous_format)
+    for layer in instrumented.layers.values():
+        layer.weight_quantizer.settle(layer.weight)
+    for quantizer in instrumented.activation_quantizers():
+        quantizer.settle()
+    model.requires_grad_(False)
+
+
+def denoising_error(denoiser: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error of the denoiser's answer to a batch, a scalar."""
+    device = next(denoiser.parameters()).device
+    arguments = {name: _to(value, device) for name, value in batch.arguments.items()}
+    target = batch.target.to(device)
+    output = main_tensor(denoiser(**arguments, return_dict=False)).float()
+    return (output[:, : target.shape[1]] - target).square().mean()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 in hardware, where it is twice as fast to train in as float32."""
+    if device.type == "cpu":
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # newer versions of torch may lack it
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _release(instrumented: Instrumented, training: Training) -> list[dict[str, Any]]:
+    """Let everything learn; the parameter groups for the optimizer."""
+    model = instrumented.model
+    weights = dict(model.named_parameters())
+    for parameter in weights.values():
+        parameter.data = parameter.data.float().clone()  # the copy shares the original's weights until they move
+        parameter.requires_grad_()
+    inside = tuple(f"{name}." for name in instrumented.layers)
+    instrumented.trained[:] = [name for name in weights if not name.startswith(inside)]
+    scales = [
+        parameter
+        for layer in instrumented.layers.values()
+        for parameter in layer.weight_quantizer.release(layer.inner.weight)
+    ]
+    intervals = [
+        parameter
+        for quantizer in instrumented.activation_quantizers()
+        for parameter in quantizer.learn(over_time=training.over_time, turns=training.turns)
+    ]
+    interval_rate = training.generator_rate if training.over_time else training.scale_rate
+    groups = [
+        *({"params": [weight], "lr": training.weight_rate * _size(weight)} for weight in weights.values()),
+        {"params": scales, "lr": training.scale_rate},
+        {"params": intervals, "lr": interval_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _size(parameter: Tensor) -> float:
+    return max(SMALLEST_SIZE, float(parameter.detach().square().mean().sqrt()))
+
+
+def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Convolutions train faster with channels last; whatever ships is contiguous."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _to(entry, device) for name, entry in value.items()}
+    return value.to(device)
+
+
+class _Mean:
+    """Notes the mean loss every so many iterations."""
+
+    def __init__(self, every: int, progress: Progress) -> None:
+        self.every, self.progress = every, progress
+        self.losses: list[float] = []
+
+    def add(self, iteration: int, loss: float) -> None:
+        self.losses.append(loss)
+        if (iteration + 1) % self.every == 0:
+            self.progress.note(f"iteration {iteration + 1}: loss {sum(self.losses) / len(self.losses):.5f}")
+            self.losses.clear()

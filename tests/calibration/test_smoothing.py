@@ -1,0 +1,91 @@
+"""Balances: found where channels differ, and the network they are put into stays the same function."""
+
+import copy
+
+import torch
+from torch import nn
+
+import stepquant
+from stepquant.calibration.fake_quant.layers import wrap
+from stepquant.calibration.instrument import instrument
+from stepquant.calibration.samples import CalibrationSet
+from stepquant.calibration.smoothing import best_smoothing, find_smoothing
+from stepquant.config import QuantSpec
+from stepquant.layers.clock import StepClock
+from stepquant.layers.install import quantized_modules
+from stepquant.models import describe
+from stepquant.progress import Progress
+
+
+def error_of(layer, x):
+    layer.activation_quantizer.observing = True
+    layer(x)
+    layer.activation_quantizer.set_range("least-error")
+    return float((layer(x) - layer.inner(x)).detach().norm() / layer.inner(x).norm())
+
+
+def test_channels_of_different_size_are_balanced_and_the_layer_errs_less():
+    torch.manual_seed(0)
+    for inner, x in (
+        (nn.Linear(16, 32), torch.randn(200, 16) * torch.logspace(-1.5, 1, 16)),
+        (nn.Conv2d(16, 32, 3), torch.randn(8, 16, 8, 8) * torch.logspace(-1.5, 1, 16).reshape(-1, 1, 1)),
+    ):
+        layer = wrap(inner, 4, 4, StepClock(), split=6)
+        before = error_of(layer, x)
+        columns = x.transpose(0, 1).flatten(1)
+        smoothing = best_smoothing(layer, columns)
+        assert smoothing is not None and smoothing.shape == (16,)
+        assert smoothing[-1] > 5 * smoothing[0] > 0
+        layer.smoothing(smoothing)
+        assert error_of(layer, x) < 0.8 * before
+
+
+def test_channels_that_are_alike_are_left_alone():
+    torch.manual_seed(0)
+    layer = wrap(nn.Linear(8, 64), 4, 4, StepClock())
+    with torch.no_grad():
+        layer.inner.weight.copy_(torch.randn(64, 1).expand(64, 8))
+    x = torch.randn(1, 500).expand(8, 500)
+    assert best_smoothing(layer, x.contiguous()) is None
+
+
+def test_a_network_is_observed_in_full_precision_and_left_as_it_was(unconditional_pipeline):
+    unet = copy.deepcopy(unconditional_pipeline.unet)
+    with torch.no_grad():
+        for resnet in (module for module in unet.modules() if hasattr(module, "norm2")):
+            resnet.norm2.weight.copy_(torch.logspace(-2, 1, len(resnet.norm2.weight)))
+    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w4a4"))
+    samples = CalibrationSet({"sample": torch.randn(6, 1, 16, 16), "timestep": torch.arange(6.0)}, torch.arange(6))
+    factors = find_smoothing(instrumented, samples, 4, Progress())
+    assert {name for name in instrumented.layers if name.endswith("conv2")} <= set(factors)
+    assert "conv_in" not in factors, "its input stays in floating point"
+    assert all(layer.quantizing_weight for layer in instrumented.layers.values())
+    assert not any(quantizer.enabled for quantizer in instrumented.activation_quantizers())
+
+
+def quantized(pipeline, bits, recipe, **arguments):
+    calibration = stepquant.Calibration(samples=4, steps=2)
+    return stepquant.quantize(pipeline, bits, recipe=recipe, calibration=calibration, **arguments)
+
+
+def smoothed(pipeline):
+    return [name for name, module in quantized_modules(pipeline.unet).items() if module.layer_format.smoothed]
+
+
+def test_any_recipe_balances_where_the_spec_asks_for_it(unconditional_pipeline):
+    for recipe, arguments in (("minmax", {}), ("q-diffusion", {"iterations": 0})):
+        for asked in (True, False, None):
+            spec = {"bits": "w4a4", "smoothing": asked}
+            assert bool(smoothed(quantized(unconditional_pipeline, spec, recipe, **arguments))) == bool(asked)
+
+
+def test_quest_balances_below_8_bits_and_the_checkpoint_keeps_it(unconditional_pipeline, tmp_path):
+    short = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 1}
+    assert not smoothed(quantized(unconditional_pipeline, "w4a8", "quest", **short))
+    made = quantized(unconditional_pipeline, "w4a4", "quest", **short)
+    assert smoothed(made)
+    made.save_pretrained(tmp_path / "out")
+    loaded = stepquant.load(tmp_path / "out", backend="reference")
+    x = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.unet(x, 5).sample, made.unet(x, 5).sample, atol=1e-4, rtol=1e-4)

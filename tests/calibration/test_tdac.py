@@ -1,0 +1,117 @@
+import copy
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import stepquant
+from stepquant.calibration.tdac import dense_and_diverse_steps, density, diversity, share_out, step_features
+from stepquant.errors import StepquantError
+from stepquant.models import describe
+from stepquant.pipelines.generate import generate, make_request
+from stepquant.progress import Progress
+
+MORE_CALLS = {
+    "PNDM": (diffusers.PNDMScheduler(skip_prk_steps=True), 5),
+    "Heun": (diffusers.HeunDiscreteScheduler(), 7),
+}
+"""Samplers, and how often four of their steps call the denoiser."""
+
+
+def with_scheduler(pipeline, scheduler):
+    pipeline = copy.copy(pipeline)
+    pipeline.scheduler = scheduler
+    return pipeline
+
+
+def features_of(pipeline, denoiser, request):
+    """What `step_features` makes of two images, and the middle's output at each call."""
+    middle = denoiser.get_submodule(describe(denoiser).middle)
+    seen = []
+    handle = middle.register_forward_hook(lambda _module, _inputs, output: seen.append(output.flatten(2).mT))
+    found = step_features(pipeline, denoiser, middle, request, 2, 0, Progress())
+    handle.remove()
+    return found, seen
+
+
+def features(steps=12):
+    torch.manual_seed(0)
+    base = torch.randn(1, 2, 5, 8)
+    out = base + 0.01 * torch.randn(steps, 2, 5, 8)  # alike,
+    out[3] = torch.randn(2, 5, 8) * 3  # but for two
+    out[7] = torch.randn(2, 5, 8) * 3
+    return out
+
+
+def test_density_counts_neighbours_and_diversity_sums_cosine_distances():
+    values = features()
+    assert float(density(values)[[3, 7]].max()) == 0
+    expected = torch.zeros(12)
+    for i in range(12):
+        for j in range(12):
+            if i != j:
+                expected[i] += (1 - torch.cosine_similarity(values[i], values[j], dim=-1)).mean()
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    assert torch.allclose(diversity(values), expected, atol=1e-4)
+    assert set(diversity(values).topk(2).indices.tolist()) == {3, 7}
+
+
+@pytest.mark.parametrize("samples", [12, 13, 100, 1024])
+def test_shares_sum_to_the_samples_and_stay_within_one(samples):
+    weights = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    counts = share_out(weights, samples)
+    assert int(counts.sum()) == samples
+    assert float((counts - weights / weights.sum() * samples).abs().max()) < 1
+    assert int(share_out(torch.zeros(5), 7).sum()) == 7
+
+
+def test_more_weight_on_diversity_takes_more_of_the_odd_steps():
+    def of(weight):
+        steps = dense_and_diverse_steps(features(), 240, torch.Generator().manual_seed(0), weight)
+        assert len(steps) == 240
+        return int(((steps == 3) | (steps == 7)).sum())
+
+    assert of(5.0) > of(0.2)
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(StepquantError, match="at least one sample a step"):
+        dense_and_diverse_steps(features(), 5, torch.Generator())
+
+
+@pytest.mark.parametrize("name", MORE_CALLS)
+def test_the_calls_of_a_step_are_one_step(name, text_pipeline):
+    """The features of a step are the mean over its calls, which are those at one timestep."""
+    scheduler, calls = MORE_CALLS[name]
+    pipeline = with_scheduler(text_pipeline, scheduler)
+    found, seen = features_of(pipeline, pipeline.unet, make_request(pipeline, 4))
+    assert len(seen) == calls and len(found) == 4
+    times = pipeline.scheduler.timesteps.tolist()
+    assert len(times) == calls
+    for step, time in enumerate(dict.fromkeys(times)):
+        together = [features for features, at in zip(seen, times, strict=True) if at == time]
+        torch.testing.assert_close(found[step], sum(together) / len(together))
+
+
+def test_halves_of_guidance_that_are_apart_are_one_step(text_pipeline):
+    request = make_request(text_pipeline, 4, guidance=5.0)
+    together, _ = features_of(text_pipeline, text_pipeline.unet, request)
+    pipeline = copy.copy(text_pipeline)
+    pipeline.unet = tiny.HalvesApart(text_pipeline.unet)
+    apart, seen = features_of(pipeline, text_pipeline.unet, request)
+    assert len(seen) == 8 and len(apart) == 4
+    torch.testing.assert_close(apart, together.unflatten(1, (2, 2)).mean(dim=1))
+
+
+def test_a_step_of_one_call_is_as_it_was(text_pipeline):
+    found, seen = features_of(text_pipeline, text_pipeline.unet, make_request(text_pipeline, 4))
+    assert torch.equal(found, torch.stack(seen))
+
+
+@pytest.mark.parametrize("name", MORE_CALLS)
+def test_eda_dm_selects_with_samplers_of_more_calls(name, text_pipeline):
+    pipeline = with_scheduler(text_pipeline, MORE_CALLS[name][0])
+    calibration = stepquant.Calibration(samples=8, steps=4)
+    quantized = stepquant.quantize(pipeline, "w4a8", recipe="eda-dm", calibration=calibration, iterations=1)
+    assert torch.isfinite(generate(quantized, make_request(quantized, 4), [0], 0)).all()

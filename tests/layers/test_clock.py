@@ -1,0 +1,54 @@
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepquant.layers.clock import StepClock
+
+
+@given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.floats(-10, 1100))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore:timestep")
+def test_row_is_that_of_the_nearest_timestep(grid, time):
+    timesteps = sorted(grid)
+    clock = StepClock(torch.tensor(timesteps))
+    clock.set(time)
+    distance = abs(timesteps[int(clock.row)] - time)
+    assert distance <= min(abs(step - time) for step in timesteps) + 1e-3
+
+
+def test_a_batch_of_one_time_has_one_row_and_a_mixed_batch_a_row_each():
+    clock = StepClock(torch.tensor([0.0, 10.0, 20.0]))
+    clock.set(torch.tensor([19, 19, 19]))
+    assert clock.row.shape == () and clock.row == 2
+    clock.set(torch.tensor([19, 0, 11]))
+    assert clock.row.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("grid", [[], [1.0, 1.0], [2.0, 1.0], [float("nan")], [[1.0]]])
+def test_bad_grids_are_refused(grid):
+    with pytest.raises(ValueError, match="timesteps"):
+        StepClock(torch.tensor(grid))
+
+
+def test_the_denoiser_sets_its_own_clock_however_it_is_called():
+    model = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    clock = StepClock(torch.tensor([0.0, 500.0]))
+    handle = clock.attach(model)
+    x = torch.zeros(1, 1, 8, 8)
+    model(x, 600)
+    assert clock.row == 1
+    model(sample=x, timestep=torch.tensor(3))
+    assert clock.row == 0
+    other = copy.deepcopy(model)
+    other(x, 999)
+    assert clock.row == 0, "a copy of the model has a clock of its own"
+    handle.remove()
+    model(x, 999)
+    assert clock.row == 0

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import nn
+
+from stepquant.calibration.fake_quant.layers import group_channels, wrap
+from stepquant.core.qtensor import QuantizedWeight
+from stepquant.errors import StepquantError
+from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.clock import StepClock
+from stepquant.layers.correction import OutputCorrection
+from stepquant.layers.install import Structure, install_empty
+from stepquant.layers.modules import LayerFormat, QuantizedLinear
+
+
+def quantized_linear() -> QuantizedLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5)
+    clock = StepClock()
+    layer = wrap(linear, 4, 8, clock)
+    layer.smoothing(torch.rand(6) + 0.5)
+    layer.activation_quantizer.observing = True
+    layer(torch.randn(3, 6))
+    layer.activation_quantizer.set_range("minmax")
+    frozen = layer.freeze()
+    module = QuantizedLinear.like(linear, LayerFormat.of(frozen), clock)
+    module.fill(frozen)
+    return module
+
+
+def test_a_layer_gives_back_what_filled_it():
+    module = quantized_linear()
+    other = QuantizedLinear(6, 5, True, module.layer_format, module.clock)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.layer().weight.codes, module.layer().weight.codes)
+    assert torch.equal(other.layer().weight.dequantize(), module.layer().weight.dequantize())
+
+
+def test_half_leaves_scales_alone():
+    module = quantized_linear()
+    scale = module.input_scale.clone()
+    module.half()
+    assert module.input_scale.dtype == torch.float32 and torch.equal(module.input_scale, scale)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("weight_scale", -1.0), ("weight_scale", float("nan")), ("input_scale", 0.0), ("input_smoothing", -2.0)],
+)
+def test_bad_scales_are_refused(name, value):
+    module = quantized_linear()
+    getattr(module, name).view(-1)[0] = value
+    with pytest.raises(StepquantError, match="not a positive number"):
+        module.layer()
+
+
+def test_a_convolution_with_channel_groups_cannot_be_smoothed():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    layers = {"0": {"weight_bits": 4, "weight_groups": [2], "activation_bits": 4, "smoothed": True}}
+    with pytest.raises(StepquantError, match="channel groups"):
+        install_empty(model, {"timesteps": [0.0], "layers": layers, "attentions": {}})
+
+
+def test_zero_points_off_the_grid_are_refused():
+    module = quantized_linear()
+    module.weight_zero_point[0, 0] = 16
+    with pytest.raises(StepquantError, match="4 bits"):
+        module.layer()
+
+
+def test_eight_bit_weights_always_fit_int8():
+    codes = torch.tensor([[0, 255, 128]], dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.ones(1, 1), torch.full((1, 1), 128, dtype=torch.uint8), 8, (3,))
+    assert weight.integers().tolist() == [[-128, 127, 0]]
+    with pytest.raises(StepquantError, match="128"):
+        QuantizedWeight(codes, torch.ones(1, 1), torch.full((1, 1), 3, dtype=torch.uint8), 8, (3,)).check()
+
+
+@pytest.mark.parametrize(
+    "channels, split, size, expected",
+    [(8, None, None, (8,)), (8, 3, None, (3, 5)), (8, None, 4, (4, 4)), (8, 4, 2, (2, 2, 2, 2)), (8, 3, 4, (3, 5))],
+)
+def test_groups_respect_the_split(channels, split, size, expected):
+    assert group_channels(channels, split, size) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timesteps": []}, {"timesteps": [2.0, 1.0]}, {"timesteps": [float("nan")]},
+        {"layers": {"a": {"weight_bits": 9, "weight_groups": [1]}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [-1]}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "smoothed": True}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_rows": 10**9}}},
+        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_bits": 8, "activation_rows": 3}}},
+        {"attentions": {"a": {"colour": {"bits": 8}}}},
+        {"attentions": {"a": {"query": {"bits": 8, "rows": 3}}}},
+    ],
+)  # fmt: skip
+def test_a_malformed_structure_is_one_sentence(change):
+    with pytest.raises(StepquantError) as caught:
+        Structure.parse({"timesteps": [0.0, 1.0], "layers": {}, "attentions": {}} | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_are_float32_whatever_torch_makes():
+    """As where a model is built in half precision."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        modules = [
+            QuantizedLinear(4, 3, True, LayerFormat(weight_bits=8, weight_groups=(4,), activation_bits=8), StepClock()),
+            QuantizedAttentionProcessor({"query": 8}, {"query": 2}),
+            OutputCorrection(2, StepClock()),
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in modules:
+        assert {buffer.dtype for buffer in module.buffers()} <= {torch.float32, torch.uint8}

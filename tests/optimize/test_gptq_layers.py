@@ -1,0 +1,62 @@
+"""A block's weights rounded in closed form: all inputs of a layer together, or those of a wide one in parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from stepquant.calibration.instrument import instrument
+from stepquant.calibration.samples import CalibrationSet
+from stepquant.config import QuantSpec
+from stepquant.core import gptq as core_gptq
+from stepquant.distributed import Ranks
+from stepquant.models import describe
+from stepquant.optimize.gptq import gptq
+from stepquant.optimize.replay import BlockInputs
+
+BLOCK, COUNT = "up_blocks.0.resnets.0", 64
+
+
+@pytest.fixture(scope="module")
+def seen(unconditional_pipeline):
+    """Samples of noise, what a block is called with on them, and what it puts out."""
+    torch.manual_seed(0)
+    unet = unconditional_pipeline.unet
+    tensors = {"sample": torch.randn(COUNT, 1, 16, 16), "timestep": torch.arange(COUNT).float()}
+    found = []
+    handle = unet.get_submodule(BLOCK).register_forward_hook(
+        lambda _, args, kwargs, output: found.append((args, kwargs, output)), with_kwargs=True
+    )
+    with torch.no_grad():
+        unet(**tensors)
+    handle.remove()
+    args, kwargs, output = found[0]
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    return CalibrationSet(tensors, torch.zeros(COUNT, dtype=torch.long)), BlockInputs(leaves, tree, COUNT), output
+
+
+def errors(unet, seen):
+    """Of the block's output, its weights of 3 bits rounded to nearest and then gptq-rounded."""
+    samples, inputs, expected = seen
+    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w3a16"))
+    block = instrumented.model.get_submodule(BLOCK)
+
+    def error() -> float:
+        args, kwargs = inputs.at(slice(0, COUNT))
+        with torch.no_grad():
+            return float((block(*args, **kwargs) - expected).square().mean())
+
+    before = error()
+    layers = instrumented.layers_in(BLOCK)
+    gptq(unet, instrumented, BLOCK, layers, inputs, inputs, samples, 16, Ranks())
+    assert all(layer.weight_quantizer.decided.shape == layer.inner.weight.shape for layer in layers.values())
+    return before, error()
+
+
+def test_parts_of_a_wide_layer_gain_nearly_what_the_whole_does(unconditional_pipeline, seen, monkeypatch):
+    nearest, whole = errors(unconditional_pipeline.unet, seen)
+    assert whole < 0.7 * nearest
+    monkeypatch.setattr(core_gptq, "MOST_INPUTS", 9 * 8)  # convolutions of 16 to 32 channels, 3 x 3
+    same, parts = errors(unconditional_pipeline.unet, seen)
+    assert same == nearest and whole != parts < 0.85 * nearest
