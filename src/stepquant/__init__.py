@@ -1,7 +1,14 @@
-"""stepquant: quantize diffusion models step by step and run them in integers."""
+"""stepquant: quantize diffusion models, with scales per denoising step, and run them in integers.
 
-from stepquant.api import quantize, sensitivity, train
-from stepquant.calibration.samples import Calibration
+Importing it registers the quantization method with diffusers and transformers. What calibrates (`quantize`, `train`,
+`sensitivity`, `Calibration`, `recipes`) is imported at first use, so that loading and running a model does without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.integrations import diffusers as diffusers_integration
@@ -9,6 +16,11 @@ from stepquant.integrations import transformers as transformers_integration
 from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.saving import load, save
 from stepquant.version import __version__
+
+if TYPE_CHECKING:
+    from stepquant import recipes
+    from stepquant.api import quantize, sensitivity, train
+    from stepquant.calibration.samples import Calibration
 
 diffusers_integration.register()
 transformers_integration.register()
@@ -21,7 +33,28 @@ __all__ = [
     "__version__",
     "load",
     "quantize",
+    "recipes",
     "save",
     "sensitivity",
     "train",
 ]
+
+_LAZY = {
+    "Calibration": "stepquant.calibration.samples",
+    "quantize": "stepquant.api",
+    "sensitivity": "stepquant.api",
+    "train": "stepquant.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return importlib.import_module("stepquant.recipes")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

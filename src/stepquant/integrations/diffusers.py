@@ -22,7 +22,6 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from packaging.version import Version
 from torch import Tensor, nn
 
-from stepquant.calibration.weight_only import quantize_weights
 from stepquant.checkpoint.format import DIGEST, FORMAT_VERSION, QUANT_METHOD, check_version
 from stepquant.checkpoint.read import check_names, check_tables, check_tensor, verify_component
 from stepquant.checkpoint.write import narrow_tensors
@@ -207,6 +206,8 @@ class StepquantQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             check_tables(model)
         else:
+            from stepquant.calibration.weight_only import quantize_weights  # loading alone needs none of it
+
             config.structure = quantize_weights(model, config.spec)
             self._made = made_by_quantization(model)
         model.register_to_config(quantization_config=config.to_dict())  # type: ignore[operator]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from stepquant.calibration.weight_only import quantize_weights
 from stepquant.checkpoint.format import DIGEST, QUANT_METHOD
 from stepquant.checkpoint.read import check_names, check_tensor, verify_component
 from stepquant.checkpoint.write import narrow_tensors
@@ -67,6 +66,8 @@ class StepquantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
         if not self.pre_quantized:
+            from stepquant.calibration.weight_only import quantize_weights  # loading alone needs none of it
+
             config.structure = quantize_weights(model, config.spec)
         prepare(model, config.backend)
         return model.requires_grad_(False)
