@@ -1,4 +1,4 @@
-"""Two processes at one job, connected by gloo: the same result as one, and no hanging when one is killed."""
+"""Two processes connected by gloo: the same result as one process, and no hanging when one is killed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _child(work: Callable[[Ranks], object], folder: Path, rank: int, count: int)
     os._exit(0)
 
 
-def test_what_is_dealt_out_arrives_everywhere_in_order(tmp_path):
+def test_mapped_results_arrive_everywhere_in_order(tmp_path):
     def work(ranks: Ranks) -> None:
         worked = []
 
@@ -64,7 +64,7 @@ def test_what_is_dealt_out_arrives_everywhere_in_order(tmp_path):
             worked.append(item)
             return torch.full((2, item), item**2, dtype=torch.bfloat16), {"item": item, "none": None}
 
-        results = list(ranks.deal(square, range(5)))
+        results = list(ranks.map(square, range(5)))
         assert worked == list(range(5))[ranks.rank :: 2]
         for item, (tensor, rest) in enumerate(results):
             assert tensor.shape == (2, item) and tensor.dtype == torch.bfloat16 and bool((tensor == item**2).all())
@@ -73,7 +73,7 @@ def test_what_is_dealt_out_arrives_everywhere_in_order(tmp_path):
         parameter = torch.nn.Parameter(torch.zeros(3))
         other = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.full((3,), float(1 + ranks.rank))
-        ranks.add_gradients([parameter, other])
+        ranks.all_reduce_gradients([parameter, other])
         assert parameter.grad.tolist() == [3, 3, 3] and other.grad.tolist() == [0, 0]
 
     assert run(work, tmp_path) == [0, 0]
@@ -172,7 +172,7 @@ LEARNED = {
 def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypatch):
     """Five samples in two processes, two and three: the sum of gradients is that of one process."""
     kind, sizes, gradients = type(unconditional_pipeline.unet), [], []
-    forward, add = kind.forward, Ranks.add_gradients
+    forward, add = kind.forward, Ranks.all_reduce_gradients
 
     @functools.wraps(forward)  # collecting looks at its signature
     def counted(self, sample, *args, **kwargs):
@@ -185,7 +185,7 @@ def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypa
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
 
     monkeypatch.setattr(kind, "forward", counted)
-    monkeypatch.setattr(Ranks, "add_gradients", added)
+    monkeypatch.setattr(Ranks, "all_reduce_gradients", added)
     arguments = {"distill": True, "intervals": "static", "iterations": 1, "batch_size": 5}
     arguments |= {"calibration": stepquant.Calibration(samples=8, steps=4)}
     stepquant.train(unconditional_pipeline, "w8a8", workspace=tmp_path / "alone", **arguments)
@@ -208,7 +208,7 @@ def test_learning_together_agrees_to_rounding(name, text_pipeline, tmp_path):
 
     def work(ranks: Ranks) -> None:
         unet = quantize(text_pipeline, tmp_path / "together", **LEARNED[name]).unet
-        if ranks.main:
+        if ranks.is_main:
             torch.save(unet.state_dict(), tmp_path / "state")
 
     assert run(work, tmp_path / "run") == [0, 0]
@@ -256,7 +256,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_can_be_continued(
 
     codes = run(work, tmp_path / "run")
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
-    assert "start the same command again" in (tmp_path / "run" / f"error-{1 - victim}").read_text()
+    assert "Start the same command again" in (tmp_path / "run" / f"error-{1 - victim}").read_text()
     kept = {path.name for path in (tmp_path / "killed").glob("block-*")}
     assert len(kept) >= 4, "finished blocks are kept"
     continued = quantize(unconditional_pipeline, tmp_path / "killed", **settings).unet.state_dict()

@@ -1,8 +1,8 @@
-"""Several processes at one job, as ``torchrun`` or ``accelerate launch`` start them: who computes what, who is told.
+"""Several processes working on one quantization, as ``torchrun`` or ``accelerate launch`` start them.
 
-Every process runs the same program on the same inputs. Independent pieces of work are dealt out in turn and each result
-is sent to all, so that all processes hold the same state after every stage, bit for bit. Where a minibatch is divided,
-gradients are added up, which agrees with one process to float rounding. Only the main process writes files.
+Every process runs the same program on the same inputs. Independent work items are distributed round-robin and each
+result is broadcast, so that all processes hold the same state after every stage, bit for bit. Where a minibatch is
+divided, gradients are summed, which agrees with one process up to float rounding. Only the main process writes files.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepquant.errors import StepquantError
+from stepquant.errors import StepquantError, first_line
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: longer than the longest piece of work that is dealt out."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: longer than the longest work item."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one job, seen from one of them.
+    """The process group, seen from one process.
 
     Attributes:
-        rank: number of this process, from 0.
+        rank: index of this process.
         count: number of processes.
     """
 
@@ -41,22 +41,22 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Those of torch's default process group; one process alone where there is none."""
+        """The ranks of torch's default process group; a single process if there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
-    def main(self) -> bool:
-        """Whether this process is the one that writes files and draws progress."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def share(self, items: int) -> slice:
-        """The contiguous part of `items` things that falls to this process; it may be empty."""
+        """The contiguous, possibly empty part of `items` items that belongs to this process."""
         return slice(self.rank * items // self.count, (self.rank + 1) * items // self.count)
 
-    def deal(self, work: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
-        """``work(item)`` of every item, in order; item i is worked on by process i mod count alone, then sent to all.
+    def map(self, work: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
+        """Yield ``work(item)`` of every item in order; process ``i % count`` computes item i and broadcasts the result.
 
         A result is a tensor, or a tree (tuple, list, dictionary) of tensors and plain values.
         """
@@ -67,47 +67,47 @@ class Ranks:
         for start in range(0, len(items), self.count):
             group = items[start : start + self.count]
             mine = work(group[self.rank]) if self.rank < len(group) else None
-            for owner in range(len(group)):
-                yield self.send(mine, owner)
+            for source in range(len(group)):
+                yield self.broadcast(mine, source)
 
-    def send(self, value: Any, owner: int = 0) -> Any:
-        """What `value` is in process `owner`, in all of them."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """Return the `value` of process `source` in every process."""
         if self.count == 1:
             return value
         leaves, tree = pytree.tree_flatten(value)
-        mine = self.rank == owner
+        mine = self.rank == source
         plan: list[Any] = [None]
         if mine:
             plan = [([_Shape.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)]
-        with _together():
-            dist.broadcast_object_list(plan, src=owner)
+        with _reporting_lost_processes():
+            dist.broadcast_object_list(plan, src=source)
             outlines, tree = plan[0]
             received = []
             for index, outline in enumerate(outlines):
                 if isinstance(outline, _Shape):
                     leaf = leaves[index].detach().contiguous() if mine else outline.empty()
-                    # As bytes: backends differ in the dtypes they know.
+                    # As bytes: backends differ in the dtypes they support.
                     if leaf.numel():
-                        dist.broadcast(leaf.reshape(-1).view(torch.uint8), src=owner)
+                        dist.broadcast(leaf.reshape(-1).view(torch.uint8), src=source)
                     received.append(leaf)
                 else:
                     received.append(outline)
         return pytree.tree_unflatten(received, tree)
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, in the order of their numbers."""
-        return [self.send(value, owner) for owner in range(self.count)]
+        """The `value` of every process, in the order of ranks."""
+        return [self.broadcast(value, source) for source in range(self.count)]
 
-    def add(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all processes, in all of them."""
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all processes in every process."""
         if self.count > 1:
             value = value.detach().clone()
-            with _together():
+            with _reporting_lost_processes():
                 dist.all_reduce(value)
         return value
 
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Add up the gradients of all processes, in place; one that is missing counts as zero."""
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of all processes in place; a missing gradient counts as zero."""
         if self.count == 1:
             return
         parameters = list(parameters)
@@ -115,21 +115,15 @@ class Ranks:
             (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1)
             for parameter in parameters
         ]
-        # One message for all of them: with many small parameters latency would outweigh everything else.
-        parts = self.add(torch.cat(flat)).split([part.numel() for part in flat])
+        # One message for all parameters: with many small ones, latency would dominate.
+        parts = self.all_reduce(torch.cat(flat)).split([part.numel() for part in flat])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-
-    def wait(self) -> None:
-        """Go on when all processes have come here."""
-        if self.count > 1:
-            with _together():
-                dist.barrier()
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """All of a tensor but its values."""
+    """Shape, dtype and device of a tensor."""
 
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -146,10 +140,10 @@ class _Shape:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that a launcher started, connected while the context lasts; one alone if there was no launcher.
+    """Connect the processes that a launcher started, for the duration of the context; a single process without one.
 
     Raises:
-        StepquantError: if the others cannot be reached, or end before their time.
+        StepquantError: if another process cannot be reached or ends early.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks.current()
@@ -158,8 +152,8 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    with _together():
-        dist.init_process_group(backend, timeout=PATIENCE)
+    with _reporting_lost_processes():
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield Ranks.current()
     finally:
@@ -167,12 +161,12 @@ def joined() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Tell in one sentence that another process is gone."""
+def _reporting_lost_processes() -> Iterator[None]:
+    """Turn torch's error about a lost process into a `StepquantError`."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise StepquantError(
-            f"the processes of this run lost each other ({str(error).strip().splitlines()[0]}): "
-            "start the same command again, it continues from what is finished."
+            f"the connection between the processes of this run is lost ({first_line(error)}). "
+            "Start the same command again; it continues from the finished stages."
         ) from None

@@ -181,7 +181,7 @@ class Workspace:
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a finished stage, or None."""
-        return self.ranks.send(self._read(key) if self.ranks.main else None)
+        return self.ranks.broadcast(self._read(key) if self.ranks.is_main else None)
 
     def _read(self, key: str) -> dict[str, Tensor] | None:
         path = self.folder / f"{key}.safetensors"
@@ -195,7 +195,7 @@ class Workspace:
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep a finished stage, atomically."""
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"digest": tensors_digest(tensors)}
@@ -203,7 +203,7 @@ class Workspace:
 
     def scratch(self, name: str) -> Path:
         """An empty folder of this process for files that need not survive."""
-        folder = self.folder / (name if self.ranks.main else f"{name}-{self.ranks.rank}")
+        folder = self.folder / (name if self.ranks.is_main else f"{name}-{self.ranks.rank}")
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
@@ -214,7 +214,7 @@ class Workspace:
     def __enter__(self) -> Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.ranks.main:
+            if not self.ranks.is_main:
                 return self
             self._lock = (self.folder / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -66,7 +66,7 @@ def test_diffusers_loads_a_quantized_folder_bit_for_bit(kind, request, tmp_path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in alone.state_dict().items())
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "smoothed"])
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
 def test_a_device_map(saved, quantized, device_map):
     loaded = DiffusionPipeline.from_pretrained(saved, device_map=device_map)
     assert torch.equal(images(quantized), images(loaded))

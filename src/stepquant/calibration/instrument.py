@@ -150,7 +150,7 @@ def instrument(
                 activation_quantizer=activation_quantizer,
             )
     weights = [layer.weight_quantizer for layer in layers.values()]
-    grids = ranks.deal(lambda weight: (weight.scale, weight.zero_point), weights)
+    grids = ranks.map(lambda weight: (weight.scale, weight.zero_point), weights)
     for weight, (scale, zero_point) in zip(weights, grids, strict=True):
         weight.scale, weight.zero_point = scale, zero_point
     attentions = {
@@ -234,6 +234,6 @@ def search_ranges(
     if ranks.count > 1:
         for quantizer in quantizers:
             quantizer.observations.merge(ranks.gather(quantizer.observations.parts()))
-    for quantizer, found in zip(quantizers, ranks.deal(search, quantizers), strict=True):
+    for quantizer, found in zip(quantizers, ranks.map(search, quantizers), strict=True):
         quantizer.take_range(*found)
         advance(1)

@@ -178,7 +178,7 @@ def collect(
                 keep(stored)
                 advance(len(indices) * request.steps)
         ranks = Ranks() if workspace is None else workspace.ranks
-        for indices, samples in zip(missing, ranks.deal(seen_in, missing), strict=True):
+        for indices, samples in zip(missing, ranks.map(seen_in, missing), strict=True):
             if kept is not None:
                 kept.save(name_of(indices), samples)
             keep(samples)

@@ -118,7 +118,7 @@ def measure(
             network.start(samples.arguments(rows))
             sums = partial(groups.sums, rows=rows)
             measured |= {f"{index}.power": sums(network.target), f"{index}.whole": sums(network.whole_error)}
-            for name, error in zip(missing, workspace.ranks.deal(network.error, missing), strict=True):
+            for name, error in zip(missing, workspace.ranks.map(network.error, missing), strict=True):
                 measured[f"{index}.layer.{name}"] = sums(error)
                 workspace.save(stage, measured)
                 advance(1)

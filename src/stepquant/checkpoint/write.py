@@ -34,10 +34,10 @@ def save_pipeline(
     """
     ranks = Ranks.current()
     manifest = None
-    if ranks.main:
+    if ranks.is_main:
         with uninterrupted():
             manifest = _save(pipeline, component, provenance, Path(out), overwrite)
-    return ranks.send(manifest)
+    return ranks.broadcast(manifest)
 
 
 def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, overwrite: bool) -> Manifest:

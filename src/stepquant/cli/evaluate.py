@@ -85,7 +85,7 @@ def evaluate(
         cache=Path("out/features"),
         progress=progress(),
     )
-    if not Ranks.current().main:
+    if not Ranks.current().is_main:
         return
     result = evaluated.result
     console().print(_table(result))

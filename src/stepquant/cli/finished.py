@@ -21,7 +21,7 @@ def mark_finished(workspace: Path, asked: dict[str, str], pipeline: Any) -> None
     from stepquant.models import denoiser_name
     from stepquant.workspace import digest, write_atomic
 
-    if not Ranks.current().main:
+    if not Ranks.current().is_main:
         return
     provenance = getattr(pipeline, denoiser_name(pipeline)).config["quantization_config"]["provenance"]
     write_atomic(workspace / MARK, lambda draft: draft.write_text(digest([asked, provenance])))
@@ -43,7 +43,7 @@ def clear(workspace: Path) -> None:
     """Remove a workspace, the mark last: until then the same command finds its own result. The main process does."""
     from stepquant.distributed import Ranks
 
-    if not Ranks.current().main:
+    if not Ranks.current().is_main:
         return
     try:
         entries = list(workspace.iterdir())

@@ -60,7 +60,7 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def _only_main_speaks(ranks: Ranks) -> Iterator[None]:
     """Of several processes, keep the results of all but the main one off standard output."""
-    if ranks.main:
+    if ranks.is_main:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - no file

@@ -34,7 +34,7 @@ MEGABYTE = 1_000_000
 
 def progress() -> Progress:
     """Progress on standard error, so that standard output holds results alone; of several processes the main one's."""
-    return RichProgress(Console(stderr=True)) if Ranks.current().main else Progress()
+    return RichProgress(Console(stderr=True)) if Ranks.current().is_main else Progress()
 
 
 def console() -> Console:

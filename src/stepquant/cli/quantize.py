@@ -158,7 +158,7 @@ def quantize(
     mark_finished(workspace, asked, quantized)
     stepquant.save(quantized, out, overwrite=overwrite)
     seconds = time.perf_counter() - start
-    if times is not None and Ranks.current().main:
+    if times is not None and Ranks.current().is_main:
         took = {name: round(value, 1) for name, value in stopwatch.seconds.items()}
         written = Times(out=out.resolve().name, seconds=round(seconds, 1), stages=took, threads=torch.get_num_threads())
         write_atomic(times, lambda draft: draft.write_text(written.model_dump_json(indent=2) + "\n"))

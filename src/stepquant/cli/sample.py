@@ -41,10 +41,10 @@ def sample(
     check_writable_file(out)
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if quantized_modules(denoiser) and Ranks.current().main:
+    if quantized_modules(denoiser) and Ranks.current().is_main:
         typer.echo(f"runtime: {summary(denoiser)}")
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
     images = generate_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
-    if Ranks.current().main:
+    if Ranks.current().is_main:
         save_image(grid(images), out)
     typer.echo(f"{count} images in {steps} steps, seed {seed}: {out}")

@@ -154,9 +154,9 @@ def evaluate(
     note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
-        peak = ranks.send(peak_memory_bytes(str(folder), batch_size, backend, memory) if ranks.main else None)
+        peak = ranks.broadcast(peak_memory_bytes(str(folder), batch_size, backend, memory) if ranks.is_main else None)
         advance(1)
-        peak_fp32 = ranks.send(peak_memory_bytes(against, batch_size) if ranks.main else None)
+        peak_fp32 = ranks.broadcast(peak_memory_bytes(against, batch_size) if ranks.is_main else None)
         advance(1)
     result = EvaluationResult(
         model=str(folder),
@@ -203,7 +203,7 @@ def _draw_shadowed(
         for indices in compared:  # by every process: each has its own times, and the errors are few
             with shadow:
                 images.append(images_of(indices))
-        images += ranks.deal(images_of, parts[len(compared) :])
+        images += ranks.map(images_of, parts[len(compared) :])
     return torch.cat(images)
 
 

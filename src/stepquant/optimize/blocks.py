@@ -232,16 +232,16 @@ def _learn(
                 outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
             missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)
             missed = missed * (len(chosen) / len(minibatch))
-        unit = ranks.add(missed.detach()).clamp(min=1e-12) if unit is None else unit
+        unit = ranks.all_reduce(missed.detach()).clamp(min=1e-12) if unit is None else unit
         loss = missed / unit
-        if ranks.main:
+        if ranks.is_main:
             beta = annealed_beta(iteration / settings.iterations)
             for layer in coarse:
                 loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:
             loss.backward()
-        ranks.add_gradients(parameter for group in groups for parameter in group["params"])
+        ranks.all_reduce_gradients(parameter for group in groups for parameter in group["params"])
         optimizer.step()
         schedule.step()
         advance(1)

@@ -55,12 +55,12 @@ def gptq(
     for name, layer in dense.items():
         moments, cross = _zeros(layer), _zeros(layer)
         products = partial(_products, full_precision, instrumented, block, name, clean, inputs, samples)
-        for added in ranks.deal(products, parts):
+        for added in ranks.map(products, parts):
             for total, part in zip(moments + cross, added, strict=True):
                 total += part
-        if ranks.main:
+        if ranks.is_main:
             _gptq_layer(layer, moments, cross)
-        layer.weight_quantizer.decided = ranks.send(layer.weight_quantizer.decided)
+        layer.weight_quantizer.decided = ranks.broadcast(layer.weight_quantizer.decided)
         layer.quantizing_weight = True
 
 

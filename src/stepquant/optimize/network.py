@@ -106,7 +106,7 @@ def network_error(
     """The loss of `finetune` over the chosen samples, a scalar; of several processes, this one's part of the sum."""
     minibatch, chosen = len(chosen), chosen[ranks.share(len(chosen))]
     if not len(chosen):
-        return ranks.add(torch.zeros(1 + len(settings.aligned))).sum()
+        return ranks.all_reduce(torch.zeros(1 + len(settings.aligned))).sum()
     arguments = samples.arguments(chosen)
     originals = {name: full_precision.get_submodule(name) for name in settings.aligned}
     with torch.no_grad(), LayerOutputs.recorded(originals) as targets:
@@ -115,7 +115,9 @@ def network_error(
         output = main_tensor(instrumented.model(**arguments, return_dict=False))
     share = len(chosen) / minibatch
     wanted = [target, *(targets[name] for name in settings.aligned)]
-    power = ranks.add(torch.stack([squared_error(x, torch.zeros_like(x)) * share for x in wanted])).clamp(min=1e-12)
+    power = ranks.all_reduce(torch.stack([squared_error(x, torch.zeros_like(x)) * share for x in wanted])).clamp(
+        min=1e-12
+    )
     missed = torch.stack(
         [
             settings.global_weight * squared_error(output, target),

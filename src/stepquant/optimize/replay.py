@@ -166,7 +166,7 @@ class Replay:
             return produced, [layers[name] for name in record], tree
 
         batches = list(self.samples.batches(self.batch_size))
-        for chosen, put in zip(batches, self.ranks.deal(put_out, batches), strict=True):
+        for chosen, put in zip(batches, self.ranks.map(put_out, batches), strict=True):
             produced, layers, tree = put
             if not leaves:
                 leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]

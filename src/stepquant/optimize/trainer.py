@@ -52,7 +52,7 @@ def optimize(
             part = loss(iteration)
             if part.requires_grad:
                 part.backward()
-            workspace.ranks.add_gradients(parameters)
+            workspace.ranks.all_reduce_gradients(parameters)
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

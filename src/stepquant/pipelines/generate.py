@@ -227,7 +227,7 @@ def generate_many(
         def images_of(indices: range) -> Tensor:
             return generate(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices)))
 
-        return torch.cat(list((ranks or Ranks()).deal(images_of, batches(count, batch_size))))
+        return torch.cat(list((ranks or Ranks()).map(images_of, batches(count, batch_size))))
 
 
 def batches(count: int, size: int = BATCH_SIZE) -> list[range]:
