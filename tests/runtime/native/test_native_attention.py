@@ -8,11 +8,10 @@ import torch
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import OPERANDS, QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
-from stepquant.runtime import native
 from stepquant.runtime.native.attention import NativeAttention, can_run
 from stepquant.runtime.native.build import has_amx
 
-pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+pytestmark = pytest.mark.usefixtures("kernels")
 STEPS = 3
 
 

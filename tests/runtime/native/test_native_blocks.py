@@ -14,10 +14,10 @@ from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
 from stepquant.layers.install import install, replace_module
 from stepquant.models import describe
-from stepquant.runtime import native, prepare
+from stepquant.runtime import prepare
 from stepquant.runtime.native.kernel import NativeKernel
 
-pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from stepquant.errors import StepquantError
-from stepquant.runtime import native
 from stepquant.runtime.native import kernel as kernel_module
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
@@ -16,7 +15,7 @@ from stepquant.runtime.native.norms import Norm, group_norm
 from stepquant.runtime.reference import ReferenceKernel
 from tests.runtime.test_runtimes import convolution, linear
 
-pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def assert_same_up_to_ties(found, expected, *, step):

@@ -18,7 +18,7 @@ from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
 from stepquant.layers.install import install, replace_module
 from stepquant.models import describe
-from stepquant.runtime import native, prepare
+from stepquant.runtime import prepare
 from stepquant.runtime.native import recording, replay
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm
@@ -27,7 +27,7 @@ from stepquant.runtime.native.replay import step_by_step
 from tests.runtime.native.test_native_blocks import Twice
 from tests.runtime.test_runtimes import convolution, linear
 
-pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 TIMES = (900, 500, 100)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import stepquant as sq
 from stepquant.layers.install import replace_module
-from stepquant.runtime import native, prepare
+from stepquant.runtime import prepare
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import layer_norm
@@ -21,7 +21,7 @@ from tests.runtime.native.test_native_blocks import signal_to_noise
 from tests.runtime.native.test_native_kernel import assert_same_up_to_ties
 from tests.runtime.test_runtimes import linear
 
-pytestmark = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 ROWS = pytest.mark.parametrize("row", [torch.tensor(1), torch.tensor([2, 0, 1])], ids=["one step", "mixed steps"])
 

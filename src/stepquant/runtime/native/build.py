@@ -1,8 +1,11 @@
-"""Compile the kernels for this machine, once, and load them.
+"""Compile the kernels for this machine once, and load them.
 
-What is compiled is named by a hash of the sources, the flags and the compiler, so a new version never loads an old
-library. It is kept under ``$XDG_CACHE_HOME/stepquant/native`` (``~/.cache/stepquant/native``), and loaded from there
-only if nobody else can write into that folder: loading executes it.
+The shared library is named by a hash of the sources, the flags and the compiler, so a new version never loads an old
+one. It is cached in ``$XDG_CACHE_HOME/stepquant/native`` (default: ``~/.cache/stepquant/native``) and loaded only if no
+other user can write into that folder, because loading executes it.
+
+For tests only: with ``STEPQUANT_NATIVE_EMULATE=1`` the kernels are compiled for any x86-64 CPU with AVX2 and emulate
+AVX-512 through SIMDe (the Debian package ``libsimde-dev``). They compute the same, many times slower.
 """
 
 from __future__ import annotations
@@ -24,19 +27,23 @@ from stepquant.workspace import cannot_write, write_atomic
 SOURCE = Path(__file__).with_name("source")
 COMPILERS = ("c++", "g++", "clang++")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
-FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mavx512f", "-mavx512bw", "-mavx512vl",
-    "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
-)  # fmt: skip
+FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-mfma", "-mf16c")
+NATIVE_FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+EMULATION_FLAGS = ("-O1", "-mavx2", "-DSTEPQUANT_EMULATE")
+
+
+def emulated() -> bool:
+    """Whether the kernels emulate the instructions that this CPU may lack: for tests only."""
+    return os.environ.get("STEPQUANT_NATIVE_EMULATE") == "1"
 
 
 def supported() -> str | None:
-    """None if the kernels can run here; else the reason why not."""
+    """None if the kernels can run here, else the reason."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"the native kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    missing = [name for name in INSTRUCTIONS if name not in _processor_flags()]
-    if missing:
-        return f"the processor has no {missing[0].replace('_', '-').upper()} instructions"
+    missing = [name for name in INSTRUCTIONS if name not in cpu_flags()]
+    if missing and not emulated():
+        return f"this CPU has no {missing[0].replace('_', '-').upper()} instructions"
     try:
         library()
     except StepquantError as error:
@@ -72,8 +79,8 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether the processor multiplies tiles of int8, and the system lets this process do so."""
-    return "amx_int8" in _processor_flags() and bool(library().sq_request_amx())
+    """Whether the CPU has AMX tiles of int8 and the operating system lets this process use them."""
+    return "amx_int8" in cpu_flags() and not emulated() and bool(library().sq_request_amx())
 
 
 def compile_to(path: Path) -> None:
@@ -96,11 +103,15 @@ def _check_owned(folder: Path) -> None:
         )
 
 
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *(EMULATION_FLAGS if emulated() else NATIVE_FLAGS))
+
+
 def _compile(draft: Path) -> None:
     compiler = _compiler()
     sources = sorted(str(source) for source in SOURCE.glob("*.cpp"))
     process = subprocess.run(
-        [compiler, *FLAGS, *sources, "-o", str(draft)], capture_output=True, text=True, check=False
+        [compiler, *_flags(), *sources, "-o", str(draft)], capture_output=True, text=True, check=False
     )
     if process.returncode != 0:
         reason = next((line for line in process.stderr.splitlines() if "error" in line), "it gave no reason")
@@ -111,7 +122,7 @@ def _compile(draft: Path) -> None:
 def _library_path() -> Path:
     """Raises `StepquantError` where there is no compiler, or no folder to keep anything in."""
     version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
-    content = [version, *FLAGS, *(path.read_text() for path in sorted(SOURCE.iterdir()) if path.is_file())]
+    content = [version, *_flags(), *(path.read_text() for path in sorted(SOURCE.iterdir()) if path.is_file())]
     name = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     return _cache() / "stepquant" / "native" / f"{name}.so"
 
@@ -138,6 +149,6 @@ def _compiler() -> str:
 
 
 @functools.cache
-def _processor_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())

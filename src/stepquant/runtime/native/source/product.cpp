@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifndef STEPQUANT_EMULATE
 #define AMX __attribute__((target("amx-tile,amx-int8")))
 
 AMX static void product_amx(const Operand& a, const Columns& b, const Sums& sums) {
@@ -31,6 +32,25 @@ AMX static void product_amx(const Operand& a, const Columns& b, const Sums& sums
   _tile_stored(2, sums.first + sums.lower, stride);
   _tile_stored(3, sums.first + sums.lower + sums.right, stride);
 }
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Not a local: gcc's intrinsic does not say that it reads all 64 bytes, and the stores to a local would be dropped.
+static const TileConfig CONFIG;
+
+AMX static void configure() { _tile_loadconfig(&CONFIG); }
+
+AMX static void release() { _tile_release(); }
+#else
+static void product_vnni(const Operand&, const Columns&, const Sums&);
+constexpr Product product_amx = product_vnni;
+static void configure() {}
+static void release() {}
+#endif
 
 static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
   for (int half = 0; half < 4; half++) {  // eight rows at a time: sixteen accumulators
@@ -63,19 +83,6 @@ static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
     }
   }
 }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Not a local: gcc's intrinsic does not say that it reads all 64 bytes, and the stores to a local would be dropped.
-static const TileConfig CONFIG;
-
-AMX static void configure() { _tile_loadconfig(&CONFIG); }
-
-AMX static void release() { _tile_release(); }
 
 Product product_for(bool amx) { return amx ? product_amx : product_vnni; }
 

@@ -1,6 +1,6 @@
 // Sixteen floats at a time from and to float32, float16 and bfloat16, and the exponential.
 #pragma once
-#include <immintrin.h>
+#include "intrinsics.h"
 
 #include <cstdint>
 #include <cstring>
