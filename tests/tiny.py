@@ -135,18 +135,22 @@ def sd3(folder: Path) -> Any:
 
 def flux(folder: Path, guidance: bool = True) -> Any:
     """Flux, guidance-distilled (dev) or not (schnell): one double block and two single ones."""
-    torch.manual_seed(2)
     tokenizer, text_encoder = clip(folder / "one")
     tokenizer_2, text_encoder_2 = t5()
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=autoencoder(shift_factor=0.0),
+        text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+        transformer=flux_transformer(guidance),
+    )  # fmt: skip
+
+
+def flux_transformer(guidance: bool = True) -> Any:
+    torch.manual_seed(1)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=autoencoder(shift_factor=0.0),
-        text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
-        transformer=transformer.eval(),
-    )  # fmt: skip
+    return transformer.eval()
 
 
 FAMILIES = {
