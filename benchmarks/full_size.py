@@ -30,7 +30,8 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import stepquant
-from stepquant.evaluation.cost import folder_bytes, own_peak_bytes
+from stepquant.evaluation.cost import folder_bytes
+from stepquant.memory import peak_resident_bytes
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
@@ -113,7 +114,7 @@ class Stages(Progress):
         start = time.perf_counter()
         yield lambda _: None
         self.seconds[description] = round(time.perf_counter() - start, 1)
-        self.peak[description] = own_peak_bytes()
+        self.peak[description] = peak_resident_bytes()
         print(f"    {self.seconds[description]} s, peak {self.peak[description] / 1e9:.2f} GB", flush=True)
 
 

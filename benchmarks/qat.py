@@ -22,7 +22,7 @@ from torch import Tensor
 
 import stepquant
 from stepquant import zoo
-from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
+from stepquant.evaluation.distribution import GaussianStatistics, frechet_distance
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.generate import generate_many, make_request
@@ -59,7 +59,7 @@ class Reference:
         folder = zoo.classifier_path(model)
         assert folder is not None
         self.classifier = FashionClassifier.from_pretrained(folder)
-        self.statistics = load_statistics(folder / "statistics.safetensors")
+        self.statistics = GaussianStatistics.load(folder / "statistics.safetensors")
         self.images = {steps: self.draw(self.pipeline, steps) for steps in STEPS}
 
     def generate(self, pipeline: Any, steps: int) -> Tensor:
@@ -68,7 +68,7 @@ class Reference:
 
     @torch.no_grad()
     def frechet(self, images: Tensor) -> float:
-        return round(frechet_distance(gaussian_statistics(self.classifier.features(images)), self.statistics), 2)
+        return round(frechet_distance(self.classifier.features(images), self.statistics), 2)
 
     def figures(self, pipeline: Any) -> dict[str, Any]:
         """By number of steps."""

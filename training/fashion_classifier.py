@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepquant.evaluation.distribution import gaussian_statistics, save_statistics
+from stepquant.evaluation.distribution import GaussianStatistics
 from stepquant.zoo.classifier import FashionClassifier
 from training.card import card
 from training.data import fashion_mnist, to_float
@@ -52,7 +52,7 @@ def export(images: Tensor, options: argparse.Namespace) -> None:
     tests, labels = fashion_mnist(options.data, "t10k")
     features = torch.cat([model.features(to_float(batch)) for batch in tests.split(500)])
     accuracy = (model.head(features).argmax(1) == labels).float().mean().item()
-    save_statistics(gaussian_statistics(features), options.export / "statistics.safetensors")
+    GaussianStatistics.of(features).save(options.export / "statistics.safetensors")
     text = card("fashion-classifier", __doc__ or "", "fashion-mnist", options)
     measured = (
         f"\n## Measured\n\n{accuracy:.2%} of the 10,000 test images are classified rightly. "

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from stepquant.evaluation.distribution import frechet_distance, gaussian_statistics, load_statistics
+from stepquant.evaluation.distribution import GaussianStatistics, frechet_distance
 from stepquant.zoo.classifier import FashionClassifier
 from training.data import FASHION_CLASSES
 from training.loop import device
@@ -72,7 +72,7 @@ def judge(classifier: Path, images: Tensor, labels: Tensor | None, guidance: flo
     """What the Fashion-MNIST classifier makes of `images`, as sentences for the card."""
     model = FashionClassifier.from_pretrained(classifier)
     features = model.features(images * 2 - 1)
-    distance = frechet_distance(gaussian_statistics(features), load_statistics(classifier / "statistics.safetensors"))
+    distance = frechet_distance(features, GaussianStatistics.load(classifier / "statistics.safetensors"))
     count = f"{len(images)} samples of {STEPS} DDIM steps"
     scale = "" if labels is None else f" at guidance scale {guidance:g}"
     sentences = [f"Frechet distance in the features of `fashion-classifier`, {count}{scale}: {distance:.2f}."]

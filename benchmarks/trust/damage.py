@@ -24,8 +24,8 @@ import stepquant
 from benchmarks.trust.interruption import build
 from stepquant.checkpoint.format import MANIFEST, WEIGHTS, Manifest, record
 from stepquant.errors import StepquantError
-from stepquant.evaluation.cost import own_peak_bytes
 from stepquant.loading import resolve_pipeline
+from stepquant.memory import peak_resident_bytes
 from stepquant.quiet import silence_libraries
 
 
@@ -105,7 +105,7 @@ def main() -> None:
             resolve_pipeline(str(root / "model")), "w4a8", recipe="minmax", calibration=small
         )
         quantized.save_pretrained(root / "saved")
-        before = own_peak_bytes()
+        before = peak_resident_bytes()
         for number in range(arguments.trials):
             outcomes[trial(chance, root / "saved", root / "damaged")] += 1
             if number % 100 == 99:
@@ -113,7 +113,7 @@ def main() -> None:
     result = {
         "trials": arguments.trials,
         "outcomes": {f"{kind}, {outcome}": count for (kind, outcome), count in sorted(outcomes.items())},
-        "peak_memory_grew_by_bytes": own_peak_bytes() - before,
+        "peak_memory_grew_by_bytes": peak_resident_bytes() - before,
         "seed": arguments.seed,
     }
     text = json.dumps(result, indent=2) + "\n"

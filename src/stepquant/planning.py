@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from stepquant.calibration.samples import Calibration
-from stepquant.evaluation.cost import own_bytes, own_peak_bytes
+from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import Request, generate
 
@@ -95,7 +95,7 @@ def make_plan(pipeline: Any, request: Request, calibration: Calibration, hyperpa
             call * calibration.images * calibration.steps,
             call * (PASSES * calibration.samples + LEARNING * iterations * batch),
         ),
-        memory=max(own_peak_bytes(), own_bytes() + int(QUANTIZED * 4 * parameters)),
+        memory=max(peak_resident_bytes(), resident_bytes() + int(QUANTIZED * 4 * parameters)),
     )
 
 

@@ -7,8 +7,8 @@ from stepquant.evaluation.intervals import mean_interval
 
 
 @pytest.mark.parametrize("distribution", ["normal", "skewed"])
-def test_an_interval_covers_the_mean_as_often_as_it_says(distribution):
-    """400 studies of 64 images each: at a true coverage of 95 %, 90 to 98 % hold the mean but once in 10,000."""
+def test_intervals_cover_the_mean_at_their_confidence(distribution):
+    """400 samples of 64 images: at a true coverage of 95 %, fewer than 1 in 10,000 runs are outside 90 to 98 %."""
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(400):
@@ -21,14 +21,14 @@ def test_an_interval_covers_the_mean_as_often_as_it_says(distribution):
     assert 0.90 <= covered / 400 <= 0.98
 
 
-def test_it_narrows_with_the_root_of_the_count():
+def test_the_width_falls_with_the_square_root_of_the_count():
     values = torch.randn(4096, generator=torch.Generator().manual_seed(1))
     widths = [high - low for low, high in (mean_interval(values[:count]).interval for count in (64, 1024))]
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)
     assert mean_interval(values).value == pytest.approx(float(values.double().mean()))
 
 
-def test_what_leaves_nothing_to_resample():
+def test_single_and_constant_values():
     assert mean_interval(torch.tensor([3.0])).interval is None
     assert mean_interval(torch.full((5,), 3.0)).interval == (3, 3)
     values = torch.rand(20, generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""Networks with random weights: what is tested is what is done with them, against those who did it first."""
+"""Extractors with random weights, compared with the original implementations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepquant.evaluation.metrics import clip_scores
 
 
 class _Code:
-    """Unpickled, it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -48,7 +48,7 @@ def alexnet(tmp_path_factory):
     return network, path
 
 
-def test_lpips_is_that_of_torchmetrics(alexnet, images, monkeypatch):
+def test_lpips_agrees_with_torchmetrics(alexnet, images, monkeypatch):
     network, path = alexnet
     monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_: network)
     reference = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
@@ -61,8 +61,8 @@ def test_lpips_is_that_of_torchmetrics(alexnet, images, monkeypatch):
         Lpips(path)(images[..., :16, :16], reference[..., :16, :16])
 
 
-def test_weights_that_are_missing_of_something_else_or_hold_code(tmp_path):
-    with pytest.raises(StepquantError, match="no weights at"):
+def test_invalid_weights_are_rejected_and_never_run(tmp_path):
+    with pytest.raises(StepquantError, match="do not exist"):
         Lpips(tmp_path / "none.pth")
     save_file({"features.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(StepquantError, match="not AlexNet's"):
@@ -99,9 +99,9 @@ def _processor(folder, mean, std):
     )
 
 
-def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, images):
+def test_clip_score_is_the_cosine_of_the_embeddings(clip_folder, images):
     extractor = EmbeddingExtractor(clip_folder)
-    prompts = ["a b c", "d " * 40]  # the second is longer than the model takes
+    prompts = ["a b c", "d " * 40]  # the second is too long for the model
     small = images[..., :32, :32]
     scores = clip_scores(extractor(small)["embedding"], extractor.texts(prompts))
     codes = ((small + 1) * 127.5).round() / 255
@@ -117,7 +117,7 @@ def test_a_clip_score_is_the_cosine_of_clips_own_embeddings(clip_folder, images)
     assert clip_scores(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])).tolist() == [0]
 
 
-def test_dino_gives_its_class_token(tmp_path, images):
+def test_dino_returns_the_class_token(tmp_path, images):
     torch.manual_seed(4)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     Dinov2Model(config).save_pretrained(tmp_path)
@@ -125,28 +125,28 @@ def test_dino_gives_its_class_token(tmp_path, images):
     embedding = EmbeddingExtractor(tmp_path)(images[..., :32, :32])["embedding"]
     with torch.no_grad():
         token = Dinov2Model.from_pretrained(tmp_path).eval()(images[..., :32, :32]).last_hidden_state[:, 0]
-    # Rounding to the 256 codes of an image file lies between the two.
+    # They differ by the rounding to 8-bit pixels.
     torch.testing.assert_close(embedding, torch.nn.functional.normalize(token, dim=1), atol=1e-2, rtol=0)
-    with pytest.raises(StepquantError, match="knows no text"):
+    with pytest.raises(StepquantError, match="has no text encoder"):
         EmbeddingExtractor(tmp_path).texts(["a"])
 
 
 def test_a_folder_without_a_vision_model(tmp_path):
-    with pytest.raises(StepquantError, match="holds no vision model"):
+    with pytest.raises(StepquantError, match="is not a vision model"):
         EmbeddingExtractor(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StepquantError, match="cannot be loaded"):
         EmbeddingExtractor(tmp_path)
 
 
-def test_inception_says_what_it_lacks(monkeypatch):
+def test_inception_names_the_missing_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(StepquantError, match=r"stepquant\[inception\]"):
         InceptionExtractor(None)
 
 
 def test_inception_by_torch_fidelity(tmp_path, images, monkeypatch):
-    """With torch-fidelity and torchvision installed (the extra `inception`), which no other test needs."""
+    """With torch-fidelity and torchvision installed (the extra `inception`), not needed by any other test."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with monkeypatch.context() as random_weights:
         random_weights.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
@@ -154,13 +154,13 @@ def test_inception_by_torch_fidelity(tmp_path, images, monkeypatch):
         torch.manual_seed(5)
         model = fidelity.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
     torch.save(dict(model.state_dict()), tmp_path / "inception.pth")
-    found = InceptionExtractor(tmp_path / "inception.pth")(images)
+    features = InceptionExtractor(tmp_path / "inception.pth")(images)
     codes = ((images + 1) * 127.5).round().to(torch.uint8)
     pool, logits = model(codes)
-    torch.testing.assert_close(found["pool"], pool)
-    torch.testing.assert_close(found["logits"], logits)
-    assert found["spatial"].shape == (2, 7 * 17 * 17)
-    with pytest.raises(StepquantError, match="no weights at"):
+    torch.testing.assert_close(features["pool"], pool)
+    torch.testing.assert_close(features["logits"], logits)
+    assert features["spatial"].shape == (2, 7 * 17 * 17)
+    with pytest.raises(StepquantError, match="do not exist"):
         InceptionExtractor(tmp_path / "none.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(StepquantError, match="cannot be used"):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from stepquant.errors import StepquantError
-from stepquant.evaluation.features import FolderPictures, TensorPictures, extract
+from stepquant.evaluation.features import ImageFolder, extract
 
 
 class _Mean:
@@ -21,26 +21,26 @@ class _Mean:
         return {"mean": images.mean(dim=(2, 3)), "max": images.amax(dim=(2, 3))}
 
 
-def test_an_interrupted_extraction_continues_and_content_decides(tmp_path):
+def test_an_interrupted_extraction_resumes_from_the_cache(tmp_path):
     images = torch.rand(150, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = images.mean(dim=(2, 3))
     with pytest.raises(KeyboardInterrupt):
-        extract(_Mean(fails_at=2), TensorPictures(images), tmp_path)
+        extract(_Mean(fails_at=2), images, tmp_path)
     continued = _Mean()
-    found = extract(continued, TensorPictures(images), tmp_path)
-    assert torch.equal(found["mean"], expected)
-    assert found["max"].shape == (150, 1)
-    assert continued.calls == 1, "two of the three batches were kept"
+    features = extract(continued, images, tmp_path)
+    assert torch.equal(features["mean"], expected)
+    assert features["max"].shape == (150, 1)
+    assert continued.calls == 1, "two of the three batches were cached"
 
     again = _Mean()
-    assert torch.equal(extract(again, TensorPictures(images.clone()), tmp_path)["mean"], expected)
+    assert torch.equal(extract(again, images.clone(), tmp_path)["mean"], expected)
     assert again.calls == 0
     changed = images.clone()
     changed[0, 0, 0, 0] += 0.5
-    assert not torch.equal(extract(again, TensorPictures(changed), tmp_path)["mean"], expected)
+    assert not torch.equal(extract(again, changed, tmp_path)["mean"], expected)
     assert again.calls == 1
     other = _Mean(key="another network")
-    extract(other, TensorPictures(images), tmp_path)
+    extract(other, images, tmp_path)
     assert other.calls == 3
 
 
@@ -48,22 +48,22 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     for name, code in (("b.png", 255), ("a.PNG", 0), ("c.jpg", 255)):
         Image.new("L", (6, 5), code).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    images = FolderPictures(tmp_path)
+    images = ImageFolder(tmp_path)
     assert len(images) == 3
     (batch,) = images
     assert batch.shape == (3, 3, 5, 6)
     assert batch.mean(dim=(1, 2, 3)).tolist() == pytest.approx([-1, 1, 1], abs=0.02)
 
 
-def test_what_a_folder_can_hold_wrongly(tmp_path):
-    with pytest.raises(StepquantError, match="no folder"):
-        FolderPictures(tmp_path / "none")
-    with pytest.raises(StepquantError, match="holds no images"):
-        FolderPictures(tmp_path)
+def test_invalid_image_folders(tmp_path):
+    with pytest.raises(StepquantError, match="is not a folder"):
+        ImageFolder(tmp_path / "none")
+    with pytest.raises(StepquantError, match="contains no images"):
+        ImageFolder(tmp_path)
     Image.new("L", (6, 5)).save(tmp_path / "a.png")
     Image.new("L", (6, 4)).save(tmp_path / "b.png")
-    with pytest.raises(StepquantError, match=r"b.png is 6 x 4 and others are 6 x 5"):
-        list(FolderPictures(tmp_path))
+    with pytest.raises(StepquantError, match=r"b.png is 6 x 4 pixels; expected 6 x 5"):
+        list(ImageFolder(tmp_path))
     (tmp_path / "b.png").write_bytes(b"not an image")
     with pytest.raises(StepquantError, match=r"b.png cannot be read"):
-        list(FolderPictures(tmp_path))
+        list(ImageFolder(tmp_path))

@@ -14,7 +14,7 @@ from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
 from stepquant.pipelines.generate import generate, make_request
 
 
-def test_psnr_is_taken_of_each_image_over_a_range_of_two():
+def test_psnr_is_per_image_over_a_range_of_two():
     reference = torch.zeros(2, 1, 4, 4)
     images = torch.stack([torch.full((1, 4, 4), 0.02), torch.full((1, 4, 4), -0.2)])
     expected = [20 * math.log10(2 / 0.02), 20 * math.log10(2 / 0.2)]
@@ -36,14 +36,14 @@ def test_ssim_is_one_for_identical_images_and_falls_with_noise():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_psnr_and_ssim_are_those_of_scikit_image(channels):
+def test_psnr_and_ssim_agree_with_scikit_image(channels):
     generator = torch.Generator().manual_seed(1)
     reference = torch.rand(2, channels, 24, 20, generator=generator) * 2 - 1
     images = (reference + 0.2 * torch.randn(reference.shape, generator=generator)).clamp(-1, 1)
     similarity, decibels = ssim(images, reference), psnr(images, reference)
     for index in range(2):
         ours, theirs = (side[index].double().permute(1, 2, 0).numpy() for side in (images, reference))
-        # scikit-image leaves out half a window at the borders: reflected, they are what is left out of the padded ones.
+        # scikit-image leaves out half a window at the borders: pad them, so that the whole image counts.
         padded = [np.pad(side, ((5, 5), (5, 5), (0, 0)), mode="reflect") for side in (theirs, ours)]
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
         expected = structural_similarity(*padded, data_range=2.0, channel_axis=2, **settings)
@@ -51,7 +51,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(channels):
         assert float(decibels[index]) == pytest.approx(peak_signal_noise_ratio(theirs, ours, data_range=2.0), abs=1e-9)
 
 
-def test_images_of_other_sizes_are_refused():
+def test_images_of_other_sizes_are_rejected():
     images = torch.zeros(2, 1, 16, 16)
     for metric in (psnr, ssim):
         with pytest.raises(StepquantError, match="cannot be compared"):
@@ -78,17 +78,17 @@ def test_step_error_of_a_known_distortion(kind, request):
     component = "transformer" if kind == "class" else "unet"
     denoiser = getattr(pipeline, component)
     distorted = _Scaled(copy.deepcopy(denoiser), 1.25)
-    wanted = make_request(pipeline, 3, prompts=["a b"] if kind == "text" else None)
-    alone = generate(pipeline, wanted, range(2), 0)
+    generation = make_request(pipeline, 3, prompts=["a b"] if kind == "text" else None)
+    alone = generate(pipeline, generation, range(2), 0)
 
     shadow = Shadow(denoiser, distorted)
     for batch in (range(2), range(2, 3)):
         with shadow:
-            drawn = generate(pipeline, wanted, batch, 0)
+            drawn = generate(pipeline, generation, batch, 0)
         if batch.start == 0:
             assert torch.equal(drawn, alone), "the trajectory is no longer the full-precision one"
     assert shadow.step_error == pytest.approx([0.25] * 3, rel=1e-4)
     assert all(seconds > 0 for seconds in shadow.seconds)
 
-    generate(pipeline, wanted, range(2), 0)
+    generate(pipeline, generation, range(2), 0)
     assert distorted.calls == 6, "the shadow ran outside its context"

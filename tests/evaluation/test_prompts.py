@@ -8,7 +8,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation.prompts import prompt_set
 
 
-def test_parti_prompts_are_shipped():
+def test_parti_prompts_are_bundled():
     prompts = prompt_set("parti")
     assert len(prompts) == 1632
     assert prompts[0] == "bond"
@@ -16,7 +16,7 @@ def test_parti_prompts_are_shipped():
     assert any('called "The Rumbury Wanderers"' in prompt for prompt in prompts), "quotes belong to the prompt"
 
 
-def test_coco_gives_the_first_caption_of_each_image(tmp_path):
+def test_coco_uses_the_first_caption_of_each_image(tmp_path):
     captions = [(7, "second  image\n"), (3, "first"), (7, "again"), (3, "once more")]
     annotations = [{"image_id": image, "id": place, "caption": text} for place, (image, text) in enumerate(captions)]
     path = tmp_path / "captions_val2014.json"
@@ -31,9 +31,13 @@ def test_a_text_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no COCO captions"), ('{"images": []}', "no COCO captions"), ('{"annotations": []}', "holds no caption")],
+    [
+        ("{", "COCO captions"),
+        ('{"images": []}', "COCO captions"),
+        ('{"annotations": []}', "contains no caption"),
+    ],
 )
-def test_a_json_of_something_else(text, message, tmp_path):
+def test_a_json_file_without_captions(text, message, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(StepquantError, match=message):
         prompt_set(str(tmp_path / "a.json"))

@@ -5,7 +5,7 @@ import torch
 
 from stepquant import zoo
 from stepquant.errors import StepquantError
-from stepquant.evaluation.distribution import load_statistics
+from stepquant.evaluation.distribution import GaussianStatistics
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.zoo.classifier import FashionClassifier
@@ -37,7 +37,7 @@ def test_each_model_draws_and_has_a_card(name):
 def test_each_classifier_matches_its_statistics(name):
     folder = zoo.classifier_path(name)
     features = FashionClassifier.from_pretrained(folder).features(torch.zeros(1, 1, 32, 32))
-    statistics = load_statistics(folder / "statistics.safetensors")
+    statistics = GaussianStatistics.load(folder / "statistics.safetensors")
     assert statistics.mean.shape == features.shape[1:]
     assert statistics.covariance.shape == (features.shape[1],) * 2
     assert zoo.classifier_path("emoji-ldm") is None

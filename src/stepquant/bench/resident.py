@@ -25,8 +25,8 @@ from stepquant.checkpoint.format import WEIGHTS
 from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.errors import StepquantError
-from stepquant.evaluation.cost import own_bytes, own_peak_bytes
 from stepquant.layers.install import made_by_quantization, quantized_modules
+from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.runtime import prepare
 
 
@@ -74,7 +74,7 @@ def main(folder: str, batch: str, threads: str, memory: str) -> None:
     torch.set_num_threads(int(threads))
     empty = _settled()
     _load_and_run(Path(folder), int(batch), memory)
-    peak = own_peak_bytes() - empty
+    peak = peak_resident_bytes() - empty
     empty = _settled()
     model = _load_and_run(Path(folder), int(batch), memory)
     print(json.dumps({"held": _settled() - empty, "peak": peak}))
@@ -99,7 +99,7 @@ def _settled() -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return own_bytes()
+    return resident_bytes()
 
 
 if __name__ == "__main__":

@@ -51,17 +51,17 @@ def evaluate(
     """Compare a quantized model with its full-precision origin."""
     from stepquant import evaluation
     from stepquant.distributed import Ranks
-    from stepquant.evaluation.metrics import NAMES, check_wanted
+    from stepquant.evaluation.metrics import METRICS, check_metrics
     from stepquant.evaluation.prompts import prompt_set
     from stepquant.images import image_format, save_image, side_by_side
     from stepquant.runtime import check_memory
     from stepquant.workspace import write_atomic
 
     if metric == ["help"]:
-        typer.echo("\n".join(f"{name}: {needs}" for name, needs in NAMES.items()))
+        typer.echo("\n".join(f"{name}: {needs}" for name, needs in METRICS.items()))
         return
     wanted = {name: path for name, _, path in (text.partition("=") for text in metric or [])}
-    check_wanted(wanted, data)
+    check_metrics(wanted, data)
     check_memory(memory)
     at_least_one("count", count)
     at_least_one("steps", steps)

@@ -1,4 +1,4 @@
-"""What quantization changed: against full precision, against the data, and in cost."""
+"""Effects of quantization: fidelity to full precision, distance to the data, and cost."""
 
 from stepquant.evaluation.compare import Evaluation, EvaluationResult, evaluate
 

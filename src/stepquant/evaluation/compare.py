@@ -1,4 +1,4 @@
-"""A quantized pipeline against its full-precision origin: fidelity, distribution and cost, as one record."""
+"""Comparison of a quantized pipeline with its full-precision source: fidelity, distribution and cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
-from stepquant.evaluation.features import FolderPictures
+from stepquant.evaluation.features import ImageFolder
 from stepquant.evaluation.fidelity import Shadow, psnr, ssim
 from stepquant.evaluation.intervals import mean_interval
-from stepquant.evaluation.metrics import Figure, Judged, check_wanted, measure
+from stepquant.evaluation.metrics import MetricInputs, MetricValue, check_metrics, measure
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.layers.install import quantized_modules
 from stepquant.loading import resolve_pipeline
@@ -29,37 +29,36 @@ from stepquant.progress import Progress
 from stepquant.runtime.files import resolve_backend
 
 SHADOWED = 32
-"""Images, at least, that each step is compared on; the error of a step is a mean over so many values that more of
-them would only cost time."""
+"""Minimum number of images for the error per step, a mean over so many values that more would only cost time."""
 
 
 class EvaluationResult(BaseModel):
-    """The figures of one evaluation.
+    """The values of one evaluation.
 
     Attributes:
-        psnr_db: mean over images of each one's PSNR to the full-precision image of the same noise, dB; peak-to-peak
-            2, each at most 100.
-        psnr_db_lowest: of the worst image.
+        psnr_db: mean over images of the PSNR to the full-precision image of the same noise, dB; peak-to-peak 2, at
+            most 100 per image.
+        psnr_db_lowest: PSNR of the worst image.
         psnr_db_interval: 95 % confidence interval of the mean over images; None for a single one.
         ssim: mean structural similarity to the same images.
         ssim_interval: its interval.
         step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory, over
-            the first images (at least 32, if as many are drawn).
-        frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None where there is
-            no classifier for the data, or too few images. Not an FID.
-        frechet_classifier_fp32: the same of the full-precision images.
+            the first images (at least 32, if there are as many).
+        frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None without a
+            classifier for the data, or for too few images. Not an FID.
+        frechet_classifier_fp32: Frechet distance of the full-precision images.
         frechet_note: why the two are None.
-        denoiser_bytes: all files of the quantized denoiser.
-        denoiser_bytes_fp32: the origin's parameters in float32.
-        peak_memory_bytes: highest resident memory of a process that loads the quantized model and draws one batch.
-        peak_memory_bytes_fp32: the same of the origin.
-        seconds_per_step: median time of the quantized denoiser in one step of one batch.
-        seconds_per_step_fp32: the same of the origin, measured alternately in the same run.
+        denoiser_bytes: size of all files of the quantized denoiser.
+        denoiser_bytes_fp32: size of the original parameters in float32.
+        peak_memory_bytes: highest resident memory of a process that loads the quantized model and generates one batch.
+        peak_memory_bytes_fp32: the same for the full-precision model.
+        seconds_per_step: median latency of the quantized denoiser per step of one batch.
+        seconds_per_step_fp32: the same for full precision, measured alternately in the same run.
         speedup: seconds_per_step_fp32 / seconds_per_step.
-        metrics: those that were asked for, see `stepquant.evaluation.metrics`.
-        count, steps, seed, guidance, batch_size: what was drawn; image i starts from the noise of seed + i.
+        metrics: optional metrics, see `stepquant.evaluation.metrics`.
+        count, steps, seed, guidance, batch_size: of the generated images; image i starts from the noise of seed + i.
         threads: CPU threads of torch.
-        versions: of the packages that the figures depend on.
+        versions: versions of the packages that the values depend on.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,7 +81,7 @@ class EvaluationResult(BaseModel):
     seconds_per_step: float
     seconds_per_step_fp32: float
     speedup: float
-    metrics: dict[str, Figure] = Field(default_factory=dict)
+    metrics: dict[str, MetricValue] = Field(default_factory=dict)
     count: int
     steps: int
     seed: int
@@ -94,7 +93,7 @@ class EvaluationResult(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the images they were taken from: float32 [count, C, H, W] in [-1, 1]."""
+    """The values, and the images they were computed from: float32 [count, C, H, W] in [-1, 1]."""
 
     result: EvaluationResult
     full_precision: Tensor
@@ -117,26 +116,25 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Draw the same images with both pipelines and compare them; processes of one group share the drawing.
+    """Generate the same images with both pipelines and compare them. Processes of one group share the work.
 
     Args:
         folder: a quantized pipeline; run with the given `backend` and `memory`, see `stepquant.runtime.prepare`.
-        against: its full-precision origin: a folder, a hub id or ``zoo:NAME``.
+        against: its full-precision source: a folder, a hub id or ``zoo:NAME``.
         backend: one of ``stepquant.runtime.BACKENDS``, or ``path.py:function``.
-        metrics: further metrics, name -> what it needs (`stepquant.evaluation.metrics.NAMES`).
-        data: folder with images of the data, for those that compare with it.
-        cache: folder that keeps features of images for other evaluations.
+        metrics: optional metrics, name -> argument (`stepquant.evaluation.metrics.METRICS`).
+        data: folder with images of the data, for metrics that compare with it.
+        cache: folder for features of images, shared by evaluations.
 
     Raises:
-        StepquantError: if one of them cannot be loaded, `folder` is not quantized or `against` is, the one is not made
-            from the other, or a metric lacks what it needs.
+        StepquantError: if a pipeline cannot be loaded, `folder` is not quantized or not made from `against`, `against`
+            is quantized, or the requirements of a metric are missing.
     """
-    progress = progress or Progress()
+    progress, metrics = progress or Progress(), metrics or {}
     if count < 1:
-        raise StepquantError(f"count is {count}: expected at least 1 image.")
-    wanted = metrics or {}
-    check_wanted(wanted, data)
-    real = None if data is None else FolderPictures(data)
+        raise StepquantError(f"count is {count}; expected at least 1 image.")
+    check_metrics(metrics, data)
+    real = None if data is None else ImageFolder(data)
     quantized, original = resolve_pipeline(str(folder), resolve_backend(backend), memory), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
     _check_quantized(folder, getattr(quantized, denoiser), against, getattr(original, denoiser))
@@ -144,32 +142,23 @@ def evaluate(
 
     ranks = Ranks.current()
     shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
-    reference = _draw_shadowed(original, request, count, seed, shadow, progress, ranks)
-    images = generate_many(quantized, request, count, seed, progress, "Drawing quantized", ranks=ranks)
-    decibels, similarity = psnr(images, reference), ssim(images, reference)
-    drawn_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
-    figures = measure(wanted, Judged(against, images, reference, drawn_prompts, real, cache), progress)
-    seconds_fp32, seconds = shadow.seconds
-    classifier = ClassifierProxy.of(against)
-    note = f"there is no classifier for the data of {against}" if classifier is None else classifier.too_few(count)
+    reference = _generate_shadowed(original, request, count, seed, shadow, progress, ranks)
+    images = generate_many(quantized, request, count, seed, progress, "Generating quantized images", ranks=ranks)
+    used_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
+    values = measure(metrics, MetricInputs(against, images, reference, used_prompts, real, cache), progress)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
         peak = ranks.broadcast(peak_memory_bytes(str(folder), batch_size, backend, memory) if ranks.is_main else None)
         advance(1)
         peak_fp32 = ranks.broadcast(peak_memory_bytes(against, batch_size) if ranks.is_main else None)
         advance(1)
+    seconds_fp32, seconds = shadow.seconds
     result = EvaluationResult(
         model=str(folder),
         against=against,
-        psnr_db=float(decibels.mean()),
-        psnr_db_lowest=float(decibels.min()),
-        psnr_db_interval=mean_interval(decibels).interval,
-        ssim=float(similarity.mean()),
-        ssim_interval=mean_interval(similarity).interval,
+        **_fidelity(images, reference),
         step_error=shadow.step_error,
-        frechet_classifier=classifier.frechet(images) if classifier else None,
-        frechet_classifier_fp32=classifier.frechet(reference) if classifier else None,
-        frechet_note=note,
+        **_frechet(against, images, reference),
         denoiser_bytes=folder_bytes(folder / denoiser),
         denoiser_bytes_fp32=float32_bytes(getattr(original, denoiser)),
         peak_memory_bytes=peak,
@@ -177,7 +166,7 @@ def evaluate(
         seconds_per_step=seconds,
         seconds_per_step_fp32=seconds_fp32,
         speedup=seconds_fp32 / seconds,
-        metrics=figures,
+        metrics=values,
         count=count,
         steps=steps,
         seed=seed,
@@ -189,18 +178,38 @@ def evaluate(
     return Evaluation(result, reference, images)
 
 
-def _draw_shadowed(
+def _fidelity(images: Tensor, reference: Tensor) -> dict[str, Any]:
+    decibels, similarity = psnr(images, reference), ssim(images, reference)
+    return {
+        "psnr_db": float(decibels.mean()),
+        "psnr_db_lowest": float(decibels.min()),
+        "psnr_db_interval": mean_interval(decibels).interval,
+        "ssim": float(similarity.mean()),
+        "ssim_interval": mean_interval(similarity).interval,
+    }
+
+
+def _frechet(model: str, images: Tensor, reference: Tensor) -> dict[str, Any]:
+    classifier = ClassifierProxy.for_model(model)
+    return {
+        "frechet_classifier": classifier.frechet(images) if classifier else None,
+        "frechet_classifier_fp32": classifier.frechet(reference) if classifier else None,
+        "frechet_note": classifier.too_few(len(images)) if classifier else f"no classifier for the data of {model}",
+    }
+
+
+def _generate_shadowed(
     pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress, ranks: Ranks
 ) -> Tensor:
     parts = batches(count)
     compared = [indices for indices in parts if indices.start < SHADOWED]
-    with progress.task("Drawing full precision", count * request.steps) as advance:
+    with progress.task("Generating full-precision images", count * request.steps) as advance:
 
         def images_of(indices: range) -> Tensor:
             return generate(pipeline, request, indices, seed, on_step=partial(advance, len(indices)))
 
         images = []
-        for indices in compared:  # by every process: each has its own times, and the errors are few
+        for indices in compared:  # in every process: each measures its own times
             with shadow:
                 images.append(images_of(indices))
         images += ranks.map(images_of, parts[len(compared) :])
@@ -208,20 +217,21 @@ def _draw_shadowed(
 
 
 def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> str:
-    """Name of the denoiser in both pipelines; raises `StepquantError` where one cannot be made from the other."""
+    """Return the name of the denoiser; raise `StepquantError` unless the pipelines generate the same kind of images."""
     denoiser = denoiser_name(original)
     same = denoiser_name(quantized) == denoiser and kind_of(quantized) == kind_of(original)
     if same:
-        ours, theirs = (getattr(pipeline, denoiser).config for pipeline in (quantized, original))
-        same = all(ours.get(key) == theirs.get(key) for key in ("sample_size", "in_channels", "out_channels"))
+        configs = [getattr(pipeline, denoiser).config for pipeline in (quantized, original)]
+        keys = ("sample_size", "in_channels", "out_channels")
+        same = all(configs[0].get(key) == configs[1].get(key) for key in keys)
     if not same:
-        raise StepquantError(f"{folder} is not made from {against}: the two draw different kinds of images.")
+        raise StepquantError(f"{folder} is not made from {against}; expected pipelines of the same kind of images.")
     return denoiser
 
 
 def _check_quantized(folder: Path, quantized: nn.Module, against: str, original: nn.Module) -> None:
-    """Raise `StepquantError` unless the first denoiser is quantized, and the second is not."""
+    """Raise `StepquantError` unless the first denoiser is quantized and the second is not."""
     if not quantized_modules(quantized):
-        raise StepquantError(f"{folder} is not quantized: expected a folder that stepquant quantize wrote.")
+        raise StepquantError(f"{folder} is not quantized; expected a folder that stepquant quantize wrote.")
     if quantized_modules(original):
-        raise StepquantError(f"{against} is quantized: compare with the full-precision model that it was made from.")
+        raise StepquantError(f"{against} is quantized; expected the full-precision model that {folder} was made from.")

@@ -1,6 +1,7 @@
-"""Networks that judge images: Inception, the zoo's classifier, CLIP and DINO, and LPIPS' AlexNet.
+"""Networks for metrics: Inception, the zoo's classifier, CLIP, DINO, and the AlexNet of LPIPS.
 
-All but the zoo's are given by path, since none may be shipped here. Weights are read without running code from them.
+The user gives the path of all but the zoo's classifier, since their licenses forbid shipping them. Weight files are
+read without running code from them.
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.workspace import tensors_digest
 
 SPATIAL_CHANNELS = 7
-"""Of the 17 x 17 map that sFID looks at (arXiv 2103.03841): 2,023 dimensions, about as many as FID's 2,048."""
+"""Channels of the 17 x 17 map that sFID uses (arXiv 2103.03841): 2,023 dimensions, about as many as FID's 2,048."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a ``.pth`` that holds nothing but tensors.
+    """Read the tensors of a ``.safetensors`` file, or of a ``.pth`` file that contains only tensors.
 
     Raises:
-        StepquantError: if there is no such file, or it holds anything else.
+        StepquantError: if there is no such file, or it contains anything else.
     """
     if not path.is_file():
-        raise StepquantError(f"there are no weights at {path}: download them and give the file's path.")
+        raise StepquantError(f"weights {path} do not exist; expected a file. Download it and pass its path.")
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files and forbidden pickles come in many classes
         raise StepquantError(f"weights {path} cannot be read: {first_line(error)}.") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise StepquantError(f"weights {path} cannot be read: expected a dictionary of tensors.")
+        raise StepquantError(f"weights {path} cannot be read; expected a dictionary of tensors.")
     return tensors
 
 
 class InceptionExtractor:
-    """Inception v3 as FID was defined with, by torch-fidelity: ``pool`` [N, 2048], ``spatial`` [N, 2023] (sFID),
-    ``logits`` [N, 1008] (without bias, as the Inception score wants them).
+    """The Inception v3 of FID, from torch-fidelity: ``pool`` [N, 2048], ``spatial`` [N, 2023] (sFID), ``logits``
+    [N, 1008] (without bias, as the Inception score requires).
 
     Args:
         weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``; None downloads it.
 
     Raises:
-        StepquantError: if torch-fidelity or torchvision is missing, or the weights are.
+        StepquantError: if torch-fidelity, torchvision or the weights are missing.
     """
 
     def __init__(self, weights: Path | None) -> None:
@@ -56,10 +57,10 @@ class InceptionExtractor:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
             raise StepquantError(
-                "Inception features need torch-fidelity and torchvision: pip install 'stepquant[inception]'."
+                "Inception features need torch-fidelity and torchvision. Run pip install 'stepquant[inception]'."
             ) from None
         if weights is not None:
-            read_weights(weights)  # torch-fidelity would unpickle anything: what holds more than tensors ends here
+            read_weights(weights)  # torch-fidelity unpickles anything: refuse a file with more than tensors
         layers = ["2048", "logits_unbiased"]
         try:
             self.model = FeatureExtractorInceptionV3("inception", layers, None if weights is None else str(weights))
@@ -73,14 +74,14 @@ class InceptionExtractor:
         layer = self.model.Mixed_6d.branch1x1.conv  # TensorFlow's mixed_6/conv
         handle = layer.register_forward_hook(lambda _module, _inputs, output: spatial.append(output))
         try:
-            pool, logits = self.model(_codes(images))
+            pool, logits = self.model(_pixels(images))
         finally:
             handle.remove()
         return {"pool": pool, "spatial": spatial[0][:, :SPATIAL_CHANNELS].flatten(1), "logits": logits}
 
 
 class ClassifierExtractor:
-    """The zoo's classifier: ``pool`` [N, 64], ``logits`` [N, 10]. A proxy: its figures are no FID, KID or IS."""
+    """The zoo's classifier: ``pool`` [N, 64], ``logits`` [N, 10]. A proxy: its values are not FID, KID or IS."""
 
     def __init__(self, proxy: ClassifierProxy) -> None:
         self.classifier = proxy.classifier
@@ -93,35 +94,37 @@ class ClassifierExtractor:
 
 
 class EmbeddingExtractor:
-    """A vision model of transformers from a local folder, DINO or CLIP: ``embedding`` [N, D], of unit length.
+    """A local DINO or CLIP model of transformers: ``embedding`` [N, D] of unit length.
 
-    CLIP's projected embedding; else the class token of the last layer.
+    The projected embedding of CLIP; otherwise the class token of the last layer.
 
     Raises:
-        StepquantError: if the folder holds no such model.
+        StepquantError: if the folder does not contain such a model.
     """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
         if not (folder / "config.json").is_file():
-            raise StepquantError(f"{folder} holds no vision model: expected a folder of transformers, as CLIP or DINO.")
+            raise StepquantError(
+                f"{folder} is not a vision model; expected a folder of transformers with CLIP or DINO."
+            )
         self.folder = folder
         try:
             self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
-        except Exception as error:  # from_pretrained documents none of what a damaged folder makes it raise
+        except Exception as error:  # from_pretrained raises undocumented classes for a damaged folder
             raise StepquantError(f"vision model {folder} cannot be loaded: {first_line(error)}.") from None
         self.key = f"embedding-{tensors_digest(dict(self.model.state_dict()))}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        codes = list(_codes(images).permute(0, 2, 3, 1).numpy())
-        pixels = self.processor(images=codes, return_tensors="pt")["pixel_values"]
+        pixels = list(_pixels(images).permute(0, 2, 3, 1).numpy())
+        inputs = self.processor(images=pixels, return_tensors="pt")["pixel_values"]
         if hasattr(self.model, "visual_projection"):
-            embedding = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+            embedding = self.model.visual_projection(self.model.vision_model(pixel_values=inputs).pooler_output)
         else:
-            embedding = self.model(pixel_values=pixels).last_hidden_state[:, 0]
+            embedding = self.model(pixel_values=inputs).last_hidden_state[:, 0]
         return {"embedding": F.normalize(embedding, dim=1)}
 
     @cached_property
@@ -135,36 +138,38 @@ class EmbeddingExtractor:
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """CLIP's embedding of each prompt, [N, D], of unit length; prompts longer than the model takes are cut off.
+        """CLIP embedding of each prompt, [N, D] of unit length; prompts that are too long for the model are truncated.
 
         Raises:
-            StepquantError: for a model that knows no text.
+            StepquantError: for a model without a text encoder.
         """
         if not hasattr(self.model, "text_projection"):
-            raise StepquantError(f"{self.folder} knows no text: a CLIP score needs a CLIP model.")
+            raise StepquantError(f"{self.folder} has no text encoder; expected a CLIP model for a CLIP score.")
         length = self.model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         return F.normalize(self.model.text_projection(self.model.text_model(**tokens).pooler_output), dim=1)
 
 
-def _codes(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W]: what a saved image holds."""
+def _pixels(images: Tensor) -> Tensor:
+    """Pixels of the saved images, uint8 [N, 3, H, W]."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 class Lpips(nn.Module):
     """Learned perceptual distance with AlexNet (LPIPS v0.1, arXiv 1801.03924).
 
+    torchmetrics takes AlexNet from torchvision, which downloads its weights; this class reads a file and needs neither.
+
     Args:
-        weights: of AlexNet, as torchvision names them (``alexnet-owt-7be5be79.pth``). The linear layers come with
+        weights: file with torchvision's AlexNet (``alexnet-owt-7be5be79.pth``). The linear layers come with
             torchmetrics.
 
     Raises:
-        StepquantError: if the weights are missing or of something else.
+        StepquantError: if the weights are missing or belong to another network.
     """
 
     TAPS = (1, 4, 7, 9, 11)
-    """Indices of the ReLUs whose outputs are compared."""
+    """Indices of the compared ReLUs."""
     SHIFT = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
     SCALE = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
 
@@ -178,22 +183,22 @@ class Lpips(nn.Module):
         try:
             self.features.load_state_dict(features)
         except RuntimeError:
-            raise StepquantError(f"weights {weights} are not AlexNet's, as torchvision names them.") from None
+            raise StepquantError(f"weights {weights} are not AlexNet's; expected torchvision's file.") from None
         linear = read_weights(Path(torchmetrics_image.__file__).parent / "lpips_models" / "alex.pth")
         self.linear = [linear[f"lin{index}.model.1.weight"] for index in range(len(self.TAPS))]
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        """Distance of each pair, float32 [N]; both float [N, C, H, W] in [-1, 1], at least 32 x 32.
+        """Distance of each pair of images float [N, C, H, W] in [-1, 1], at least 32 x 32; float32 [N].
 
-        Traps: trained on patches of 64 x 64: on smaller images it is rough, and it ignores noise that people see.
+        Trained on patches of 64 x 64, it is rough on smaller images, and it ignores noise that people notice.
         """
         if min(images.shape[-2:]) < 32:
-            raise StepquantError(f"LPIPS needs images of 32 x 32 or more, given {list(images.shape[-2:])}.")
+            raise StepquantError(f"images are {list(images.shape[-2:])} pixels; expected 32 x 32 or more for LPIPS.")
         total = torch.zeros(len(images))
-        for ours, theirs, linear in zip(self._taps(images), self._taps(reference), self.linear, strict=True):
-            difference = (_unit(ours) - _unit(theirs)).square()
+        for a, b, linear in zip(self._taps(images), self._taps(reference), self.linear, strict=True):
+            difference = (_unit(a) - _unit(b)).square()
             total += F.conv2d(difference, linear).mean(dim=(1, 2, 3))
         return total
 
@@ -208,7 +213,7 @@ class Lpips(nn.Module):
 
 
 def alexnet_features() -> nn.Sequential:
-    """AlexNet's convolutions (arXiv 1404.5997) up to the last ReLU that LPIPS looks at."""
+    """The convolutions of AlexNet (arXiv 1404.5997) up to the last ReLU that LPIPS uses."""
     relu, pool = nn.ReLU, nn.MaxPool2d
     return nn.Sequential(
         *(nn.Conv2d(3, 64, 11, 4, 2), relu(), pool(3, 2)),

@@ -1,4 +1,4 @@
-"""How close a quantized pipeline is to its full-precision origin: finished images, and each denoising step."""
+"""Fidelity of a quantized pipeline to its full-precision source: of images, and of each denoising step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from stepquant.errors import StepquantError
 
 PEAK_TO_PEAK = 2.0
-"""Images are in [-1, 1]."""
+"""Range of images in [-1, 1]."""
 SSIM_WINDOW = 11
 HIGHEST_PSNR = 100.0
-"""dB at which PSNR is capped, so that identical images (infinite dB) leave the mean a number."""
+"""Cap of PSNR in dB, so that the mean stays finite with identical images."""
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image, dB, float64 [N]; at most `HIGHEST_PSNR`.
 
-    ``10 log10(4 / mean((x - y)^2))``; both are float [N, C, H, W] in [-1, 1].
+    ``10 log10(4 / mean((x - y)^2))`` of images float [N, C, H, W] in [-1, 1].
 
-    Traps: the mean of decibels is not the decibels of the mean; a shift of a pixel costs more than a lost texture;
-    between models it compares only how far each went from its own origin.
+    The mean of decibels is not the decibels of the mean. A shift by one pixel costs more than a lost texture. Between
+    models, PSNR only compares how far each moved from its own source.
 
     Raises:
-        StepquantError: for images of other sizes.
+        StepquantError: if the shapes differ.
     """
     _check_pairs(images, reference)
     error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
@@ -41,18 +41,18 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each image, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
 
-    Both are float [N, C, H, W] in [-1, 1].
-
-    Traps: implementations differ in window, color and borders: here, as in torchmetrics, images are reflected there;
-    scikit-image leaves half a window out, and the two differ by some hundredths at 32 x 32. Flat regions score 1
-    whatever lies in them.
+    For images float [N, C, H, W] in [-1, 1]. Implementations differ in window, color and borders: torchmetrics reflects
+    the borders, scikit-image leaves out half a window, and the two differ by some hundredths at 32 x 32. Flat regions
+    score 1 whatever their content.
 
     Raises:
-        StepquantError: for images of other sizes, or smaller than the window.
+        StepquantError: if the shapes differ, or the images are smaller than the window.
     """
     _check_pairs(images, reference)
     if min(images.shape[-2:]) < SSIM_WINDOW:
-        raise StepquantError(f"SSIM needs images of {SSIM_WINDOW} x {SSIM_WINDOW} or more.")
+        raise StepquantError(
+            f"images are {list(images.shape[-2:])} pixels; expected {SSIM_WINDOW} x {SSIM_WINDOW} or more for SSIM."
+        )
     value = structural_similarity_index_measure(
         images.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
     )
@@ -62,18 +62,18 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 def _check_pairs(images: Tensor, reference: Tensor) -> None:
     if images.shape != reference.shape or images.dim() != 4:
-        given = f"{list(images.shape)} and {list(reference.shape)}"
-        raise StepquantError(f"images of {given} cannot be compared: expected the same [N, C, H, W].")
+        shapes = f"{list(images.shape)} and {list(reference.shape)}"
+        raise StepquantError(f"images of {shapes} cannot be compared; expected the same [N, C, H, W].")
 
 
 @dataclass
 class Shadow:
-    """Runs the quantized denoiser beside the full-precision one, on the same inputs, while the latter draws images.
+    """Runs the quantized denoiser on every input of the full-precision one while the latter generates images.
 
-    The trajectory stays the full-precision one. Because the two alternate, a machine that is busy with something else
-    slows both alike, and the ratio of their times stays meaningful.
+    The trajectory stays the full-precision one. Since the two alternate, other load on the machine slows both equally,
+    and the ratio of their times stays meaningful.
 
-    A context manager around the drawing of each batch; a step is a run of calls with the same timestep.
+    Use as a context manager around each batch. A step is a sequence of calls with the same timestep.
     """
 
     reference: nn.Module
@@ -89,13 +89,12 @@ class Shadow:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Median seconds of the denoiser's work in one step of one batch: full precision, quantized."""
-        # Of the largest batch: a last, smaller one would be faster for no merit of the model.
+        """Median seconds of one step of the largest batch: full precision, quantized."""
         reference, quantized = zip(*self._seconds[max(self._seconds)], strict=True)
         return median(reference), median(quantized)
 
     def __enter__(self) -> Shadow:
-        self._step, self._moment = -1, math.nan
+        self._step, self._timestep = -1, math.nan
         before = self.reference.register_forward_pre_hook(self._start, with_kwargs=True)
         after = self.reference.register_forward_hook(self._compare, with_kwargs=True)
         self._hooks = (before, after)
@@ -115,9 +114,9 @@ class Shadow:
 
         reference = _sample(output)
         times = self._seconds[reference.shape[0]]
-        moment = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
-        if moment != self._moment:
-            self._step, self._moment = self._step + 1, moment
+        timestep = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
+        if timestep != self._timestep:
+            self._step, self._timestep = self._step + 1, timestep
             times.append((0.0, 0.0))
         times[-1] = (times[-1][0] + seconds[0], times[-1][1] + seconds[1])
         self._error[self._step] += float((quantized.double() - reference.double()).square().sum())
@@ -125,5 +124,5 @@ class Shadow:
 
 
 def _sample(output: Any) -> Tensor:
-    """The tensor in what a denoiser returned: an output object or a tuple."""
+    """The tensor in a denoiser's output, an output object or a tuple."""
     return output[0]

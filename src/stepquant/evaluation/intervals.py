@@ -1,4 +1,4 @@
-"""How sure a figure is: confidence intervals of means over images."""
+"""Confidence intervals of means over images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` images and the interval that holds the true one with probability `CONFIDENCE`.
+    """A mean over `count` images.
 
     Attributes:
-        interval: lower and upper end; None where a single image leaves nothing to say.
+        interval: its confidence interval; None for a single image.
     """
 
     value: float
@@ -28,18 +28,18 @@ class Estimate:
 def mean_interval(values: Tensor, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
     """Mean of independent values [N] with its bias-corrected and accelerated bootstrap interval (Efron 1987).
 
-    Traps: it is about other images of the same model, not about other calibrations: for those, repeat with seeds.
-    Its coverage falls short of `confidence` for few values of a skewed distribution. There is none for Frechet and
-    kernel distances, nor for precision and recall: a resample holds images twice, which moves them systematically.
+    The interval is about other images of the same model, not about other calibrations: repeat with other seeds for
+    those. Its coverage is below `confidence` for few values of a skewed distribution. Frechet and kernel distances,
+    precision and recall have no such interval: a resample repeats images, which shifts these metrics systematically.
     """
-    numbers = values.double()
-    mean = float(numbers.mean())
-    if len(numbers) < 2:
-        return Estimate(mean, None, len(numbers))
-    if bool((numbers == numbers[0]).all()):
-        return Estimate(mean, (mean, mean), len(numbers))
-    found = bootstrap(
-        (numbers.numpy(),),
+    values = values.double()
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return Estimate(mean, None, count)
+    if bool((values == values[0]).all()):
+        return Estimate(mean, (mean, mean), count)
+    low, high = bootstrap(
+        (values.numpy(),),
         lambda x, axis: x.mean(axis),
         n_resamples=RESAMPLES,
         confidence_level=confidence,
@@ -47,5 +47,4 @@ def mean_interval(values: Tensor, confidence: float = CONFIDENCE, seed: int = 0)
         vectorized=True,
         rng=seed,
     ).confidence_interval
-    low, high = float(found.low), float(found.high)
-    return Estimate(mean, (low, high) if math.isfinite(low + high) else None, len(numbers))
+    return Estimate(mean, (float(low), float(high)) if math.isfinite(low + high) else None, count)

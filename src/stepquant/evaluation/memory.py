@@ -1,23 +1,23 @@
-"""``python -m stepquant.evaluation.memory MODEL BATCH BACKEND MEMORY``: prints the peak memory of drawing."""
+"""``python -m stepquant.evaluation.memory MODEL BATCH BACKEND MEMORY``: print the peak memory of generation."""
 
 from __future__ import annotations
 
 import sys
 
-from stepquant.evaluation.cost import own_peak_bytes
 from stepquant.loading import resolve_pipeline
+from stepquant.memory import peak_resident_bytes
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime.files import resolve_backend
 
 STEPS = 2
-"""The second step shows what stays allocated after the first."""
+"""The second step includes what stays allocated after the first."""
 
 
 def main(model: str, batch_size: str, backend: str, memory: str) -> None:
-    """Draw one batch and print the bytes."""
+    """Generate one batch and print the bytes."""
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
     generate(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
-    print(own_peak_bytes())
+    print(peak_resident_bytes())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompt sets that text-to-image models are judged on."""
+"""Prompt sets for evaluating text-to-image models."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from stepquant.errors import StepquantError
 from stepquant.pipelines.generate import read_prompts
 
 PARTI = "parti"
-"""Name of the set that is shipped: PartiPrompts, 1,632 prompts (Apache-2.0, Google Research; arXiv 2206.10789)."""
+"""Name of the bundled set: PartiPrompts, 1,632 prompts (Apache-2.0, Google Research; arXiv 2206.10789)."""
 
 
 def prompt_set(name: str) -> list[str]:
-    """Prompts of a set, in its order: ``parti``; a COCO ``captions_*.json``; or a text file with a prompt a line.
+    """Read a prompt set in its order.
 
-    A COCO image has several captions: the first of each is taken, as is usual for FID on COCO.
+    Args:
+        name: ``parti``; a COCO ``captions_*.json``, of which the first caption of each image is used, as is usual for
+            FID on COCO; or a text file with one prompt per line.
 
     Raises:
-        StepquantError: if there is no such set or file, or it holds no prompt.
+        StepquantError: if there is no such set or file, or it contains no prompt.
     """
     if name == PARTI:
         with Path(__file__).with_name("parti_prompts.tsv").open(newline="", encoding="utf-8") as file:
@@ -38,7 +40,7 @@ def _coco_captions(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise StepquantError(f"prompts file {path} cannot be read: {error}.") from None
     except (ValueError, KeyError, TypeError):
-        raise StepquantError(f"{path} holds no COCO captions: expected a file such as captions_val2014.json.") from None
+        raise StepquantError(f"{path} is not a file of COCO captions; expected captions_val2014.json.") from None
     if not first:
-        raise StepquantError(f"prompts file {path} holds no caption.")
+        raise StepquantError(f"prompts file {path} contains no caption.")
     return [first[image] for image in sorted(first)]

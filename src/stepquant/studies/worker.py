@@ -14,10 +14,10 @@ import torch
 
 import stepquant
 from stepquant.calibration.samples import COLLECTING
-from stepquant.evaluation.cost import own_peak_bytes
 from stepquant.evaluation.fidelity import psnr, ssim
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
+from stepquant.memory import peak_resident_bytes
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate_many, kind_of, make_request
 from stepquant.progress import Progress, Stopwatch
@@ -53,7 +53,7 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
         **cell.arguments,
     )
     seconds = time.process_time() - start - stopwatch.seconds[COLLECTING]
-    peak = own_peak_bytes()
+    peak = peak_resident_bytes()
 
     request = make_request(pipeline, cell.evaluation.steps, guidance=cell.guidance)
     full = reference(pipeline, request, cell.evaluation, cell.noise, cache)
@@ -64,7 +64,7 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
         "ssim": round(float(ssim(images[compared], full.images[compared]).mean()), 4),
         "step_error_percent": full.step_errors(getattr(quantized, denoiser_name(quantized))),
     }
-    proxy = ClassifierProxy.of(cell.source)
+    proxy = ClassifierProxy.for_model(cell.source)
     if proxy is not None:
         for suffix, drawn in (("", images), ("_fp32", full.images)):
             distance = proxy.frechet(drawn)
