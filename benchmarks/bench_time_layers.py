@@ -33,7 +33,7 @@ def computing(model: nn.Module, names: list[str]) -> nn.Module:
     """A copy that computes its time layers every time."""
     copied = copy.deepcopy(model)
     for name in names:
-        copied.get_submodule(name).memo = lambda x, _time, _layer, compute: compute(x)
+        copied.get_submodule(name).time_cache = lambda x, _time, _layer, compute: compute(x)
     return copied
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import stepquant
 from stepquant.images import grid, save_image
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate, make_request

@@ -34,13 +34,14 @@ from stepquant.evaluation.fidelity import psnr
 from stepquant.export.network import example_arguments
 from stepquant.export.onnx import OnnxDenoiser, export_onnx
 from stepquant.export.openvino import OpenVinoDenoiser, export_openvino
-from stepquant.layers.modules import Kernel, QuantizedModule
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.generate import Request, generate, make_request
 from stepquant.runtime import INTEGER
-from stepquant.runtime.segments import along_channels, channel_dim, linear_map
+from stepquant.runtime.segments import along_channels, linear_map
 from stepquant.studies.reference import TARGET, reference
 from stepquant.studies.spec import Budget
 
@@ -59,20 +60,20 @@ class Simulation(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
-        self.table, self.bias, self.smoothing = layer.activation, layer.bias, layer.smoothing
-        self.weight, self.dim, self.apply_map = layer.weight.dequantize(), channel_dim(module), linear_map(module)
+        assert layer.input is not None
+        self.grid, self.bias, self.smoothing = layer.input, layer.bias, layer.smoothing
+        self.weight, self.dim, self.apply_map = layer.weight.dequantize(), module.channel_dim, linear_map(module)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        scale, zero_point = (self._spread(values, x) for values in self.table.at(row))
+        scale, zero_point = (self._spread(values, x) for values in self.grid.at(row))
         divided = scale if self.smoothing is None else scale * along_channels(self.smoothing, self.dim, x.dim())
-        seen = dequantize(quantize(x, divided, zero_point, self.table.bits), scale, zero_point)
+        seen = dequantize(quantize(x, divided, zero_point, self.grid.bits), scale, zero_point)
         return self.apply_map(seen, self.weight, self.bias)
 
     def _spread(self, values: Tensor, x: Tensor) -> Tensor:
-        if len(self.table.group_sizes) <= 1:
-            return values[0]
-        return along_channels(expand_groups(values[:, None], self.table.group_sizes)[:, 0], self.dim, x.dim())
+        if len(self.grid.group_sizes) <= 1:
+            return values[0, 0]
+        return along_channels(expand_groups(values, self.grid.group_sizes)[:, 0], self.dim, x.dim())
 
 
 def decibels(error: Tensor, peak: float) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor
 import stepquant
 from stepquant.core.affine import quantize
 from stepquant.layers.attention import per_sample
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import Kernel, QuantizedLinear, QuantizedModule
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.linear import QuantizedLinear
+from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate, make_request
 
@@ -28,17 +29,17 @@ class IntMatmul(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()  # integers and tables, checked
-        assert layer.activation is not None
-        self.table, self.bias = layer.activation, layer.bias
+        assert layer.input is not None
+        self.grid, self.bias = layer.input, layer.bias
         self.weight = layer.weight.integers().t().contiguous()  # int8 [in, out]
         self.sums = self.weight.sum(dim=0, dtype=torch.int32)
-        self.scale = layer.weight.scale[0]
+        self.scale = layer.weight.grid.scale[0, 0]
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         """x: float [B, ..., in]; row: int64, [] or, where samples are at different steps, [B]."""
-        at = self.table.at(row)  # [1], or [B, 1] of one row a sample
+        at = (values[..., 0] for values in self.grid.at(row))  # [1], or [B, 1] with one row per sample
         scale, zero_point = (per_sample(values, x) if values.dim() == 2 else values for values in at)
-        codes = quantize(x.float(), scale, zero_point, self.table.bits) - MIDDLE
+        codes = quantize(x.float(), scale, zero_point, self.grid.bits) - MIDDLE
         product = torch._int_mm(codes.to(torch.int8).reshape(-1, x.shape[-1]), self.weight)
         sums = product.reshape(*x.shape[:-1], -1) + (MIDDLE - zero_point.int()) * self.sums
         y = sums.float() * (scale * self.scale)
@@ -47,9 +48,9 @@ class IntMatmul(Kernel):
 
 def int_matmul(module: QuantizedModule) -> Kernel | None:
     """The kernel of a linear with one scale for all input channels; None leaves a layer to the reference."""
-    shape = module.layer_format
-    grouped = len(shape.weight_groups) > 1 or len(shape.activation_groups) > 1
-    if not isinstance(module, QuantizedLinear) or grouped or shape.smoothed:
+    weight, grid = module.format.weight, module.format.input
+    grouped = len(weight.groups) > 1 or (grid is not None and len(grid.groups) > 1)
+    if not isinstance(module, QuantizedLinear) or grouped or module.format.transforms:
         return None
     return IntMatmul(module)
 

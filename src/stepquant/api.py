@@ -27,7 +27,8 @@ from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
 from stepquant.integrations.components import Also, check_components, quantize_component
-from stepquant.layers.install import Quantization, install, quantized_modules
+from stepquant.layers.install import Quantization, install
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.pipelines.generate import check_dtype, make_request

@@ -15,7 +15,7 @@ from stepquant.checkpoint import is_checkpoint, load_pipeline
 from stepquant.checkpoint.format import MANIFEST
 from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.runtime import Backend, prepare
 

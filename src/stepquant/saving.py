@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.runtime import Backend
 

@@ -15,7 +15,7 @@ from stepquant.calibration.instrument import instrument
 from stepquant.cli.main import app
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import generate, make_request
 

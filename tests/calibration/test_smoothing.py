@@ -12,7 +12,7 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.smoothing import best_smoothing, find_smoothing
 from stepquant.config import QuantSpec
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import describe
 from stepquant.progress import Progress
 
@@ -69,7 +69,7 @@ def quantized(pipeline, bits, recipe, **arguments):
 
 
 def smoothed(pipeline):
-    return [name for name, module in quantized_modules(pipeline.unet).items() if module.layer_format.smoothed]
+    return [name for name, module in quantized_modules(pipeline.unet).items() if module.format.transforms]
 
 
 def test_any_recipe_balances_where_the_spec_asks_for_it(unconditional_pipeline):

@@ -210,7 +210,7 @@ LAYER = "mid_block.resnets.0.conv1"
         lambda t: t.update({"extra": torch.zeros(1)}),
         lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(5, dtype=torch.uint8)}),
         lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()}),
-        lambda t: t.update({"mid_block.attentions.0.processor.query_scale": torch.tensor([[-1.0]])}),
+        lambda t: t.update({"mid_block.attentions.0.processor.query_scale": torch.tensor([[[-1.0]]])}),
     ],
 )
 def test_bad_values_are_refused_even_under_a_valid_digest(copied, change):
@@ -227,9 +227,9 @@ def test_bad_values_are_refused_even_under_a_valid_digest(copied, change):
         lambda c: c.update(_class_name="os.system"),
         lambda c: c.update(block_out_channels=[-8, 16]),
         lambda c: c.update(block_out_channels=[1 << 20, 1 << 20]),
-        lambda c: structure(c)["layers"][LAYER].update(weight_bits=-4),
-        lambda c: structure(c)["layers"][LAYER].update(weight_groups=[1 << 40]),
-        lambda c: structure(c)["layers"].update({"no.such": {"weight_bits": 4, "weight_groups": [1]}}),
+        lambda c: structure(c)["layers"][LAYER]["weight"].update(bits=-4),
+        lambda c: structure(c)["layers"][LAYER]["weight"].update(groups=[1 << 40]),
+        lambda c: structure(c)["layers"].update({"no.such": {"weight": {"bits": 4}}}),
         lambda c: structure(c)["attentions"].update({"conv_in": {}}),
         lambda c: structure(c).update(timesteps=[1.0, 0.0]),
     ],

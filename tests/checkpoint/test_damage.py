@@ -85,19 +85,19 @@ CONFIGURATIONS = {
     ),
     "table rows without end": (
         "unet/config.json",
-        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(activation_rows=10**9),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER]["input"].update(rows=10**9),
     ),
     "groups without end": (
         "unet/config.json",
-        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_groups=[1] * 10**6),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER]["weight"].update(groups=[1] * 10**6),
     ),
     "groups of other channels": (
         "unet/config.json",
-        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(activation_groups=[5]),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER]["input"].update(groups=[5]),
     ),
     "bits that no format has": (
         "unet/config.json",
-        lambda c: c["quantization_config"]["structure"]["layers"][LAYER].update(weight_bits=64),
+        lambda c: c["quantization_config"]["structure"]["layers"][LAYER]["weight"].update(bits=64),
     ),
     "code by reference": ("scheduler/scheduler_config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Model"})),
     "another class of diffusers": ("model_index.json", lambda c: c.update(scheduler=["diffusers", "AutoencoderKL"])),
@@ -181,7 +181,7 @@ VALUES = {
     "activation zero point of another type": lambda t: t.update(
         {f"{LAYER}.input_zero_point": t[f"{LAYER}.input_zero_point"].short()}
     ),
-    "scales of the wrong shape": lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].t()}),
+    "scales of the wrong shape": lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].mT}),
     "an empty tensor": lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(0, dtype=torch.uint8)}),
 }
 

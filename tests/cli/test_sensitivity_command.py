@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import stepquant
 from stepquant.cli.main import app
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 
@@ -57,7 +57,7 @@ def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp
     assert result.exit_code == 0, result.output
     assert "within 4.8 bits a weight" in result.stderr
     layers = quantized_modules(stepquant.load(out).unet)
-    bits = {name: module.layer_format.weight_bits for name, module in layers.items()}
+    bits = {name: module.format.weight.bits for name, module in layers.items()}
     assert bits[FRAGILE] == 8 and 4 in bits.values()
     weights = {name: math.prod(module.weight_shape) for name, module in layers.items()}
     assert sum(bits[name] * weights[name] for name in bits) <= 4.8 * sum(weights.values())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stepquant
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.recipes.files import resolve_recipe
 
 BEST = resolve_recipe(f"{Path(__file__).parents[2] / 'examples' / 'best.py'}:best")
@@ -22,9 +22,9 @@ def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipelin
         finetuning=2,
     )
     modules = quantized_modules(quantized.unet).values()
-    per_step = [module for module in modules if module.layer_format.activation_rows == 1000]
+    per_step = [module for module in modules if module.format.input and module.format.input.rows == 1000]
     assert len(per_step) == len(modules) - 1, "all but the first layer's input have an interval for every timestep"
-    grids = {module.layer().activation.zero_point.unique(dim=0).shape[0] for module in per_step}
+    grids = {module.layer().input.zero_point.unique(dim=0).shape[0] for module in per_step}
     assert (max(grids) > 1) == (intervals == "table"), "a generator bends the scale and leaves the zero point"
     assert any(module.layer().smoothing is not None for module in modules) == (bits == "w4a4")
     with torch.no_grad():

@@ -10,7 +10,7 @@ from stepquant.calibration.fake_quant.weight import WeightQuantizer
 from stepquant.core.affine import affine_from_range, fake_quantize
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.user_code import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_quantizer.py"
@@ -30,9 +30,9 @@ def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
         weight = unconditional_pipeline.unet.get_submodule(name).weight.detach()
         mine, theirs = (m.layer().weight.dequantize() - weight for m in (module, before[name]))
         errors[name] = float(mine.square().sum() / theirs.square().sum())
-    narrow = {name for name, module in found.items() if module.layer_format.weight_bits == 4}
+    narrow = {name for name, module in found.items() if module.format.weight.bits == 4}
     assert len(narrow) == len(found) - 2 and all(errors[name] < 1 for name in narrow)
-    inputs = {name for name, module in found.items() if module.layer_format.activation_bits is not None}
+    inputs = {name for name, module in found.items() if module.format.input is not None}
     assert any(not torch.equal(found[name].input_scale, before[name].input_scale) for name in inputs)
     stepquant.save(quantized, tmp_path / "model")
     x = torch.randn(2, 1, 16, 16)

@@ -10,8 +10,8 @@ import stepquant
 from stepquant.calibration.selection import uniform_steps
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import QuantizedLinear
+from stepquant.layers.linear import QuantizedLinear
+from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime import fallbacks, prepare
 from stepquant.runtime.reference import ReferenceKernel
 from stepquant.user_code import load_function
@@ -44,7 +44,7 @@ def test_it_equals_the_reference_bit_for_bit(quantized, time, shape):
         for name, module in quantized_modules(quantized.unet).items()
         if type(module.kernel).__name__ == "IntMatmul"
     }
-    assert layers and any(module.layer_format.activation_rows > 1 for module in layers.values())
+    assert layers and any(module.format.input and module.format.input.rows > 1 for module in layers.values())
     for module in layers.values():
         module.clock.set(time)
         x = torch.randn(*shape[:-1], module.in_features) * 3

@@ -22,7 +22,7 @@ from stepquant.export.network import Traceable, example_arguments
 from stepquant.export.onnx import OPSET, OnnxDenoiser, OnnxKernel, OnnxWeightKernel, export_onnx
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import correction_of
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime import prepare
@@ -131,9 +131,9 @@ def test_every_product_runs_in_integers(unet, exported, tmp_path):
     options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
     onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
     kinds = Counter(node.op_type for node in onnx.load(optimized).graph.node)
-    layers = [layer for layer in quantized_modules(unet).values() if layer.layer_format.activation_bits]
+    layers = [layer for layer in quantized_modules(unet).values() if layer.format.input]
     attentions = [module for module in unet.modules() if isinstance(module, QuantizedAttentionProcessor)]
-    pieces = sum(max(1, len(layer.layer_format.activation_groups)) for layer in layers)
+    pieces = sum(max(1, len(layer.format.input.groups)) for layer in layers)
     assert len(attentions) > 0
     assert kinds["MatMulIntegerToFloat"] == pieces + 2 * len(attentions)
     assert kinds["Conv"] == 1  # the first, whose input is the noisy image

@@ -19,7 +19,7 @@ from stepquant.checkpoint.card import CARD
 from stepquant.checkpoint.format import MANIFEST
 from stepquant.cli.main import app
 from stepquant.integrations.components import check_components, quantize_component
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.generate import generate, make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
@@ -52,7 +52,7 @@ def test_text_encoder_and_autoencoder_are_quantized_beside_the_denoiser(quantize
     for name in ALSO:
         assert not quantized_modules(getattr(text_pipeline, name)), "the given pipeline has changed"
         layers = quantized_modules(getattr(quantized, name))
-        assert layers and all(layer.layer_format.weight_bits == 8 for layer in layers.values())
+        assert layers and all(layer.format.weight.bits == 8 for layer in layers.values())
     alone = stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=SMALL)
     assert not quantized_modules(alone.text_encoder) and not quantized_modules(alone.vae), "off by default"
     assert 0 < (images(quantized) - images(alone)).abs().mean() < 0.05
@@ -133,7 +133,7 @@ def test_hashes_are_checked_where_there_are_any(copied):
 def test_weights_of_a_text_encoder_are_quantized_while_loading(text_folder, text_pipeline):
     config = PipelineQuantizationConfig(quant_mapping={"text_encoder": StepquantConfig("w4a16")})
     loaded = DiffusionPipeline.from_pretrained(text_folder, quantization_config=config)
-    assert {layer.layer_format.weight_bits for layer in quantized_modules(loaded.text_encoder).values()} == {4}
+    assert {layer.format.weight.bits for layer in quantized_modules(loaded.text_encoder).values()} == {4}
     assert 0 < (images(loaded) - images(text_pipeline)).abs().mean() < 0.2
 
 

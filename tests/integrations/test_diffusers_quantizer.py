@@ -19,7 +19,7 @@ import stepquant
 from stepquant import StepquantConfig, StepquantError
 from stepquant.checkpoint.card import CARD
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, is_checkpoint
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate, make_request
 
@@ -155,7 +155,7 @@ LAYER = "mid_block.resnets.0.conv1"
         lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(5, dtype=torch.uint8)}),
         lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()}),
         lambda t: t.update(
-            {"mid_block.attentions.0.transformer_blocks.0.attn1.processor.query_scale": -torch.ones(1, 1)}
+            {"mid_block.attentions.0.transformer_blocks.0.attn1.processor.query_scale": -torch.ones(1, 1, 1)}
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_weights_are_quantized_while_loading(text_pipeline, text_folder, tmp_pat
     loaded = DiffusionPipeline.from_pretrained(text_folder, quantization_config=config)
     for component in (loaded.unet, loaded.vae):
         layers = quantized_modules(component)
-        assert layers and all(layer.layer_format.weight_bits == 8 for layer in layers.values())
+        assert layers and all(layer.format.weight.bits == 8 for layer in layers.values())
     difference = (images(loaded) - images(text_pipeline)).abs().max()
     assert 0 < difference < 0.1
     loaded.save_pretrained(tmp_path / "model")
@@ -228,7 +228,7 @@ def test_exceptions_and_groups_while_loading(text_folder):
     spec = {"bits": "w4a16", "overrides": {"conv_in|conv_out": "w16a16"}, "group_size": 8}
     layers = quantized_modules(load_unet(text_folder, quantization_config=StepquantConfig(spec=spec)))
     assert "conv_in" not in layers and "conv_out" not in layers
-    assert layers[LAYER].layer_format.weight_groups == (8, 8)
+    assert layers[LAYER].format.weight.groups == (8, 8)
     vae = AutoencoderKL.from_pretrained(text_folder, subfolder="vae", quantization_config=StepquantConfig("w8a16"))
     assert "decoder.conv_out" in quantized_modules(vae)
 

@@ -9,8 +9,8 @@ from stepquant.calibration.fake_quant.activation import ActivationQuantizer
 from stepquant.calibration.fake_quant.layers import TrainableAttention
 from stepquant.core.noise import SampleNoise
 from stepquant.layers import attention
-from stepquant.layers.attention import OPERANDS
 from stepquant.layers.clock import StepClock
+from stepquant.layers.format import OPERANDS
 
 HEADS, LENGTH = 4, 12
 

@@ -3,13 +3,14 @@ import torch
 from torch import nn
 
 from stepquant.calibration.fake_quant.layers import group_channels, wrap
-from stepquant.core.qtensor import QuantizedWeight
+from stepquant.core.qtensor import Grid, GridFormat, QTensor
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
 from stepquant.layers.correction import OutputCorrection
-from stepquant.layers.install import Structure, install_empty
-from stepquant.layers.modules import LayerFormat, QuantizedLinear
+from stepquant.layers.format import LayerFormat, Structure
+from stepquant.layers.install import install_empty
+from stepquant.layers.linear import QuantizedLinear
 
 
 def quantized_linear() -> QuantizedLinear:
@@ -29,7 +30,7 @@ def quantized_linear() -> QuantizedLinear:
 
 def test_a_layer_gives_back_what_filled_it():
     module = quantized_linear()
-    other = QuantizedLinear(6, 5, True, module.layer_format, module.clock)
+    other = QuantizedLinear(6, 5, True, module.format, module.clock)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.layer().weight.codes, module.layer().weight.codes)
     assert torch.equal(other.layer().weight.dequantize(), module.layer().weight.dequantize())
@@ -44,35 +45,40 @@ def test_half_leaves_scales_alone():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("weight_scale", -1.0), ("weight_scale", float("nan")), ("input_scale", 0.0), ("input_smoothing", -2.0)],
+    [("weight_scale", -1.0), ("weight_scale", float("nan")), ("input_scale", 0.0), ("transforms.0.factor", -2.0)],
 )
 def test_bad_scales_are_refused(name, value):
     module = quantized_linear()
-    getattr(module, name).view(-1)[0] = value
+    module.get_buffer(name).view(-1)[0] = value
     with pytest.raises(StepquantError, match="not a positive number"):
         module.layer()
 
 
 def test_a_convolution_with_channel_groups_cannot_be_smoothed():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    layers = {"0": {"weight_bits": 4, "weight_groups": [2], "activation_bits": 4, "smoothed": True}}
+    layers = {"0": {"weight": {"bits": 4}, "input": {"bits": 4}, "transforms": [{"kind": "smoothing"}]}}
     with pytest.raises(StepquantError, match="channel groups"):
         install_empty(model, {"timesteps": [0.0], "layers": layers, "attentions": {}})
 
 
 def test_zero_points_off_the_grid_are_refused():
     module = quantized_linear()
-    module.weight_zero_point[0, 0] = 16
+    module.weight_zero_point[0, 0, 0] = 16
     with pytest.raises(StepquantError, match="4 bits"):
         module.layer()
 
 
 def test_eight_bit_weights_always_fit_int8():
     codes = torch.tensor([[0, 255, 128]], dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.ones(1, 1), torch.full((1, 1), 128, dtype=torch.uint8), 8, (3,))
-    assert weight.integers().tolist() == [[-128, 127, 0]]
-    with pytest.raises(StepquantError, match="128"):
-        QuantizedWeight(codes, torch.ones(1, 1), torch.full((1, 1), 3, dtype=torch.uint8), 8, (3,)).check()
+    for zero_point in (128, 3):
+        grid = Grid(torch.ones(1, 1, 1), torch.full((1, 1, 1), zero_point, dtype=torch.uint8), 8)
+        weight = QTensor(codes, grid)
+        if zero_point == 128:
+            weight.check()
+            assert weight.integers().tolist() == [[-128, 127, 0]]
+            continue
+        with pytest.raises(StepquantError, match="128"):
+            weight.check()
 
 
 @pytest.mark.parametrize(
@@ -87,11 +93,15 @@ def test_groups_respect_the_split(channels, split, size, expected):
     "change",
     [
         {"timesteps": []}, {"timesteps": [2.0, 1.0]}, {"timesteps": [float("nan")]},
-        {"layers": {"a": {"weight_bits": 9, "weight_groups": [1]}}},
-        {"layers": {"a": {"weight_bits": 4, "weight_groups": [-1]}}},
-        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "smoothed": True}}},
-        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_rows": 10**9}}},
-        {"layers": {"a": {"weight_bits": 4, "weight_groups": [1], "activation_bits": 8, "activation_rows": 3}}},
+        {"layers": {"a": {"weight": {"bits": 9}}}},
+        {"layers": {"a": {"weight": {"bits": 4, "groups": [-1]}}}},
+        {"layers": {"a": {"weight": {"bits": 4, "rows": 2}}}},
+        {"layers": {"a": {"weight": {"bits": 4}, "transforms": [{"kind": "smoothing"}]}}},
+        {"layers": {"a": {"weight": {"bits": 4}, "input": {"bits": 8}, "transforms": [{"kind": "smoothing"}] * 2}}},
+        {"layers": {"a": {"weight": {"bits": 4}, "input": {"bits": 8}, "transforms": [{"kind": "rotation"}]}}},
+        {"layers": {"a": {"weight": {"bits": 4}, "input": {"bits": 8, "rows": 10**9}}}},
+        {"layers": {"a": {"weight": {"bits": 4}, "input": {"bits": 8, "rows": 3}}}},
+        {"attentions": {"a": {"query": {"bits": 8, "groups": [1, 2]}}}},
         {"attentions": {"a": {"colour": {"bits": 8}}}},
         {"attentions": {"a": {"query": {"bits": 8, "rows": 3}}}},
     ],
@@ -107,8 +117,8 @@ def test_tables_are_float32_whatever_torch_makes():
     torch.set_default_dtype(torch.bfloat16)
     try:
         modules = [
-            QuantizedLinear(4, 3, True, LayerFormat(weight_bits=8, weight_groups=(4,), activation_bits=8), StepClock()),
-            QuantizedAttentionProcessor({"query": 8}, {"query": 2}),
+            QuantizedLinear(4, 3, True, LayerFormat(weight=GridFormat(bits=8), input=GridFormat(bits=8)), StepClock()),
+            QuantizedAttentionProcessor({"query": GridFormat(bits=8, rows=2)}),
             OutputCorrection(2, StepClock()),
         ]
     finally:

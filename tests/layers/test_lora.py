@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 
 import stepquant
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.generate import generate, make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)

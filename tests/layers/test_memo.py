@@ -9,8 +9,9 @@ from torch import nn
 
 import stepquant
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import install_empty, quantized_modules
-from stepquant.layers.time_cache import MOST_TIMESTEPS, TimeLinear, TimeMemo
+from stepquant.layers.install import install_empty
+from stepquant.layers.quantized import quantized_modules
+from stepquant.layers.time_cache import MOST_TIMESTEPS, TimeCache, TimeLinear
 from stepquant.models import describe
 
 
@@ -29,7 +30,7 @@ class Rig:
 
     def __init__(self):
         torch.manual_seed(0)
-        self.linear, self.memo = Counted(6, 5), TimeMemo()
+        self.linear, self.memo = Counted(6, 5), TimeCache()
 
     @torch.no_grad()
     def __call__(self, x, time, layer=None):
@@ -115,16 +116,16 @@ def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time
     plain = copy.deepcopy(model)
     for name in names:
         module = plain.get_submodule(name)
-        module.memo = lambda x, time, layer, compute: compute(x)
+        module.time_cache = lambda x, time, layer, compute: compute(x)
     assert all(isinstance(model.get_submodule(name), TimeLinear) == exact_time for name in names)
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
         for time in (900, 3, torch.tensor([3, 900]), 900, 3, torch.tensor([3, 900]), 901):
             assert torch.equal(model(x, time).sample, plain(x, time).sample)
-        memos = [model.get_submodule(name).memo._known for name in names]
+        memos = [model.get_submodule(name).time_cache._known for name in names]
         assert all(set(known) == {900.0, 3.0, 901.0} for known in memos)
         copied = copy.deepcopy(model)
-        assert not copied.get_submodule(names[0]).memo._known, "a copy starts empty"
+        assert not copied.get_submodule(names[0]).time_cache._known, "a copy starts empty"
         with ThreadPoolExecutor(2) as pool:
             for times in ((3, 900), (900, 3), (3, 3)):
                 found = list(pool.map(lambda one, time: one(x, time).sample, (model, copied), times))
@@ -144,7 +145,7 @@ def test_a_time_layer_that_is_no_linear_is_refused(unconditional_pipeline):
 
 def test_classes_in_the_embedding_do_no_harm(class_pipeline):
     model = _quantized(class_pipeline).transformer
-    assert any(module.memo is not None for module in quantized_modules(model).values())
+    assert any(module.time_cache is not None for module in quantized_modules(model).values())
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 5])
     with torch.no_grad():
         first, second = (model(x, torch.tensor([t, t]), labels).sample for t in (7, 7))

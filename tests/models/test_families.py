@@ -16,7 +16,7 @@ import stepquant
 from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import Shadow
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import generate, make_request
 
@@ -96,7 +96,7 @@ def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
         module for module in denoiser_of(quantized).modules() if isinstance(module, QuantizedAttentionProcessor)
     ]
     assert processors and all(
-        set(processor.bits) == {"query", "key", "value", "probability"} for processor in processors
+        set(processor.formats) == {"query", "key", "value", "probability"} for processor in processors
     )
     shadow = Shadow(denoiser_of(pipeline), denoiser_of(quantized))
     with shadow:

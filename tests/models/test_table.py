@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import stepquant
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import generate, kind_of, make_request
 from stepquant.runtime import fallbacks

@@ -11,7 +11,7 @@ from stepquant.calibration.samples import Calibration, collect
 from stepquant.calibration.selection import uniform_steps
 from stepquant.config import QuantSpec
 from stepquant.evaluation.fidelity import psnr
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
 from stepquant.models.description import main_tensor

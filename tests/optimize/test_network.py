@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stepquant
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.optimize.trainer import SAVE_EVERY, optimize
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
@@ -128,9 +128,9 @@ def test_alignment_trains_its_layers_and_no_others(text_pipeline):
 
 def test_scales_per_step_have_a_row_for_every_calibrated_timestep(text_pipeline):
     layers = quantized_modules(quest(text_pipeline).unet).values()
-    assert {layer.layer().activation.scale.shape[0] for layer in layers if layer.layer().activation} == {4}
+    assert {layer.layer().input.rows for layer in layers if layer.layer().input} == {4}
     layers = quantized_modules(quest(text_pipeline, scales="shared").unet).values()
-    assert {layer.layer().activation.scale.shape[0] for layer in layers if layer.layer().activation} == {1}
+    assert {layer.layer().input.rows for layer in layers if layer.layer().input} == {1}
 
 
 def test_network_training_brings_the_output_closer(text_pipeline):

@@ -7,7 +7,7 @@ import stepquant
 from stepquant.calibration.fake_quant.activation import ActivationQuantizer
 from stepquant.calibration.samples import collect_all
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.generate import make_request
 from stepquant.progress import Progress
 
@@ -92,7 +92,7 @@ def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, m
     monkeypatch.setattr(ActivationQuantizer, "settle", recorded)
     quantized = train(class_pipeline, guidance=4.0)
     layers = {name: module.layer() for name, module in quantized_modules(quantized.transformer).items()}
-    tables = [layer.activation.scale for layer in layers.values() if layer.activation is not None]
+    tables = [layer.input.scale for layer in layers.values() if layer.input is not None]
     assert {len(table) for table in tables} == {1000}
     for table in tables:
         assert any(torch.equal(table, scale) for scale in generated)
@@ -100,7 +100,7 @@ def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, m
     assert layers["pos_embed.proj"].weight.bits == layers["proj_out_2"].weight.bits == 8
     assert any(bool((table[0] != table[-1]).any()) for table in tables)
     static = quantized_modules(train(class_pipeline, intervals="static", iterations=1).transformer).values()
-    assert {len(layer.layer().activation.scale) for layer in static if layer.layer().activation} == {1}
+    assert {layer.layer().input.rows for layer in static if layer.layer().input} == {1}
 
 
 def test_norms_ship_as_they_were_trained_and_the_original_stays_as_it_was(unconditional_pipeline, tmp_path):

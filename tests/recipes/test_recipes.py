@@ -7,7 +7,7 @@ import stepquant
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
@@ -57,12 +57,12 @@ def test_training_refuses_them_too(unconditional_pipeline):
 def test_the_spec_reaches_the_layers(unconditional_pipeline):
     spec = {"bits": "w4a8", "overrides": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
     quantized = stepquant.quantize(unconditional_pipeline, spec, recipe="minmax", calibration=SMALL)
-    layers = {name: module.layer_format for name, module in quantized_modules(quantized.unet).items()}
+    layers = {name: module.format for name, module in quantized_modules(quantized.unet).items()}
     assert layers["mid_block.resnets.0.conv1"].weight_bits == 8
     assert layers["down_blocks.0.resnets.0.conv1"].weight_bits == 4
-    assert layers["down_blocks.1.resnets.0.conv2"].weight_groups == (8, 8)
-    assert (layers["conv_in"].weight_bits, layers["conv_in"].activation_bits) == (8, None)
-    assert (layers["conv_out"].weight_bits, layers["conv_out"].activation_bits) == (8, 8)
+    assert layers["down_blocks.1.resnets.0.conv2"].weight.groups == (8, 8)
+    assert (layers["conv_in"].weight.bits, layers["conv_in"].input) == (8, None)
+    assert (layers["conv_out"].weight.bits, layers["conv_out"].input.bits) == (8, 8)
     assert not any(name.startswith("time_embedding") for name in layers)
 
 
@@ -70,13 +70,13 @@ def test_q_diffusion_splits_skips_unless_told_not_to(unconditional_pipeline):
     for given, groups in ((None, 2), (False, 1)):
         spec = {"bits": "w4a8", "split_skips": given}
         quantized = stepquant.quantize(unconditional_pipeline, spec, calibration=SMALL, iterations=0)
-        layer = quantized_modules(quantized.unet)["up_blocks.0.resnets.0.conv1"].layer_format
-        assert len(layer.weight_groups) == groups
+        layer = quantized_modules(quantized.unet)["up_blocks.0.resnets.0.conv1"].format
+        assert max(1, len(layer.weight.groups)) == groups
 
 
 def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
     quantized = stepquant.quantize(text_pipeline, "w4a16", recipe="minmax", calibration=SMALL)
-    assert all(module.layer_format.activation_bits is None for module in quantized_modules(quantized.unet).values())
+    assert all(module.format.input is None for module in quantized_modules(quantized.unet).values())
 
 
 def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline, monkeypatch):
@@ -159,7 +159,7 @@ def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
             unconditional_pipeline, "w4a8", recipe="tdq", calibration=SMALL, iterations=2, **arguments
         )
         layers = [module.layer() for module in quantized_modules(quantized.unet).values()]
-        return {layer.activation.scale.shape[0] for layer in layers if layer.activation is not None}
+        return {layer.input.rows for layer in layers if layer.input is not None}
 
     assert rows() == {unconditional_pipeline.scheduler.config.num_train_timesteps}
     assert rows(intervals="static") == {1}

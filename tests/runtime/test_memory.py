@@ -10,7 +10,7 @@ from torch import nn
 
 import stepquant as sq
 from stepquant.errors import StepquantError
-from stepquant.layers.modules import QuantizedModule
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime import fallbacks, native, prepare
 from stepquant.runtime.native.build import has_amx

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 import stepquant
 from stepquant.core.affine import quantize
-from stepquant.core.qtensor import ActivationTable, QuantizedLayer, QuantizedWeight
+from stepquant.core.qtensor import Grid, GridFormat, QTensor, QuantizedLayer
+from stepquant.core.transforms import Smoothing
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
-from stepquant.layers.modules import LayerFormat, QuantizedConv2d, QuantizedLinear, QuantizedModule
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.format import LayerFormat, TransformFormat
+from stepquant.layers.linear import QuantizedLinear
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare, summary
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.fusion import is_fused, is_unchanged
@@ -46,35 +50,27 @@ def fill(
     """Random codes and tables; zero points off the middle, so that padding with the wrong code would show."""
     weight_bits, activation_bits = bits
     shape = module.weight_shape
-    weight_shape = (len(weight_groups), shape[0])
+    weight_shape = (1, max(1, len(weight_groups)), shape[0])
     zero_point = torch.randint(0, 1 << weight_bits, weight_shape) if weight_bits < 8 else torch.full(weight_shape, 128)
-    weight = QuantizedWeight(
-        torch.randint(0, 1 << weight_bits, shape).byte(),
-        torch.rand(weight_shape) * 0.01 + 0.001,
-        zero_point.byte(),
-        weight_bits,
-        weight_groups,
-    )
+    codes = torch.randint(0, 1 << weight_bits, shape).byte()
+    grid = Grid(torch.rand(weight_shape) * 0.01 + 0.001, zero_point.byte(), weight_bits, weight_groups)
     activation = None
     if activation_bits is not None:
-        table_shape = (STEPS, max(1, len(groups)))
+        table_shape = (STEPS, max(1, len(groups)), 1)
         scale = (torch.rand(table_shape) + 0.5) * 4 / (1 << activation_bits)
         zero_points = torch.randint(1, 1 << activation_bits, table_shape).byte()
-        activation = ActivationTable(scale, zero_points, activation_bits, groups)
+        activation = Grid(scale, zero_points, activation_bits, groups)
     bias = torch.randn(shape[0]) if module.bias is not None else None
-    smoothing = torch.rand(shape[1]) * 4 + 0.1 if module.layer_format.smoothed else None
-    module.fill(QuantizedLayer(weight, bias, activation, smoothing))
+    transforms = tuple(Smoothing(torch.rand(shape[1]) * 4 + 0.1) for _ in module.format.transforms)
+    module.fill(QuantizedLayer(QTensor(codes, grid), bias, activation, transforms))
     return module
 
 
-def format_of(inputs: int, weight_groups, groups, bits, smoothed=False) -> LayerFormat:
+def format_of(weight_groups, groups, bits, smoothed=False) -> LayerFormat:
     return LayerFormat(
-        weight_bits=bits[0],
-        weight_groups=weight_groups or (inputs,),
-        activation_bits=bits[1],
-        activation_groups=groups if bits[1] is not None else (),
-        activation_rows=STEPS if bits[1] is not None else 1,
-        smoothed=smoothed,
+        weight=GridFormat(bits=bits[0], groups=weight_groups),
+        input=None if bits[1] is None else GridFormat(bits=bits[1], groups=groups, rows=STEPS),
+        transforms=(TransformFormat(kind="smoothing"),) if smoothed else (),
     )
 
 
@@ -97,23 +93,24 @@ def convolution(
 ) -> QuantizedConv2d:
     torch.manual_seed(0)
     plain = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
-    layer_format = format_of(inputs // groups, *split, bits, smoothed)
+    layer_format = format_of(*split, bits, smoothed)
     module = QuantizedConv2d.like(plain, layer_format, clock())
-    return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
+    return fill(module, *split, bits)
 
 
 def linear(inputs=7, outputs=5, split=((), ()), bits=(8, 8), bias=True, smoothed=False) -> QuantizedLinear:
     torch.manual_seed(0)
-    layer_format = format_of(inputs, *split, bits, smoothed)
+    layer_format = format_of(*split, bits, smoothed)
     module = QuantizedLinear.like(nn.Linear(inputs, outputs, bias), layer_format, clock())
-    return fill(module, layer_format.weight_groups, layer_format.activation_groups, bits)
+    return fill(module, *split, bits)
 
 
 def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Tensor], Tensor]:
     """Accumulators (int64, by segment) and output (float64) of each sample, in plain integer arithmetic."""
     layer = module.layer()
-    weight_of = [g for g, size in enumerate(layer.weight.group_sizes) for _ in range(size)]
-    sizes = layer.activation.group_sizes or (len(weight_of) * getattr(module, "groups", 1),)
+    sizes = layer.weight.grid.group_sizes or (module.weight_shape[1],)
+    weight_of = [g for g, size in enumerate(sizes) for _ in range(size)]
+    sizes = layer.input.group_sizes or (len(weight_of) * getattr(module, "groups", 1),)
     input_of = [g for g, size in enumerate(sizes) for _ in range(size)]
     codes = layer.weight.codes.long()
     pairs = sorted(set(zip(weight_of, input_of, strict=False)))
@@ -122,12 +119,12 @@ def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Ten
     for w_group, x_group in pairs:
         mine = torch.tensor([p == (w_group, x_group) for p in zip(weight_of, input_of, strict=False)])
         by_output = (-1,) + (1,) * (codes.dim() - 1)
-        weight = codes - layer.weight.zero_point[w_group].long().reshape(by_output)
+        weight = codes - layer.weight.grid.zero_point[0, w_group].long().reshape(by_output)
         weight = weight * mine.reshape(1, -1, *(1,) * (codes.dim() - 2))
         outputs = []
         for sample, row in zip(x, rows, strict=True):
-            scale, zero = layer.activation.scale[row, x_group], layer.activation.zero_point[row, x_group].long()
-            top = (1 << layer.activation.bits) - 1
+            scale, zero = layer.input.scale[row, x_group, 0], layer.input.zero_point[row, x_group, 0].long()
+            top = (1 << layer.input.bits) - 1
             if layer.smoothing is not None:
                 scale = scale * layer.smoothing.reshape(-1, *(1,) * (codes.dim() - 2))
             integers = ((sample * (1 / scale)).round().long() + zero).clamp(0, top) - zero
@@ -135,8 +132,8 @@ def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Ten
         sums.append(torch.stack(outputs))
         by_channel = (1, -1, 1, 1) if codes.dim() == 4 else (-1,)
         by_sample = (-1,) + (1,) * (x.dim() - 1)
-        x_scale = layer.activation.scale[rows, x_group].double().reshape(by_sample)
-        total = total + sums[-1] * x_scale * layer.weight.scale[w_group].double().reshape(by_channel)
+        x_scale = layer.input.scale[rows, x_group, 0].double().reshape(by_sample)
+        total = total + sums[-1] * x_scale * layer.weight.grid.scale[0, w_group].double().reshape(by_channel)
     if layer.bias is not None:
         total = total + layer.bias.double().reshape(by_channel)
     return sums, total
@@ -217,9 +214,9 @@ def test_balance_changes_the_grid_and_not_the_function():
     """With grids fine enough, a smoothed layer is the linear map of the weight its codes stand for, divided again."""
     module = linear(inputs=6, bits=(8, 8), bias=False, smoothed=True)
     x = torch.randn(50, 6)
-    module.input_scale.fill_(2 * float((x / module.input_smoothing).abs().max()) / 255)
+    module.input_scale.fill_(2 * float((x / module.transforms[0].factor).abs().max()) / 255)
     module.input_zero_point.fill_(128)
-    expected = x @ (module.layer().weight.dequantize() / module.input_smoothing).t()
+    expected = x @ (module.layer().weight.dequantize() / module.transforms[0].factor).t()
     found = ReferenceKernel(module)(x, torch.tensor(0))
     assert (found - expected).norm() < 0.01 * expected.norm()
 
@@ -261,7 +258,7 @@ def test_codes_are_those_of_the_definition(bits):
     kernel = OneDnnKernel(module)
     x = torch.cat([torch.arange(-1000, 1000) * 0.125, torch.randn(1000), torch.tensor([1e9, -1e9, 1e30])])
     for row in range(STEPS):
-        expected = quantize(x, module.input_scale[row, 0], module.input_zero_point[row, 0], bits)
+        expected = quantize(x, module.input_scale[row, 0, 0], module.input_zero_point[row, 0, 0], bits)
         assert torch.equal(kernel.codes(x, row, 0).float(), expected)
 
 
@@ -367,7 +364,7 @@ def test_int32_never_overflows():
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
 def test_a_state_dict_that_is_loaded_later_runs(backend):
     ours, other = (nn.Sequential(convolution(7, 5, 3, padding=1)) for _ in range(2))
-    fill(other[0], other[0].layer_format.weight_groups, (), (8, 8))
+    fill(other[0], (), (), (8, 8))
     x = torch.randn(2, 7, 6, 6)
     for model in (ours, other):
         prepare(model, backend)

@@ -13,7 +13,8 @@ from stepquant.calibration.instrument import instrument
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.layers.install import install, quantized_modules
+from stepquant.layers.install import install
+from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
 

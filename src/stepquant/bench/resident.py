@@ -25,7 +25,8 @@ from stepquant.checkpoint.format import WEIGHTS
 from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.errors import StepquantError
-from stepquant.layers.install import made_by_quantization, quantized_modules
+from stepquant.layers.install import made_by_quantization
+from stepquant.layers.quantized import quantized_modules
 from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.runtime import prepare
 

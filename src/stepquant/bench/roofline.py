@@ -13,10 +13,13 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from stepquant.bench.measure import wall_seconds
+from stepquant.core.qtensor import GridFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import LayerFormat, QuantizedConv2d, QuantizedLinear
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.format import LayerFormat
+from stepquant.layers.linear import QuantizedLinear
+from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime.native import NativeKernel
 from stepquant.runtime.native.attention import NativeAttention
 from stepquant.runtime.native.replay import step_by_step
@@ -142,7 +145,7 @@ def _counting(
 
 def _peak(rounds: int) -> float:
     """Operations a second of one large linear in native integers."""
-    layer_format = LayerFormat(weight_bits=8, weight_groups=(PEAK_INPUTS,), activation_bits=8)
+    layer_format = LayerFormat(weight=GridFormat(bits=8), input=GridFormat(bits=8))
     layer = QuantizedLinear(PEAK_INPUTS, PEAK_OUTPUTS, False, layer_format, StepClock())
     layer.weight_zero_point.fill_(128)
     kernel: Any = NativeKernel(layer)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.quantized import can_quantize
 
 
 class WideLinear(nn.Linear):

@@ -16,14 +16,14 @@ from stepquant.calibration.fake_quant.layers import TrainableAttention, Trainabl
 from stepquant.calibration.fake_quant.weight import WeightQuantizer
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
-from stepquant.core.qtensor import InvalidTable
+from stepquant.core.qtensor import InvalidGrid
 from stepquant.core.ranges import RangeMethod
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.layers.attention import OPERANDS
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import Quantization, replace_module
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.install import Quantization
+from stepquant.layers.quantized import can_quantize, replace_module
 from stepquant.models import ModelDescription
 from stepquant.progress import Progress
 
@@ -88,7 +88,7 @@ def _frozen(name: str, part: Any) -> Any:
     try:
         frozen = part.freeze()
         frozen.check()
-    except InvalidTable as error:
+    except InvalidGrid as error:
         raise StepquantError(f"the quantizers of {name} have found what cannot be stored: {error.what}.") from None
     return frozen
 

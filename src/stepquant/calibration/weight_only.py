@@ -11,9 +11,8 @@ from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
-from stepquant.layers.install import quantized_like, replace_module
 from stepquant.layers.lora import enable_lora
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.quantized import can_quantize, quantized_like, replace_module
 
 
 @torch.no_grad()
@@ -43,7 +42,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         wrapped = wrap(module.float(), bits.weight, None, clock, group_size=spec.group_size, weight_range="minmax")
         replacement = quantized_like(module, wrapped.freeze(), clock)
         replace_module(model, name, replacement.to(device))
-        layers[name] = replacement.layer_format.model_dump(mode="json")
+        layers[name] = replacement.format.model_dump(mode="json")
     if not layers:
         raise StepquantError(
             f"{type(model).__name__} cannot be quantized: it has no linear and no convolution to quantize to {spec}."

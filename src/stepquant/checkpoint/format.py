@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stepquant.errors import StepquantError
 from stepquant.workspace import digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "stepquant.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUANT_METHOD = "stepquant"

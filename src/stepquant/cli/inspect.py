@@ -17,7 +17,7 @@ def inspect(
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.layers.correction import correction_of
-    from stepquant.layers.install import quantized_modules
+    from stepquant.layers.quantized import quantized_modules
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines.generate import kind_of
@@ -77,25 +77,24 @@ def _float_table(denoiser: Any) -> Table:
 def _quantized_table(denoiser: Any) -> Table:
     """Layers and attentions of a quantized denoiser."""
     from stepquant.layers.attention import QuantizedAttentionProcessor
-    from stepquant.layers.install import quantized_modules
+    from stepquant.layers.quantized import quantized_modules
 
     layers = quantized_modules(denoiser)
     table = Table(title=f"{len(layers)} quantized layers")
     for column in ("layer", "kind", "weight", "bits", "groups", "table rows", "notes"):
         table.add_column(column, overflow="fold")
     for name, module in layers.items():
-        layer = module.layer_format
-        activation = layer.activation_bits
-        bits = f"w{layer.weight_bits}a{16 if activation is None else activation}"
-        rows = "" if activation is None else str(layer.activation_rows)
-        groups = str(len(layer.weight_groups))
-        marks = {"smoothed": layer.smoothed, "by timestep": module.memo is not None}
+        layer = module.format
+        bits = f"w{layer.weight.bits}a{16 if layer.input is None else layer.input.bits}"
+        rows = "" if layer.input is None else str(layer.input.rows)
+        groups = str(max(1, len(layer.weight.groups)))
+        marks = {"smoothed": bool(layer.transforms), "by timestep": module.time_cache is not None}
         notes = ", ".join(mark for mark, holds in marks.items() if holds)
         table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, notes)
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttentionProcessor):
-            bits = ", ".join(f"{operand} {count}" for operand, count in processor.bits.items())
+            bits = ", ".join(f"{operand} {grid.bits}" for operand, grid in processor.formats.items())
             table.add_row(name, "attention", "", bits, "", "", "")
     return table
 

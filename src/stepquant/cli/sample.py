@@ -27,7 +27,7 @@ def sample(
     """Draw images and write them as one grid."""
     from stepquant.distributed import Ranks
     from stepquant.images import grid, image_format, save_image
-    from stepquant.layers.install import quantized_modules
+    from stepquant.layers.quantized import quantized_modules
     from stepquant.loading import resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines.generate import generate_many, make_request

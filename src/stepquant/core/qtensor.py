@@ -1,78 +1,68 @@
-"""What leaves calibration: integer weights and scale tables. Simulation and kernels read the same objects.
+"""The one quantized tensor: integer codes and the grid they lie on.
 
-Input channels may be divided into consecutive groups that have a scale of their own: the two halves behind a skip
-concatenation, or groups of a fixed size. `group_sizes` lists their sizes; one group is the usual case.
+    x ~ (code - zero_point) * scale
+
+Calibration makes these objects, checkpoints store them, and every kernel, exporter and report reads them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.transforms import LayerTransform, Smoothing
 from stepquant.errors import StepquantError
 
+MOST_ROWS = 100_000
+"""Rows of the longest table. No schedule has more timesteps; a checkpoint that claims more is damaged."""
 
-class InvalidTable(StepquantError):
-    """Integers or tables that break an invariant below; `what` says which, without a guess at why."""
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class InvalidGrid(StepquantError):
+    """Codes or grids that break an invariant below; `what` says which, without a guess at why."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: the checkpoint is damaged, quantize the model again.")
+        super().__init__(f"{what}. The checkpoint is damaged; quantize the model again.")
         self.what = what
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """Integer weight of a linear or convolution: ``w[o, i] ~ (codes[o, i] - zero_point[g, o]) * scale[g, o]``.
+class GridFormat(BaseModel):
+    """Shape of a `Grid`, as JSON holds it.
 
     Attributes:
-        codes: uint8 [out, in, *kernel], each below 2^bits.
-        scale: float32 [G, out], finite and positive.
-        zero_point: uint8 [G, out]; 128 throughout at 8 bits. So ``codes - zero_point`` always fits int8, and integer
-            kernels need no zero point for weights.
         bits: 2 to 8.
-        group_sizes: G sizes of consecutive groups of input channels, summing to `in`.
+        groups: sizes of the groups of input channels; () for one group of any size.
+        rows: rows of the table, 1 for a static grid.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-    group_sizes: tuple[int, ...]
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def check(self) -> None:
-        """Raise `StepquantError` unless the invariants above hold."""
-        groups, out = len(self.group_sizes), self.codes.shape[0]
-        _check_scale("weight", self.scale, (groups, out))
-        _check_codes("weight zero points", self.zero_point, self.bits)
-        _check_codes("weight codes", self.codes, self.bits)
-        if self.zero_point.shape != self.scale.shape or sum(self.group_sizes) != self.codes.shape[1]:
-            raise InvalidTable("weight groups do not add up")
-        if self.bits == 8 and bool((self.zero_point != 128).any()):
-            raise InvalidTable("8-bit weights must have zero point 128")
+    bits: Bits
+    groups: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
 
-    def integers(self) -> Tensor:
-        """``codes - zero_point`` as int8 [out, in, *kernel]."""
-        zero_point = spread_zero_point(self.zero_point, self.group_sizes, self.codes.dim())
-        return (self.codes.short() - zero_point).to(torch.int8)
-
-    def dequantize(self) -> Tensor:
-        """float32 [out, in, *kernel]."""
-        scale = expand_groups(self.scale, self.group_sizes).t()
-        return self.integers() * scale.reshape(scale.shape + (1,) * (self.codes.dim() - 2))
+    def shape(self, outputs: int = 1) -> tuple[int, int, int]:
+        """[R, G, C] of scale and zero point."""
+        return self.rows, max(1, len(self.groups)), outputs
 
 
 @dataclass(frozen=True)
-class ActivationTable:
-    """Grid of one activation at every step: ``x ~ (code - zero_point[r, s]) * scale[r, s]`` at table row r, group s.
+class Grid:
+    """Quantization grid: ``x ~ (code - zero_point[r, g, c]) * scale[r, g, c]``, with unsigned codes.
 
     Attributes:
-        scale: float32 [R, S], finite and positive; R is 1 (static) or the length of the clock's timesteps.
-        zero_point: uint8 [R, S], below 2^bits.
-        bits: 2 to 8; codes are unsigned.
-        group_sizes: S sizes of consecutive groups of channels; empty for one group whatever the channels are.
+        scale: float32 [R, G, C], finite and positive. R: rows of the table, 1 for a static grid, else one for each
+            timestep of the clock. G: groups of consecutive input channels. C: output channels; 1 for an activation.
+        zero_point: uint8 [R, G, C], below 2^bits.
+        bits: 2 to 8.
+        group_sizes: G sizes that sum to the input channels; () for one group of any size.
     """
 
     scale: Tensor
@@ -80,100 +70,192 @@ class ActivationTable:
     bits: int
     group_sizes: tuple[int, ...] = ()
 
-    def check(self) -> None:
-        """Raise `StepquantError` unless the invariants above hold."""
-        if self.scale.dim() != 2 or self.scale.shape[0] == 0:
-            raise InvalidTable(f"an activation table has shape {list(self.scale.shape)}")
-        _check_scale("activation", self.scale, (self.scale.shape[0], max(1, len(self.group_sizes))))
-        _check_codes("activation zero points", self.zero_point, self.bits)
-        if self.zero_point.shape != self.scale.shape:
-            raise InvalidTable("activation scales and zero points differ in shape")
+    @property
+    def format(self) -> GridFormat:
+        groups = self.group_sizes if len(self.group_sizes) > 1 else ()
+        return GridFormat(bits=self.bits, groups=groups, rows=self.rows)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.scale.shape[0]
+
+    def sizes(self, channels: int) -> tuple[int, ...]:
+        """Sizes of the groups of `channels` input channels."""
+        return self.group_sizes or (channels,)
 
     def at(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point at the clock's row: float32 [S] and uint8 [S], or [B, S] for a row of shape [B]."""
-        if self.scale.shape[0] == 1:
+        """Scale and zero point at the clock's row: [G, C] each, or [B, G, C] for a row of shape [B]."""
+        if self.rows == 1:
             return self.scale[0], self.zero_point[0]
-        # Not by `[row]`: on an accelerator that would wait for the row, and torch.compile cannot look up a number that
-        # lies in a tensor.
+        # Not by `[row]`: on an accelerator that waits for the row, and torch.compile cannot read a number from a
+        # tensor.
         chosen = row.reshape(-1).to(self.scale.device)
         scale, zero_point = (values.index_select(0, chosen) for values in (self.scale, self.zero_point))
         return (scale, zero_point) if row.dim() else (scale[0], zero_point[0])
 
+    def check(self, what: str = "activation", outputs: int = 1) -> None:
+        """Raise `InvalidGrid` unless the invariants above hold for C = `outputs`; `what` names the grid's owner."""
+        scale, zero_point = self.scale, self.zero_point
+        expected = (self.rows if scale.dim() else 0, max(1, len(self.group_sizes)), outputs)
+        if scale.dtype != torch.float32 or tuple(scale.shape) != expected or expected[0] == 0:
+            raise InvalidGrid(f"{what} scales are {scale.dtype} {list(scale.shape)}; expected float32 {list(expected)}")
+        if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+            raise InvalidGrid(f"a scale of the {what} is not a positive number")
+        check_codes(f"{what} zero points", zero_point, self.bits)
+        if zero_point.shape != scale.shape:
+            raise InvalidGrid(f"{what} scales and zero points differ in shape")
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Quantized weight of a linear or convolution: ``w[o, i] ~ (codes[o, i] - zero_point[0, g, o]) * scale[0, g, o]``.
+
+    Attributes:
+        codes: uint8 [out, in, *kernel], each below 2^bits.
+        grid: one row, C = out. At 8 bits every zero point is 128, so that ``codes - zero_point`` always fits int8 and
+            integer kernels need no zero point for weights.
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    @classmethod
+    def of_integers(cls, integers: Tensor, grid: Grid) -> QTensor:
+        """The tensor whose `integers` these are."""
+        _, zero_point = _spread(grid, integers.shape)
+        return cls((integers + zero_point).to(torch.uint8), grid)
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
+
+    def check(self) -> None:
+        """Raise `InvalidGrid` unless the invariants above hold."""
+        out, channels = self.codes.shape[:2]
+        self.grid.check("weight", out)
+        check_codes("weight codes", self.codes, self.bits)
+        if self.grid.rows != 1 or sum(self.grid.sizes(channels)) != channels:
+            raise InvalidGrid(f"weight groups {list(self.grid.group_sizes)} do not sum to {channels} input channels")
+        if self.bits == 8 and bool((self.grid.zero_point != 128).any()):
+            raise InvalidGrid("an 8-bit weight has a zero point other than 128")
+
+    def integers(self) -> Tensor:
+        """``codes - zero_point`` as int8 [out, in, *kernel]."""
+        _, zero_point = _spread(self.grid, self.codes.shape)
+        return (self.codes.short() - zero_point).to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in, *kernel]."""
+        scale, _ = _spread(self.grid, self.codes.shape)
+        return self.integers() * scale
+
+    def slice(self, start: int, stop: int) -> QTensor:
+        """Input channels [start, stop), with the groups that they lie in."""
+        groups, sizes, first = [], [], 0
+        for group, size in enumerate(self.grid.sizes(self.codes.shape[1])):
+            inside = min(stop, first + size) - max(start, first)
+            if inside > 0:
+                groups.append(group)
+                sizes.append(inside)
+            first += size
+        grid = Grid(self.grid.scale[:, groups], self.grid.zero_point[:, groups], self.bits, tuple(sizes))
+        return QTensor(self.codes[:, start:stop].contiguous(), grid)
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A linear or convolution in integers; ``activation`` is None where only the weight is quantized.
+    """A linear or convolution in integers.
 
     Attributes:
-        smoothing: float32 [in], finite and positive, or None for ones. The codes of input channel c stand for
-            ``x_c / smoothing_c`` and those of the weight for ``w_c * smoothing_c``, so that their products are the same:
-            channels of large values get coarser steps and small ones finer, at no cost beside the multiplication that
-            quantizing is (SmoothQuant, arXiv 2211.10438, without a layer before that takes it up). Only with
-            quantized activations, and for layers without channel groups of a convolution.
+        weight: of the transformed layer, C = out.
+        bias: float32 [out], or None.
+        input: grid of the transformed input; None where the activation stays in floating point.
+        transforms: applied in this order, first to the input; see `LayerTransform`.
     """
 
-    weight: QuantizedWeight
+    weight: QTensor
     bias: Tensor | None
-    activation: ActivationTable | None
-    smoothing: Tensor | None = None
+    input: Grid | None
+    transforms: tuple[LayerTransform, ...] = ()
 
     def check(self) -> None:
-        """Raise `StepquantError` unless the invariants of all parts hold."""
+        """Raise `InvalidGrid` unless the invariants of all parts hold."""
         self.weight.check()
         if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
-            raise InvalidTable("a bias is not finite")
-        if self.activation is not None:
-            self.activation.check()
-        if self.smoothing is not None:
-            _check_scale("smoothing", self.smoothing, (self.weight.codes.shape[1],))
+            raise InvalidGrid("a bias is not finite")
+        if self.input is not None:
+            self.input.check()
+        for transform in self.transforms:
+            problem = transform.problem(self.weight.codes.shape[1])
+            if problem is not None:
+                raise InvalidGrid(problem)
+
+    @property
+    def smoothing(self) -> Tensor | None:
+        """float32 [in], the factor of the layer's `Smoothing`, if it has one."""
+        return next((each.factor for each in self.transforms if isinstance(each, Smoothing)), None)
+
+    def segments(self) -> list[tuple[slice, int, QTensor]]:
+        """Runs of input channels with one weight scale per output channel and one input scale, in order.
+
+        Each is the channels, the group of the input's grid, and the part of the weight, which has one group.
+        """
+        channels = self.weight.codes.shape[1]
+        weight_ends = list(accumulate(self.weight.grid.sizes(channels)))
+        input_ends = list(accumulate(() if self.input is None else self.input.group_sizes)) or [channels]
+        found, start = [], 0
+        for stop in sorted({*weight_ends, *input_ends}):
+            group = next(index for index, end in enumerate(input_ends) if stop <= end)
+            found.append((slice(start, stop), group, self.weight.slice(start, stop)))
+            start = stop
+        return found
 
 
 @dataclass(frozen=True)
 class QuantizedAttention:
     """Grids of an attention's operands: query, key, value and probabilities; None where one stays floating point."""
 
-    query: ActivationTable | None
-    key: ActivationTable | None
-    value: ActivationTable | None
-    probability: ActivationTable | None
+    query: Grid | None
+    key: Grid | None
+    value: Grid | None
+    probability: Grid | None
 
     def check(self) -> None:
-        """Raise `StepquantError` unless the invariants of all grids hold."""
-        for table in (self.query, self.key, self.value, self.probability):
-            if table is not None:
-                table.check()
+        """Raise `InvalidGrid` unless the invariants of all grids hold."""
+        for grid in (self.query, self.key, self.value, self.probability):
+            if grid is not None:
+                grid.check()
 
 
 def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
-    """Repeat per-group values along their last-but-one (weights, [G, out]) axis to one an input channel: [in, out]."""
+    """Repeat values of groups, [G, ...], to one of each input channel: [in, ...]."""
     if len(group_sizes) == 1:
         return values.expand(group_sizes[0], *values.shape[1:])
     return values.repeat_interleave(torch.tensor(group_sizes).to(values.device), dim=0)
 
 
-def spread_zero_point(zero_point: Tensor, group_sizes: tuple[int, ...], dims: int) -> Tensor:
-    """uint8 [G, out] -> int16 [out, in, 1, ...] of `dims` dimensions, to be taken off a weight's codes."""
-    spread = expand_groups(zero_point.short(), group_sizes).t()
-    return spread.reshape(spread.shape + (1,) * (dims - 2))
-
-
 def stored_zero_point(values: Tensor) -> Tensor:
-    """A zero point as it ships, uint8; raises `StepquantError` where it is no integer that a code can be."""
+    """A zero point as a `Grid` holds it, uint8; raises `InvalidGrid` where a value is not an integer from 0 to 255."""
     stored = values.to(torch.uint8)
     if bool((stored.to(values.dtype) != values).any()):
-        raise InvalidTable("a zero point is no integer from 0 to 255")
+        raise InvalidGrid("a zero point is not an integer from 0 to 255")
     return stored.cpu().clone()
 
 
-def _check_scale(what: str, scale: Tensor, shape: tuple[int, ...]) -> None:
-    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
-        raise InvalidTable(f"{what} scales are {scale.dtype} {list(scale.shape)}, not float32 {list(shape)}")
-    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise InvalidTable(f"a scale of the {what} is not a positive number")
-
-
-def _check_codes(what: str, codes: Tensor, bits: int) -> None:
+def check_codes(what: str, codes: Tensor, bits: int) -> None:
+    """Raise `InvalidGrid` unless `codes` are uint8 and below 2^bits."""
     if not 2 <= bits <= 8:
-        raise InvalidTable(f"{what} have {bits} bits")
+        raise InvalidGrid(f"{what} have {bits} bits; expected 2 to 8")
     if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) > largest_code(bits)):
-        raise InvalidTable(f"{what} exceed {bits} bits")
+        raise InvalidGrid(f"{what} exceed {bits} bits")
+
+
+def _spread(grid: Grid, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Scale, and zero point as int16, of each input channel of a weight of this shape: [out, in, 1, ...]."""
+    sizes = grid.sizes(shape[1])
+    scale, zero_point = (
+        expand_groups(values[0], sizes).t().reshape(-1, shape[1], *(1,) * (len(shape) - 2))
+        for values in (grid.scale, grid.zero_point.short())
+    )
+    return scale, zero_point

@@ -21,7 +21,7 @@ from stepquant.evaluation.fidelity import Shadow, psnr, ssim
 from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.metrics import MetricInputs, MetricValue, check_metrics, measure
 from stepquant.evaluation.proxy import ClassifierProxy
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import BATCH_SIZE, Request, batches, generate, generate_many, kind_of, make_request

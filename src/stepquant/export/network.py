@@ -15,8 +15,7 @@ from stepquant.calibration.samples import Calibration, collect, flatten, nest
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import OutputCorrection
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import QuantizedModule
+from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.layers.time_cache import TimeLinear
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import make_request
@@ -78,7 +77,7 @@ class Traceable(nn.Module):
             if isinstance(module, (QuantizedModule, QuantizedAttentionProcessor, OutputCorrection)):
                 module.clock = self.clock  # type: ignore[assignment]
             if isinstance(module, (QuantizedModule, TimeLinear)):
-                module.memo = None  # what it remembers would be a constant of the graph
+                module.time_cache = None  # a cached output would be a constant of the graph
         self.model = model
 
     def forward(self, *values: Tensor) -> Tensor:

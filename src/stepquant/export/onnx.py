@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
-from stepquant.core.qtensor import ActivationTable
+from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
-from stepquant.layers.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.runtime.onednn import can_run
-from stepquant.runtime.segments import along_channels, channel_dim, linear_map, segments_of
+from stepquant.runtime.segments import along_channels, linear_map
 from stepquant.workspace import write_atomic
 
 OPSET = 17
@@ -72,10 +74,10 @@ def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return _QuantizeLinear.apply(steps, zero_point)
 
 
-def _within(table: ActivationTable, row: Tensor) -> Tensor:
+def _within(grid: Grid, row: Tensor) -> Tensor:
     """The clock's row, or 0 in a static table, which is looked up like any other: onnxruntime puts a product's scale
     into its kernel only where it is no constant."""
-    return row.clamp(max=len(table.scale) - 1)
+    return row.clamp(max=grid.rows - 1)
 
 
 class OnnxKernel(Kernel):
@@ -87,40 +89,40 @@ class OnnxKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
-        self.table, self.bias, self.dim = layer.activation, layer.bias, channel_dim(module)
+        assert layer.input is not None
+        self.grid, self.bias, self.dim = layer.input, layer.bias, module.channel_dim
         self.geometry: tuple[tuple[int, ...], ...] | None = None
         if isinstance(module, QuantizedConv2d):
             self.geometry = (module.padding, module.stride, module.dilation, module.weight_shape[2:])
-        self.segments = segments_of(layer)
-        self.inverses = []
-        for index, segment in enumerate(self.segments):
-            self.register_buffer(f"weight_{index}", self._columns(segment.weight))
-            scale = layer.activation.scale[:, segment.group, None]
+        self.segments: list[tuple[slice, int, Tensor, Tensor]] = []
+        """Channels, group of the input, its inverse scale, and the weight's scale."""
+        for index, (channels, group, weight) in enumerate(layer.segments()):
+            self.register_buffer(f"weight_{index}", self._columns(weight.integers()))
+            scale = layer.input.scale[:, group]
             if layer.smoothing is not None:
-                scale = scale * layer.smoothing[segment.start : segment.stop]
-            self.inverses.append(scale.reciprocal())
+                scale = scale * layer.smoothing[channels]
+            self.segments.append((channels, group, scale.reciprocal(), weight.grid.scale[0, 0]))
 
     def _columns(self, weight: Tensor) -> Tensor:
         """int8 [products of an output, out]; those of a convolution tap by tap."""
         return (weight.permute(2, 3, 1, 0).flatten(0, 2) if weight.dim() == 4 else weight.t()).contiguous()
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        row = _within(self.table, row)
-        scale, zero_point = self.table.scale[row], self.table.zero_point[row]
+        row = _within(self.grid, row)
+        scale, zero_point = self.grid.scale[row, :, 0], self.grid.zero_point[row, :, 0]
         y: Tensor | None = None
-        for index, (segment, inverses) in enumerate(zip(self.segments, self.inverses, strict=True)):
+        for index, (channels, group, inverses, weight_scale) in enumerate(self.segments):
             part = x
             if len(self.segments) > 1:
-                part = x.narrow(self.dim, segment.start, segment.stop - segment.start)
+                part = x.narrow(self.dim, channels.start, channels.stop - channels.start)
             inverse = inverses[row]
-            zero = zero_point[segment.group]
+            zero = zero_point[group]
             if self.geometry is None:
-                codes = _codes(part, inverse, zero, self.table.bits)
+                codes = _codes(part, inverse, zero, self.grid.bits)
             else:
                 codes = self._windows(part, inverse[:, None, None], zero, *self.geometry)
             sums = _MatMulInteger.apply(codes, self.get_buffer(f"weight_{index}"), zero, None)
-            product = sums.float() * (scale[segment.group] * segment.scale)
+            product = sums.float() * (scale[group] * weight_scale)
             y = product if y is None else y + product
         assert y is not None
         if self.bias is not None:
@@ -131,7 +133,7 @@ class OnnxKernel(Kernel):
         """uint8 [B, H', W', products of an output], the codes of each output's window."""
         (ph, pw), (sh, sw), (dh, dw), (kh, kw) = geometry
         x = F.pad(x, (pw, pw, ph, ph))  # zero has a code of its own
-        codes = _codes(x, inverse, zero_point, self.table.bits).permute(0, 2, 3, 1)
+        codes = _codes(x, inverse, zero_point, self.grid.bits).permute(0, 2, 3, 1)
         height, width = (int(size) for size in codes.shape[1:3])
         down = height - dh * (kh - 1)
         right = width - dw * (kw - 1)
@@ -152,8 +154,8 @@ class OnnxWeightKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        self.apply_map, self.bias, self.dim = linear_map(module), layer.bias, channel_dim(module)
-        self.scale = layer.weight.scale[0]
+        self.apply_map, self.bias, self.dim = linear_map(module), layer.bias, module.channel_dim
+        self.scale = layer.weight.grid.scale[0, 0]
         self.register_buffer("integers", layer.weight.integers())
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
@@ -167,14 +169,15 @@ class OnnxAttention(AttentionKernel):
 
     def __init__(self, processor: QuantizedAttentionProcessor) -> None:
         super().__init__()
-        self.tables = {name: processor.table(name) for name in OPERANDS}
+        self.grids = {name: processor.grid(name) for name in OPERANDS}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
         def coded(name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            table = self.tables[name]
-            at = _within(table, row)
-            scale, inverse, zero_point = table.scale[at, 0], table.scale.reciprocal()[at, 0], table.zero_point[at, 0]
-            return _codes(x, inverse, zero_point, table.bits), scale, zero_point
+            grid = self.grids[name]
+            at = _within(grid, row)
+            scales, zero_points = grid.scale[:, 0, 0], grid.zero_point[:, 0, 0]
+            scale, inverse, zero_point = scales[at], scales.reciprocal()[at], zero_points[at]
+            return _codes(x, inverse, zero_point, grid.bits), scale, zero_point
 
         codes, scale, zero_point = coded("key", key)
         scores = _product(coded("query", query), (codes.transpose(-1, -2), scale, zero_point))
@@ -204,7 +207,7 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
     _import("onnx")
     traceable = Traceable(denoiser, list(arguments), lambda layer: OnnxKernel(layer) if can_run(layer) else None)
     for module in traceable.modules():
-        if isinstance(module, QuantizedAttentionProcessor) and set(module.bits) == set(OPERANDS):
+        if isinstance(module, QuantizedAttentionProcessor) and set(module.formats) == set(OPERANDS):
             module.kernel = OnnxAttention(module)
         elif isinstance(module, QuantizedModule) and _is_weight_only(module):
             module.kernel = OnnxWeightKernel(module)
@@ -232,7 +235,7 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
 
 
 def _is_weight_only(module: QuantizedModule) -> bool:
-    return module.layer_format.activation_bits is None and len(module.layer_format.weight_groups) == 1
+    return module.format.input is None and len(module.format.weight.groups) <= 1
 
 
 class OnnxDenoiser(ExportedDenoiser):

@@ -24,8 +24,9 @@ from torch import Tensor
 from stepquant.core.affine import largest_code
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.workspace import cannot_write
 
 
@@ -39,7 +40,7 @@ class FoldedKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
+        assert layer.input is not None
         weight = layer.weight
         self.is_convolution = isinstance(module, QuantizedConv2d)
         self.geometry: tuple[Any, ...] = ()
@@ -47,13 +48,13 @@ class FoldedKernel(Kernel):
         if isinstance(module, QuantizedConv2d):
             self.geometry = (module.stride, (0, 0), module.dilation, module.groups)
             self.padding = module.padding
-        self.reference = layer.activation.scale.shape[0] // 2
-        self.scale = layer.activation.scale[:, 0]
-        self.zero_point = layer.activation.zero_point[:, 0].float()
-        self.top = largest_code(layer.activation.bits)
+        self.reference = layer.input.rows // 2
+        self.scale = layer.input.scale[:, 0, 0]
+        self.zero_point = layer.input.zero_point[:, 0, 0].float()
+        self.top = largest_code(layer.input.bits)
         self.register_buffer("integers", weight.integers(), persistent=False)
         spread = (-1, *(1,) * (weight.codes.dim() - 1))
-        self.register_buffer("weight_scale", weight.scale[0].reshape(spread).clone(), persistent=False)
+        self.register_buffer("weight_scale", weight.grid.scale[0, 0].reshape(spread).clone(), persistent=False)
         self.register_buffer("total", weight.dequantize().flatten(1).sum(1), persistent=False)
         self.bias = layer.bias
         self.smoothing = layer.smoothing
@@ -83,9 +84,8 @@ class FoldedKernel(Kernel):
 
 def can_fold(module: QuantizedModule) -> bool:
     """Whether a layer has one grid for its weight and one for its input; others are exported in floating point."""
-    layer_format = module.layer_format
-    groups = len(layer_format.weight_groups), len(layer_format.activation_groups)
-    return layer_format.activation_bits is not None and groups[0] == 1 and groups[1] <= 1
+    grids = module.format.weight, module.format.input
+    return all(grid is not None and len(grid.groups) <= 1 for grid in grids)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.integrations.transformers import StepquantHfQuantizer
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.models import DENOISERS
 from stepquant.runtime import Backend, prepare
 

@@ -1,1 +1,5 @@
-"""Quantized layers, activation tables, and the clock that tells them the denoising step."""
+"""Quantized layers, and the clock that tells them the denoising step. Importing it registers every kind of layer."""
+
+from stepquant.layers import conv, linear
+
+__all__ = ["conv", "linear"]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepquant.core.affine import fake_quantize
-from stepquant.core.qtensor import ActivationTable, QuantizedAttention
+from stepquant.core.qtensor import Grid, GridFormat, QuantizedAttention
+from stepquant.layers.buffers import fill_grid, has_buffers_of, keep_dtypes, read_grid, register_grid
 from stepquant.layers.clock import StepClock, of_samples
-from stepquant.layers.modules import Kernel, has_buffers_of, keep_dtypes
-
-OPERANDS = ("query", "key", "value", "probability")
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.kernel import Kernel
 
 MOST_SCORES = 1 << 26
 """Scores of an attention that are held at a time: 256 MB in float32."""
@@ -191,38 +191,34 @@ class AttentionKernel(Kernel):
 
 
 class QuantizedAttentionProcessor(AttentionProcessor):
-    """The deployed processor: tables as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1].
+    """The deployed processor: grids as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1, 1].
 
     Made without arguments, as an IP-Adapter does for every attention beside its own, it leaves all operands in floating
     point.
+
+    Args:
+        formats: operand -> shape of its grid.
     """
 
-    def __init__(
-        self, bits: dict[str, int] | None = None, rows: dict[str, int] | None = None, clock: StepClock | None = None
-    ) -> None:
+    def __init__(self, formats: dict[str, GridFormat] | None = None, clock: StepClock | None = None) -> None:
         super().__init__()
-        self.bits, self.clock = dict(bits or {}), clock or StepClock()
+        self.formats, self.clock = dict(formats or {}), clock or StepClock()
         self.kernel: AttentionKernel | None = None
-        for name in self.bits:
-            assert rows is not None
-            self.register_buffer(f"{name}_scale", torch.ones(rows[name], 1, dtype=torch.float32))
-            self.register_buffer(f"{name}_zero_point", torch.zeros(rows[name], 1, dtype=torch.uint8))
+        for name, grid_format in self.formats.items():
+            register_grid(self, name, grid_format)
 
     def fill(self, attention: QuantizedAttention) -> None:
-        """Copy the tables of `attention`, whose operands, bits and rows must be this processor's."""
-        for name in self.bits:
-            table = getattr(attention, name)
-            setattr(self, f"{name}_scale", table.scale.clone())
-            setattr(self, f"{name}_zero_point", table.zero_point.clone())
+        """Copy the grids of `attention`, whose formats must be this processor's."""
+        for name in self.formats:
+            fill_grid(self, name, getattr(attention, name))
 
-    def table(self, name: str) -> ActivationTable:
-        """The grid of operand `name`, one of `bits`."""
-        return ActivationTable(getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point"), self.bits[name])
+    def grid(self, name: str) -> Grid:
+        """The grid of operand `name`, one of `formats`."""
+        return read_grid(self, name, self.formats[name])
 
     def attention(self) -> QuantizedAttention:
         """All four grids, checked; raises `StepquantError` on damage."""
-        tables = {name: self.table(name) if name in self.bits else None for name in OPERANDS}
-        attention = QuantizedAttention(**tables)
+        attention = QuantizedAttention(**{name: self.grid(name) if name in self.formats else None for name in OPERANDS})
         attention.check()
         return attention
 
@@ -241,13 +237,12 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         return self.kernel(query, key, value, mask, self.clock.row)
 
     def operand(self, name: str, x: Tensor) -> Tensor:
-        if name not in self.bits:
+        if name not in self.formats:
             return x
-        table = self.table(name)
-        scale, zero_point = table.at(self.clock.row)
-        if scale.dim() == 2:
-            scale, zero_point = (per_sample(values, x) for values in (scale, zero_point))
-        return fake_quantize(x.float(), scale, zero_point, table.bits).to(x.dtype)
+        scale, zero_point = self.grid(name).at(self.clock.row)
+        if scale.dim() == 3:
+            scale, zero_point = (per_sample(values[:, 0], x) for values in (scale, zero_point))
+        return fake_quantize(x.float(), scale, zero_point, self.formats[name].bits).to(x.dtype)
 
 
 def is_joint(attn: Any) -> bool:

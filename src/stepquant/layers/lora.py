@@ -16,7 +16,9 @@ from typing import Any
 from torch import nn
 
 from stepquant.errors import StepquantError, first_line
-from stepquant.layers.modules import QuantizedConv2d, QuantizedLinear, QuantizedModule
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.linear import QuantizedLinear
+from stepquant.layers.quantized import QuantizedModule, quantized_modules, replace_module
 
 
 def enable_lora(model: Any) -> None:
@@ -37,10 +39,10 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     """
     if find_spec("peft") is None:
         raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
-    places = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
-    adapted = {name: _with_empty_adapter(module) for name, module in places.items() if not name.endswith("base_layer")}
+    layers = quantized_modules(model)
+    adapted = {name: _with_empty_adapter(layer) for name, layer in layers.items() if not name.endswith("base_layer")}
     for name, layer in adapted.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     before = _count(model)
     try:
         type(model).load_lora_adapter(model, weights, *args, **kwargs)
@@ -51,7 +53,7 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     finally:
         for name, layer in adapted.items():
             if not layer.lora_A:
-                _replace(model, name, layer.base_layer)
+                replace_module(model, name, layer.base_layer)
     if weights and _count(model) == before:
         raise StepquantError(
             f"the LoRA does not fit this {type(model).__name__}: none of its layers is one of the model's; give one "
@@ -69,11 +71,6 @@ def _reason(error: Exception) -> str:
 def _with_empty_adapter(module: QuantizedModule) -> Any:
     linear, convolution = _classes()
     return linear(module) if isinstance(module, QuantizedLinear) else convolution(module)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _count(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ PROBED = 64
 """Weights that are looked at to see whether a layer has changed."""
 
 
-class TimeMemo:
+class TimeCache:
     """The outputs of one layer at the timesteps seen so far.
 
     An output is given only for exactly the input it was computed from, by exactly the layer that computed it; anything
@@ -29,8 +29,8 @@ class TimeMemo:
     def __init__(self) -> None:
         self._known: dict[float, tuple[object, Tensor, Tensor]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TimeMemo:
-        return TimeMemo()
+    def __deepcopy__(self, memo: dict[int, Any]) -> TimeCache:
+        return TimeCache()
 
     def __call__(self, x: Tensor, time: Tensor, layer: object, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """``compute(x)``, or what it was.
@@ -60,9 +60,9 @@ def _all_are(x: Tensor, row: Tensor) -> bool:
 
 
 class TimeLinear(nn.Linear):
-    """A linear in floating point that remembers its outputs by timestep; without a `memo` it computes them."""
+    """A linear in floating point that remembers its outputs by timestep; without a `time_cache` it computes them."""
 
-    memo: TimeMemo | None
+    time_cache: TimeCache | None
     clock: StepClock
 
     @classmethod
@@ -70,13 +70,13 @@ class TimeLinear(nn.Linear):
         """Of the same parameters as `module`, not copied."""
         linear = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
         linear.weight, linear.bias = module.weight, module.bias
-        linear.memo, linear.clock = TimeMemo(), clock
+        linear.time_cache, linear.clock = TimeCache(), clock
         return linear.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.memo is None:
+        if self.time_cache is None:
             return super().forward(input)
-        return self.memo(input, self.clock.time, self._state(), super().forward)
+        return self.time_cache(input, self.clock.time, self._state(), super().forward)
 
     def _state(self) -> object:
         """Changes when the parameters do: by assignment, in place, or behind autograd's back as adapters are merged."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import can_quantize_attention
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.quantized import can_quantize
 
 
 @dataclass(frozen=True)

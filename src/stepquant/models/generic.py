@@ -9,7 +9,7 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import reads_timestep
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.quantized import can_quantize
 from stepquant.models.description import ModelDescription, describe_blocks
 
 TIME_LAYERS = re.compile(r"(^|\.)(time|timestep)_?(embed\w*|proj)\.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.quantized import can_quantize
 from stepquant.models.description import ModelDescription, describe_blocks
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.core.affine import largest_code
-from stepquant.core.qtensor import ActivationTable
+from stepquant.core.qtensor import Grid
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.install import made_by_quantization, quantized_modules
-from stepquant.layers.modules import QuantizedConv2d, QuantizedModule, can_quantize
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.install import made_by_quantization
+from stepquant.layers.quantized import QuantizedModule, can_quantize, quantized_modules
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,21 @@ def activation_ranges(denoiser: nn.Module) -> list[ActivationRange]:
     """Every quantized activation, in the order of the modules: inputs of layers, then operands of attentions."""
     ranges = []
     for name, module in quantized_modules(denoiser).items():
-        table = module.layer().activation
+        table = module.layer().input
         if table is not None:
             ranges += _ranges_of(name, table)
     for name, processor in _processors(denoiser):
-        for operand in processor.bits:
-            ranges += _ranges_of(f"{name} {operand}", processor.table(operand))
+        for operand in processor.formats:
+            ranges += _ranges_of(f"{name} {operand}", processor.grid(operand))
     return ranges
 
 
-def _ranges_of(name: str, table: ActivationTable) -> list[ActivationRange]:
+def _ranges_of(name: str, table: Grid) -> list[ActivationRange]:
     if len(table.group_sizes) < 2:
-        return [ActivationRange(name, table.bits, table.scale[:, 0])]
+        return [ActivationRange(name, table.bits, table.scale[:, 0, 0])]
     edges = [0, *torch.tensor(table.group_sizes).cumsum(0).tolist()]
     labels = [f"{name} [{start}:{stop}]" for start, stop in pairwise(edges)]
-    return [ActivationRange(label, table.bits, table.scale[:, group]) for group, label in enumerate(labels)]
+    return [ActivationRange(label, table.bits, table.scale[:, group, 0]) for group, label in enumerate(labels)]
 
 
 def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
@@ -102,29 +103,30 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
     stored = {name: tensor.nbytes for name, tensor in _stored_tensors(denoiser).items()}
     rows = []
     for name, module in denoiser.named_modules():
-        own = sum(size for tensor, size in stored.items() if tensor.rpartition(".")[0] == name)
+        own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}."))
         if isinstance(module, QuantizedModule):
-            layer = module.layer_format
-            table = module.layer().activation
+            layer = module.format
+            table = module.layer().input
             kind = "convolution" if isinstance(module, QuantizedConv2d) else "linear"
-            bits = None if layer.activation_bits is None else str(layer.activation_bits)
-            count = None if table is None else layer.activation_rows
-            rows.append(LayerRow(name, kind, module.weight_shape, layer.weight_bits, bits, count, own, _extent(table)))
+            bits = None if table is None else str(table.bits)
+            count = None if table is None else table.rows
+            rows.append(LayerRow(name, kind, module.weight_shape, layer.weight.bits, bits, count, own, _extent(table)))
         elif can_quantize(module):
             kind = "linear" if isinstance(module, nn.Linear) else "convolution"
             rows.append(LayerRow(name, kind, tuple(module.weight.shape), None, None, None, own, None))
     for name, processor in _processors(denoiser):
         own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}.processor."))
-        different = len(set(processor.bits.values())) > 1
+        by_operand = {operand: grid.bits for operand, grid in processor.formats.items()}
+        different = len(set(by_operand.values())) > 1
         bits = ", ".join(
-            sorted({f"{operand} {count}" if different else str(count) for operand, count in processor.bits.items()})
+            sorted({f"{operand} {count}" if different else str(count) for operand, count in by_operand.items()})
         )
-        count = max((len(processor.table(operand).scale) for operand in processor.bits), default=None)
+        count = max((grid.rows for grid in processor.formats.values()), default=None)
         rows.append(LayerRow(name, "attention", (), None, bits or None, count, own, None))
     return rows
 
 
-def _extent(table: ActivationTable | None) -> tuple[float, float] | None:
+def _extent(table: Grid | None) -> tuple[float, float] | None:
     if table is None:
         return None
     width = table.scale * largest_code(table.bits)
@@ -145,7 +147,8 @@ def bytes_by_content(denoiser: nn.Module) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     layers = quantized_modules(denoiser)
     for name, tensor in _stored_tensors(denoiser).items():
-        owner, _, kind = name.rpartition(".")
+        owner, _, kind = name.partition(".transforms.")[0].rpartition(".")
+        owner = name.partition(".transforms.")[0] if ".transforms." in name else owner
         if ".processor." in name:
             content = "activation tables"
         elif owner not in layers:

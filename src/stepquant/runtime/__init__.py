@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.install import quantized_modules
-from stepquant.layers.modules import Kernel, QuantizedModule
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.runtime import cuda, native, onednn
 from stepquant.runtime.cuda import CudaKernel
 from stepquant.runtime.native import blocks
@@ -124,7 +124,7 @@ def summary(model: nn.Module) -> str:
         for runtime, names in layers.items()
     ]
     attentions = [module for module in model.modules() if isinstance(module, QuantizedAttentionProcessor)]
-    simulated = sum(bool(attention.bits) and attention.kernel is None for attention in attentions)
+    simulated = sum(bool(attention.formats) and attention.kernel is None for attention in attentions)
     told = [f"layers: {', '.join(parts)}"] + ([f"attentions: {simulated} floating point"] if simulated else [])
     return "; ".join(
         told + [f"no {name}: {reason}" for name, reason in _left_out(_device_of(model)) if name not in layers]
@@ -175,7 +175,7 @@ def _kernel(backend: str, packed: bool, module: QuantizedModule) -> Kernel:
 
 def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
     device = module.device.type
-    if module.layer_format.activation_bits is None:
+    if module.format.input is None:
         return WeightOnlyKernel
     if backend == "native" and device == "cpu" and native.can_run(module):
         return native.NativeKernel
@@ -204,7 +204,7 @@ class PassingKernel(Kernel):
 
 def _own_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> Kernel:
     """The kernel that a runtime of one's own has for layer `name`."""
-    if module.layer_format.activation_bits is None:
+    if module.format.input is None:
         return WeightOnlyKernel(module)
     kernel = make(module)
     if kernel is not None and not isinstance(kernel, Kernel):

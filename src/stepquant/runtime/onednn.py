@@ -13,8 +13,10 @@ from torch import Tensor
 
 from stepquant.core.affine import largest_code
 from stepquant.layers.clock import of_samples
-from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule, opaque
-from stepquant.runtime.segments import along_channels, channel_dim, segments_of, sums_fit
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.kernel import Kernel, opaque
+from stepquant.layers.quantized import QuantizedModule
+from stepquant.runtime.segments import along_channels, sums_fit
 
 
 def supported() -> str | None:
@@ -57,23 +59,25 @@ class OneDnnKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
-        self.dim = channel_dim(module)
-        self.top = largest_code(layer.activation.bits)
-        self.static = layer.activation.scale.shape[0] == 1
+        assert layer.input is not None
+        self.dim = module.channel_dim
+        self.top = largest_code(layer.input.bits)
+        self.static = layer.input.rows == 1
         self.geometry = None
         if isinstance(module, QuantizedConv2d):
             self.geometry = [list(module.stride), list(module.padding), list(module.dilation)]
-        self.register_buffer("scale", layer.activation.scale.clone(), persistent=False)
-        self.register_buffer("inverse", layer.activation.scale.reciprocal(), persistent=False)
-        self.register_buffer("zero_point", layer.activation.zero_point.int(), persistent=False)
+        scale, zero_point = layer.input.scale.squeeze(2), layer.input.zero_point.squeeze(2)
+        self.register_buffer("scale", scale.clone(), persistent=False)
+        self.register_buffer("inverse", scale.reciprocal(), persistent=False)
+        self.register_buffer("zero_point", zero_point.int(), persistent=False)
         self.smoothing = layer.smoothing
         self.spans: list[tuple[int, int, int]] = []
         self.weights: list[tuple[Tensor, Tensor, Tensor]] = []
         self.bias = layer.bias
-        for segment in segments_of(layer):
-            self.spans.append((segment.start, segment.stop, segment.group))
-            self.weights.append((self._pack(segment.weight, segment.scale), segment.scale, _zeros(segment.scale)))
+        for channels, group, weight in layer.segments():
+            weight_scale = weight.grid.scale[0, 0]
+            self.spans.append((channels.start, channels.stop, group))
+            self.weights.append((self._pack(weight.integers(), weight_scale), weight_scale, _zeros(weight_scale)))
 
     def _pack(self, weight: Tensor, scale: Tensor) -> Tensor:
         if self.geometry is None:

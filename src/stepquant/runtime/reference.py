@@ -6,16 +6,17 @@ computed in float64 (exact below 2^53, which no layer reaches); so accumulators 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.core.affine import quantize
-from stepquant.core.qtensor import ActivationTable
+from stepquant.core.qtensor import Grid
+from stepquant.core.transforms import LayerTransform
 from stepquant.layers.attention import per_sample
-from stepquant.layers.modules import Kernel, QuantizedModule
-from stepquant.runtime.segments import Apply, along_channels, bound, channel_dim, linear_map, segments_of
+from stepquant.layers.buffers import TransformBuffers
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule
+from stepquant.runtime.segments import Apply, along_channels, bound, linear_map
 
 EXACT_IN_FLOAT32 = 1 << 24
 
@@ -42,40 +43,28 @@ class WeightOnlyKernel(Kernel):
         return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
-class Span(NamedTuple):
-    """Input channels [start, stop) that share one weight scale a channel and an activation scale, that of `group`."""
-
-    start: int
-    stop: int
-    group: int
-
-
 class ReferenceKernel(Kernel):
-    """Quantize, accumulate integers exactly, scale: ``y = sum over groups of acc * (s_x * s_w) + bias``."""
+    """Quantize, accumulate integers exactly, scale: ``y = sum over segments of acc * (s_x * s_w) + bias``."""
 
-    table_scale: Tensor
-    table_zero_point: Tensor
-    smoothing: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
     bias: Tensor | None
 
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
-        self.bits = layer.activation.bits
-        buffers = {
-            "table_scale": layer.activation.scale,
-            "table_zero_point": layer.activation.zero_point,
-            "smoothing": layer.smoothing,
-            "bias": layer.bias,
-        }
+        assert layer.input is not None
+        self.bits = layer.input.bits
         self.apply_map: Apply = linear_map(module)
-        self.dim = channel_dim(module)
-        self.spans = []
-        for index, segment in enumerate(segments_of(layer)):
-            self.spans.append(Span(segment.start, segment.stop, segment.group))
-            buffers[f"weight_{index}"] = segment.weight.to(self._exact_dtype(segment.weight))
-            buffers[f"weight_scale_{index}"] = segment.scale
+        self.dim = module.channel_dim
+        self.transforms = nn.ModuleList(TransformBuffers(transform) for transform in layer.transforms)
+        buffers = {"input_scale": layer.input.scale, "input_zero_point": layer.input.zero_point, "bias": layer.bias}
+        self.segments: list[tuple[slice, int]] = []
+        for index, (channels, group, weight) in enumerate(layer.segments()):
+            self.segments.append((channels, group))
+            integers = weight.integers()
+            buffers[f"weight_{index}"] = integers.to(self._exact_dtype(integers))
+            buffers[f"weight_scale_{index}"] = weight.grid.scale[0, 0]
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
@@ -83,18 +72,24 @@ class ReferenceKernel(Kernel):
         return torch.float32 if bound(weight, self.bits) < EXACT_IN_FLOAT32 else torch.float64
 
     def _at(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        return ActivationTable(self.table_scale, self.table_zero_point, self.bits).at(row)
+        """Scale and zero point of each group: [G], or [B, G] for a row of shape [B]."""
+        scale, zero_point = Grid(self.input_scale, self.input_zero_point, self.bits).at(row)
+        return scale[..., 0], zero_point[..., 0]
 
     def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
         """Exact integer sums of each segment: float32 or float64 tensors of the output's shape."""
+        transforms: list[LayerTransform] = [buffers.transform() for buffers in self.transforms]  # type: ignore[operator]
+        for transform in transforms:
+            x = transform.transform_input(x, self.dim)
         scale, zero_point = self._at(row)
         sums = []
-        for index, span in enumerate(self.spans):
+        for index, (channels, group) in enumerate(self.segments):
             weight = self.get_buffer(f"weight_{index}")
-            part = (x if len(self.spans) == 1 else x.narrow(self.dim, span.start, span.stop - span.start)).float()
-            s, z = (_broadcast(values[..., span.group], part) for values in (scale, zero_point))
-            if self.smoothing is not None:
-                s = s * along_channels(self.smoothing[span.start : span.stop], self.dim, part.dim())
+            part = x if len(self.segments) == 1 else x.narrow(self.dim, channels.start, channels.stop - channels.start)
+            part = part.float()
+            s, z = (_broadcast(values[..., group], part) for values in (scale, zero_point))
+            for transform in transforms:
+                s = transform.transform_scale(s, channels, part.dim(), self.dim)
             codes = quantize(part, s, z, self.bits) - z
             sums.append(self.apply_map(codes.to(weight.dtype), weight, None))
         return sums
@@ -102,8 +97,8 @@ class ReferenceKernel(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, _ = self._at(row)
         y: Tensor | None = None
-        for index, (span, total) in enumerate(zip(self.spans, self.accumulators(x, row), strict=True)):
-            product = scale[..., span.group, None] * self.get_buffer(f"weight_scale_{index}")
+        for index, ((_, group), total) in enumerate(zip(self.segments, self.accumulators(x, row), strict=True)):
+            product = scale[..., group, None] * self.get_buffer(f"weight_scale_{index}")
             if product.dim() == 2:
                 product = product.repeat_interleave(total.shape[0] // product.shape[0], dim=0)
             part = total.float() * along_channels(product, self.dim, total.dim())

@@ -8,7 +8,9 @@ from stepquant.calibration.fake_quant.activation import ActivationQuantizer
 from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.core.affine import fake_quantize
 from stepquant.layers.clock import StepClock
-from stepquant.layers.modules import LayerFormat, QuantizedConv2d, QuantizedLinear
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.format import LayerFormat
+from stepquant.layers.linear import QuantizedLinear
 from stepquant.runtime.reference import ReferenceKernel
 
 
@@ -35,7 +37,7 @@ def test_each_step_has_its_own_row_and_unseen_steps_take_the_nearest():
     x = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-4, 4, 50)])
     quantizer(x)
     quantizer.set_range("minmax")
-    scale = quantizer.table().scale[:, 0]
+    scale = quantizer.table().scale[:, 0, 0]
     assert torch.allclose(scale, torch.tensor([2 / 255, 8 / 255, 8 / 255]))
     mixed = quantizer(x)
     for time, row in ((0, 0), (10, 1)):
@@ -95,7 +97,7 @@ def test_channel_groups_are_quantized_apart():
     quantizer(x)
     quantizer.set_range("minmax")
     table = quantizer.table()
-    assert table.group_sizes == (2, 3) and table.scale.shape == (1, 2)
+    assert table.group_sizes == (2, 3) and table.scale.shape == (1, 2, 1)
     for group, channels in enumerate((slice(0, 2), slice(2, 5))):
         expected = fake_quantize(x[:, channels], table.scale[0, group], table.zero_point[0, group].float(), 4)
         assert torch.equal(quantizer(x)[:, channels], expected)

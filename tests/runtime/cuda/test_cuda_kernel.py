@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.core.affine import quantize
-from stepquant.layers.modules import QuantizedModule
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime import cuda
 from stepquant.runtime.cuda.kernel import MIDDLE, CudaKernel
 from stepquant.runtime.native.norms import Norm

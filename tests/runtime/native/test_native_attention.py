@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stepquant.errors import StepquantError
-from stepquant.layers.attention import OPERANDS, QuantizedAttentionProcessor
+from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
+from stepquant.layers.format import OPERANDS
 from stepquant.runtime.native.attention import NativeAttention, can_run
 from stepquant.runtime.native.build import has_amx
 

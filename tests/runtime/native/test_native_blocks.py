@@ -12,7 +12,8 @@ import torch
 import stepquant as sq
 from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
-from stepquant.layers.install import install, replace_module
+from stepquant.layers.install import install
+from stepquant.layers.quantized import replace_module
 from stepquant.models import describe
 from stepquant.runtime import prepare
 from stepquant.runtime.native.kernel import NativeKernel

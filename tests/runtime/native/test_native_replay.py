@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import stepquant as sq
 from stepquant.calibration.instrument import instrument
 from stepquant.config import QuantSpec
-from stepquant.layers.install import install, replace_module
+from stepquant.layers.install import install
+from stepquant.layers.quantized import replace_module
 from stepquant.models import describe
 from stepquant.runtime import prepare
 from stepquant.runtime.native import recording, replay

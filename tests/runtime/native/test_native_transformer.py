@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stepquant as sq
-from stepquant.layers.install import replace_module
+from stepquant.layers.quantized import replace_module
 from stepquant.runtime import prepare
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel

@@ -12,7 +12,7 @@ from stepquant.calibration.fake_quant.generator import TURNS, IntervalGenerator,
 from stepquant.calibration.observer import Observations
 from stepquant.core.affine import affine_from_range
 from stepquant.core.noise import SampleNoise
-from stepquant.core.qtensor import ActivationTable, stored_zero_point
+from stepquant.core.qtensor import Grid, stored_zero_point
 from stepquant.core.ranges import RangeMethod, find_range, least_error_gain
 from stepquant.core.rounding import (
     learned_quantize,
@@ -37,7 +37,7 @@ class ActivationQuantizer(nn.Module):
         rows: rows of the table: 1, or the number of the clock's timesteps.
         unsigned: x is known to be in [0, 1] (attention probabilities): zero point 0.
 
-    `smoothing`, float32 [channels] or None for ones, multiplies the scale of each channel (`QuantizedLayer.smoothing`).
+    `smoothing`, float32 [channels] or None for ones, multiplies the scale of each channel (`core.transforms.Smoothing`).
     """
 
     scale: Tensor
@@ -227,11 +227,11 @@ class ActivationQuantizer(nn.Module):
         """At most about `SEARCHED_VALUES` of what was observed: float [S, n]."""
         return values[:, :: math.ceil(values.shape[1] / self.SEARCHED_VALUES)]
 
-    def table(self) -> ActivationTable:
+    def table(self) -> Grid:
         """The learned grid as it ships."""
-        return ActivationTable(
-            self.current_scale().detach().float().cpu().clone(),
-            stored_zero_point(self.zero_point),
+        return Grid(
+            self.current_scale().detach().float().cpu().clone()[..., None],
+            stored_zero_point(self.zero_point)[..., None],
             self.bits,
             self.group_sizes if len(self.group_sizes) > 1 else (),
         )

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from stepquant.calibration.fake_quant.activation import ActivationQuantizer
 from stepquant.calibration.fake_quant.weight import WeightQuantizer
 from stepquant.config import FLOAT_BITS, LayerBits
-from stepquant.core.qtensor import QuantizedAttention, QuantizedLayer, QuantizedWeight, stored_zero_point
+from stepquant.core.qtensor import Grid, QTensor, QuantizedAttention, QuantizedLayer, stored_zero_point
 from stepquant.core.ranges import RangeMethod
-from stepquant.layers.attention import OPERANDS, AttentionProcessor
+from stepquant.core.transforms import Smoothing
+from stepquant.layers.attention import AttentionProcessor
 from stepquant.layers.clock import StepClock
-from stepquant.layers.modules import can_quantize
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.quantized import can_quantize
 
 
 class TrainableLayer(nn.Module):
@@ -56,16 +58,12 @@ class TrainableLayer(nn.Module):
     def freeze(self) -> QuantizedLayer:
         """What calibration found, as it ships."""
         weight = self.weight_quantizer
-        quantized = QuantizedWeight(
-            weight.codes(self.weight).cpu().clone(),
-            weight.scale.float().cpu().clone(),
-            stored_zero_point(weight.zero_point),
-            weight.bits,
-            weight.group_sizes,
-        )
+        scale, zero_point = weight.scale.float().cpu().clone(), stored_zero_point(weight.zero_point)
+        grid = Grid(scale[None], zero_point[None], weight.bits, weight.group_sizes)
+        quantized = QTensor(weight.codes(self.weight).cpu().clone(), grid)
         bias = None if self.inner.bias is None else self.inner.bias.detach().float().cpu().clone()
         activation = None if self.activation_quantizer is None else self.activation_quantizer.table()
-        smoothing = None if weight.smoothing is None else weight.smoothing.float().cpu().clone()
+        smoothing = () if weight.smoothing is None else (Smoothing(weight.smoothing.float().cpu().clone()),)
         return QuantizedLayer(quantized, bias, activation, smoothing)
 
     def smoothing(self, smoothing: Tensor) -> None:

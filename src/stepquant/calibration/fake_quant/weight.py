@@ -25,13 +25,13 @@ class WeightQuantizer(nn.Module):
 
     Args:
         weight: float [out, in, *kernel], the full-precision weight.
-        bits: 2 to 8; the grid is symmetric at 8 bits and affine below (see `QuantizedWeight`).
+        bits: 2 to 8; the grid is symmetric at 8 bits and affine below (see `QTensor`).
         group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
         method: how the range is found. At 8 bits it is min-max whatever is asked for: the least error there clips the
             largest weights, which shrinks a layer's gain at every step alike and costs more than it saves
             (``docs/quality.md``).
 
-    `smoothing`, float32 [in] or None for ones, divides the scale of each input channel (`QuantizedLayer.smoothing`).
+    `smoothing`, float32 [in] or None for ones, divides the scale of each input channel (`core.transforms.Smoothing`).
     """
 
     scale: Tensor

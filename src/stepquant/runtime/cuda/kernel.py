@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule
+from stepquant.core.qtensor import QTensor
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.norms import Norm
-from stepquant.runtime.segments import Segment, segments_of, sums_fit
+from stepquant.runtime.segments import sums_fit
 
 MIDDLE = 128
 """Codes are stored less this, since integer tensor cores multiply signed numbers."""
@@ -21,9 +24,8 @@ MIDDLE = 128
 def can_run(module: QuantizedModule) -> bool:
     """Whether a layer has an integer kernel: quantized activations, no overflow, and not at once groups of a
     convolution and groups of channels with scales of their own."""
-    layer_format = module.layer_format
-    split = len(layer_format.weight_groups) > 1 or len(layer_format.activation_groups) > 1
-    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1 and split)
+    split = len(module.format.weight.groups) > 1 or (module.format.input and len(module.format.input.groups) > 1)
+    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1 and bool(split))
 
 
 class Piece(nn.Module):
@@ -40,18 +42,19 @@ class Piece(nn.Module):
     weight_sum: Tensor
     weight_scale: Tensor
 
-    def __init__(self, segment: Segment, bits: int) -> None:
+    def __init__(self, channels: slice, group: int, part: QTensor) -> None:
         super().__init__()
-        self.start, self.channels, self.group = segment.start, segment.stop - segment.start, segment.group
-        weight, zero_point = segment.weight.flatten(2) if segment.weight.dim() == 4 else segment.weight[..., None], None
+        self.start, self.channels, self.group = channels.start, channels.stop - channels.start, group
+        integers, zero_point = part.integers(), None
+        weight = integers.flatten(2) if integers.dim() == 4 else integers[..., None]
         weight, total = weight.transpose(1, 2), weight.sum((1, 2), dtype=torch.int32)
-        if bits <= 4:
-            zero_point = segment.zero_point.to(torch.int8)
+        if part.bits <= 4:
+            zero_point = part.grid.zero_point[0, 0].to(torch.int8)
             weight = pack_halves(weight + zero_point[:, None, None])
         self.register_buffer("weight", weight.contiguous(), persistent=False)
         self.register_buffer("weight_zero_point", zero_point, persistent=False)
         self.register_buffer("weight_sum", total, persistent=False)
-        self.register_buffer("weight_scale", segment.scale.clone(), persistent=False)
+        self.register_buffer("weight_scale", part.grid.scale[0, 0].clone(), persistent=False)
 
     def integers(self) -> Tensor:
         """int8 [out, taps, in]."""
@@ -86,19 +89,19 @@ class CudaKernel(Kernel):
         super().__init__()
         importlib.import_module("stepquant.runtime.cuda.ops")  # registers torch.ops.stepquant; needs triton
         layer = module.layer()
-        assert layer.activation is not None
-        self.outputs, self.bits = module.weight_shape[0], layer.activation.bits
+        assert layer.input is not None
+        self.outputs, self.bits = module.weight_shape[0], layer.input.bits
         self.geometry = Geometry.of(module)
         buffers = {
-            "scale": layer.activation.scale.clone(),
-            "zero_point": layer.activation.zero_point.int() - MIDDLE,
+            "scale": layer.input.scale.squeeze(2).clone(),
+            "zero_point": layer.input.zero_point.squeeze(2).int() - MIDDLE,
             "smoothing": None if layer.smoothing is None else layer.smoothing.clone(),
             "bias": None if layer.bias is None else layer.bias.clone(),
             "first_row": torch.zeros(1, dtype=torch.int64),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-        self.pieces = nn.ModuleList(Piece(segment, layer.weight.bits) for segment in segments_of(layer))
+        self.pieces = nn.ModuleList(Piece(*segment) for segment in layer.segments())
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         return self.run(x, row)
@@ -110,7 +113,7 @@ class CudaKernel(Kernel):
         return Norm(*torch.ops.stepquant.group_norm(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps))
 
     def integers(self) -> Tensor:
-        """The weight as `QuantizedWeight.integers` has it: int8 [out, in, *kernel], on the kernel's device."""
+        """The weight as `QTensor.integers` has it: int8 [out, in, *kernel], on the kernel's device."""
         weight = torch.cat([piece.integers() for piece in self._pieces()], dim=2).transpose(1, 2)
         return weight.squeeze(2) if self.geometry is None else weight.unflatten(2, self.geometry.size)
 

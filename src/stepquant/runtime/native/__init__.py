@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.install import quantized_modules
+from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime.native import attention, blocks, replay
 from stepquant.runtime.native.build import supported
 from stepquant.runtime.native.kernel import NativeKernel, can_run

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
-from stepquant.core.qtensor import ActivationTable
+from stepquant.core.qtensor import Grid as OperandGrid
 from stepquant.errors import StepquantError
-from stepquant.layers.attention import OPERANDS, AttentionKernel, QuantizedAttentionProcessor
+from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
 from stepquant.layers.clock import of_samples
-from stepquant.layers.modules import opaque
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.kernel import opaque
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import TYPES, Attention, Grid, Heads
 from stepquant.runtime.native.recording import record
@@ -23,7 +24,7 @@ MOST_PRODUCTS = (1 << 31) // (255 * 255)
 
 def can_run(processor: QuantizedAttentionProcessor) -> bool:
     """Whether all four operands are quantized, which the integer products need."""
-    return set(processor.bits) == set(OPERANDS)
+    return set(processor.formats) == set(OPERANDS)
 
 
 class NativeAttention(AttentionKernel):
@@ -41,7 +42,7 @@ class NativeAttention(AttentionKernel):
         self.library = library()
         self.amx = int(has_amx() if amx is None else amx)
         attention = processor.attention()
-        self.tables: list[ActivationTable] = [getattr(attention, name) for name in OPERANDS]
+        self.tables: list[OperandGrid] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
         self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
 
@@ -88,7 +89,7 @@ class NativeAttention(AttentionKernel):
             at = 0 if table.scale.shape[0] == 1 else int(row)
             return Grid(table.scale.data_ptr() + 4 * at, zero_point.data_ptr() + 4 * at, 0, top), None
         rows = of_samples(row, batch)
-        values = (table.scale[rows, 0].contiguous(), zero_point[rows, 0].contiguous())
+        values = (table.scale[rows, 0, 0].contiguous(), zero_point[rows, 0, 0].contiguous())
         return Grid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
 
 

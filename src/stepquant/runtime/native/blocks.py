@@ -27,7 +27,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from stepquant.layers.modules import QuantizedModule, opaque
+from stepquant.layers.kernel import opaque
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native import transformer
 from stepquant.runtime.native.fusion import is_unchanged, replace_forward, restore_forward
 from stepquant.runtime.native.kernel import is_native

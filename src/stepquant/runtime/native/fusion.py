@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stepquant.layers.modules import Kernel
+from stepquant.layers.kernel import Kernel
 from stepquant.runtime.native.norms import is_present
 
 _LAYERS = "_fused_layers"

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import QTensor
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import of_samples
-from stepquant.layers.modules import Kernel, QuantizedConv2d, QuantizedModule, opaque
+from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.kernel import Kernel, opaque
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.build import has_amx, library
 from stepquant.runtime.native.library import (
     ACTIVATIONS,
@@ -30,7 +33,7 @@ from stepquant.runtime.native.library import (
 from stepquant.runtime.native.memory import scratch
 from stepquant.runtime.native.norms import Norm, check_channels, dense, group_norm
 from stepquant.runtime.native.recording import record
-from stepquant.runtime.segments import Segment, segments_of, sums_fit
+from stepquant.runtime.segments import sums_fit
 
 MOST_PLANS = 32
 """Plans that a layer keeps, of inputs of different shapes; the oldest is forgotten for the next."""
@@ -122,7 +125,7 @@ class NativeKernel(Kernel):
     def __init__(self, module: QuantizedModule, *, amx: bool | None = None, packed: bool = False) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.activation is not None
+        assert layer.input is not None
         self.library = library()
         self.amx = int(has_amx() if amx is None else amx)
         self.outputs, self.inputs = module.weight_shape[:2]
@@ -134,15 +137,15 @@ class NativeKernel(Kernel):
         if isinstance(module, QuantizedConv2d):
             self.kernel_size = (module.weight_shape[2], module.weight_shape[3])
             self.stride, self.padding, self.dilation = module.stride, module.padding, module.dilation
-        self.scale = layer.activation.scale.clone()
-        self.zero_point = layer.activation.zero_point.int()
+        self.scale = layer.input.scale.squeeze(2).clone()
+        self.zero_point = layer.input.zero_point.squeeze(2).int()
         self.smoothing = None if layer.smoothing is None else layer.smoothing.clone()
-        self.top = largest_code(layer.activation.bits)
+        self.top = largest_code(layer.input.bits)
         self.rows, self.groups = self.scale.shape
         self.by_row = [self.scale, self.zero_point]
         self.bias = None if layer.bias is None else padded(layer.bias, torch.float32)
         self.packed = packed and layer.weight.bits <= 4
-        self.pieces = [self._pack(segment) for segment in segments_of(layer)]
+        self.pieces = [self._pack(*segment) for segment in layer.segments()]
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
     @property
@@ -157,28 +160,28 @@ class NativeKernel(Kernel):
         packed = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
         return [x for x in (*self.by_row, *packed, *taps, self.smoothing, self.bias) if x is not None]
 
-    def _pack(self, segment: Segment) -> Piece:
+    def _pack(self, channels: slice, group: int, part: QTensor) -> Piece:
         """A row of taps is one run of bytes where it can be."""
-        weight = segment.weight
+        weight = part.integers()
         taps = weight[:, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
         if weight.dim() == 4 and self.dilation[1] == 1:
             taps = taps.reshape(weight.shape[0], weight.shape[2], -1)
         tiles, total = pack_columns(taps), weight.flatten(1).sum(1, dtype=torch.int32)
-        zero_point = padded(segment.zero_point, torch.uint8) if self.packed else None
+        zero_point = padded(part.grid.zero_point[0, 0], torch.uint8) if self.packed else None
         return Piece(
-            segment.start,
-            segment.stop - segment.start,
-            segment.group,
+            channels.start,
+            channels.stop - channels.start,
+            group,
             taps.shape[1],
             taps.shape[2],
             tiles if zero_point is None else pack_nibbles(tiles, zero_point),
             padded(total, torch.int32),
-            padded(segment.scale, torch.float32),
+            padded(part.grid.scale[0, 0], torch.float32),
             zero_point,
         )
 
     def integers(self) -> Tensor:
-        """The weight that the kernel holds, as `QuantizedWeight.integers` has it."""
+        """The weight that the kernel holds, as `QTensor.integers` has it."""
         parts = [piece.integers(self.outputs) for piece in self.pieces]
         if not self.is_convolution:
             return torch.cat([part[:, 0] for part in parts], dim=1)

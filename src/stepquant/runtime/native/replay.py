@@ -13,7 +13,8 @@ from diffusers.models.unets import unet_2d_blocks
 from torch import Tensor, nn
 
 from stepquant.layers.clock import StepClock
-from stepquant.layers.modules import QuantizedModule, opaque
+from stepquant.layers.kernel import opaque
+from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.fusion import children_of, is_fused
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.library import TYPES

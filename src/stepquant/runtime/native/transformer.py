@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.modules import opaque
+from stepquant.layers.kernel import opaque
 from stepquant.runtime.native.fusion import is_unchanged
 from stepquant.runtime.native.kernel import is_native
 from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, layer_norm

@@ -1,0 +1,71 @@
+"""Grids and transforms as buffers of modules, under the names that a checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.core.qtensor import Grid, GridFormat
+from stepquant.core.transforms import LayerTransform
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def register_grid(module: nn.Module, name: str, grid_format: GridFormat, outputs: int = 1) -> None:
+    """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``."""
+    # With explicit dtypes: a model may be built under another default.
+    shape = grid_format.shape(outputs)
+    module.register_buffer(f"{name}_scale", torch.ones(shape, dtype=torch.float32))
+    module.register_buffer(f"{name}_zero_point", torch.zeros(shape, dtype=torch.uint8))
+
+
+def fill_grid(module: nn.Module, name: str, grid: Grid) -> None:
+    """Copy `grid` into the buffers of `register_grid`."""
+    setattr(module, f"{name}_scale", grid.scale.clone())
+    setattr(module, f"{name}_zero_point", grid.zero_point.clone())
+
+
+def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid:
+    """The grid in the buffers of `register_grid`, unchecked and not copied."""
+    scale, zero_point = getattr(module, f"{name}_scale"), getattr(module, f"{name}_zero_point")
+    return Grid(scale, zero_point, grid_format.bits, grid_format.groups)
+
+
+class TransformBuffers(nn.Module):
+    """The tensors of one `LayerTransform` as buffers."""
+
+    def __init__(self, transform: LayerTransform) -> None:
+        super().__init__()
+        self.kind = type(transform)
+        for name, tensor in transform.tensors().items():
+            self.register_buffer(name, tensor)
+
+    def fill(self, transform: LayerTransform) -> None:
+        """Copy the tensors of `transform`, which must be of the same kind."""
+        for name, tensor in transform.tensors().items():
+            setattr(self, name, tensor.clone())
+
+    def transform(self) -> LayerTransform:
+        """The transform, on the CPU and unchecked."""
+        return self.kind(**{name: tensor.cpu() for name, tensor in self.named_buffers()})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformBuffers:
+        return keep_dtypes(self, lambda: super(TransformBuffers, self)._apply(fn, recurse))
+
+
+def has_buffers_of(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a state dict has a tensor of this module itself; that of an adapter has none."""
+    return any(f"{prefix}{name}" in state_dict for name, _ in module.named_buffers(recurse=False))
+
+
+def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:
+    """Let `apply` move the buffers of a module but not round them: ``model.half()`` must leave scale tables alone."""
+    before = dict(module.named_buffers(recurse=False))
+    result = apply()
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.dtype != before[name].dtype:
+            setattr(module, name, before[name].to(buffer.device))
+    return result

@@ -1,0 +1,264 @@
+"""Quantized layers as they ship: packed integers and tables in the state dict, executed by a runtime's kernel.
+
+The buffers below are the checkpoint's tensors under the usual names (``unet.conv_in.weight_packed``, ...). What their
+shapes and bits are is a `LayerFormat` in the model's configuration; so an empty layer can be built first and filled
+from a file later. A runtime (``stepquant.runtime``) reads `QuantizedModule.layer` and installs `kernel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.core.packing import pack, packed_bytes, unpack
+from stepquant.core.qtensor import Grid, QTensor, QuantizedLayer
+from stepquant.core.transforms import KINDS
+from stepquant.errors import StepquantError
+from stepquant.layers.buffers import (
+    TransformBuffers,
+    fill_grid,
+    has_buffers_of,
+    keep_dtypes,
+    read_grid,
+    register_grid,
+)
+from stepquant.layers.clock import StepClock
+from stepquant.layers.format import LayerFormat
+from stepquant.layers.kernel import Kernel
+from stepquant.layers.time_cache import TimeCache
+
+QuantizedT = TypeVar("QuantizedT", bound="QuantizedModule")
+
+
+class QuantizedModule(nn.Module):
+    """What quantized layers share: the stored tensors and the installed kernel.
+
+    Buffers:
+        weight_packed: uint8, the weight's codes as `core.packing.pack` lays them out. They stay in CPU memory when the
+            module moves to an accelerator: kernels there hold the weight in a layout of their own.
+        weight_scale: float32 [1, G, out]; weight_zero_point: uint8 [1, G, out].
+        bias: float32 [out], or None.
+        input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent when the activation is not quantized.
+        transforms.0.factor, ...: tensors of the layer's transforms, in their order.
+
+    A subclass names its `channel_dim`, the dimension of the input that holds the channels, and gives `like`.
+    """
+
+    channel_dim = -1
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, weight_shape: tuple[int, ...], bias: bool, layer_format: LayerFormat, clock: StepClock) -> None:
+        super().__init__()
+        self.weight_shape = tuple(weight_shape)
+        self.format = layer_format
+        self.clock = clock
+        self.kernel: Kernel | None = None
+        self.make_kernel: Callable[[QuantizedModule], Kernel] | None = None
+        self.kernel_device: torch.device | None = None
+        self.time_cache: TimeCache | None = None
+        self._integers: Callable[[], Tensor] | None = None
+        self._reloaded = False
+        out, inputs = weight_shape[:2]
+        stored = packed_bytes(math.prod(weight_shape), layer_format.weight.bits)
+        self.register_buffer("weight_packed", torch.zeros(stored, dtype=torch.uint8))
+        register_grid(self, "weight", layer_format.weight, out)
+        self.register_buffer("bias", torch.zeros(out, dtype=torch.float32) if bias else None)
+        if layer_format.input is not None:
+            register_grid(self, "input", layer_format.input)
+        identities = [KINDS[transform.kind].identity(inputs) for transform in layer_format.transforms]
+        self.transforms = nn.ModuleList(TransformBuffers(identity) for identity in identities)
+        self.register_load_state_dict_post_hook(_renew_reloaded)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether `module`, of the class that this one replaces, can be replaced."""
+        return True
+
+    @classmethod
+    def like(cls, module: Any, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
+        """An empty layer in the shape of the full-precision `module`."""
+        raise NotImplementedError
+
+    def fill(self, layer: QuantizedLayer) -> None:
+        """Copy the tensors of `layer`, whose format must be this module's."""
+        self.weight_packed, self._integers = pack(layer.weight.codes, layer.weight.bits), None
+        fill_grid(self, "weight", layer.weight.grid)
+        self.bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        if layer.input is not None:
+            fill_grid(self, "input", layer.input)
+        for buffers, transform in zip(self._transforms(), layer.transforms, strict=True):
+            buffers.fill(transform)
+
+    def layer(self) -> QuantizedLayer:
+        """The layer's integers and grids, unpacked and checked, on the CPU; raises `StepquantError` on damage."""
+        codes = unpack(self._packed().cpu(), self.weight_shape, self.format.weight.bits)
+        layer = QuantizedLayer(
+            QTensor(codes, _on_cpu(read_grid(self, "weight", self.format.weight))),
+            None if self.bias is None else self.bias.cpu(),
+            None if self.format.input is None else _on_cpu(read_grid(self, "input", self.format.input)),
+            tuple(buffers.transform() for buffers in self._transforms()),
+        )
+        layer.check()
+        return layer
+
+    def _transforms(self) -> list[TransformBuffers]:
+        return list(self.transforms)  # type: ignore[arg-type]
+
+    def release(self, integers: Callable[[], Tensor]) -> None:
+        """Drop the codes, since a kernel holds them in an order of its own: no weight is in memory twice.
+
+        The state dict and `layer` have them as before. Their place is taken by a tensor of the same shape, dtype and
+        device that takes one byte.
+
+        Args:
+            integers: returns what `QTensor.integers` was.
+        """
+        self._integers = integers
+        self.weight_packed = self.weight_packed.new_zeros(1).expand(self.weight_packed.shape)
+
+    def restore(self) -> None:
+        """Undo `release`."""
+        self.weight_packed, self._integers = self._packed(), None
+
+    def _packed(self) -> Tensor:
+        """The codes as the checkpoint has them."""
+        if self._integers is None:
+            return self.weight_packed
+        grid = read_grid(self, "weight", self.format.weight)
+        return pack(QTensor.of_integers(self._integers().to(grid.scale.device), grid).codes, grid.bits)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_packed"] = self._packed()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        self._reloaded = has_buffers_of(self, state_dict, prefix)
+        if self._reloaded:
+            self.restore()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the module's buffers, except `weight_packed`."""
+        return self.weight_scale.device
+
+    def use(self, make_kernel: Callable[[QuantizedModule], Kernel]) -> None:
+        """Execute by the kernel that `make_kernel` returns here, and on every device the layer is moved to."""
+        self.make_kernel = make_kernel
+        self._renew_kernel()
+
+    def _renew_kernel(self) -> None:
+        if self.make_kernel is None or self.device.type == "meta":
+            return
+        self.restore()
+        if self.device.type != "cpu":
+            self.weight_packed = self.weight_packed.cpu()
+        self.kernel = self.make_kernel(self).to(self.device)
+        self.kernel_device = self.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        stored = self.weight_packed
+        keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
+        self.transforms._apply(fn)
+        if stored.device.type == "cpu" and self.weight_packed.device.type not in ("cpu", "meta"):
+            self.weight_packed = stored
+        if self.kernel_device not in (None, self.device):
+            self._renew_kernel()
+        return self
+
+    def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        # Named `input` as in torch's layers, which some models call by keyword.
+        if self.kernel is None:
+            raise RuntimeError("the layer has no kernel; call stepquant.runtime.prepare(model) first")
+        if self.time_cache is not None:
+            return self.time_cache(input, self.clock.time, self.kernel, self._run)
+        return self._run(input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.kernel_device not in (None, self.device):  # moved tensor by tensor, as accelerate does
+            self._renew_kernel()
+        assert self.kernel is not None
+        return self.kernel(x, self.clock.row)
+
+
+QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
+"""Class of a full-precision layer -> class that takes its place."""
+
+
+def quantizes(kind: type[nn.Module]) -> Callable[[type[QuantizedT]], type[QuantizedT]]:
+    """Register the decorated class as the quantized form of `kind`."""
+
+    def register(cls: type[QuantizedT]) -> type[QuantizedT]:
+        QUANTIZED[kind] = cls
+        return cls
+
+    return register
+
+
+def can_quantize(module: nn.Module) -> bool:
+    """Whether there is a quantized form of `module`: a linear, or a 2-d convolution padded with zeros."""
+    return _quantized_class(module) is not None
+
+
+def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
+    """An empty quantized layer in the shape of `module`.
+
+    Raises:
+        StepquantError: if `module` has no quantized form, or the groups of the format do not sum to its channels.
+    """
+    cls = _quantized_class(module)
+    if cls is None:
+        raise StepquantError(f"a layer to be quantized is a {type(module).__name__}; expected a linear or convolution.")
+    weight: Any = module.weight
+    grouped = getattr(module, "groups", 1)
+    for grid, channels in ((layer_format.weight, weight.shape[1]), (layer_format.input, weight.shape[1] * grouped)):
+        if grid is not None and grid.groups and sum(grid.groups) != channels:
+            raise StepquantError(
+                f"groups of {sum(grid.groups)} channels were given for a layer of {channels} input channels. "
+                "The checkpoint is damaged; quantize the model again."
+            )
+    return cls.like(module, layer_format, clock)
+
+
+def quantized_like(module: nn.Module, layer: QuantizedLayer, clock: StepClock) -> QuantizedModule:
+    """A quantized layer in the shape of `module`, filled with `layer`; without a kernel yet."""
+    quantized = empty_like(module, LayerFormat.of(layer), clock)
+    quantized.fill(layer)
+    return quantized
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """All quantized layers of `model`, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place that the dotted `name` has in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
+    found = (cls for kind, cls in QUANTIZED.items() if isinstance(module, kind) and cls.accepts(module))
+    return next(found, None)
+
+
+def _renew_reloaded(module: nn.Module, _incompatible_keys: Any) -> None:
+    """After a state dict was loaded, also into the transforms: build the kernel of what it brought."""
+    assert isinstance(module, QuantizedModule)
+    if module._reloaded:
+        module._reloaded = False
+        module._renew_kernel()
+
+
+def _on_cpu(grid: Grid) -> Grid:
+    return Grid(grid.scale.cpu(), grid.zero_point.cpu(), grid.bits, grid.group_sizes)
