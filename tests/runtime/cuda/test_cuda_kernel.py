@@ -109,7 +109,7 @@ def test_codes_are_those_of_the_definition(bits):
     kernel = on_gpu(module)
     x = torch.cat([torch.arange(-1000, 1000) * 0.125, torch.randn(1000), torch.tensor([1e9, -1e9, 1e30, -torch.inf])])
     for step in range(STEPS):
-        expected = quantize(x, module.input_scale[step, 0], module.input_zero_point[step, 0], bits)
+        expected = quantize(x, module.input_scale[step, 0, 0], module.input_zero_point[step, 0, 0], bits)
         row = torch.tensor([step], device=GPU)
         found = torch.ops.stepquant.quantize(
             x[None, None].to(GPU), row, kernel.scale, kernel.zero_point, 0, bits, None, None, None, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepquant.core.qtensor import GridFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
@@ -17,15 +18,14 @@ STEPS = 3
 
 
 def processor(zero_of_probability: int = 0) -> QuantizedAttentionProcessor:
-    result = QuantizedAttentionProcessor(
-        dict.fromkeys(OPERANDS, 8), dict.fromkeys(OPERANDS, STEPS), StepClock(torch.arange(STEPS).float())
-    )
+    formats = dict.fromkeys(OPERANDS, GridFormat(bits=8, rows=STEPS))
+    result = QuantizedAttentionProcessor(formats, StepClock(torch.arange(STEPS).float()))
     for name in OPERANDS:
         reach = 1.0 if name == "probability" else 6.0
-        zero_point = torch.randint(1, 255, (STEPS, 1))
+        zero_point = torch.randint(1, 255, (STEPS, 1, 1))
         if name == "probability":
-            zero_point = torch.full((STEPS, 1), zero_of_probability)
-        setattr(result, f"{name}_scale", (torch.rand(STEPS, 1) + 0.5) * reach / 255)
+            zero_point = torch.full((STEPS, 1, 1), zero_of_probability)
+        setattr(result, f"{name}_scale", (torch.rand(STEPS, 1, 1) + 0.5) * reach / 255)
         setattr(result, f"{name}_zero_point", zero_point.byte())
     return result
 
@@ -62,8 +62,8 @@ def test_operands_of_any_layout_and_dtype():
 
 
 def test_one_operand_in_float_cannot_run():
-    bits = dict.fromkeys(("query", "key", "value"), 8)
-    assert not can_run(QuantizedAttentionProcessor(bits, dict.fromkeys(bits, 1), StepClock()))
+    formats = dict.fromkeys(("query", "key", "value"), GridFormat(bits=8))
+    assert not can_run(QuantizedAttentionProcessor(formats, StepClock()))
 
 
 @pytest.mark.parametrize("key", [(3, 2, 5, 8), (2, 1, 5, 8), (2, 2, 5, 9), (2, 2, 6, 8)])
