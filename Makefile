@@ -58,7 +58,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests training benchmarks examples
 	$(BIN)/mypy
 
-# What docs/trust.md promises, measured: minutes each.
+# What docs/reliability.md promises, measured: minutes each.
 trust-interruption: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/trust/interruption.py --trials 100 --json benchmarks/results/trust-interruption.json
 

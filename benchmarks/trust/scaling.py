@@ -1,4 +1,4 @@
-"""How long quantization takes on many accelerators: the model behind docs/scaling.md, and its assumptions.
+"""How long quantization takes on many accelerators: the model behind docs/distributed.md, and its assumptions.
 
     python benchmarks/trust/scaling.py --json benchmarks/results/trust-scaling.json
 

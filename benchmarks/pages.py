@@ -1,0 +1,82 @@
+"""Write the generated parts of README.md and docs/: result tables, code of the examples, options of commands.
+
+``python -m benchmarks.pages`` rewrites what lies between the markers of every page.
+
+A generated part starts with ``<!-- table: recipes w4a4 -->`` and ends with ``<!-- end -->``. ``table`` names a function
+of `benchmarks.tables` and its argument, ``code`` a file and what it defines (``examples/best.py best``), ``options`` a
+command of ``stepquant``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks import tables
+from stepquant.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PART = re.compile(r"(<!-- (table|code|options): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Every page that is written by hand or half by hand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "training" / "README.md"]
+
+
+def code(path: str, *names: str) -> str:
+    """Functions and classes of a file, as they stand there."""
+    source = (ROOT / path).read_text()
+    found = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    lines = source.splitlines()
+    parts = []
+    for name in names:
+        node = found[name]
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        parts.append("\n".join(lines[first - 1 : node.end_lineno]))
+    return "```python\n" + "\n\n\n".join(parts) + "\n```"
+
+
+def options(command: str) -> str:
+    """The options of a command, as ``--help`` lists them."""
+    group: Any = typer.main.get_command(app)
+    rows = []
+    for parameter in group.commands[command].params:
+        if parameter.param_type_name == "option" and not parameter.hidden:
+            names = [f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts)]
+            rows.append([", ".join(names), meaning(parameter)])
+    return tables.table(("option", "meaning"), rows)
+
+
+def meaning(option: Any) -> str:
+    text = (option.help or "").replace("|", "\\|")
+    if option.default in (None, False) or "default" in text:
+        return text + (" Required." if option.required else "")
+    return f"{text} Default: `{option.default}`."
+
+
+def generated(kind: str, words: list[str]) -> str:
+    if kind == "table":
+        make = getattr(tables, words[0])
+        return make(*words[1:])
+    return code(*words) if kind == "code" else options(*words)
+
+
+def up_to_date(text: str) -> str:
+    """A page with its generated parts written anew."""
+    return PART.sub(lambda part: f"{part[1]}{generated(part[2], part[3].split())}\n{part[4]}", text)
+
+
+def main() -> None:
+    stale = [page for page in pages() if up_to_date(page.read_text()) != page.read_text()]
+    for page in stale:
+        page.write_text(up_to_date(page.read_text()))
+        print(f"updated {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
