@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepquant.core.affine import fake_quantize
 from stepquant.core.qtensor import Grid, GridFormat, QuantizedAttention
+from stepquant.errors import StepquantError
 from stepquant.layers.buffers import fill_grid, has_buffers_of, keep_dtypes, read_grid, register_grid
 from stepquant.layers.clock import StepClock, of_samples
 from stepquant.layers.format import OPERANDS
@@ -89,19 +90,17 @@ class AttentionProcessor(nn.Module):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        batch, length = context.shape[:2]
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        mixed = self.attend(query, key, value, attention_mask)
-        hidden_states = mixed.transpose(1, 2).flatten(2)
+            attention_mask = _prepared_mask(attn, attention_mask, *context.shape[:2])
+        query, key, value = (
+            _project(attn, x, layer, norm)
+            for x, layer, norm in (
+                (hidden_states, attn.to_q, attn.norm_q),
+                (context, attn.to_k, attn.norm_k),
+                (context, attn.to_v, None),
+            )
+        )
+        hidden_states = self._mix(query, key, value, attention_mask)
         for module in attn.to_out:
             hidden_states = module(hidden_states)
         if image_shape is not None:
@@ -118,26 +117,20 @@ class AttentionProcessor(nn.Module):
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> Any:
-        """Text first, then image, as rotary positions count them; without them the order does not matter."""
-
-        def project(x: Tensor, layer: Any, norm: Any = None) -> Tensor:
-            x = layer(x).unflatten(-1, (attn.heads, -1))
-            return x if norm is None else norm(x)
-
-        query = project(hidden_states, attn.to_q, attn.norm_q)
-        key = project(hidden_states, attn.to_k, attn.norm_k)
-        value = project(hidden_states, attn.to_v)
+        """Text tokens come first, then image tokens: rotary embeddings count positions in this order."""
+        query = _project(attn, hidden_states, attn.to_q, attn.norm_q)
+        key = _project(attn, hidden_states, attn.to_k, attn.norm_k)
+        value = _project(attn, hidden_states, attn.to_v)
         tokens = 0
         if encoder_hidden_states is not None:
-            tokens = encoder_hidden_states.shape[1]
-            query = torch.cat([project(encoder_hidden_states, attn.add_q_proj, attn.norm_added_q), query], dim=1)
-            key = torch.cat([project(encoder_hidden_states, attn.add_k_proj, attn.norm_added_k), key], dim=1)
-            value = torch.cat([project(encoder_hidden_states, attn.add_v_proj), value], dim=1)
+            text, tokens = encoder_hidden_states, encoder_hidden_states.shape[1]
+            query = torch.cat([_project(attn, text, attn.add_q_proj, attn.norm_added_q), query], dim=1)
+            key = torch.cat([_project(attn, text, attn.add_k_proj, attn.norm_added_k), key], dim=1)
+            value = torch.cat([_project(attn, text, attn.add_v_proj), value], dim=1)
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        mixed = self.attend(query, key, value, attention_mask).transpose(1, 2).flatten(2)
+        mixed = self._mix(query, key, value, attention_mask)
         text, image = mixed[:, :tokens], mixed[:, tokens:]
         for module in getattr(attn, "to_out", None) or ():
             image = module(image)
@@ -145,41 +138,106 @@ class AttentionProcessor(nn.Module):
             return image
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend` for operands [B, N, heads, d]; returns [B, N, heads * d]."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return self.attend(query, key, value, mask).transpose(1, 2).flatten(2)
+
     @property
     def repeatable(self) -> bool:
-        """Whether `operand` does the same again on the same x, so that a backward pass may compute it again."""
+        """Whether `operand` returns the same for the same x, so that a backward pass may compute it again."""
         return True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Scaled dot-product attention on quantized operands; all [B, heads, N, d].
+        """Scaled dot-product attention on quantized operands.
 
-        Where the scores of all heads are more than `MOST_SCORES`, as many heads are taken at a time as stay below it,
-        and a backward pass computes their scores again: at 64x64 those of one sample and eight heads are 0.5 GB, and
-        learning through them keeps half a dozen such tensors.
+        If all heads have more than `MOST_SCORES` scores, heads are processed in parts that stay below it, and a
+        backward pass computes the scores of a part again. At 64x64 the scores of one sample and eight heads take
+        0.5 GB, and training keeps half a dozen tensors of that size.
+
+        Args:
+            query: float [B, heads, N, d].
+            key, value: float [B, heads, M, d].
+            mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
+
+        Returns:
+            float [B, heads, N, d]; zeros for a query whose keys are all masked.
         """
         query, key = self.operand("query", query), self.operand("key", key)
         batch, heads, length = query.shape[:3]
+        if mask is not None:
+            mask = additive_mask(mask, (batch, heads, length, key.shape[2]))
         at_once = max(1, MOST_SCORES // (batch * length * key.shape[2]))
         if at_once >= heads:
             return self._attend_heads(query, key, value, mask)
-        if mask is not None:
-            mask = mask.expand(batch, heads, length, key.shape[2])
-        again = torch.is_grad_enabled() and self.repeatable
+        recompute = torch.is_grad_enabled() and self.repeatable
         parts = []
         for start in range(0, heads, at_once):
-            these = [None if x is None else x[:, start : start + at_once] for x in (query, key, value, mask)]
-            if again:
-                parts.append(checkpoint(self._attend_heads, *these, use_reentrant=False))
+            part = [x[:, start : start + at_once] for x in (query, key, value)]
+            part.append(mask if mask is None or mask.shape[1] == 1 else mask[:, start : start + at_once])  # type: ignore[arg-type]
+            if recompute:
+                parts.append(checkpoint(self._attend_heads, *part, use_reentrant=False))
             else:
-                parts.append(self._attend_heads(*these))  # type: ignore[arg-type]
+                parts.append(self._attend_heads(*part))
         return torch.cat(parts, dim=1)
 
     def _attend_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5)
-        if mask is not None:
-            scores = scores + mask
-        probability = torch.softmax(scores, dim=-1)
+        probability = torch.softmax(scores, dim=-1) if mask is None else _masked_softmax(scores, mask)
         return self.operand("probability", probability) @ self.operand("value", value)
+
+
+def additive_mask(mask: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """Convert a mask to numbers that are added to scores.
+
+    Args:
+        mask: boolean (True: attend) or additive, broadcastable to `scores`.
+        scores: the shape [B, heads, N, M].
+
+    Returns:
+        float32 or float64, four dimensions that broadcast to `scores`.
+
+    Raises:
+        StepquantError: if the mask does not broadcast to `scores`.
+    """
+    sizes = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
+    if len(sizes) != len(scores) or any(size not in (1, full) for size, full in zip(sizes, scores, strict=True)):
+        raise StepquantError(
+            f"an attention mask has shape {list(mask.shape)}; expected one that broadcasts to the scores "
+            f"[B, heads, N, M] = {list(scores)}."
+        )
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        mask = zeros.masked_fill_(mask.logical_not(), -torch.inf)
+    return (mask if mask.dtype == torch.float64 else mask.float()).view(sizes)
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """``softmax(scores + mask)`` over the last dimension, 0 in rows whose mask is -inf throughout.
+
+    In float32 at least: half precision cannot hold the sum of a score and its smallest number.
+    """
+    empty = (mask == -torch.inf).all(dim=-1, keepdim=True)
+    probability = torch.softmax(scores + mask.masked_fill(empty, 0.0), dim=-1)
+    return probability.masked_fill(empty, 0.0).to(scores.dtype)
+
+
+def _project(attn: Any, x: Tensor, layer: Any, norm: Any = None) -> Tensor:
+    """Heads of ``norm(layer(x))``: [B, N, C] -> [B, N, heads, d]."""
+    x = layer(x).unflatten(-1, (attn.heads, -1))
+    return x if norm is None else norm(x)
+
+
+def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
+    """The mask of diffusers' `Attention`, in a shape that broadcasts to [B, heads, N, M].
+
+    To diffusers the first dimension of [B, M] and [B, 1 or N, M] is the batch, that of [B * heads, 1 or N, M] the batch
+    and heads. Any other mask broadcasts as it is.
+    """
+    if mask.dim() not in (2, 3) or len(mask) not in (batch, batch * attn.heads):
+        return mask
+    mask = attn.prepare_attention_mask(mask, keys, batch)
+    return mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
 class AttentionKernel(Kernel):
