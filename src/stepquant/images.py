@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from stepquant.errors import StepquantError
-from stepquant.workspace import write_atomic
+from stepquant.files import write_atomic
 
 GAP = 2
 """Pixels between the images of a grid."""

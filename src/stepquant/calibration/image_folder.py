@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stepquant.errors import StepquantError
+from stepquant.files import digest
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import kind_of
-from stepquant.workspace import digest
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.jsonl", "metadata.csv")

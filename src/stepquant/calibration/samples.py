@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from stepquant.config import Checked
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.files import allocate
 from stepquant.models import chunk_size
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.generate import Request, batches, generate
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, allocate
+from stepquant.workspace import Workspace
 
 NOISE_OFFSET = 1_000_000_000
 """Added to the seed of calibration images, so that none starts from the noise of an image that is evaluated."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepquant.errors import StepquantError
-from stepquant.workspace import digest
+from stepquant.files import digest
 
 FORMAT_VERSION = 2
 MANIFEST = "stepquant.json"

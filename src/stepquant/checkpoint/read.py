@@ -26,13 +26,13 @@ from stepquant.checkpoint.format import (
 )
 from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
+from stepquant.files import tensors_digest
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import OutputCorrection
 from stepquant.layers.install import install_empty
 from stepquant.models import DENOISERS
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
-from stepquant.workspace import tensors_digest
 
 PIECE = 64
 """Tensors that are read while the file is open once."""

@@ -17,8 +17,8 @@ from stepquant.checkpoint.card import CARD, model_card
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, is_checkpoint, record
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.files import cannot_write, draft_path, remove, remove_orphans, sync, uninterrupted
 from stepquant.layers.install import made_by_quantization
-from stepquant.workspace import cannot_write, remove, sync, uninterrupted
 
 
 def save_pipeline(
@@ -41,15 +41,15 @@ def save_pipeline(
 
 
 def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, overwrite: bool) -> Manifest:
-    draft = out.with_name(f".{out.name}.draft")
+    draft = draft_path(out)
     previous = out.with_name(f".{out.name}.previous")
     if previous.exists() and not out.exists():
         previous.rename(out)  # a process was killed between two renames
     check_out(out, overwrite=overwrite)
     denoiser = getattr(pipeline, component)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
+        remove_orphans(out)
         type(pipeline).save_pretrained(pipeline, draft, safe_serialization=True)
         for path in (draft / component).glob("*.safetensors*"):
             path.unlink()

@@ -129,7 +129,7 @@ def bench(
 def _write(path: Path, figures: dict[str, Any]) -> None:
     import json
 
-    from stepquant.workspace import write_atomic
+    from stepquant.files import write_atomic
 
     write_atomic(path, lambda draft: draft.write_text(json.dumps(figures, indent=2) + "\n"))
 

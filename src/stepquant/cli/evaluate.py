@@ -53,9 +53,9 @@ def evaluate(
     from stepquant.distributed import Ranks
     from stepquant.evaluation.metrics import METRICS, check_metrics
     from stepquant.evaluation.prompts import prompt_set
+    from stepquant.files import write_atomic
     from stepquant.images import image_format, save_image, side_by_side
     from stepquant.runtime import check_memory
-    from stepquant.workspace import write_atomic
 
     if metric == ["help"]:
         typer.echo("\n".join(f"{name}: {needs}" for name, needs in METRICS.items()))

@@ -18,8 +18,8 @@ def mark_finished(workspace: Path, asked: dict[str, str], pipeline: Any) -> None
         pipeline: the result.
     """
     from stepquant.distributed import Ranks
+    from stepquant.files import digest, write_atomic
     from stepquant.models import denoiser_name
-    from stepquant.workspace import digest, write_atomic
 
     if not Ranks.current().is_main:
         return
@@ -30,7 +30,7 @@ def mark_finished(workspace: Path, asked: dict[str, str], pipeline: Any) -> None
 def is_finished(workspace: Path, out: Path, asked: dict[str, str]) -> bool:
     """Whether a run of this very command wrote `out`, and was killed before it had removed its workspace."""
     from stepquant.checkpoint import is_checkpoint, read_manifest
-    from stepquant.workspace import digest
+    from stepquant.files import digest
 
     try:
         finished = (workspace / MARK).read_text()

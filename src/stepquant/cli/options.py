@@ -13,8 +13,8 @@ from rich.console import Console
 from stepquant.cli.progress import RichProgress
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.files import cannot_write
 from stepquant.progress import Progress
-from stepquant.workspace import cannot_write
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]

@@ -93,6 +93,7 @@ def quantize(
     from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
+    from stepquant.files import write_atomic
     from stepquant.integrations.components import check_components
     from stepquant.loading import DTYPES, resolve_pipeline
     from stepquant.pipelines.generate import make_request, read_prompts
@@ -100,7 +101,6 @@ def quantize(
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.files import resolve_recipe
     from stepquant.report.times import Times
-    from stepquant.workspace import write_atomic
 
     if effort not in EFFORTS:
         raise StepquantError(f"effort {effort!r} is unknown: expected one of {', '.join(EFFORTS)}.")

@@ -54,9 +54,9 @@ def sensitivity(
     from stepquant.calibration.allocation import exact_name, mean_weight_bits, parse_budget, within_budget
     from stepquant.calibration.sensitivity import check_how
     from stepquant.config import LayerBits, QuantSpec
+    from stepquant.files import write_atomic
     from stepquant.loading import resolve_pipeline
     from stepquant.pipelines.generate import read_prompts
-    from stepquant.workspace import write_atomic
 
     at_least_one("samples", samples)
     at_least_one("steps", steps)

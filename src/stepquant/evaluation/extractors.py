@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepquantError, first_line
 from stepquant.evaluation.proxy import ClassifierProxy
-from stepquant.workspace import tensors_digest
+from stepquant.files import tensors_digest
 
 SPATIAL_CHANNELS = 7
 """Channels of the 17 x 17 map that sFID uses (arXiv 2103.03841): 2,023 dimensions, about as many as FID's 2,048."""

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant.errors import StepquantError
+from stepquant.files import digest, tensors_digest
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, digest, tensors_digest
+from stepquant.workspace import Workspace
 
 BATCH_SIZE = 64
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -25,6 +25,7 @@ from stepquant.core.affine import largest_code
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
+from stepquant.files import write_atomic
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.format import OPERANDS
@@ -32,7 +33,6 @@ from stepquant.layers.kernel import Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.runtime.onednn import can_run
 from stepquant.runtime.segments import along_channels, linear_map
-from stepquant.workspace import write_atomic
 
 OPSET = 17
 MOST_BYTES = (1 << 31) - (1 << 20)

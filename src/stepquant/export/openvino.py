@@ -24,10 +24,10 @@ from torch import Tensor
 from stepquant.core.affine import largest_code
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
+from stepquant.files import cannot_write
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.kernel import Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
-from stepquant.workspace import cannot_write
 
 
 class FoldedKernel(Kernel):

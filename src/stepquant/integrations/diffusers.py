@@ -27,9 +27,9 @@ from stepquant.checkpoint.read import check_names, check_tables, check_tensor, v
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.errors import StepquantError
+from stepquant.files import tensors_digest
 from stepquant.layers.install import install_empty, made_by_quantization
 from stepquant.runtime import Backend, prepare
-from stepquant.workspace import tensors_digest
 
 OLDEST = "0.40"
 """The first diffusers that tells a quantizer which files it loads and lets it see their tensors."""

@@ -20,11 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from stepquant.checkpoint.format import DIGEST, QUANT_METHOD
 from stepquant.checkpoint.read import check_names, check_tensor, verify_component
 from stepquant.checkpoint.write import narrow_tensors
+from stepquant.files import tensors_digest
 from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.layers.install import install_empty, made_by_quantization
 from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime import prepare
-from stepquant.workspace import tensors_digest
 
 
 class StepquantHfQuantizer(HfQuantizer):

@@ -16,12 +16,13 @@ from stepquant.core.noise import SampleNoise
 from stepquant.core.ranges import RangeMethod
 from stepquant.core.rounding import annealed_beta
 from stepquant.distributed import Ranks
+from stepquant.files import digest
 from stepquant.models.description import main_tensor
 from stepquant.optimize.gptq import gptq
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.replay import BlockInputs, Replay
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, digest
+from stepquant.workspace import Workspace
 
 LEARN_ROUNDING_BELOW = 8
 """Bits. At 8, rounding to nearest leaves so little error that compensation or learning adds more than it removes in any

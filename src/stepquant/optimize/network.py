@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.distributed import Ranks
+from stepquant.files import digest, tensors_digest
 from stepquant.models.description import main_tensor
 from stepquant.optimize.objectives import LayerOutputs, squared_error
 from stepquant.optimize.trainer import optimize
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, digest, tensors_digest
+from stepquant.workspace import Workspace
 
 
 @dataclass(frozen=True)

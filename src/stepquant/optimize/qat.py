@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from stepquant.calibration.instrument import Instrumented
 from stepquant.errors import StepquantError
+from stepquant.files import digest
 from stepquant.models.description import main_tensor
 from stepquant.optimize.batches import Batch, Batches
 from stepquant.optimize.trainer import optimize
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, digest
+from stepquant.workspace import Workspace
 
 SMALLEST_SIZE = 1e-3
 """Of a tensor, for its learning rate: biases of zero must be able to leave it (as in Adafactor, arXiv 1804.04235)."""

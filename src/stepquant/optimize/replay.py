@@ -20,10 +20,10 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.noise import SampleNoise
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
+from stepquant.files import allocate
 from stepquant.layers.clock import StepClock
 from stepquant.models.description import main_tensor
 from stepquant.optimize.objectives import LayerOutputs
-from stepquant.workspace import allocate
 
 
 class BlockInputs:

@@ -33,13 +33,14 @@ from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, st
 from stepquant.config import QuantSpec
 from stepquant.core.ranges import RangeMethod
 from stepquant.errors import StepquantError
+from stepquant.files import digest, fingerprint, tensors_digest
 from stepquant.layers.correction import Correction
 from stepquant.models import ModelDescription, chunk_size, describe
 from stepquant.optimize.blocks import Settings, reconstruct
 from stepquant.optimize.network import Finetuning, finetune
 from stepquant.pipelines.generate import Request
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace, digest, fingerprint, tensors_digest
+from stepquant.workspace import Workspace
 
 RANKING_SAMPLES = 64
 """Calibration samples that a ranking of layers looks at."""

@@ -15,11 +15,11 @@ from stepquant.calibration.fake_quant.generator import TURNS
 from stepquant.calibration.image_folder import ImageFolder
 from stepquant.calibration.instrument import Instrumented
 from stepquant.calibration.selection import uniform_steps
+from stepquant.files import digest
 from stepquant.optimize.batches import Batches, TrajectoryBatches, image_batches
 from stepquant.optimize.blocks import Settings
 from stepquant.optimize.qat import Training, train
 from stepquant.recipes.job import Job
-from stepquant.workspace import digest
 
 
 def qat(

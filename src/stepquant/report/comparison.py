@@ -14,12 +14,12 @@ from torch import Tensor
 from stepquant.checkpoint import read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
+from stepquant.files import write_atomic
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.progress import Progress
 from stepquant.report.figures import png_uri
 from stepquant.report.page import environment, source_of
 from stepquant.report.scatter import scatter
-from stepquant.workspace import write_atomic
 
 PICTURES_SHOWN = 8
 

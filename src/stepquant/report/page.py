@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stepquant.evaluation.compare import SHADOWED
+from stepquant.files import write_atomic
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
 from stepquant.recipes import RECIPES, summary
@@ -20,7 +21,6 @@ from stepquant.report.content import Report
 from stepquant.report.figures import LineChart, drawn_rows, line_chart, png_uri, range_map, sensitivity_map
 from stepquant.report.sensitivity import MEANING
 from stepquant.report.structure import ActivationRange, weights_by_bits
-from stepquant.workspace import write_atomic
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from stepquant.calibration.samples import flatten, nest
+from stepquant.files import digest, tensors_digest
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.generate import Request, batches, generate
 from stepquant.studies.spec import Budget
-from stepquant.workspace import Workspace, digest, tensors_digest
+from stepquant.workspace import Workspace
 
 TARGET = "target"
 """Name of the denoiser's answer among the tensors of a call; no denoiser has an argument of that name."""
@@ -64,7 +63,8 @@ def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache
     )
     stage = f"reference-{key[:16]}"
     kept = Workspace(cache)
-    with _locked(cache / f"{stage}.lock"):
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{stage}.lock"):
         stored = kept.load(stage)
         if stored is None:
             drawn = _draw(pipeline, denoiser, request, budget, noise)
@@ -113,11 +113,3 @@ def _unpacked(tensors: dict[str, Tensor]) -> Reference:
     for (batch, step, name), tensor in zip(places, tensors.values(), strict=True):
         calls[batch][step][name] = tensor
     return Reference(images, calls)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from stepquant.errors import StepquantError
+from stepquant.files import cannot_write
 from stepquant.studies.spec import Cell, Study
 from stepquant.studies.worker import work
-from stepquant.workspace import cannot_write
 
 Line = dict[str, Any]
 """A cell and its figures."""

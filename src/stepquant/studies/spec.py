@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from stepquant.calibration.samples import Calibration
 from stepquant.config import Checked, QuantSpec
 from stepquant.errors import StepquantError, first_line
+from stepquant.files import digest
 from stepquant.loading import ZOO_PREFIX, locate
 from stepquant.recipes import hyperparameters
 from stepquant.recipes.files import resolve_recipe
-from stepquant.workspace import digest
 
 PICTURES_PER_SEED = 10_000
 """Image i of seed s starts from noise ``s * PICTURES_PER_SEED + i``: seeds share no image, so that the deviation

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepquant.errors import StepquantError
+from stepquant.files import write_atomic
 from stepquant.studies.run import Line, finished
 from stepquant.studies.spec import Study
-from stepquant.workspace import write_atomic
 
 
 class Metric(NamedTuple):

@@ -21,8 +21,8 @@ import subprocess
 from pathlib import Path
 
 from stepquant.errors import StepquantError, first_line
+from stepquant.files import cannot_write, write_atomic
 from stepquant.runtime.native.library import declare
-from stepquant.workspace import cannot_write, write_atomic
 
 SOURCE = Path(__file__).with_name("source")
 COMPILERS = ("c++", "g++", "clang++")
