@@ -17,7 +17,7 @@ import diffusers
 import torch
 
 import stepquant
-from stepquant.calibration.weight_only import quantize_weights
+from stepquant.integrations.weight_only import quantize_weights
 from stepquant.config import QuantSpec
 from stepquant.runtime import prepare
 

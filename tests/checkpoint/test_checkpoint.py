@@ -152,7 +152,7 @@ def test_missing_foreign_and_newer_are_told_apart(copied, tmp_path):
         stepquant.load(tmp_path)
     raw = json.loads((copied / MANIFEST).read_text())
     (copied / MANIFEST).write_text(json.dumps(raw | {"format_version": 99}))
-    with pytest.raises(StepquantError, match="upgrade stepquant"):
+    with pytest.raises(StepquantError, match="Upgrade stepquant"):
         stepquant.load(copied)
 
 

@@ -203,7 +203,7 @@ def test_a_newer_format_is_refused(copied):
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     path.write_text(json.dumps(config))
-    with pytest.raises(StepquantError, match="upgrade stepquant"):
+    with pytest.raises(StepquantError, match="Upgrade stepquant"):
         load_unet(copied)
 
 

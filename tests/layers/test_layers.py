@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.fake_quant.layers import group_channels, wrap
+from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.core.qtensor import Grid, GridFormat, QTensor
+from stepquant.core.weights import group_channels
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock

@@ -315,7 +315,7 @@ def test_fallbacks_are_named(backend):
 
 
 def test_kernels_stay_out_of_the_state_dict():
-    model = nn.Sequential(convolution(4, 4, 3), linear())
+    model = nn.Sequential(convolution(4, 4, 3), linear(), linear(smoothed=True))
     before = set(model.state_dict())
     prepare(model)
     assert set(model.state_dict()) == before

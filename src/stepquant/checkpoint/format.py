@@ -119,12 +119,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_version(version: Any, what: str) -> None:
-    """Raise `StepquantError` if `version` is of a format newer than this one."""
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise StepquantError(
-            f"{what} has format version {version}, this stepquant reads up to {FORMAT_VERSION}: upgrade stepquant."
-        )
+def check_version(version: Any, what: str) -> int:
+    """Return `version`; raise `StepquantError` if it is not a format that can be read."""
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "Upgrade stepquant" if newer else "The checkpoint is damaged; quantize the model again"
+        raise StepquantError(f"{what} has format version {version!r}; expected 1 to {FORMAT_VERSION}. {remedy}.")
+    return version
 
 
 def verify(folder: Path, manifest: Manifest, component: str | None = None) -> None:

@@ -25,6 +25,7 @@ from stepquant.checkpoint.format import (
     verify,
 )
 from stepquant.checkpoint.index import check_index
+from stepquant.checkpoint.upgrade import expect_version, upgrade_config, upgrade_model
 from stepquant.errors import StepquantError, first_line
 from stepquant.files import tensors_digest
 from stepquant.layers.attention import QuantizedAttentionProcessor
@@ -88,6 +89,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     if not _is_model(cls):
         raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
     check_numbers(folder / "config.json", config)
+    quantization, version = upgrade_config(quantization, f"{folder}/config.json")
     try:
         with bounded_by([folder / WEIGHTS]), init_empty_weights():
             model = cls.from_config(config)
@@ -96,7 +98,9 @@ def load_denoiser(folder: Path) -> nn.Module:
     except Exception as error:  # a damaged configuration can fail in any way inside the model's constructor
         raise StepquantError(f"{folder}/config.json does not describe a {name}: {first_line(error)}.") from None
     install_empty(model, quantization.get("structure") or {}, device="meta")
+    expect_version(model, version)
     _fill(model, folder / WEIGHTS)
+    upgrade_model(model, version)
     model.register_to_config(quantization_config=quantization)
     check_tables(model)
     return model.eval().requires_grad_(False)

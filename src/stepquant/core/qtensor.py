@@ -7,7 +7,7 @@ Calibration makes these objects, checkpoints store them, and every kernel, expor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated
 
@@ -79,6 +79,10 @@ class Grid:
     def rows(self) -> int:
         """R."""
         return self.scale.shape[0]
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The grid on `device`."""
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
 
     def sizes(self, channels: int) -> tuple[int, ...]:
         """Sizes of the groups of `channels` input channels."""

@@ -7,8 +7,8 @@ simulates all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class LayerTransform:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The transform with its tensors on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def problem(self, inputs: int) -> str | None:
         """What is wrong with the tensors for a layer of `inputs` input channels, or None."""

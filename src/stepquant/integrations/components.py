@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from stepquant.calibration.weight_only import quantize_weights
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.integrations.transformers import StepquantHfQuantizer
+from stepquant.integrations.weight_only import quantize_weights
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import DENOISERS
 from stepquant.runtime import Backend, prepare

@@ -22,12 +22,14 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from packaging.version import Version
 from torch import Tensor, nn
 
-from stepquant.checkpoint.format import DIGEST, FORMAT_VERSION, QUANT_METHOD, check_version
+from stepquant.checkpoint.format import DIGEST, FORMAT_VERSION, QUANT_METHOD
 from stepquant.checkpoint.read import check_names, check_tables, check_tensor, verify_component
+from stepquant.checkpoint.upgrade import expect_version, upgrade_config, upgrade_model
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import tensors_digest
+from stepquant.integrations.weight_only import quantize_weights
 from stepquant.layers.install import install_empty, made_by_quantization
 from stepquant.runtime import Backend, prepare
 
@@ -84,15 +86,16 @@ class StepquantConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         check_diffusers()
-        check_version(format_version, "the quantized component")
         if unknown or quant_method != QUANT_METHOD:
             raise StepquantError(f"quantization_config has {sorted(unknown) or quant_method!r}, which is unknown here.")
         if (bits is None) == (spec is None):
             raise StepquantError("StepquantConfig takes either bits, such as 'w8a16', or a spec.")
-        self.quant_method = _Method.STEPQUANT
-        self.spec = QuantSpec.parse(bits if spec is None else spec)  # type: ignore[arg-type]
-        self.backend, self.structure, self.provenance = backend, structure, provenance
-        self.format_version = format_version
+        given: dict[str, Any] = {"spec": bits if spec is None else spec, "structure": structure}
+        given |= {"format_version": format_version, "provenance": provenance}
+        given, self.stored_version = upgrade_config(given, "the configuration of the quantized component")
+        self.quant_method, self.format_version = _Method.STEPQUANT, FORMAT_VERSION
+        self.spec = QuantSpec.parse(given["spec"])
+        self.backend, self.structure, self.provenance = backend, given["structure"], given["provenance"]
         if structure is None and (self.spec.default_bits.activation != FLOAT_BITS or self.spec.default_bits.is_float):
             raise StepquantError(
                 f"bits {self.spec} cannot be had while loading: activations need samples to be calibrated on; "
@@ -156,6 +159,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return
         install_empty(model, self.quantization_config.structure or {}, device="meta")
+        expect_version(model, self.quantization_config.stored_version)
         self._made = made_by_quantization(model)
         self._expected = dict(model.state_dict())
 
@@ -204,10 +208,9 @@ class StepquantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if self.pre_quantized:
+            upgrade_model(model, config.stored_version)
             check_tables(model)
         else:
-            from stepquant.calibration.weight_only import quantize_weights  # loading alone needs none of it
-
             config.structure = quantize_weights(model, config.spec)
             self._made = made_by_quantization(model)
         model.register_to_config(quantization_config=config.to_dict())  # type: ignore[operator]

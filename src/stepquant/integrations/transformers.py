@@ -19,9 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from stepquant.checkpoint.format import DIGEST, QUANT_METHOD
 from stepquant.checkpoint.read import check_names, check_tensor, verify_component
+from stepquant.checkpoint.upgrade import expect_version, upgrade_model
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.files import tensors_digest
 from stepquant.integrations.diffusers import StepquantConfig
+from stepquant.integrations.weight_only import quantize_weights
 from stepquant.layers.install import install_empty, made_by_quantization
 from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime import prepare
@@ -49,6 +51,7 @@ class StepquantHfQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         verify_component(files)
         install_empty(model, self.quantization_config.structure or {}, device="meta")
+        expect_version(model, self.quantization_config.stored_version)
         made = made_by_quantization(model)
         expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(made)}
         found: dict[str, Path] = {}
@@ -66,9 +69,9 @@ class StepquantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
-        if not self.pre_quantized:
-            from stepquant.calibration.weight_only import quantize_weights  # loading alone needs none of it
-
+        if self.pre_quantized:
+            upgrade_model(model, config.stored_version)
+        else:
             config.structure = quantize_weights(model, config.spec)
         prepare(model, config.backend)
         return model.requires_grad_(False)

@@ -35,13 +35,13 @@ def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid:
 
 
 class TransformBuffers(nn.Module):
-    """The tensors of one `LayerTransform` as buffers."""
+    """The tensors of one `LayerTransform` as buffers; those of a kernel are not persistent."""
 
-    def __init__(self, transform: LayerTransform) -> None:
+    def __init__(self, transform: LayerTransform, *, persistent: bool = True) -> None:
         super().__init__()
         self.kind = type(transform)
         for name, tensor in transform.tensors().items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor, persistent)
 
     def fill(self, transform: LayerTransform) -> None:
         """Copy the tensors of `transform`, which must be of the same kind."""
@@ -49,8 +49,8 @@ class TransformBuffers(nn.Module):
             setattr(self, name, tensor.clone())
 
     def transform(self) -> LayerTransform:
-        """The transform, on the CPU and unchecked."""
-        return self.kind(**{name: tensor.cpu() for name, tensor in self.named_buffers()})
+        """The transform, unchecked and not copied."""
+        return self.kind(**dict(self.named_buffers()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformBuffers:
         return keep_dtypes(self, lambda: super(TransformBuffers, self)._apply(fn, recurse))

@@ -26,7 +26,7 @@ class TransformFormat(BaseModel):
     @classmethod
     def _known(cls, kind: str) -> str:
         if kind not in KINDS:
-            raise ValueError(f"unknown transform {kind!r}; expected one of {', '.join(KINDS)}. Upgrade stepquant")
+            raise ValueError(f"unknown transform {kind!r}; expected {' or '.join(KINDS)}")
         return kind
 
 
@@ -108,5 +108,6 @@ class Structure(BaseModel):
             first = error.errors()[0]
             where, what = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
             raise StepquantError(
-                f"quantization structure: {where}: {what}. The checkpoint is damaged; quantize the model again."
+                f"quantization structure: {where}: {what}. The checkpoint is damaged, or a newer stepquant wrote it; "
+                "quantize the model again, or upgrade stepquant."
             ) from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.core.packing import pack, packed_bytes, unpack
-from stepquant.core.qtensor import Grid, QTensor, QuantizedLayer
+from stepquant.core.qtensor import QTensor, QuantizedLayer
 from stepquant.core.transforms import KINDS
 from stepquant.errors import StepquantError
 from stepquant.layers.buffers import (
@@ -102,10 +102,10 @@ class QuantizedModule(nn.Module):
         """The layer's integers and grids, unpacked and checked, on the CPU; raises `StepquantError` on damage."""
         codes = unpack(self._packed().cpu(), self.weight_shape, self.format.weight.bits)
         layer = QuantizedLayer(
-            QTensor(codes, _on_cpu(read_grid(self, "weight", self.format.weight))),
+            QTensor(codes, read_grid(self, "weight", self.format.weight).to("cpu")),
             None if self.bias is None else self.bias.cpu(),
-            None if self.format.input is None else _on_cpu(read_grid(self, "input", self.format.input)),
-            tuple(buffers.transform() for buffers in self._transforms()),
+            None if self.format.input is None else read_grid(self, "input", self.format.input).to("cpu"),
+            tuple(buffers.transform().to("cpu") for buffers in self._transforms()),
         )
         layer.check()
         return layer
@@ -258,7 +258,3 @@ def _renew_reloaded(module: nn.Module, _incompatible_keys: Any) -> None:
     if module._reloaded:
         module._reloaded = False
         module._renew_kernel()
-
-
-def _on_cpu(grid: Grid) -> Grid:
-    return Grid(grid.scale.cpu(), grid.zero_point.cpu(), grid.bits, grid.group_sizes)

@@ -57,7 +57,7 @@ class ReferenceKernel(Kernel):
         self.bits = layer.input.bits
         self.apply_map: Apply = linear_map(module)
         self.dim = module.channel_dim
-        self.transforms = nn.ModuleList(TransformBuffers(transform) for transform in layer.transforms)
+        self.transforms = nn.ModuleList(TransformBuffers(transform, persistent=False) for transform in layer.transforms)
         buffers = {"input_scale": layer.input.scale, "input_zero_point": layer.input.zero_point, "bias": layer.bias}
         self.segments: list[tuple[slice, int]] = []
         for index, (channels, group, weight) in enumerate(layer.segments()):

@@ -15,6 +15,7 @@ from stepquant.config import FLOAT_BITS, LayerBits
 from stepquant.core.qtensor import Grid, QTensor, QuantizedAttention, QuantizedLayer, stored_zero_point
 from stepquant.core.ranges import RangeMethod
 from stepquant.core.transforms import Smoothing
+from stepquant.core.weights import group_channels
 from stepquant.layers.attention import AttentionProcessor
 from stepquant.layers.clock import StepClock
 from stepquant.layers.format import OPERANDS
@@ -96,17 +97,6 @@ class TrainableAttention(AttentionProcessor):
             if isinstance(quantizer, ActivationQuantizer)
         }
         return QuantizedAttention(**tables)
-
-
-def group_channels(channels: int, split: int | None, group_size: int | None) -> tuple[int, ...]:
-    """Sizes of the input-channel groups: the two sides of a `split`, divided on by `group_size` where it divides both.
-
-    A layer whose channels `group_size` does not divide keeps one group a side.
-    """
-    sides = (channels,) if split is None else (split, channels - split)
-    if group_size is None or any(side % group_size for side in sides):
-        return sides
-    return tuple(group_size for side in sides for _ in range(side // group_size))
 
 
 def wrap(

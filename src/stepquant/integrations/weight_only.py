@@ -1,0 +1,55 @@
+"""Weight-only quantization without samples, which is possible while a model is being loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.core.qtensor import QuantizedLayer
+from stepquant.core.weights import group_channels, round_to_nearest
+from stepquant.errors import StepquantError
+from stepquant.layers.clock import StepClock
+from stepquant.layers.lora import enable_lora
+from stepquant.layers.quantized import can_quantize, quantized_like, replace_module
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
+    """Replace every linear and convolution of `model`, in place and one by one, by one with rounded weights.
+
+    Ranges span the smallest and largest value of each output channel; codes are the nearest. This works for any model
+    of diffusers or transformers, without a description of its family. So no layer counts as first or last, and layers
+    that need more bits are overrides. Layers that the model's class keeps in float32 (``_keep_in_fp32_modules``: T5's
+    ``wo``, Wan's ``time_embedder``) stay as they are: its code reads the dtype of their parameters.
+
+    Returns:
+        The structure of the quantization, as a configuration holds it.
+
+    Raises:
+        StepquantError: if there is nothing to quantize, or an override of the spec quantizes an activation.
+    """
+    layers, clock = {}, StepClock()
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, module in list(model.named_modules()):
+        bits = spec.layer_bits(name)
+        if not can_quantize(module) or bits.is_float or kept & set(name.split(".")):
+            continue
+        if bits.activation < FLOAT_BITS:
+            raise StepquantError(f"override {bits} of layer {name} needs samples; expected bits such as w8a16.")
+        weight: Any = module.weight
+        bias: Any = module.bias
+        group_size = None if getattr(module, "groups", 1) > 1 else spec.group_size
+        rounded = round_to_nearest(weight, bits.weight, group_channels(weight.shape[1], None, group_size))
+        layer = QuantizedLayer(rounded, None if bias is None else bias.detach().float().cpu(), None)
+        replacement = quantized_like(module, layer, clock)
+        replace_module(model, name, replacement.to(weight.device))
+        layers[name] = replacement.format.model_dump(mode="json")
+    if not layers:
+        raise StepquantError(
+            f"{type(model).__name__} cannot be quantized to {spec}: it has no linear and no convolution to quantize."
+        )
+    enable_lora(model)
+    return {"timesteps": clock.timesteps.tolist(), "layers": layers, "attentions": {}}
