@@ -7,7 +7,7 @@ import sys
 from typing import Literal
 
 import stepquant
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.loading import resolve_pipeline
 from stepquant.optimize.blocks import Settings
 from stepquant.optimize.network import Finetuning
@@ -25,7 +25,7 @@ def best(
     iterations: int = 300,
     finetuning: int = 300,
     rate: float = 1e-3,
-) -> Instrumented:
+) -> CalibrationModel:
     """Dense and diverse samples, smoothed channels, intervals over time, blocks rebuilt, critical layers aligned.
 
     `intervals`: a grid for every calibrated step, shaped by its neighbours' samples as well, or TDQ's generator.

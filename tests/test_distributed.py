@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import stepquant
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
@@ -148,7 +148,7 @@ def nearly_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert differ <= 0.02 * codes
 
 
-def scales_alone(job: Job, *, iterations: int = 6) -> Instrumented:
+def scales_alone(job: Job, *, iterations: int = 6) -> CalibrationModel:
     """Weights rounded in closed form, then activation scales learned under QDrop."""
     steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
     samples = job.collect(steps)

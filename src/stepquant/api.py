@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
 from stepquant.calibration.image_folder import open_images
-from stepquant.calibration.instrument import Instrumented, check_overrides
+from stepquant.calibration.model import CalibrationModel, check_overrides
 from stepquant.calibration.placement import device_of, placed
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
@@ -126,15 +126,15 @@ def quantize(
         if budget is not None:
             spec = job.within_budget(budget)
             job = dataclasses.replace(job, spec=spec)
-        instrumented = find_recipe(recipe)(job, **values)
-        if not isinstance(instrumented, Instrumented):
+        calibrated = find_recipe(recipe)(job, **values)
+        if not isinstance(calibrated, CalibrationModel):
             raise StepquantError(
-                f"recipe {name_of(recipe)} returned a {type(instrumented).__name__}: expected the model that "
+                f"recipe {name_of(recipe)} returned a {type(calibrated).__name__}: expected the model that "
                 "job.instrument() gave it."
             )
-        quantization = instrumented.freeze()
+        quantization = calibrated.to_quantized()
         if correction:
-            quantization = dataclasses.replace(quantization, correction=job.correction(instrumented))
+            quantization = dataclasses.replace(quantization, correction=job.correction(calibrated))
     provenance = {
         "source": source or _source_of(pipeline),
         "recipe": name_of(recipe),
@@ -261,7 +261,7 @@ def train(
         arguments["intervals"] = "static"  # no activation has an interval
 
     @functools.wraps(qat)
-    def trained(job: Job, **values: Any) -> Instrumented:
+    def trained(job: Job, **values: Any) -> CalibrationModel:
         return qat(job, images, **values)
 
     named = None if images is None else images.folder.name

@@ -5,7 +5,7 @@ import torch
 
 import stepquant
 from stepquant.calibration.allocation import exact_name, mean_weight_bits, parse_budget, within_budget
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
@@ -86,8 +86,8 @@ def test_the_spec_within_a_budget_reaches_the_layers(fragile_pipeline, tmp_path)
     chosen = within_budget(spec, measured, 5.5)
     assert next(iter(chosen.overrides)) == "conv_shortcut"
     unet = fragile_pipeline.unet
-    layers = instrument(unet, describe(unet), chosen).layers
-    bits = {name: layer.weight_quantizer.bits for name, layer in layers.items()}
+    layers = insert_fake_quantizers(unet, describe(unet), chosen).layers
+    bits = {name: layer.weight_point.bits for name, layer in layers.items()}
     assert bits[FRAGILE] == 8
     assert all(bits[name] == 6 for name in bits if name.endswith("conv_shortcut"))
     assert {name for name in bits if bits[name] == 4}, "the budget of 5.5 bits spared every layer"

@@ -7,7 +7,7 @@ import torch
 
 import stepquant
 from stepquant.calibration.correction import estimate_correction
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
@@ -42,8 +42,8 @@ def samples():
 
 def test_gain_and_variance_are_found(unconditional_pipeline, samples):
     unet = unconditional_pipeline.unet
-    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w8a16"))
-    distorted = copy.copy(instrumented)
+    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w8a16"))
+    distorted = copy.copy(calibrated)
     object.__setattr__(distorted, "model", Distorted(unet, {1.0: 1.25, 500.0: 0.8}, 0.1))
     correction = estimate_correction(unet, distorted, samples, 7, Progress())
     correction.check()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import stepquant
 from stepquant.calibration.float32 import computing_in_float32
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.cli.main import app
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
@@ -62,14 +62,14 @@ def test_it_computes_what_the_same_weights_in_float32_do(pipeline, dtype):
 
 def test_weights_stay_as_they_are_and_are_not_copied(pipeline):
     half = denoiser_of(in_type(pipeline, torch.bfloat16))
-    instrumented = instrument(computing_in_float32(half), describe(half), QuantSpec.parse("w4a8"))
+    calibrated = insert_fake_quantizers(computing_in_float32(half), describe(half), QuantSpec.parse("w4a8"))
     first = next(half.parameters())
-    for name, layer in instrumented.layers.items():
+    for name, layer in calibrated.layers.items():
         original = half.get_submodule(name).weight
         if original is not first:
             assert layer.inner.weight.dtype == torch.bfloat16 and layer.inner.weight.data_ptr() == original.data_ptr()
-    kept = {id(layer.inner.weight) for layer in instrumented.layers.values()}
-    others = {tensor.dtype for tensor in instrumented.model.parameters() if id(tensor) not in kept}
+    kept = {id(layer.inner.weight) for layer in calibrated.layers.values()}
+    others = {tensor.dtype for tensor in calibrated.model.parameters() if id(tensor) not in kept}
     assert others == {torch.float32}
 
 

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.calibration import observer as observations
-from stepquant.calibration.observer import MOST_VALUES, VALUES_A_SAMPLE, Observations
+from stepquant.calibration.fake_quant import observations
+from stepquant.calibration.fake_quant.observations import MOST_VALUES, VALUES_A_SAMPLE, Observations
 
 
 def observed(x: torch.Tensor, rows: torch.Tensor, cuts: list[int], table_rows: int) -> Observations:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import stepquant
-from stepquant.calibration.fake_quant.weight import WeightQuantizer
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.fake_quant.weight import WeightPoint
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.samples import CalibrationSet
-from stepquant.calibration.sensitivity import STEP_GROUPS, layer_quantizers, measure
+from stepquant.calibration.sensitivity import STEP_GROUPS, layer_points, measure
 from stepquant.config import QuantSpec
 from stepquant.models import describe
 from stepquant.progress import Progress
@@ -47,7 +47,7 @@ def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, t
     with torch.no_grad():
         target = unet(**samples).sample
         weight = unet.get_submodule(MIDDLE).weight
-        weight.copy_(WeightQuantizer(weight, 4, (weight.shape[1],), "least-error")(weight))
+        weight.copy_(WeightPoint(weight, 4, (weight.shape[1],), "least-error")(weight))
         output = unet(**samples).sample
     power, error = target.square(), (output - target).square()
     expected = torch.stack([error[steps == step].sum() / power[steps == step].sum() for step in range(4)])
@@ -89,17 +89,17 @@ def test_probabilities_count_in_the_whole_network_and_for_no_layer(unconditional
 
 def test_an_attentions_operands_belong_to_the_layers_that_make_them(unconditional_pipeline):
     unet = unconditional_pipeline.unet
-    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w8a8"))
-    quantizers = layer_quantizers(instrumented)
+    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w8a8"))
+    quantizers = layer_points(calibrated)
     name = "mid_block.attentions.0"
-    operands = instrumented.attentions[name].quantizers
+    operands = calibrated.attentions[name].points
     for projection, operand in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
-        own = instrumented.layers[f"{name}.{projection}"].activation_quantizer
+        own = calibrated.layers[f"{name}.{projection}"].input_point
         assert [id(quantizer) for quantizer in quantizers[f"{name}.{projection}"]] == [id(own), id(operands[operand])]
     assert len(quantizers[f"{name}.to_out.0"]) == 1
     every = {id(quantizer) for layer in quantizers.values() for quantizer in layer}
-    left = {id(attention.quantizers["probability"]) for attention in instrumented.attentions.values()}
-    assert every | left == {id(quantizer) for quantizer in instrumented.activation_quantizers()}
+    left = {id(attention.points["probability"]) for attention in calibrated.attentions.values()}
+    assert every | left == {id(quantizer) for quantizer in calibrated.activation_points()}
 
 
 @pytest.mark.parametrize("how", ["alone", "relief"])
@@ -107,27 +107,27 @@ def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how,
     unet = copy.deepcopy(unconditional_pipeline.unet)
     description = describe(unet)
     first = description.layers[0]
-    instrumented = instrument(unet, description, QuantSpec.parse("w4a16"))
+    calibrated = insert_fake_quantizers(unet, description, QuantSpec.parse("w4a16"))
     timesteps = torch.tensor([900, 100, 500])
     samples = CalibrationSet({"sample": torch.randn(3, 1, 16, 16), "timestep": timesteps}, torch.tensor([0, 2, 1]))
     runs = []
-    instrumented.model.get_submodule(first).register_forward_hook(lambda *_: runs.append(1))
+    calibrated.model.get_submodule(first).register_forward_hook(lambda *_: runs.append(1))
     progress, workspace = Progress(), Workspace(tmp_path)
     given = {"batch_size": 2, "workspace": workspace, "stage": "ranking", "progress": progress}
-    measured = measure(instrumented, description.blocks, samples, how, **given)
-    own = len(instrumented.layers_in(description.blocks[0]))
+    measured = measure(calibrated, description.blocks, samples, how, **given)
+    own = len(calibrated.layers_in(description.blocks[0]))
     assert len(runs) == 2 * (2 + own), "two batches: in full precision, quantized, and for the layers of its block"
 
     def output(quantized):
-        for name, layer in instrumented.layers.items():
-            layer.quantizing_weight = name in quantized
+        for name, layer in calibrated.layers.items():
+            layer.weight_point.bypassed = name not in quantized
         with torch.no_grad():
-            return torch.cat([instrumented.model(**samples.arguments(rows)).sample for rows in samples.batches(2)])
+            return torch.cat([calibrated.model(**samples.arguments(rows)).sample for rows in samples.batches(2)])
 
     def power(values):
         return values.double().square().flatten(1).sum(dim=1)
 
-    target, names = output(()), set(instrumented.layers)
+    target, names = output(()), set(calibrated.layers)
     for name in (MIDDLE, FRAGILE):
         if how == "alone":
             expected = power(output({name}) - target)

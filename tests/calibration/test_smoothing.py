@@ -7,7 +7,7 @@ from torch import nn
 
 import stepquant
 from stepquant.calibration.fake_quant.layers import wrap
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.smoothing import best_smoothing, find_smoothing
 from stepquant.config import QuantSpec
@@ -18,9 +18,9 @@ from stepquant.progress import Progress
 
 
 def error_of(layer, x):
-    layer.activation_quantizer.observing = True
+    layer.input_point.observe()
     layer(x)
-    layer.activation_quantizer.set_range("least-error")
+    layer.input_point.calibrate("least-error")
     return float((layer(x) - layer.inner(x)).detach().norm() / layer.inner(x).norm())
 
 
@@ -36,7 +36,7 @@ def test_channels_of_different_size_are_balanced_and_the_layer_errs_less():
         smoothing = best_smoothing(layer, columns)
         assert smoothing is not None and smoothing.shape == (16,)
         assert smoothing[-1] > 5 * smoothing[0] > 0
-        layer.smoothing(smoothing)
+        layer.smooth(smoothing)
         assert error_of(layer, x) < 0.8 * before
 
 
@@ -54,13 +54,13 @@ def test_a_network_is_observed_in_full_precision_and_left_as_it_was(unconditiona
     with torch.no_grad():
         for resnet in (module for module in unet.modules() if hasattr(module, "norm2")):
             resnet.norm2.weight.copy_(torch.logspace(-2, 1, len(resnet.norm2.weight)))
-    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w4a4"))
+    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w4a4"))
     samples = CalibrationSet({"sample": torch.randn(6, 1, 16, 16), "timestep": torch.arange(6.0)}, torch.arange(6))
-    factors = find_smoothing(instrumented, samples, 4, Progress())
-    assert {name for name in instrumented.layers if name.endswith("conv2")} <= set(factors)
+    factors = find_smoothing(calibrated, samples, 4, Progress())
+    assert {name for name in calibrated.layers if name.endswith("conv2")} <= set(factors)
     assert "conv_in" not in factors, "its input stays in floating point"
-    assert all(layer.quantizing_weight for layer in instrumented.layers.values())
-    assert not any(quantizer.enabled for quantizer in instrumented.activation_quantizers())
+    assert not any(layer.weight_point.bypassed for layer in calibrated.layers.values())
+    assert not any(point.calibrated for point in calibrated.activation_points())
 
 
 def quantized(pipeline, bits, recipe, **arguments):

@@ -3,7 +3,7 @@ import torch
 
 from stepquant.core import ranges
 from stepquant.core.affine import affine_from_range, fake_quantize
-from stepquant.core.ranges import find_range, least_error_gain, least_error_range, minmax_range, percentile_range
+from stepquant.core.ranges import find_range, least_error_gain, least_error_range, minmax_range
 
 
 def plain_search(x: np.ndarray, bits: int) -> tuple[float, float]:
@@ -43,13 +43,6 @@ def test_least_error_beats_minmax_on_a_heavy_tail_and_keeps_all_of_a_uniform():
     flat = torch.linspace(-1, 1, 4001)[None]
     low, high = least_error_range(flat, 8)
     assert low < -0.97 and high > 0.97
-
-
-def test_percentile_is_numpys():
-    values = torch.randn(3, 1001, generator=torch.Generator().manual_seed(2))
-    low, high = percentile_range(values, 99)
-    assert np.allclose(low, np.percentile(values.numpy(), 0.5, axis=1), atol=1e-5)
-    assert np.allclose(high, np.percentile(values.numpy(), 99.5, axis=1), atol=1e-5)
 
 
 def test_rows_that_are_searched_in_parts_have_the_same_ranges(monkeypatch):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTokenRefiner
 
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
-from stepquant.calibration.fake_quant.layers import TrainableAttention
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.activation_quantizers import QDrop
+from stepquant.calibration.fake_quant.layers import CalibratedAttention
 from stepquant.core.noise import SampleNoise
 from stepquant.errors import StepquantError
 from stepquant.layers import attention
@@ -27,25 +28,25 @@ def learning():
     """Attention whose operands are quantized, with scales that learn."""
     torch.manual_seed(0)
     clock = StepClock()
-    processor = TrainableAttention(
-        {name: ActivationQuantizer(8, clock, unsigned=name == "probability") for name in OPERANDS}
+    processor = CalibratedAttention(
+        {name: ActivationPoint(8, clock, unsigned=name == "probability") for name in OPERANDS}
     )
     operands = [torch.randn(2, HEADS, LENGTH, 5, requires_grad=True) for _ in range(3)]
-    for quantizer in processor.quantizers.values():
-        quantizer.observing = True
+    for quantizer in processor.points.values():
+        quantizer.observe()
     with torch.no_grad():
         processor.attend(*operands, None)
-    for quantizer in processor.quantizers.values():
-        quantizer.set_range("least-error")
-        quantizer.learn()
+    for quantizer in processor.points.values():
+        quantizer.calibrate("least-error")
+        quantizer.learn_table()
     return processor, operands
 
 
 def results(processor, operands, mask):
     """The output, and the gradients of its square on operands and scales; and the most scores seen at a time."""
-    learned = [parameter for quantizer in processor.quantizers.values() for parameter in quantizer.learned()]
+    learned = [parameter for quantizer in processor.points.values() for parameter in quantizer.parameters_in_training()]
     seen: list[int] = []
-    handle = processor.quantizers["probability"].register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    handle = processor.points["probability"].register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
     output = processor.attend(*operands, mask)
     gradients = torch.autograd.grad(output.square().sum(), [*operands, *learned])
     handle.remove()
@@ -72,8 +73,8 @@ def test_heads_may_be_taken_apart(learning, monkeypatch, masked):
 def test_numbers_drawn_at_random_are_not_drawn_again(learning, monkeypatch):
     """Under QDrop a second forward pass would see other ones."""
     processor, operands = learning
-    for quantizer in processor.quantizers.values():
-        quantizer.drop_probability, quantizer.noise = 0.5, SampleNoise(0, 0, range(2))
+    for point in processor.points.values():
+        point.dropout = QDrop(0.5, SampleNoise(0, 0, range(2)))
     monkeypatch.setattr(attention, "MOST_SCORES", 2 * LENGTH**2)
     _, seen = results(processor, operands, None)
     assert seen == HEADS * [2 * LENGTH**2]

@@ -19,11 +19,11 @@ def quantized_linear() -> QuantizedLinear:
     linear = nn.Linear(6, 5)
     clock = StepClock()
     layer = wrap(linear, 4, 8, clock)
-    layer.smoothing(torch.rand(6) + 0.5)
-    layer.activation_quantizer.observing = True
+    layer.smooth(torch.rand(6) + 0.5)
+    layer.input_point.observe()
     layer(torch.randn(3, 6))
-    layer.activation_quantizer.set_range("minmax")
-    frozen = layer.freeze()
+    layer.input_point.calibrate("minmax")
+    frozen = layer.to_quantized()
     module = QuantizedLinear.like(linear, LayerFormat.of(frozen), clock)
     module.fill(frozen)
     return module

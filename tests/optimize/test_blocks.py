@@ -6,7 +6,7 @@ import torch
 
 import stepquant
 from stepquant import zoo
-from stepquant.calibration.instrument import calibrate_ranges, instrument
+from stepquant.calibration.model import calibrate_ranges, insert_fake_quantizers
 from stepquant.calibration.samples import Calibration, collect
 from stepquant.calibration.selection import uniform_steps
 from stepquant.config import QuantSpec
@@ -66,10 +66,10 @@ def test_blocks_that_run_alone_know_their_step(name, request, tmp_path):
     denoiser, samples = samples_of(request.getfixturevalue(name))
     timesteps = samples.tensors["timestep"].float().unique()
     assert len(timesteps) == 3
-    model = instrument(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
+    model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
     calibrate_ranges(model, samples, "minmax", 4, Progress())
-    for quantizer in model.activation_quantizers():
-        quantizer.scale = quantizer.scale * torch.tensor([1.0, 4.0, 16.0])[:, None]  # no two steps alike
+    for point in model.activation_points():
+        point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # no two steps alike
     blocks = describe(denoiser).blocks
     with torch.no_grad(), LayerOutputs.recorded({"last": model.model.get_submodule(blocks[-1])}) as expected:
         model.model(**samples.arguments(slice(0, len(samples))))
@@ -159,7 +159,7 @@ def test_the_last_layer_of_a_block_is_left_to_the_blocks_own_error_if_that_count
 ):
     """Without it a block of one layer would learn nothing."""
     denoiser, samples = samples_of(unconditional_pipeline)
-    model = instrument(denoiser, describe(denoiser), QuantSpec(bits="w4a8"))
+    model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w4a8"))
     seen, losses = [], []
 
     def spy(outputs, targets, *weights):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.core import gptq as core_gptq
@@ -39,8 +39,8 @@ def seen(unconditional_pipeline):
 def errors(unet, seen):
     """Of the block's output, its weights of 3 bits rounded to nearest and then gptq-rounded."""
     samples, inputs, expected = seen
-    instrumented = instrument(unet, describe(unet), QuantSpec.parse("w3a16"))
-    block = instrumented.model.get_submodule(BLOCK)
+    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w3a16"))
+    block = calibrated.model.get_submodule(BLOCK)
 
     def error() -> float:
         args, kwargs = inputs.at(slice(0, COUNT))
@@ -48,9 +48,9 @@ def errors(unet, seen):
             return float((block(*args, **kwargs) - expected).square().mean())
 
     before = error()
-    layers = instrumented.layers_in(BLOCK)
-    gptq(unet, instrumented, BLOCK, layers, inputs, inputs, samples, 16, Ranks())
-    assert all(layer.weight_quantizer.decided.shape == layer.inner.weight.shape for layer in layers.values())
+    layers = calibrated.layers_in(BLOCK)
+    gptq(unet, calibrated, BLOCK, layers, inputs, inputs, samples, 16, Ranks())
+    assert all(layer.weight_point.quantizer.fixed.shape == layer.inner.weight.shape for layer in layers.values())
     return before, error()
 
 

@@ -4,7 +4,8 @@ from PIL import Image
 from test_network import Stop, StopIn
 
 import stepquant
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.activation_quantizers import GeneratedScale
 from stepquant.calibration.samples import collect_all
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
@@ -80,16 +81,15 @@ def test_training_on_images_predicts_their_noise_better_than_full_precision_did(
 
 def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, monkeypatch):
     generated = []
-    settle = ActivationQuantizer.settle
+    freeze = ActivationPoint.freeze
 
-    def recorded(quantizer):
-        before = quantizer.gain
-        if before is not None:
-            before.eval()
-            generated.append((quantizer.scale * before(torch.arange(quantizer.rows))).detach())
-        settle(quantizer)
+    def recorded(point):
+        if isinstance(point.quantizer, GeneratedScale):
+            generator = point.quantizer.gain.eval()
+            generated.append((point.scale * generator(torch.arange(point.layout.rows))).detach())
+        freeze(point)
 
-    monkeypatch.setattr(ActivationQuantizer, "settle", recorded)
+    monkeypatch.setattr(ActivationPoint, "freeze", recorded)
     quantized = train(class_pipeline, guidance=4.0)
     layers = {name: module.layer() for name, module in quantized_modules(quantized.transformer).items()}
     tables = [layer.input.scale for layer in layers.values() if layer.input is not None]

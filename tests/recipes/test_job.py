@@ -77,7 +77,7 @@ def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pip
         one = job(unconditional_pipeline, folder)
         model = one.instrument("minmax", split_skips=split_skips)
         one.smoothing(model, one.collect(torch.arange(4)))
-        found = {name: layer.weight_quantizer.smoothing for name, layer in model.layers.items()}
+        found = {name: layer.weight_point.smoothing for name, layer in model.layers.items()}
         return {name: smoothing for name, smoothing in found.items() if smoothing is not None}
 
     fresh = factors(tmp_path / "fresh", split_skips=True)

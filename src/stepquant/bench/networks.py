@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
@@ -99,16 +99,17 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     Speed does not depend on the values of weights and scales, so nothing is learned.
     """
     timesteps = torch.linspace(0, 999, rows) if rows > 1 else None
-    instrumented = instrument(model, describe(model), QuantSpec.parse(bits), timesteps=timesteps, weight_range="minmax")
-    quantizers = list(instrumented.activation_quantizers())
-    for quantizer in quantizers:
-        quantizer.observing = True
+    spec = QuantSpec.parse(bits)
+    calibrated = insert_fake_quantizers(model, describe(model), spec, timesteps=timesteps, weight_range="minmax")
+    points = list(calibrated.activation_points())
+    for point in points:
+        point.observe()
     # One observation serves every row: a table of equal rows costs what any table costs.
-    instrumented.model(**arguments)
-    for quantizer in quantizers:
-        quantizer.set_range("minmax", per_row=False)
+    calibrated.model(**arguments)
+    for point in points:
+        point.calibrate("minmax", per_row=False)
     result: Any = copy.deepcopy(model)
-    quantization = instrumented.freeze()
+    quantization = calibrated.to_quantized()
     install(result, quantization)
     structure = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "structure": quantization.structure()}
     result.register_to_config(quantization_config=structure)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.layers.correction import Correction, predicted_channels
 from stepquant.models.description import main_tensor
@@ -24,7 +24,7 @@ SMALLEST_GAIN, LARGEST_GAIN = 0.5, 2.0
 @torch.no_grad()
 def estimate_correction(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     samples: CalibrationSet,
     batch_size: int,
     progress: Progress,
@@ -33,7 +33,7 @@ def estimate_correction(
 
     Args:
         full_precision: the original denoiser.
-        instrumented: its quantized copy, settled.
+        calibrated: its quantized copy, settled.
         samples: some of every step.
     """
     timesteps, step = samples.tensors["timestep"].float().unique(return_inverse=True)
@@ -42,7 +42,7 @@ def estimate_correction(
         for chosen in samples.batches(batch_size):
             arguments = samples.arguments(chosen)
             exact, found = (
-                main_tensor(model(**arguments, return_dict=False)) for model in (full_precision, instrumented.model)
+                main_tensor(model(**arguments, return_dict=False)) for model in (full_precision, calibrated.model)
             )
             channels = predicted_channels(full_precision, exact)
             exact, found = (output[:, :channels].double().flatten(1).cpu() for output in (exact, found))

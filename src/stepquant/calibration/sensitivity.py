@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.placement import resting
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import LayerBits
@@ -78,7 +78,7 @@ def check_how(how: str) -> How:
 
 
 def measure(
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     blocks: Sequence[str],
     samples: CalibrationSet,
     how: How,
@@ -89,7 +89,7 @@ def measure(
     progress: Progress,
     step_groups: int = STEP_GROUPS,
 ) -> Sensitivity:
-    """Measure the error that each layer of `instrumented` causes; layers measured are kept in the workspace.
+    """Measure the error that each layer of `calibrated` causes; layers measured are kept in the workspace.
 
     A layer is what an override of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
     `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
@@ -97,18 +97,18 @@ def measure(
     workspace's processes share the layers.
 
     Args:
-        instrumented: its ranges are found and its quantizers switched on; they are on again afterwards.
+        calibrated: its ranges are found and its quantizers switched on; they are on again afterwards.
         blocks: in execution order; each layer is in one of them.
         batch_size: samples passed through at a time; the outputs of all blocks for them are in memory.
         stage: name in the workspace; stands for the network and the samples.
         step_groups: into how many groups the sampler's steps are divided; fewer if fewer steps have samples.
     """
-    names = list(instrumented.layers)
+    names = list(calibrated.layers)
     stage = f"{stage}-{how}-{step_groups}"
     measured = workspace.load(stage) or {}
     groups = _Groups(samples.steps, step_groups)
     batches = list(samples.batches(batch_size))
-    network = _Network(instrumented, blocks, how)
+    network = _Network(calibrated, blocks, how)
     with progress.task(f"Ranking layers ({how})", len(batches) * len(names)) as advance:
         for index, rows in enumerate(batches):
             missing = [name for name in names if f"{index}.layer.{name}" not in measured]
@@ -130,8 +130,8 @@ def measure(
     power = summed("power").clamp(min=1e-12)
     whole = summed("whole") / power
     errors = torch.stack([summed(f"layer.{name}") / power for name in names])
-    bits = {name: layer.bits for name, layer in instrumented.layers.items()}
-    sizes = {name: layer.weight.numel() for name, layer in instrumented.layers.items()}
+    bits = {name: layer.bits for name, layer in calibrated.layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in calibrated.layers.items()}
     return Sensitivity(how, bits, sizes, groups.ends, errors if how == "alone" else whole - errors, whole)
 
 
@@ -159,10 +159,10 @@ class _Network:
         whole_error: what is added to it with everything quantized.
     """
 
-    def __init__(self, instrumented: Instrumented, blocks: Sequence[str], how: How) -> None:
-        self.instrumented, self.blocks, self.how = instrumented, list(blocks), how
-        self.quantizers = layer_quantizers(instrumented)
-        self.block_of = {name: block for block in blocks for name in instrumented.layers_in(block)}
+    def __init__(self, calibrated: CalibrationModel, blocks: Sequence[str], how: How) -> None:
+        self.calibrated, self.blocks, self.how = calibrated, list(blocks), how
+        self.points = layer_points(calibrated)
+        self.block_of = {name: block for block in blocks for name in calibrated.layers_in(block)}
         self.outputs: dict[str, Any] = {}
 
     def start(self, arguments: dict[str, Any]) -> None:
@@ -171,16 +171,16 @@ class _Network:
         self.switch((), rest=False)
         with self._remembering() if self.how == "alone" else nullcontext():
             self.target = self._output()
-        self.switch(list(self.instrumented.layers), rest=True)
+        self.switch(list(self.calibrated.layers), rest=True)
         with self._remembering() if self.how == "relief" else nullcontext():
             self.whole_error = self._output() - self.target
 
     def error(self, layer: str) -> Tensor:
         """What is added to the target with this layer alone quantized, or with all others."""
         alone = self.how == "alone"
-        self.switch([layer] if alone else set(self.instrumented.layers) - {layer}, rest=not alone)
+        self.switch([layer] if alone else set(self.calibrated.layers) - {layer}, rest=not alone)
         before = self.blocks[: self.blocks.index(self.block_of[layer])]
-        modules = {name: self.instrumented.model.get_submodule(name) for name in before}
+        modules = {name: self.calibrated.model.get_submodule(name) for name in before}
 
         def answer(name: str) -> Callable[..., Any]:
             return lambda *_args, **_kwargs: pytree.tree_map_only(Tensor, Tensor.clone, self.outputs[name])
@@ -196,16 +196,16 @@ class _Network:
 
     def switch(self, layers: Collection[str], *, rest: bool) -> None:
         """Quantize exactly these layers, and with `rest` what belongs to no layer."""
-        for quantizer in self.instrumented.activation_quantizers():
-            quantizer.enabled = rest
-        for name, layer in self.instrumented.layers.items():
-            layer.quantizing_weight = name in layers
-            for quantizer in self.quantizers[name]:
-                quantizer.enabled = name in layers
+        for point in self.calibrated.activation_points():
+            point.bypassed = not rest
+        for name, layer in self.calibrated.layers.items():
+            layer.weight_point.bypassed = name not in layers
+            for point in self.points[name]:
+                point.bypassed = name not in layers
 
     @torch.no_grad()
     def _output(self) -> Tensor:
-        return main_tensor(self.instrumented.model(**self.arguments, return_dict=False)).cpu()
+        return main_tensor(self.calibrated.model(**self.arguments, return_dict=False)).cpu()
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
@@ -218,7 +218,7 @@ class _Network:
             return hook
 
         handles = [
-            self.instrumented.model.get_submodule(block).register_forward_hook(keep(block)) for block in self.blocks
+            self.calibrated.model.get_submodule(block).register_forward_hook(keep(block)) for block in self.blocks
         ]
         try:
             yield
@@ -227,15 +227,14 @@ class _Network:
                 handle.remove()
 
 
-def layer_quantizers(instrumented: Instrumented) -> dict[str, list[ActivationQuantizer]]:
-    """name -> the activation quantizers that take that layer's bits: its input's, and the operand it makes."""
-    quantizers = {
-        name: [] if layer.activation_quantizer is None else [layer.activation_quantizer]
-        for name, layer in instrumented.layers.items()
+def layer_points(calibrated: CalibrationModel) -> dict[str, list[ActivationPoint]]:
+    """name -> the activation points that take that layer's bits: its input, and the attention operand it computes."""
+    points = {
+        name: [] if layer.input_point is None else [layer.input_point] for name, layer in calibrated.layers.items()
     }
-    for name, attention in instrumented.attentions.items():
-        for operand, quantizer in attention.quantizers.items():
+    for name, attention in calibrated.attentions.items():
+        for operand, point in attention.points.items():
             layer = f"{name}.{PROJECTIONS.get(operand)}"
-            if layer in quantizers and isinstance(quantizer, ActivationQuantizer):
-                quantizers[layer].append(quantizer)
-    return quantizers
+            if layer in points and isinstance(point, ActivationPoint):
+                points[layer].append(point)
+    return points

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.layers import TrainableLayer
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.fake_quant.layers import CalibratedLayer
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.affine import affine_from_range, fake_quantize
 from stepquant.core.ranges import least_error_range, minmax_range
@@ -34,36 +34,36 @@ CANDIDATES = 20
 
 @torch.no_grad()
 def find_smoothing(
-    instrumented: Instrumented, samples: CalibrationSet, batch_size: int, progress: Progress
+    calibrated: CalibrationModel, samples: CalibrationSet, batch_size: int, progress: Progress
 ) -> dict[str, Tensor]:
     """Name -> smoothing, float32 [in], of every layer that is better off with one; see `best_smoothing`.
 
     Layers are seen in full precision. Those without quantized activations and grouped convolutions are left out.
     """
-    layers = {name: layer for name, layer in instrumented.layers.items() if _can_smooth(layer)}
+    layers = {name: layer for name, layer in calibrated.layers.items() if _can_smooth(layer)}
     columns: dict[str, list[Tensor]] = {name: [] for name in layers}
     batches = list(samples.batches(batch_size))
     each = -(-KEPT_COLUMNS // len(batches))
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(layer: TrainableLayer, inputs: tuple[Tensor, ...]) -> None:
-            assert layer.activation_quantizer is not None
-            flat = inputs[0].movedim(layer.activation_quantizer.channel_dim, 0).flatten(1)
+        def hook(layer: CalibratedLayer, inputs: tuple[Tensor, ...]) -> None:
+            assert layer.input_point is not None
+            flat = inputs[0].movedim(layer.input_point.layout.channel_dim, 0).flatten(1)
             columns[name].append(flat[:, torch.linspace(0, flat.shape[1] - 1, each).long()])
 
         return hook
 
     handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    for layer in instrumented.layers.values():
-        layer.quantizing_weight = False
+    for layer in calibrated.layers.values():
+        layer.weight_point.bypassed = True
     with progress.task("Observing channels", len(samples)) as advance:
         for chosen in batches:
-            instrumented.model(**samples.arguments(chosen))
+            calibrated.model(**samples.arguments(chosen))
             advance(chosen.stop - chosen.start)
     for handle in handles:
         handle.remove()
-    for layer in instrumented.layers.values():
-        layer.quantizing_weight = True
+    for layer in calibrated.layers.values():
+        layer.weight_point.bypassed = False
     factors = {}
     with progress.task("Smoothing channels", len(layers)) as advance:
         for name, layer in layers.items():
@@ -74,7 +74,7 @@ def find_smoothing(
     return factors
 
 
-def best_smoothing(layer: TrainableLayer, x: Tensor) -> Tensor | None:
+def best_smoothing(layer: CalibratedLayer, x: Tensor) -> Tensor | None:
     """Of ``m_c = |x_c|^a / |w_c|^b`` for all `SIZES`, the one of least output error; None if that is m = 1.
 
     The error of a layer's output is taken as if rounding errors were uncorrelated,
@@ -94,14 +94,14 @@ def best_smoothing(layer: TrainableLayer, x: Tensor) -> Tensor | None:
     return best
 
 
-def output_error(layer: TrainableLayer, x: Tensor, smoothing: Tensor) -> float:
+def output_error(layer: CalibratedLayer, x: Tensor, smoothing: Tensor) -> float:
     """What `best_smoothing` minimises; x: float [in, n], smoothing: float [in]."""
-    activation, weight = layer.activation_quantizer, layer.weight_quantizer
+    activation, weight = layer.input_point, layer.weight_point
     assert activation is not None
     values = layer.weight.transpose(0, 1).flatten(1)
     total = 0.0
     start = 0
-    for size in activation.group_sizes or (len(x),):
+    for size in activation.layout.group_sizes or (len(x),):
         part = slice(start, start := start + size)
         divided = x[part] / smoothing[part, None]
         error = _range_error(divided.reshape(1, -1), activation.bits, minmax=False).view_as(divided)
@@ -126,9 +126,9 @@ def _range_error(values: Tensor, bits: int, *, minmax: bool) -> Tensor:
     return (fake_quantize(values, scale[:, None], zero_point[:, None], bits) - values).square()
 
 
-def _can_smooth(layer: TrainableLayer) -> bool:
+def _can_smooth(layer: CalibratedLayer) -> bool:
     grouped = isinstance(layer.inner, nn.Conv2d) and layer.inner.groups > 1
-    return layer.activation_quantizer is not None and not grouped
+    return layer.input_point is not None and not grouped
 
 
 def _size(values: Tensor, kind: str) -> Tensor:

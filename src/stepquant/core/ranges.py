@@ -1,10 +1,11 @@
-"""Where a quantizer's range ends: min-max, percentile, or the range of least |x - x'|^p.
+"""Where a quantizer's range ends: min-max, or the range of least |x - x'|^p.
 
 Every function takes values as [rows, n], one range a row, and returns ``(low, high)``, float [rows].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from stepquant.core.affine import affine_from_range, fake_quantize
 
-RangeMethod = Literal["minmax", "percentile", "least-error"]
+RangeMethod = Literal["minmax", "least-error"]
+
+Range = RangeMethod | Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A method, or a custom search ``(values, bits, low, high) -> (low, high)``: of values float [rows, n], whose true ends
+are `low` and `high`, the ends of the range, all float [rows]."""
 
 AT_ONCE = 1 << 17
 """Values that the search for the least error looks at together."""
@@ -25,21 +30,6 @@ def minmax_range(values: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of each row."""
     low, high = values.aminmax(dim=1)
     return low, high
-
-
-def percentile_range(values: Tensor, percentile: float = 99.9) -> tuple[Tensor, Tensor]:
-    """The central `percentile` per cent of each row, by linear interpolation between order statistics."""
-    tail = (1 - percentile / 100) / 2
-    ordered = values.sort(dim=1).values
-    last = ordered.shape[1] - 1
-
-    def at(quantile: float) -> Tensor:
-        position = quantile * last
-        below = int(position)
-        above = min(below + 1, last)
-        return torch.lerp(ordered[:, below], ordered[:, above], position - below)
-
-    return at(tail), at(1 - tail)
 
 
 def least_error_range(
@@ -107,15 +97,17 @@ def least_error_gain(
 def find_range(
     values: Tensor,
     bits: int,
-    method: RangeMethod,
+    method: Range,
     *,
     symmetric: bool = False,
     low: Tensor | None = None,
     high: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The range of each row of `values` [rows, n] by `method`; `low` and `high` are the true ends of a sample."""
-    if method == "percentile":
-        return percentile_range(values)
+    if low is None or high is None:
+        low, high = minmax_range(values)
+    if callable(method):
+        return method(values, bits, low, high)
     if method == "least-error":
         return least_error_range(values, bits, symmetric=symmetric, low=low, high=high)
-    return minmax_range(values) if low is None or high is None else (low, high)
+    return low, high

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.layers import TrainableLayer
-from stepquant.calibration.instrument import Instrumented, search_ranges
+from stepquant.calibration.fake_quant.activation_quantizers import QDrop
+from stepquant.calibration.fake_quant.layers import CalibratedLayer
+from stepquant.calibration.model import CalibrationModel, search_ranges
 from stepquant.calibration.placement import staying
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.noise import SampleNoise
-from stepquant.core.ranges import RangeMethod
+from stepquant.core.ranges import Range
 from stepquant.core.rounding import annealed_beta
 from stepquant.distributed import Ranks
 from stepquant.files import digest
@@ -70,7 +71,7 @@ class Settings:
     scale_rate: float = 1e-3
     drop_probability: float | None = None
     rounding_weight: float = 0.1
-    activation_range: RangeMethod = "least-error"
+    activation_range: Range = "least-error"
     learn_scales: bool = True
     over_time: OverTime = "table"
     neighbours: int = 0
@@ -89,7 +90,7 @@ class Settings:
 
 def reconstruct(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     blocks: tuple[str, ...],
     samples: CalibrationSet,
     settings: Settings,
@@ -107,7 +108,7 @@ def reconstruct(
 
     Args:
         full_precision: the original denoiser, the source of targets; each of its blocks runs once over the samples.
-        instrumented: the copy to learn on; afterwards its quantizers are settled.
+        calibrated: the copy to learn on; afterwards its quantizers are frozen.
         key: stands for everything that the result depends on besides `settings` and `seed`.
         batch_size: samples passed through the networks at a time.
     """
@@ -115,14 +116,14 @@ def reconstruct(
     ranks = workspace.ranks
     original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"), ranks=ranks)
     scratch = workspace.scratch("quantized")
-    quantized = Replay(instrumented.model, samples, batch_size, scratch, instrumented.clock, ranks)
+    quantized = Replay(calibrated.model, samples, batch_size, scratch, calibrated.clock, ranks)
     timesteps = samples.tensors["timestep"]
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
         for index, block in enumerate(blocks):
-            pair = full_precision.get_submodule(block), instrumented.model.get_submodule(block)
+            pair = full_precision.get_submodule(block), calibrated.model.get_submodule(block)
             clean = original.inputs(block)
             inputs = quantized.inputs(block)
-            layers = list(instrumented.layers_in(block)) if settings.layer_weight else []
+            layers = list(calibrated.layers_in(block)) if settings.layer_weight else []
             if settings.block_weight:
                 layers = layers[:-1]
             with staying(*pair):
@@ -134,28 +135,28 @@ def reconstruct(
                         start = seed * 100_003 + index
                         torch.manual_seed(start)
                         if settings.learn_scales:
-                            _initialise_ranges(instrumented, block, inputs, settings, samples, batch_size, ranks)
+                            _initialise_ranges(calibrated, block, inputs, settings, samples, batch_size, ranks)
                         if settings.rounding == "gptq":
-                            coarse = _coarse_layers(instrumented, block)
+                            coarse = _coarse_layers(calibrated, block)
                             passed = (samples, batch_size, ranks)
-                            gptq(full_precision, instrumented, block, coarse, clean, inputs, *passed)
+                            gptq(full_precision, calibrated, block, coarse, clean, inputs, *passed)
                         targets = LayerOutputs(target, layer_targets)
-                        _learn(instrumented, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
-                    workspace.save(stage, _block_state(instrumented, block))
+                        _learn(calibrated, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
+                    workspace.save(stage, _block_state(calibrated, block))
                 else:
-                    _restore(instrumented, block, stored, settings)
+                    _restore(calibrated, block, stored)
                     advance(settings.iterations)
                 quantized.run(block, inputs)
 
 
-def _coarse_layers(instrumented: Instrumented, block: str) -> dict[str, TrainableLayer]:
+def _coarse_layers(calibrated: CalibrationModel, block: str) -> dict[str, CalibratedLayer]:
     """The layers of a block whose rounding is worth more than rounding to nearest."""
-    layers = instrumented.layers_in(block).items()
-    return {name: layer for name, layer in layers if layer.weight_quantizer.bits < LEARN_ROUNDING_BELOW}
+    layers = calibrated.layers_in(block).items()
+    return {name: layer for name, layer in layers if layer.weight_point.bits < LEARN_ROUNDING_BELOW}
 
 
 def _initialise_ranges(
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     block: str,
     inputs: BlockInputs,
     settings: Settings,
@@ -164,24 +165,27 @@ def _initialise_ranges(
     ranks: Ranks,
 ) -> None:
     """Find the ranges of the block's activations on what really reaches them."""
-    quantizers = list(instrumented.activation_quantizers(block))
-    for quantizer in quantizers:
-        quantizer.observing = True
+    points = list(calibrated.activation_points(block))
+    for point in points:
+        point.observe()
     with torch.no_grad():
         batches = list(samples.batches(batch_size))
         for chosen in batches[ranks.share(len(batches))]:
             args, kwargs = inputs.at(chosen)
-            instrumented.clock.set(samples.tensors["timestep"][chosen])
-            instrumented.model.get_submodule(block)(*args, **kwargs)
+            calibrated.clock.set(samples.tensors["timestep"][chosen])
+            calibrated.model.get_submodule(block)(*args, **kwargs)
     per_row, neighbours = settings.over_time == "table", settings.neighbours
-    search_ranges(quantizers, settings.activation_range, per_row=per_row, ranks=ranks, neighbours=neighbours)
-    for quantizer in quantizers:
-        # Before the weights are rounded: they are gptq-rounded for the intervals that they will meet.
-        quantizer.learn(over_time=settings.over_time == "generator")
+    search_ranges(points, settings.activation_range, per_row=per_row, ranks=ranks, neighbours=neighbours)
+    for point in points:
+        # Before GPTQ, which fits the weights to these grids.
+        if settings.over_time == "generator":
+            point.learn_over_time()
+        else:
+            point.learn_table()
 
 
 def _learn(
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     block: str,
     inputs: BlockInputs,
     clean: BlockInputs,
@@ -192,24 +196,22 @@ def _learn(
     ranks: Ranks,
     advance: Any,
 ) -> None:
-    module = instrumented.model.get_submodule(block)
-    quantizers = list(instrumented.activation_quantizers(block)) if settings.learn_scales else []
-    moved: list[TrainableLayer] = []
-    coarse = list(_coarse_layers(instrumented, block).values()) if settings.rounding == "adaround" else []
-    roundings = [layer.weight_quantizer.learn(layer.weight) for layer in coarse]
+    module = calibrated.model.get_submodule(block)
+    points = list(calibrated.activation_points(block)) if settings.learn_scales else []
+    moved: list[CalibratedLayer] = []
+    coarse = list(_coarse_layers(calibrated, block).values()) if settings.rounding == "adaround" else []
+    roundings = [layer.weight_point.adaround(layer.weight) for layer in coarse]
     weights = max(1, sum(rounding.numel() for rounding in roundings))
     groups: list[dict[str, Any]] = []
     if roundings:
         groups.append({"params": roundings, "lr": settings.rounding_rate})
     if settings.rounding == "gptq" and settings.weight_rate > 0:
-        moved = list(_coarse_layers(instrumented, block).values())
-        shifts = [layer.weight_quantizer.finetune(layer.weight, HOLD) for layer in moved]
+        moved = list(_coarse_layers(calibrated, block).values())
+        shifts = [layer.weight_point.finetune(layer.weight, HOLD) for layer in moved]
         groups += [{"params": shifts, "lr": settings.weight_rate}] if shifts else []
-    if quantizers:
-        gains = [parameter for quantizer in quantizers for parameter in quantizer.learned()]
+    if points:
+        gains = [parameter for point in points for parameter in point.parameters_in_training()]
         groups.append({"params": gains, "lr": settings.scale_rate})
-    for quantizer in quantizers:
-        quantizer.drop_probability = settings.dropped
     if not groups:
         advance(settings.iterations)
         return
@@ -217,17 +219,17 @@ def _learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.iterations))
     generator = torch.Generator().manual_seed(seed)
     unit: Tensor | None = None
-    learned = {name: instrumented.layers[name] for name in targets.layers}
+    learned = {name: calibrated.layers[name] for name in targets.layers}
     for iteration in range(settings.iterations):
         minibatch = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),), generator=generator)
         share = ranks.share(len(minibatch))
         chosen = minibatch[share]
         missed = torch.zeros(())
         if len(chosen):
-            instrumented.clock.set(timesteps[chosen])
+            calibrated.clock.set(timesteps[chosen])
             noise = SampleNoise(seed, iteration, range(share.start, share.stop))
-            for quantizer in quantizers:
-                quantizer.noise = noise
+            for point in points if settings.dropped else ():
+                point.dropout = QDrop(settings.dropped, noise)
             args, kwargs = inputs.mixed(clean, chosen, settings.dropped, noise)
             with LayerOutputs.recorded(learned) as layer_outputs:
                 outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
@@ -238,7 +240,7 @@ def _learn(
         if ranks.is_main:
             beta = annealed_beta(iteration / settings.iterations)
             for layer in coarse:
-                loss = loss + settings.rounding_weight / weights * layer.weight_quantizer.regularizer(beta)
+                loss = loss + settings.rounding_weight / weights * layer.weight_point.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:
             loss.backward()
@@ -247,25 +249,26 @@ def _learn(
         schedule.step()
         advance(1)
     for layer in coarse + moved:
-        layer.weight_quantizer.settle(layer.weight)
-    for quantizer in quantizers:
-        quantizer.settle()
-        quantizer.drop_probability, quantizer.noise = 0.0, None
+        layer.weight_point.freeze(layer.weight)
+    for point in points:
+        point.freeze()
+        point.dropout = None
 
 
-def _block_state(instrumented: Instrumented, block: str) -> dict[str, Tensor]:
+def _block_state(calibrated: CalibrationModel, block: str) -> dict[str, Tensor]:
     """What was learned in one block, by name."""
     state: dict[str, Tensor] = {}
-    for name, layer in instrumented.layers_in(block).items():
-        state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.weight)
-    for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
-        state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
+    for name, layer in calibrated.layers_in(block).items():
+        state[f"{name}.codes"] = layer.weight_point.codes(layer.weight)
+    for index, point in enumerate(calibrated.activation_points(block)):
+        if point.calibrated:
+            state[f"{index}.scale"], state[f"{index}.zero_point"] = point.scale, point.zero_point
     return state
 
 
-def _restore(instrumented: Instrumented, block: str, state: dict[str, Tensor], settings: Settings) -> None:
-    for name, layer in instrumented.layers_in(block).items():
-        layer.weight_quantizer.decided = state[f"{name}.codes"]
-    for index, quantizer in enumerate(instrumented.activation_quantizers(block)):
-        quantizer.scale, quantizer.zero_point = state[f"{index}.scale"], state[f"{index}.zero_point"]
-        quantizer.enabled = settings.learn_scales
+def _restore(calibrated: CalibrationModel, block: str, state: dict[str, Tensor]) -> None:
+    for name, layer in calibrated.layers_in(block).items():
+        layer.weight_point.set_codes(state[f"{name}.codes"])
+    for index, point in enumerate(calibrated.activation_points(block)):
+        if f"{index}.scale" in state:
+            point.set_grid(state[f"{index}.scale"], state[f"{index}.zero_point"])

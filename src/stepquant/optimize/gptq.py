@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.layers import TrainableLayer
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.fake_quant.layers import CalibratedLayer
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.affine import largest_code
 from stepquant.core.gptq import aligned_weight, gptq_weight, input_rows, parts_of_inputs, sparser
@@ -25,9 +25,9 @@ sum is the same however many processes there are. More parts would mean more to 
 @torch.no_grad()
 def gptq(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     block: str,
-    layers: dict[str, TrainableLayer],
+    layers: dict[str, CalibratedLayer],
     clean: BlockInputs,
     inputs: BlockInputs,
     samples: CalibrationSet,
@@ -48,25 +48,24 @@ def gptq(
     """
     dense = {name: layer for name, layer in layers.items() if _is_dense(layer.inner)}
     for layer in dense.values():
-        layer.quantizing_weight = False
+        layer.weight_point.bypassed = True
     batches = list(samples.batches(batch_size))
     each = math.ceil(len(batches) / SUMS)
     parts = [batches[start : start + each] for start in range(0, len(batches), each)]
     for name, layer in dense.items():
         moments, cross = _zeros(layer), _zeros(layer)
-        products = partial(_products, full_precision, instrumented, block, name, clean, inputs, samples)
+        products = partial(_products, full_precision, calibrated, block, name, clean, inputs, samples)
         for added in ranks.map(products, parts):
             for total, part in zip(moments + cross, added, strict=True):
                 total += part
-        if ranks.is_main:
-            _gptq_layer(layer, moments, cross)
-        layer.weight_quantizer.decided = ranks.broadcast(layer.weight_quantizer.decided)
-        layer.quantizing_weight = True
+        codes = _gptq_layer(layer, moments, cross) if ranks.is_main else None
+        layer.weight_point.set_codes(ranks.broadcast(codes))
+        layer.weight_point.bypassed = False
 
 
 def _products(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     block: str,
     name: str,
     clean: BlockInputs,
@@ -78,14 +77,14 @@ def _products(
 
     First all of the one kind, then all of the other, each for every part of the inputs (`parts_of_inputs`).
     """
-    original, layer = full_precision.get_submodule(name), instrumented.layers[name]
+    original, layer = full_precision.get_submodule(name), calibrated.layers[name]
     moments, cross = _zeros(layer), _zeros(layer)
     for chosen in batches:
         wanted = _input_of(original, full_precision.get_submodule(block), clean.at(chosen))
-        instrumented.clock.set(samples.tensors["timestep"][chosen])
-        given = _input_of(layer, instrumented.model.get_submodule(block), inputs.at(chosen))
-        if layer.activation_quantizer is not None:
-            given = layer.activation_quantizer(given)
+        calibrated.clock.set(samples.tensors["timestep"][chosen])
+        given = _input_of(layer, calibrated.model.get_submodule(block), inputs.at(chosen))
+        if layer.input_point is not None:
+            given = layer.input_point(given)
         step = sparser(len(samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
         wanted_rows = input_rows(wanted, layer.inner, step)
@@ -95,28 +94,30 @@ def _products(
     return moments + cross
 
 
-def _parts(layer: TrainableLayer) -> list[slice]:
+def _parts(layer: CalibratedLayer) -> list[slice]:
     weight = layer.weight
     return parts_of_inputs(weight.shape[1], weight[0, 0].numel())
 
 
-def _zeros(layer: TrainableLayer) -> list[Tensor]:
+def _zeros(layer: CalibratedLayer) -> list[Tensor]:
     sizes = [part.stop - part.start for part in _parts(layer)]
     return [torch.zeros(size, size, device=layer.weight.device) for size in sizes]
 
 
-def _gptq_layer(layer: TrainableLayer, moments: list[Tensor], cross: list[Tensor]) -> None:
-    weight, quantizer = layer.weight, layer.weight_quantizer
+def _gptq_layer(layer: CalibratedLayer, moments: list[Tensor], cross: list[Tensor]) -> Tensor:
+    weight, bits = layer.weight, layer.weight_point.bits
     flat = weight.flatten(1)
-    scale, zero_point = (values.expand_as(weight).flatten(1) for values in quantizer.grid(weight))
+    scale, zero_point = (
+        values.expand_as(weight).flatten(1) for values in layer.weight_point.quantizer.grid.expanded(weight)
+    )
     decided = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     for part, moment, crossed in zip(_parts(layer), moments, cross, strict=True):
         grid = (scale[:, part], zero_point[:, part])
         aligned = aligned_weight(flat[:, part], moment, crossed)
-        rounded = gptq_weight(aligned, moment, *grid, quantizer.bits)
-        codes = (torch.round(rounded / grid[0]) + grid[1]).clamp(0, largest_code(quantizer.bits))
+        rounded = gptq_weight(aligned, moment, *grid, bits)
+        codes = (torch.round(rounded / grid[0]) + grid[1]).clamp(0, largest_code(bits))
         decided[:, part] = codes.to(torch.uint8)
-    quantizer.decided = decided.view_as(weight)
+    return decided.view_as(weight)
 
 
 def _is_dense(module: nn.Module) -> bool:

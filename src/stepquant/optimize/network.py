@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.files import digest, tensors_digest
@@ -53,7 +53,7 @@ class Finetuning:
 
 def finetune(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     samples: CalibrationSet,
     settings: Finetuning,
     *,
@@ -66,19 +66,19 @@ def finetune(
 
     Args:
         full_precision: the original denoiser: run on each batch for its output and its layers' outputs.
-        instrumented: the copy to train, its quantizers initialised and switched on; settled afterwards.
+        calibrated: the copy to train, its quantizers calibrated; frozen afterwards.
         key: stands for everything that the result depends on besides `settings`, `seed` and what has been learned
             so far.
     """
-    stage = digest([key, asdict(settings), seed, tensors_digest(instrumented.learned())])[:16]
+    stage = digest([key, asdict(settings), seed, tensors_digest(calibrated.state())])[:16]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parameters = _parameters(instrumented, settings)
+        parameters = _parameters(calibrated, settings)
 
         def loss(iteration: int) -> Tensor:
             torch.manual_seed(seed * 100_003 + iteration)
             chosen = torch.randint(len(samples), (min(settings.batch_size, len(samples)),))
-            return network_error(full_precision, instrumented, samples, chosen, settings, workspace.ranks)
+            return network_error(full_precision, calibrated, samples, chosen, settings, workspace.ranks)
 
         optimize(
             parameters,
@@ -89,16 +89,16 @@ def finetune(
             description=settings.name,
             progress=progress,
         )
-    for layer in instrumented.layers.values():
-        layer.weight_quantizer.settle(layer.weight)
+    for layer in calibrated.layers.values():
+        layer.weight_point.freeze(layer.weight)
         layer.inner.requires_grad_(False)
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.settle()
+    for point in calibrated.activation_points():
+        point.freeze()
 
 
 def network_error(
     full_precision: nn.Module,
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     samples: CalibrationSet,
     chosen: Tensor,
     settings: Finetuning,
@@ -112,8 +112,8 @@ def network_error(
     originals = {name: full_precision.get_submodule(name) for name in settings.aligned}
     with torch.no_grad(), LayerOutputs.recorded(originals) as targets:
         target = main_tensor(full_precision(**arguments, return_dict=False))
-    with LayerOutputs.recorded({name: instrumented.layers[name] for name in settings.aligned}) as outputs:
-        output = main_tensor(instrumented.model(**arguments, return_dict=False))
+    with LayerOutputs.recorded({name: calibrated.layers[name] for name in settings.aligned}) as outputs:
+        output = main_tensor(calibrated.model(**arguments, return_dict=False))
     share = len(chosen) / minibatch
     wanted = [target, *(targets[name] for name in settings.aligned)]
     power = ranks.all_reduce(torch.stack([squared_error(x, torch.zeros_like(x)) * share for x in wanted])).clamp(
@@ -128,17 +128,15 @@ def network_error(
     return (missed * share / power).sum()
 
 
-def _parameters(instrumented: Instrumented, settings: Finetuning) -> list[dict[str, Any]]:
+def _parameters(calibrated: CalibrationModel, settings: Finetuning) -> list[dict[str, Any]]:
     """Start learning; the parameter groups for the optimizer."""
-    trained = [instrumented.layers[name] for name in settings.weights if name in instrumented.layers]
-    scaled = list(instrumented.activation_quantizers())
+    trained = [calibrated.layers[name] for name in settings.weights if name in calibrated.layers]
+    scaled = list(calibrated.activation_points())
     if settings.scales is not None:
-        scaled = [
-            quantizer for name in settings.scales if (quantizer := instrumented.layers[name].activation_quantizer)
-        ]
+        scaled = [point for name in settings.scales if (point := calibrated.layers[name].input_point)]
     groups = [
         {
-            "params": [layer.weight_quantizer.finetune(layer.weight) for layer in trained],
+            "params": [layer.weight_point.finetune(layer.weight) for layer in trained],
             "lr": settings.weight_rate,
         },
         {
@@ -148,9 +146,9 @@ def _parameters(instrumented: Instrumented, settings: Finetuning) -> list[dict[s
         {
             "params": [
                 parameter
-                for quantizer in scaled
-                if quantizer.enabled
-                for parameter in quantizer.learn(over_time=settings.over_time)
+                for point in scaled
+                if point.calibrated
+                for parameter in (point.learn_over_time() if settings.over_time else point.learn_table())
             ],
             "lr": settings.scale_rate,
         },

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.models.description import main_tensor
@@ -53,7 +53,7 @@ class Training:
 
 
 def train(
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     batches: Batches,
     training: Training,
     *,
@@ -69,18 +69,18 @@ def train(
     processes divide each batch; the losses told are those of this one's part.
 
     Args:
-        instrumented: the copy to train, its quantizers initialised and switched on; settled afterwards.
+        calibrated: the copy to train, its quantizers calibrated; frozen afterwards.
         batches: of what it learns from.
         key: stands for all that the result depends on besides `training` and `seed`.
 
     Raises:
         StepquantError: if the loss is no longer a number.
     """
-    model = instrumented.model
+    model = calibrated.model
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        groups = _release(instrumented, training)
+        groups = _release(calibrated, training)
         model.eval()  # no dropout, that of the generators included
         _set_memory_format(model, torch.channels_last)
         mean = _Mean(max(1, training.iterations // REPORTS), progress)
@@ -112,10 +112,10 @@ def train(
             ema_decay=training.ema_decay,
         )
     _set_memory_format(model, torch.contiguous_format)
-    for layer in instrumented.layers.values():
-        layer.weight_quantizer.settle(layer.weight)
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.settle()
+    for layer in calibrated.layers.values():
+        layer.weight_point.freeze(layer.weight)
+    for point in calibrated.activation_points():
+        point.freeze()
     model.requires_grad_(False)
 
 
@@ -135,24 +135,22 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _release(instrumented: Instrumented, training: Training) -> list[dict[str, Any]]:
+def _release(calibrated: CalibrationModel, training: Training) -> list[dict[str, Any]]:
     """Let everything learn; the parameter groups for the optimizer."""
-    model = instrumented.model
+    model = calibrated.model
     weights = dict(model.named_parameters())
     for parameter in weights.values():
         parameter.data = parameter.data.float().clone()  # the copy shares the original's weights until they move
         parameter.requires_grad_()
-    inside = tuple(f"{name}." for name in instrumented.layers)
-    instrumented.trained[:] = [name for name in weights if not name.startswith(inside)]
+    inside = tuple(f"{name}." for name in calibrated.layers)
+    calibrated.trained[:] = [name for name in weights if not name.startswith(inside)]
     scales = [
-        parameter
-        for layer in instrumented.layers.values()
-        for parameter in layer.weight_quantizer.release(layer.inner.weight)
+        parameter for layer in calibrated.layers.values() for parameter in layer.weight_point.lsq(layer.inner.weight)
     ]
     intervals = [
         parameter
-        for quantizer in instrumented.activation_quantizers()
-        for parameter in quantizer.learn(over_time=training.over_time, turns=training.turns)
+        for point in calibrated.activation_points()
+        for parameter in (point.learn_over_time(training.turns) if training.over_time else point.learn_table())
     ]
     interval_rate = training.generator_rate if training.over_time else training.scale_rate
     groups = [

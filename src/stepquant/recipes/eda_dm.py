@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import normal_steps, uniform_steps
 from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
@@ -29,7 +29,7 @@ def eda_dm(
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     rounding_weight: float = 0.1,
-) -> Instrumented:
+) -> CalibrationModel:
     """Temporal distribution-aware calibration (TDAC), fine-grained block reconstruction (FBR); static scales.
 
     1. TDAC (section 3.2): step i gets samples in proportion to ``D_i + diversity_weight V_i``, the density and the

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from stepquant.calibration.allocation import weight_sizes, within_budget
 from stepquant.calibration.correction import estimate_correction
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
-from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.weight import WeightPoint
+from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.float32 import computing_in_float32
-from stepquant.calibration.instrument import Instrumented, calibrate_ranges, instrument
+from stepquant.calibration.model import CalibrationModel, calibrate_ranges, insert_fake_quantizers
 from stepquant.calibration.placement import place
 from stepquant.calibration.samples import (
     NOISE_OFFSET,
@@ -31,7 +32,7 @@ from stepquant.calibration.sensitivity import How, Sensitivity, measure
 from stepquant.calibration.smoothing import find_smoothing
 from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, step_features
 from stepquant.config import QuantSpec
-from stepquant.core.ranges import RangeMethod
+from stepquant.core.ranges import Range
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
 from stepquant.layers.correction import Correction
@@ -194,24 +195,23 @@ class Job:
 
     def instrument(
         self,
-        weight_range: RangeMethod,
+        weight_range: Range,
         *,
         split_skips: bool = False,
         timesteps: Tensor | None = None,
-        weight_quantizer: type[WeightQuantizer] = WeightQuantizer,
-        activation_quantizer: type[ActivationQuantizer] = ActivationQuantizer,
-    ) -> Instrumented:
+        rounding: type[RoundToNearest] = RoundToNearest,
+    ) -> CalibrationModel:
         """A copy of the denoiser with quantizers.
 
         Args:
             split_skips: for a spec that leaves it to the recipe.
             timesteps: float [R], of the rows that activation tables get; None for static scales.
-            weight_quantizer, activation_quantizer: classes of your own, derived from these.
+            rounding: rounds weights that are not learned, see `WeightPoint`.
         """
         spec = self.spec
         if spec.split_skips is None:
             spec = spec.model_copy(update={"split_skips": split_skips})
-        instrumented = instrument(
+        calibrated = insert_fake_quantizers(
             self.reference,
             self.description,
             spec,
@@ -219,25 +219,24 @@ class Job:
             weight_range=weight_range,
             progress=self.progress,
             ranks=self.workspace.ranks,
-            weight_quantizer=weight_quantizer,
-            activation_quantizer=activation_quantizer,
+            rounding=rounding,
         )
-        place(instrumented.model, self.description.blocks, self.device)
-        return instrumented
+        place(calibrated.model, self.description.blocks, self.device)
+        return calibrated
 
     def calibrate_ranges(
         self,
-        instrumented: Instrumented,
+        calibrated: CalibrationModel,
         samples: CalibrationSet,
-        method: RangeMethod,
+        method: Range,
         *,
         per_row: bool = True,
         quantized_weights: bool = False,
     ) -> None:
         """Set all activation ranges from what the network does on the samples; see `calibrate_ranges`."""
-        self._smooth_once(instrumented, samples)
+        self._smooth_once(calibrated, samples)
         calibrate_ranges(
-            instrumented,
+            calibrated,
             samples,
             method,
             self.chunk,
@@ -247,39 +246,39 @@ class Job:
             ranks=self.workspace.ranks,
         )
 
-    def smoothing(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+    def smoothing(self, calibrated: CalibrationModel, samples: CalibrationSet) -> None:
         """Smoothing the channels of every layer that gains by it (`calibration.smoothing`); kept in the workspace.
 
         Other stages do it first where the spec asks for it; a recipe that wants it by default calls this.
         """
         # The same samples are smoothed otherwise for other grids, which recipes choose.
         grids = {
-            name: [_grid(layer.weight_quantizer), layer.activation_quantizer and _grid(layer.activation_quantizer)]
-            for name, layer in instrumented.layers.items()
+            name: [_grid(layer.weight_point), layer.input_point and _grid(layer.input_point)]
+            for name, layer in calibrated.layers.items()
         }
         stage = f"smoothing-{digest([self.key, tensors_digest(samples.tensors), grids])[:16]}"
         factors = self.workspace.load(stage)
         if factors is None:
-            factors = find_smoothing(instrumented, samples, self.chunk, self.progress)
+            factors = find_smoothing(calibrated, samples, self.chunk, self.progress)
             self.workspace.save(stage, factors)
         for name, smoothing in factors.items():
-            instrumented.layers[name].smoothing(smoothing)
+            calibrated.layers[name].smooth(smoothing)
 
-    def _smooth_once(self, instrumented: Instrumented, samples: CalibrationSet) -> None:
+    def _smooth_once(self, calibrated: CalibrationModel, samples: CalibrationSet) -> None:
         if self.spec.smoothing and not any(
-            layer.weight_quantizer.smoothing is not None for layer in instrumented.layers.values()
+            layer.weight_point.smoothing is not None for layer in calibrated.layers.values()
         ):
-            self.smoothing(instrumented, samples)
+            self.smoothing(calibrated, samples)
 
-    def rank_layers(self, instrumented: Instrumented, samples: CalibrationSet, how: How) -> Sensitivity:
+    def rank_layers(self, calibrated: CalibrationModel, samples: CalibrationSet, how: How) -> Sensitivity:
         """The error that each layer causes (`calibration.sensitivity`); layers measured are kept in the workspace.
 
         Args:
-            instrumented: its ranges are found; it comes back with every quantizer switched on.
+            calibrated: its ranges are found; it comes back with every quantizer switched on.
         """
-        stage = digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned())])
+        stage = digest([self.key, tensors_digest(samples.tensors), tensors_digest(calibrated.state())])
         return measure(
-            instrumented,
+            calibrated,
             self.description.blocks,
             samples,
             how,
@@ -309,16 +308,16 @@ class Job:
         kept = self.workspace.load(stage)
         if kept is None:
             collected = job.collect(uniform_steps(samples, job.request.steps, job.generator()))
-            instrumented = job.instrument("least-error", split_skips=True)
-            job.calibrate_ranges(instrumented, collected, "least-error")
-            ranking = job.rank_layers(instrumented, collected, how)
+            calibrated = job.instrument("least-error", split_skips=True)
+            job.calibrate_ranges(calibrated, collected, "least-error")
+            ranking = job.rank_layers(calibrated, collected, how)
             kept = {"steps": torch.tensor(ranking.steps), "errors": ranking.errors, "whole": ranking.whole}
             self.workspace.save(stage, kept)
         bits = self.description.quantized_bits(self.spec)
         ends = tuple((first, last) for first, last in kept["steps"].tolist())
         return Sensitivity(how, bits, weight_sizes(self.denoiser, bits), ends, kept["errors"], kept["whole"])
 
-    def correction(self, instrumented: Instrumented) -> Correction:
+    def correction(self, calibrated: CalibrationModel) -> Correction:
         """How the error of a finished quantization follows the output, by step (`calibration.correction`).
 
         Measured on trajectories of their own: weights are fitted to the calibration samples, and err less there.
@@ -326,7 +325,7 @@ class Job:
         job = replace(self, seed=self.seed + CORRECTION_OFFSET)
         samples = job.collect(uniform_steps(self.calibration.samples, self.request.steps, job.generator()))
         batch_size = self.chunk
-        return estimate_correction(self.reference, instrumented, samples, batch_size, self.progress)
+        return estimate_correction(self.reference, calibrated, samples, batch_size, self.progress)
 
     def training_timesteps(self) -> Tensor:
         """Every timestep that the model was trained at, as the denoiser is given it: float [T]."""
@@ -342,12 +341,12 @@ class Job:
                 "block (minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
             )
 
-    def finetune(self, instrumented: Instrumented, samples: CalibrationSet, settings: Finetuning) -> None:
+    def finetune(self, calibrated: CalibrationModel, samples: CalibrationSet, settings: Finetuning) -> None:
         """Train weights and scales network-wise against the full-precision denoiser; kept in the workspace."""
         self.needs_the_whole("finetuning")
         finetune(
             self.reference,
-            instrumented,
+            calibrated,
             samples,
             settings,
             workspace=self.workspace,
@@ -356,28 +355,28 @@ class Job:
             progress=self.progress,
         )
 
-    def reconstruct(self, instrumented: Instrumented, samples: CalibrationSet, settings: Settings) -> None:
+    def reconstruct(self, calibrated: CalibrationModel, samples: CalibrationSet, settings: Settings) -> None:
         """Learn rounding and activation scales block by block; finished blocks are kept in the workspace."""
-        self._smooth_once(instrumented, samples)
-        # How one finds its range while learning is not in what it has found before.
-        quantizers = sorted({type(quantizer).__qualname__ for quantizer in instrumented.activation_quantizers()})
+        self._smooth_once(calibrated, samples)
         reconstruct(
             self.reference,
-            instrumented,
+            calibrated,
             self.description.blocks,
             samples,
             settings,
             workspace=self.workspace,
-            key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(instrumented.learned()), quantizers]),
+            key=digest([self.key, tensors_digest(samples.tensors), tensors_digest(calibrated.state())]),
             seed=self.seed,
             batch_size=self.chunk,
             progress=self.progress,
         )
 
 
-def _grid(quantizer: WeightQuantizer | ActivationQuantizer) -> list[Any]:
-    """What a smoothing depends on of a quantizer."""
-    return [type(quantizer).__qualname__, quantizer.bits, list(quantizer.group_sizes)]
+def _grid(point: ActivationPoint | WeightPoint) -> list[Any]:
+    """What the smoothing of a layer depends on in its input or weight."""
+    if isinstance(point, ActivationPoint):
+        return [point.bits, list(point.layout.group_sizes)]
+    return [point.rounding.__qualname__, point.bits, list(point.group_sizes)]
 
 
 def _weights_digest(model: nn.Module) -> str:
@@ -386,5 +385,5 @@ def _weights_digest(model: nn.Module) -> str:
     return tensors_digest({name: tensor for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta})
 
 
-Recipe = Callable[..., Instrumented]
+Recipe = Callable[..., CalibrationModel]
 """``recipe(job, **hyperparameters)``: returns the denoiser's copy with everything settled."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.recipes.job import Job
 
 
-def minmax(job: Job) -> Instrumented:
+def minmax(job: Job) -> CalibrationModel:
     """Round to nearest with static min-max ranges; nothing is learned.
 
     1. Collect samples at evenly spread steps of the full-precision sampler.

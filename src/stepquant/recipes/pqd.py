@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import normal_steps
 from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
@@ -30,7 +30,7 @@ def pqd(
     scale_rate: float = 1e-3,
     drop_probability: float | None = None,
     rounding_weight: float = 0.1,
-) -> Instrumented:
+) -> CalibrationModel:
     """Normally distributed timesteps with the model's conditions, then QDrop reconstruction block by block.
 
     1. Collect samples of the denoising process, with the prompts or classes the model will see and, under guidance,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import normal_steps
 from stepquant.recipes.job import Job
 
 
-def ptq4dm(job: Job, *, mean: float = 0.5, deviation: float = 0.35) -> Instrumented:
+def ptq4dm(job: Job, *, mean: float = 0.5, deviation: float = 0.35) -> CalibrationModel:
     """Normally distributed timesteps, ranges of least error; nothing is learned.
 
     1. Collect samples of the denoising process at timesteps ``t ~ N(mean T, (deviation T)^2)`` (section 3.3); the

@@ -8,7 +8,7 @@ authors' way. Scales learn relative to their size.
 
 from __future__ import annotations
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
@@ -23,7 +23,7 @@ def q_diffusion(
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-3,
     rounding_weight: float = 0.1,
-) -> Instrumented:
+) -> CalibrationModel:
     """Uniform timesteps, split skip connections, block reconstruction.
 
     1. Collect samples at evenly spread timesteps: neighbouring steps are alike, all of them matter (section 4.1).

@@ -13,7 +13,7 @@ from typing import Literal
 
 from stepquant.calibration.fake_quant.generator import TURNS
 from stepquant.calibration.image_folder import ImageFolder
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.files import digest
 from stepquant.optimize.batches import Batches, TrajectoryBatches, image_batches
@@ -36,7 +36,7 @@ def qat(
     generator_rate: float = 1e-3,
     ema_decay: float = 0.0,
     refresh: int = 500,
-) -> Instrumented:
+) -> CalibrationModel:
     """Weights, their scales and the activations' intervals trained together, from the pretrained model.
 
     1. Start after training: ranges of least error, weights rounded with compensation, on the sampler's own inputs.

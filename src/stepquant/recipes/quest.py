@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.errors import StepquantError
@@ -55,7 +55,7 @@ def quest(
     scale_rate: float = 1e-3,
     time_global_weight: float = 1.0,
     global_weight: float = 2.0,
-) -> Instrumented:
+) -> CalibrationModel:
     """One activation scale a step; then train the time-embedding layers, and after them the critical ones.
 
     1. Collect samples at evenly spread steps.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import normal_steps
 from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.recipes.job import Job
@@ -32,7 +32,7 @@ def tdq(
     rounding_rate: float = 3e-2,
     scale_rate: float = 1e-4,
     rounding_weight: float = 0.1,
-) -> Instrumented:
+) -> CalibrationModel:
     """A small network turns the timestep into each activation's interval; tabulated once it is trained.
 
     1. Collect samples of all steps (PTQ4DM's set).

@@ -6,7 +6,7 @@ for each of the finitely many timesteps; their block comes last and not first (s
 
 from __future__ import annotations
 
-from stepquant.calibration.instrument import Instrumented
+from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.selection import uniform_steps
 from stepquant.optimize.blocks import Rounding, Settings
 from stepquant.optimize.network import Finetuning
@@ -24,7 +24,7 @@ def tfmq(
     scale_rate: float = 1e-3,
     weight_rate: float = 1e-3,
     rounding_weight: float = 0.1,
-) -> Instrumented:
+) -> CalibrationModel:
     """Reconstruct what depends on the timestep alone, over the finite set of timesteps; then block by block.
 
     1. Collect samples at evenly spread steps; the time layers see no other inputs than those steps'.

@@ -2,7 +2,8 @@ import math
 
 import torch
 
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.activation_quantizers import FixedGrid
 from stepquant.calibration.fake_quant.generator import IntervalGenerator, time_features
 from stepquant.core.affine import fake_quantize
 from stepquant.layers.clock import StepClock
@@ -25,13 +26,13 @@ def test_a_generator_starts_at_the_static_scale():
 
 def moving_quantizer(rows=100):
     clock = StepClock(torch.arange(rows).float())
-    quantizer = ActivationQuantizer(4, clock, rows=rows)
+    quantizer = ActivationPoint(4, clock, rows=rows)
     torch.manual_seed(0)
     x = torch.randn(rows, 512) * torch.linspace(0.5, 4, rows)[:, None]  # the range grows with t
-    quantizer.observing = True
+    quantizer.observe()
     clock.set(torch.arange(rows))
     quantizer(x)
-    quantizer.set_range("least-error", per_row=False)
+    quantizer.calibrate("least-error", per_row=False)
     assert quantizer.scale.unique().numel() == 1
     return clock, quantizer, x
 
@@ -39,16 +40,16 @@ def moving_quantizer(rows=100):
 def test_a_learned_generator_follows_the_range_and_ships_as_its_table():
     clock, quantizer, x = moving_quantizer()
     static = float((quantizer(x) - x).square().mean())
-    optimizer = torch.optim.Adam(quantizer.learn(over_time=True), lr=3e-3)
+    optimizer = torch.optim.Adam(quantizer.learn_over_time(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
         clock.set(torch.arange(100))
         (quantizer(x) - x).square().mean().backward()
         optimizer.step()
-    quantizer.settle()
-    assert quantizer.gain is None
+    quantizer.freeze()
+    assert type(quantizer.quantizer) is FixedGrid
     assert float((quantizer(x) - x).square().mean()) < 0.75 * static
-    table = quantizer.table()
+    table = quantizer.grid()
     assert table.scale.shape == (100, 1, 1)
     assert float(table.scale[90]) > 2 * float(table.scale[10])
     clock.set(37)
@@ -58,10 +59,10 @@ def test_a_learned_generator_follows_the_range_and_ships_as_its_table():
 
 def test_a_batch_of_mixed_steps_equals_each_alone():
     clock, quantizer, x = moving_quantizer()
-    quantizer.learn(over_time=True)
-    quantizer.gain.eval()
+    quantizer.learn_over_time()
+    quantizer.quantizer.gain.eval()
     with torch.no_grad():
-        quantizer.gain.layers[-1].weight.normal_(std=0.05)
+        quantizer.quantizer.gain.layers[-1].weight.normal_(std=0.05)
         rows = torch.tensor([3, 80, 41])
         clock.set(rows)
         together = quantizer(x[rows])
@@ -73,9 +74,9 @@ def test_a_batch_of_mixed_steps_equals_each_alone():
 def test_a_generator_starts_near_the_ranges_found_step_by_step():
     _clock, quantizer, _x = moving_quantizer()
     torch.manual_seed(0)
-    quantizer.learn(over_time=True)
-    quantizer.settle()
-    scale = quantizer.table().scale[:, 0, 0]
+    quantizer.learn_over_time()
+    quantizer.freeze()
+    scale = quantizer.grid().scale[:, 0, 0]
     assert float(scale[95] / scale[5]) > 3  # the spread of x grows from 0.68 to 3.8
     roughness = scale.diff().abs().sum() / (scale[-1] - scale[0]).abs()
     assert float(roughness) < 1.5, "smooth: a free table of one sample a step would jitter"
@@ -84,12 +85,12 @@ def test_a_generator_starts_near_the_ranges_found_step_by_step():
 def test_a_second_generator_starts_where_the_first_settled():
     _clock, quantizer, _x = moving_quantizer()
     torch.manual_seed(0)
-    quantizer.learn(over_time=True)
-    quantizer.settle()
-    settled = quantizer.table().scale
-    quantizer.learn(over_time=True)
-    quantizer.settle()
-    assert torch.allclose(quantizer.table().scale, settled, rtol=1e-5)
+    quantizer.learn_over_time()
+    quantizer.freeze()
+    settled = quantizer.grid().scale
+    quantizer.learn_over_time()
+    quantizer.freeze()
+    assert torch.allclose(quantizer.grid().scale, settled, rtol=1e-5)
 
 
 def test_the_fastest_feature_turns_as_often_as_asked_or_as_in_the_paper():

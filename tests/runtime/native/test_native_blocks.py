@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stepquant as sq
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.config import QuantSpec
 from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
@@ -28,16 +28,16 @@ def unet(unconditional_pipeline):
     full = unconditional_pipeline.unet
     timesteps = torch.tensor([100.0, 500.0, 900.0])
     spec = QuantSpec.parse("w8a8")
-    instrumented = instrument(full, describe(full), spec, timesteps=timesteps, weight_range="minmax")
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.observing = True
+    calibrated = insert_fake_quantizers(full, describe(full), spec, timesteps=timesteps, weight_range="minmax")
+    for quantizer in calibrated.activation_points():
+        quantizer.observe()
     with torch.no_grad():
         for timestep in timesteps:
-            instrumented.model(torch.randn(4, 1, 16, 16), timestep)
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.set_range("minmax", per_row=True)
+            calibrated.model(torch.randn(4, 1, 16, 16), timestep)
+    for quantizer in calibrated.activation_points():
+        quantizer.calibrate("minmax", per_row=True)
     result = copy.deepcopy(full)
-    install(result, instrumented.freeze())
+    install(result, calibrated.to_quantized())
     return result
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepquant as sq
-from stepquant.calibration.instrument import instrument
+from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.config import QuantSpec
 from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
@@ -56,15 +56,15 @@ unet_case = pytest.fixture(build, scope="module", params=UNETS, name="unet_case"
 def static_unet(unconditional_pipeline):
     """One grid for all steps, so that no kernel looks at the step."""
     full = unconditional_pipeline.unet
-    instrumented = instrument(full, describe(full), QuantSpec.parse("w8a8"), timesteps=None, weight_range="minmax")
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.observing = True
+    calibrated = insert_fake_quantizers(full, describe(full), QuantSpec.parse("w8a8"), weight_range="minmax")
+    for quantizer in calibrated.activation_points():
+        quantizer.observe()
     with torch.no_grad():
-        instrumented.model(torch.randn(4, 1, 16, 16), 500)
-    for quantizer in instrumented.activation_quantizers():
-        quantizer.set_range("minmax", per_row=False)
+        calibrated.model(torch.randn(4, 1, 16, 16), 500)
+    for quantizer in calibrated.activation_points():
+        quantizer.calibrate("minmax", per_row=False)
     result = copy.deepcopy(full)
-    install(result, instrumented.freeze())
+    install(result, calibrated.to_quantized())
     prepare(result, "native")
     return result
 

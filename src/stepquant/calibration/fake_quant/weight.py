@@ -1,181 +1,141 @@
-"""The quantizer of a weight under calibration: rounds to nearest or by AdaRound, finetunes, or trains."""
+"""The place where a weight is quantized, and what holds there at present."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.generator import TableGain
-from stepquant.core.affine import affine_from_range, largest_code
-from stepquant.core.qtensor import expand_groups
-from stepquant.core.ranges import RangeMethod, find_range
-from stepquant.core.rounding import (
-    inverse_rectified_sigmoid,
-    learned_quantize,
-    rectified_sigmoid,
-    rounding_regularizer,
+from stepquant.calibration.fake_quant.weight_quantizers import (
+    LSQ,
+    AdaRound,
+    FixedCodes,
+    RoundToNearest,
+    StraightThrough,
+    WeightGrid,
+    WeightQuantizer,
 )
+from stepquant.core.qtensor import Grid
+from stepquant.core.ranges import Range
 
 CELL = 0.49
-"""Half the width of the cell of a code that a weight under finetuning starts in, in steps; 0.5 would be its edge."""
+"""Half the width of the part of a code's cell where a weight starts to move, in steps of the grid; 0.5 is its edge."""
 
 
-class WeightQuantizer(nn.Module):
-    """Quantizes a weight per output channel (and input group), to the nearest code, by AdaRound, or as it learns.
+class WeightPoint(nn.Module):
+    """One weight of the network, with the quantizer that it has at this stage of calibration.
 
     Args:
-        weight: float [out, in, *kernel], the full-precision weight.
+        weight: float [out, in, *kernel], in full precision.
         bits: 2 to 8; the grid is symmetric at 8 bits and affine below (see `QTensor`).
         group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
-        method: how the range is found. At 8 bits it is min-max whatever is asked for: the least error there clips the
-            largest weights, which shrinks a layer's gain at every step alike and costs more than it saves
-            (``docs/quality.md``).
+        method: of the range search, or a function, see `find_range`. At 8 bits the range is always min-max: the least
+            error there clips the largest weights, which shrinks a layer's gain at every step alike and costs more than
+            it saves (``docs/quality.md``).
+        rounding: the quantizer to start with: `RoundToNearest`, or a class with its interface.
 
-    `smoothing`, float32 [in] or None for ones, divides the scale of each input channel (`core.transforms.Smoothing`).
+    Attributes:
+        bypassed: whether the weight stays in full precision for now.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-    smoothing: Tensor | None
-    decided: Tensor | None
-    start: Tensor | None
-
-    def __init__(self, weight: Tensor, bits: int, group_sizes: tuple[int, ...], method: RangeMethod) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        group_sizes: tuple[int, ...],
+        method: Range = "least-error",
+        rounding: type[RoundToNearest] = RoundToNearest,
+    ) -> None:
         super().__init__()
-        self.bits, self.group_sizes, self.method = bits, group_sizes, method
-        self.rounding: nn.Parameter | None = None
-        shape = (len(group_sizes), weight.shape[0])
-        self.register_buffer("scale", torch.ones(shape, device=weight.device))
-        self.register_buffer("zero_point", torch.zeros(shape, device=weight.device))
-        self.register_buffer("decided", None)
-        self.register_buffer("start", None)
-        self.set_range(weight, None)
-        self.shift: nn.Parameter | None = None
-        self.gain: TableGain | None = None
-
-    def set_range(self, weight: Tensor, smoothing: Tensor | None) -> None:
-        """Search the range of the weight, its input channels multiplied by `smoothing`."""
-        self.register_buffer("smoothing", smoothing)
-        method = "minmax" if self.bits == 8 else self.method
-        smoothed = weight.detach().float()
-        if smoothing is not None:
-            smoothed = smoothed * smoothing.reshape(-1, *(1,) * (weight.dim() - 2))
-        for index, group in enumerate(smoothed.split(self.group_sizes, dim=1)):
-            low, high = find_range(group.flatten(1), self.bits, method, symmetric=self.bits == 8)
-            grid = affine_from_range(low, high, self.bits, symmetric=self.bits == 8)
-            self.scale[index], self.zero_point[index] = grid
-
-    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of every input channel, shaped to broadcast against the weight [out, in, *kernel]."""
-        grids = []
-        for values in (self.scale, self.zero_point):
-            expanded = expand_groups(values, self.group_sizes).t()
-            grids.append(expanded.reshape(expanded.shape + (1,) * (weight.dim() - 2)))
-        scale, zero_point = grids
-        if self.smoothing is not None:
-            scale = scale / self.smoothing.reshape(-1, *(1,) * (weight.dim() - 2))
-        return scale, zero_point
+        self.rounding, self.method = rounding, "minmax" if bits == 8 else method
+        self.bypassed = False
+        self.quantizer: WeightQuantizer = rounding(WeightGrid(bits, group_sizes, weight, rounding.search, self.method))
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.gain is not None:
-            return self._learned(weight, self.gain)
-        scale, zero_point = self.grid(weight)
-        top = largest_code(self.bits)
-        if self.shift is not None:
-            steps = self._moved()
-            codes = steps + (steps.round().clamp(0, top) - steps).detach()  # straight through
-            return (codes - zero_point) * scale
-        if self.rounding is not None:
-            floor = torch.floor(weight.detach() / scale) + zero_point
-            return ((floor + rectified_sigmoid(self.rounding)).clamp(0, top) - zero_point) * scale
-        if self.decided is not None:
-            return (self.decided.to(scale.dtype) - zero_point) * scale
-        return learned_quantize(weight, scale, zero_point, self.bits)
+        return weight if self.bypassed else self.quantizer(weight)
 
-    def learn(self, weight: Tensor) -> nn.Parameter:
-        """Start AdaRound: one variable a weight, initialised so that the soft code is the unrounded one."""
-        steps = weight.detach() / self.grid(weight)[0]
-        self.rounding = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
-        return self.rounding
+    @property
+    def bits(self) -> int:
+        return self.quantizer.grid.bits
 
-    def finetune(self, weight: Tensor, cell: float = CELL) -> nn.Parameter:
-        """Let the weight itself move, through the rounding: returns its shift, in steps of the grid.
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        return self.quantizer.grid.group_sizes
 
-        It starts at the codes decided so far: each weight lies where it really is within the cell of its code, or at
-        the cell's edge if AdaRound rounded it away from the nearest code (QuEST, arXiv 2402.03666: the rounding
-        direction is held). The scale stays.
-        """
-        codes = self.codes(weight).to(weight.dtype)
-        scale, zero_point = self.grid(weight)
-        self.start = torch.clamp(weight.detach() / scale + zero_point, codes - cell, codes + cell)
-        self.shift = nn.Parameter(torch.zeros_like(weight))
-        return self.shift
+    @property
+    def scale(self) -> Tensor:
+        """float32 [G, out]; while it is being learned, the scale that learning started from."""
+        return self.quantizer.grid.scale
 
-    @torch.no_grad()
-    def release(self, weight: Tensor) -> list[nn.Parameter]:
-        """Let weight and scale learn together (LSQ, arXiv 1902.08153): returns the parameters of a gain on the scale.
+    @property
+    def zero_point(self) -> Tensor:
+        """float32 [G, out]."""
+        return self.quantizer.grid.zero_point
 
-        `weight` is changed in place: it starts at the codes decided so far, each value where it really is in the middle
-        half of its code's cell, or at the end of that half, so that the first small steps do not undo what compensation
-        decided; one outside the range starts at its end, where gradients reach it.
-        """
-        codes = self.codes(weight).to(weight.dtype)
-        scale, zero_point = self.grid(weight)
-        steps = torch.clamp(weight / scale + zero_point, codes - 0.25, codes + 0.25).clamp(0, largest_code(self.bits))
-        weight.copy_((steps - zero_point) * scale)
-        self.decided = None
-        self.gain = TableGain(*self.scale.shape).to(weight.device)
-        return list(self.gain.parameters())
+    @property
+    def smoothing(self) -> Tensor | None:
+        """float32 [in] or None; divides the scale of each input channel (`core.transforms.Smoothing`)."""
+        return self.quantizer.grid.smoothing
+
+    def smooth(self, weight: Tensor, smoothing: Tensor) -> None:
+        """Search the range again for the weight with its input channels multiplied by `smoothing`, float32 [in]."""
+        grid = WeightGrid(self.bits, self.group_sizes, weight, self.rounding.search, self.method, smoothing)
+        self.quantizer = self.rounding(grid)
 
     def regularizer(self, beta: float) -> Tensor:
-        """AdaRound's regulariser of the variables that `learn` returned."""
-        assert self.rounding is not None
-        return rounding_regularizer(self.rounding, beta)
+        """AdaRound's regularizer of the variables that `adaround` returned."""
+        assert isinstance(self.quantizer, AdaRound)
+        return self.quantizer.regularizer(beta)
 
-    def settle(self, weight: Tensor) -> None:
-        """Stop learning: every weight takes the code its variable leans to (up where v >= 0), or its shift led to.
+    def grid(self) -> Grid:
+        """The grid as it is stored."""
+        return self.quantizer.grid.stored()
 
-        A weight that learned together with its scale keeps the scale reached.
+    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take over a grid, float32 [G, out] twice, that was searched in another process."""
+        self.quantizer.grid.scale, self.quantizer.grid.zero_point = scale, zero_point
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Fix the codes, uint8 [out, in, *kernel]."""
+        self.quantizer = FixedCodes(self.quantizer.grid, codes)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """uint8 [out, in, *kernel]."""
+        return self.quantizer.codes(weight)
+
+    def adaround(self, weight: Tensor) -> nn.Parameter:
+        """Learn whether each weight is rounded up or down, from the unrounded weight on; returns the variables."""
+        self.quantizer = learned = AdaRound(self.quantizer.grid, weight)
+        return learned.variable
+
+    def finetune(self, weight: Tensor, cell: float = CELL) -> nn.Parameter:
+        """Move the weight through the rounding, from the present codes on, on a fixed grid.
+
+        Args:
+            weight: each value starts where it is within its code's cell, at most `cell` from the middle: where
+                AdaRound or GPTQ rounded away from the nearest code, it starts at that distance on the side of the
+                weight (QuEST, arXiv 2402.03666: the rounding direction is held).
+            cell: in steps of the grid.
+
+        Returns:
+            The shift of the weight, in steps of the grid.
         """
-        if self.gain is not None:
-            self.scale, self.gain = self._current_scale(self.gain).detach(), None
-        if self.rounding is not None or self.shift is not None:
-            self.decided = self.codes(weight)
-            self.rounding = self.shift = self.start = None
+        self.quantizer = learned = StraightThrough(self.quantizer.grid, weight, self.codes(weight), cell)
+        return learned.shift
 
     @torch.no_grad()
-    def codes(self, weight: Tensor) -> Tensor:
-        """uint8 codes, hard-rounded."""
-        if self.shift is not None:
-            return self._moved().round().clamp(0, largest_code(self.bits)).to(torch.uint8)
-        if self.rounding is None and self.decided is not None:
-            return self.decided
-        scale, zero_point = self.grid(weight)
-        if self.rounding is not None:
-            steps = torch.floor(weight / scale) + (self.rounding >= 0)
-        else:
-            steps = torch.round(weight * scale.reciprocal())
-        return (steps + zero_point).clamp(0, largest_code(self.bits)).to(torch.uint8)
+    def lsq(self, weight: Tensor) -> list[nn.Parameter]:
+        """Train weight and scale together (LSQ), from the present codes on; returns the parameters of the scale.
 
-    def _moved(self) -> Tensor:
-        """The weight under finetuning, in steps of its grid and not rounded."""
-        assert self.start is not None and self.shift is not None
-        return self.start + self.shift
+        Args:
+            weight: changed in place, see `LSQ.start`.
+        """
+        weight.copy_(LSQ.start(self.quantizer.grid, weight, self.codes(weight)))
+        self.quantizer = learned = LSQ(self.quantizer.grid)
+        return list(learned.gain.parameters())
 
-    def _current_scale(self, gain: TableGain) -> Tensor:
-        return self.scale * gain(torch.arange(self.scale.shape[0], device=self.scale.device))
-
-    def _learned(self, weight: Tensor, gain: TableGain) -> Tensor:
-        """Group by group, so that LSQ's gradient scale counts the values of one channel and group."""
-        scale, zero_point = (
-            values.reshape(*values.shape, *(1,) * (weight.dim() - 1))
-            for values in (self._current_scale(gain), self.zero_point)
-        )
-        along = None if self.smoothing is None else self.smoothing.reshape(-1, *(1,) * (weight.dim() - 2))
-        smoothed = weight if along is None else weight * along
-        parts = [
-            learned_quantize(part, scale[index], zero_point[index], self.bits)
-            for index, part in enumerate(smoothed.split(self.group_sizes, dim=1))
-        ]
-        quantized = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return quantized if along is None else quantized / along
+    def freeze(self, weight: Tensor) -> None:
+        """Stop learning: keep the codes, or after LSQ the scale, that were reached."""
+        if isinstance(self.quantizer, LSQ):
+            self.quantizer = self.rounding(self.quantizer.frozen_grid())
+        elif list(self.quantizer.parameters()):
+            self.set_codes(self.codes(weight))

@@ -1,4 +1,4 @@
-"""Put quantizers on every layer and attention of a copy of the denoiser, and take what they learned off again."""
+"""The model under calibration: a copy of the denoiser whose layers and attentions are quantized in simulation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
-from stepquant.calibration.fake_quant.layers import TrainableAttention, TrainableLayer, wrap
-from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, wrap
+from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.core.qtensor import InvalidGrid
-from stepquant.core.ranges import RangeMethod
+from stepquant.core.ranges import Range
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
@@ -29,68 +29,66 @@ from stepquant.progress import Progress
 
 
 @dataclass(frozen=True)
-class Instrumented:
-    """A copy of a denoiser whose layers carry quantizers.
+class CalibrationModel:
+    """A copy of a denoiser under calibration.
 
     Attributes:
-        model: the copy; runs like the original. Activation quantizers start switched off, weights start rounded to
-            nearest.
+        model: the copy; runs like the original. At first weights are rounded to nearest and activations pass through.
         clock: attached to `model`.
         layers: name -> layer under calibration; names are those of the original model.
         attentions: name of an `Attention` -> its processor.
         time_layers: names of the linears whose input depends on the timestep alone, quantized or not.
-        trained: names of the parameters outside `layers` that were trained, and ship with them.
+        trained: names of the parameters outside `layers` that were trained, and are stored with them.
     """
 
     model: nn.Module
     clock: StepClock
-    layers: dict[str, TrainableLayer]
-    attentions: dict[str, TrainableAttention]
+    layers: dict[str, CalibratedLayer]
+    attentions: dict[str, CalibratedAttention]
     time_layers: tuple[str, ...] = ()
     trained: list[str] = field(default_factory=list)
 
-    def activation_quantizers(self, block: str | None = None) -> Iterator[ActivationQuantizer]:
-        """All activation quantizers, or those inside one block."""
+    def activation_points(self, block: str | None = None) -> Iterator[ActivationPoint]:
+        """All activation points, or those inside one block."""
         root = self.model if block is None else self.model.get_submodule(block)
-        for module in root.modules():
-            if isinstance(module, ActivationQuantizer):
-                yield module
+        return (module for module in root.modules() if isinstance(module, ActivationPoint))
 
-    def layers_in(self, block: str) -> dict[str, TrainableLayer]:
+    def layers_in(self, block: str) -> dict[str, CalibratedLayer]:
         """The layers inside one block, which may itself be a layer."""
         return {name: layer for name, layer in self.layers.items() if name == block or name.startswith(f"{block}.")}
 
-    def learned(self) -> dict[str, Tensor]:
-        """Everything found and learned so far, by name: what later stages start from."""
+    def state(self) -> dict[str, Tensor]:
+        """All codes, grids and biases reached so far, by name: what later stages start from."""
         state: dict[str, Tensor] = {"timesteps": self.clock.timesteps}
         for name, layer in self.layers.items():
-            state[f"{name}.codes"] = layer.weight_quantizer.codes(layer.weight)
-            state[f"{name}.scale"] = layer.weight_quantizer.scale
+            state[f"{name}.codes"] = layer.weight_point.codes(layer.weight)
+            state[f"{name}.scale"] = layer.weight_point.scale
             if layer.inner.bias is not None:
                 state[f"{name}.bias"] = layer.inner.bias
-        for index, quantizer in enumerate(self.activation_quantizers()):
-            state[f"{index}.scale"], state[f"{index}.zero_point"] = quantizer.scale, quantizer.zero_point
+        for index, point in enumerate(self.activation_points()):
+            if point.calibrated:
+                state[f"{index}.scale"], state[f"{index}.zero_point"] = point.scale, point.zero_point
         return state
 
-    def freeze(self) -> Quantization:
-        """The integers and tables, as they ship; raises `StepquantError` where they break an invariant of theirs."""
+    def to_quantized(self) -> Quantization:
+        """Integers and grids as they are stored; raises `StepquantError` where they break an invariant."""
         return Quantization(
             self.clock.timesteps,
-            {name: _frozen(name, layer) for name, layer in self.layers.items()},
-            {name: _frozen(name, attention) for name, attention in self.attentions.items() if attention.quantizers},
+            {name: _quantized(name, layer) for name, layer in self.layers.items()},
+            {name: _quantized(name, attention) for name, attention in self.attentions.items() if attention.points},
             self.time_layers,
             parameters={name: self.model.get_parameter(name).detach().cpu().clone() for name in self.trained},
         )
 
 
-def _frozen(name: str, part: Any) -> Any:
-    """A layer or attention under calibration -> its integers and tables, checked."""
+def _quantized(name: str, part: Any) -> Any:
+    """A layer or attention under calibration -> its integers and grids, checked."""
     try:
-        frozen = part.freeze()
-        frozen.check()
+        quantized = part.to_quantized()
+        quantized.check()
     except InvalidGrid as error:
         raise StepquantError(f"the quantizers of {name} have found what cannot be stored: {error.what}.") from None
-    return frozen
+    return quantized
 
 
 def check_overrides(description: ModelDescription, spec: QuantSpec) -> None:
@@ -100,25 +98,24 @@ def check_overrides(description: ModelDescription, spec: QuantSpec) -> None:
             raise StepquantError(f"override {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
 
 
-def instrument(
+def insert_fake_quantizers(
     denoiser: nn.Module,
     description: ModelDescription,
     spec: QuantSpec,
     *,
     timesteps: Tensor | None = None,
-    weight_range: RangeMethod = "least-error",
+    weight_range: Range = "least-error",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
-    weight_quantizer: type[WeightQuantizer] = WeightQuantizer,
-    activation_quantizer: type[ActivationQuantizer] = ActivationQuantizer,
-) -> Instrumented:
-    """Copy `denoiser` and put quantizers on it.
+    rounding: type[RoundToNearest] = RoundToNearest,
+) -> CalibrationModel:
+    """Copy `denoiser` and put its layers and attentions under calibration.
 
     Args:
         timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
-        weight_range: how weight ranges are found.
+        weight_range: method of the weights' range search, or a function, see `find_range`.
         ranks: share the search.
-        weight_quantizer, activation_quantizer: classes of one's own, derived from ours.
+        rounding: rounds weights that are not learned, see `WeightPoint`.
 
     Raises:
         StepquantError: if an override of the spec matches no layer.
@@ -130,7 +127,7 @@ def instrument(
     model = copy.deepcopy(denoiser, shared).requires_grad_(False).eval()
     clock = StepClock(timesteps)
     rows = len(clock.timesteps)
-    layers: dict[str, TrainableLayer] = {}
+    layers: dict[str, CalibratedLayer] = {}
     ranks = ranks or Ranks()
     quantized = description.quantized_bits(spec)
     with (progress or Progress()).task("Searching weight ranges", len(quantized)) as advance:
@@ -144,47 +141,42 @@ def instrument(
                 split=description.skip_splits.get(name) if spec.split_skips else None,
                 group_size=spec.group_size,
                 rows=rows,
-                # The others get what the process whose turn it is finds.
+                # The grids of the others are searched by other processes.
                 weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
-                weight_quantizer=weight_quantizer,
-                activation_quantizer=activation_quantizer,
+                rounding=rounding,
             )
-    weights = [layer.weight_quantizer for layer in layers.values()]
-    grids = ranks.map(lambda weight: (weight.scale, weight.zero_point), weights)
-    for weight, (scale, zero_point) in zip(weights, grids, strict=True):
-        weight.scale, weight.zero_point = scale, zero_point
-    attentions = {
-        name: _wrap_attention(name, spec, clock, rows, activation_quantizer) for name in description.attentions
-    }
+    points = [layer.weight_point for layer in layers.values()]
+    grids = ranks.map(lambda point: (point.scale, point.zero_point), points)
+    for point, grid in zip(points, grids, strict=True):
+        point.set_grid(*grid)
+    attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     for name, attention in attentions.items():
         model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
     clock.attach(model)
     time_layers = tuple(name for name in description.layers if name in description.time_layers)
-    return Instrumented(model, clock, layers, attentions, time_layers)
+    return CalibrationModel(model, clock, layers, attentions, time_layers)
 
 
-def _wrap_attention(
-    name: str, spec: QuantSpec, clock: StepClock, rows: int, quantizer: type[ActivationQuantizer]
-) -> TrainableAttention:
-    """Query, key and value take the bits of the layer that makes them; the probabilities take the spec's."""
-    quantizers: dict[str, ActivationQuantizer] = {}
+def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> CalibratedAttention:
+    """Query, key and value take the bits of the layers that compute them; the probabilities take the spec's."""
+    points: dict[str, ActivationPoint] = {}
     for operand in OPERANDS:
         projection = name if operand == "probability" else f"{name}.to_{operand[0]}"
         bits = spec.layer_bits(projection).activation
         if operand == "probability" and bits != FLOAT_BITS:
             bits = spec.softmax_bits
         if bits != FLOAT_BITS:
-            quantizers[operand] = quantizer(bits, clock, rows=rows, unsigned=operand == "probability")
-    return TrainableAttention(quantizers)
+            points[operand] = ActivationPoint(bits, clock, rows=rows, unsigned=operand == "probability")
+    return CalibratedAttention(points)
 
 
 @torch.no_grad()
 def calibrate_ranges(
-    instrumented: Instrumented,
+    calibrated: CalibrationModel,
     samples: CalibrationSet,
-    method: RangeMethod,
+    method: Range,
     batch_size: int,
     progress: Progress,
     *,
@@ -192,48 +184,45 @@ def calibrate_ranges(
     quantized_weights: bool = False,
     ranks: Ranks | None = None,
 ) -> None:
-    """Observe every activation of the network on the samples, then set all ranges and switch them on.
+    """Observe every activation of the network on the samples, then search all ranges and quantize to them.
 
     Args:
-        per_row: a range for every table row; else one for all.
-        quantized_weights: observe what the quantized weights make of the samples, not the full-precision ones.
+        per_row: search a range for every table row; else one for all.
+        quantized_weights: observe the network with quantized weights, not the full-precision one.
         ranks: share the samples and the search.
     """
-    quantizers = list(instrumented.activation_quantizers())
-    for layer in instrumented.layers.values():
-        layer.quantizing_weight = quantized_weights
-    for quantizer in quantizers:
-        quantizer.observing = True
+    points = list(calibrated.activation_points())
+    for layer in calibrated.layers.values():
+        layer.weight_point.bypassed = not quantized_weights
+    for point in points:
+        point.observe()
     ranks = ranks or Ranks()
     batches = list(samples.batches(batch_size))
     with progress.task("Observing activations", len(batches)) as advance:
         for chosen in batches[ranks.share(len(batches))]:
-            instrumented.model(**samples.arguments(chosen))
+            calibrated.model(**samples.arguments(chosen))
             advance(ranks.count)
-    with progress.task("Searching activation ranges", len(quantizers)) as advance:
-        search_ranges(quantizers, method, per_row=per_row, ranks=ranks, advance=advance)
-    for layer in instrumented.layers.values():
-        layer.quantizing_weight = True
+    with progress.task("Searching activation ranges", len(points)) as advance:
+        search_ranges(points, method, per_row=per_row, ranks=ranks, advance=advance)
+    for layer in calibrated.layers.values():
+        layer.weight_point.bypassed = False
 
 
 def search_ranges(
-    quantizers: Sequence[ActivationQuantizer],
-    method: RangeMethod,
+    points: Sequence[ActivationPoint],
+    method: Range,
     *,
     per_row: bool,
     ranks: Ranks,
     neighbours: int = 0,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Set the range of quantizers that have observed each process's share of the samples: `set_range` of each."""
-
-    def search(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        quantizer.set_range(method, per_row=per_row, neighbours=neighbours)
-        return quantizer.scale, quantizer.zero_point, quantizer.found_gain
-
+    """`ActivationPoint.calibrate` for points that observed each process's share of the samples."""
     if ranks.count > 1:
-        for quantizer in quantizers:
-            quantizer.observations.merge(ranks.gather(quantizer.observations.parts()))
-    for quantizer, found in zip(quantizers, ranks.map(search, quantizers), strict=True):
-        quantizer.take_range(*found)
+        for point in points:
+            observations = point.observer.observations
+            observations.merge(ranks.gather(observations.parts()))
+    grids = ranks.map(lambda point: point.observer.search(method, per_row=per_row, neighbours=neighbours), points)
+    for point, grid in zip(points, grids, strict=True):
+        point.set_grid(*grid)
         advance(1)

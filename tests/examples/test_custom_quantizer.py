@@ -2,21 +2,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import stepquant
-from stepquant.calibration.fake_quant.activation import ActivationQuantizer
-from stepquant.calibration.fake_quant.weight import WeightQuantizer
+from stepquant.calibration.fake_quant.weight import WeightPoint
+from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.core.affine import affine_from_range, fake_quantize
 from stepquant.errors import StepquantError
-from stepquant.layers.clock import StepClock
 from stepquant.layers.quantized import quantized_modules
 from stepquant.user_code import load_function
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_quantizer.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_quantizer.py"
 closed_form = load_function(f"{EXAMPLE}:closed_form", "recipe")
-LeastSquaresWeight = load_function(f"{EXAMPLE}:LeastSquaresWeight", "quantizer")
-LaplaceActivation = load_function(f"{EXAMPLE}:LaplaceActivation", "quantizer")
+LeastSquares = load_function(f"{EXAMPLE}:LeastSquares", "quantizer")
+laplace_range = load_function(f"{EXAMPLE}:laplace_range", "quantizer")
 SMALL = stepquant.Calibration(samples=8, steps=2)
 
 
@@ -41,20 +39,21 @@ def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("groups", [(12,), (5, 7)])
-def test_balanced_and_grouped_weights_gain_as_well(groups):
+def test_smoothed_and_grouped_weights_gain_as_well(groups):
     torch.manual_seed(0)
     weight, smoothing = torch.randn(6, 12, 3, 3), torch.rand(12) + 0.5
     errors = []
-    for quantizer in (WeightQuantizer(weight, 3, groups, "minmax"), LeastSquaresWeight(weight, 3, groups, "minmax")):
-        quantizer.set_range(weight, smoothing)
-        errors.append((quantizer(weight) - weight).mul(smoothing[:, None, None]).square().flatten(1).sum(1))
+    for rounding in (RoundToNearest, LeastSquares):
+        point = WeightPoint(weight, 3, groups, "minmax", rounding)
+        point.smooth(weight, smoothing)
+        errors.append((point(weight) - weight).mul(smoothing[:, None, None]).square().flatten(1).sum(1))
     assert bool((errors[1] < errors[0]).all())
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_on_laplaces_distribution_no_other_reach_is_better(bits):
     values = torch.distributions.Laplace(0.5, 2.0).icdf((torch.arange(200_000) + 0.5)[None] / 200_000)
-    ends = LaplaceActivation(bits, StepClock()).find_range(values, "minmax", values.amin(1), values.amax(1))
+    ends = laplace_range(values, bits, values.amin(1), values.amax(1))
 
     def error(factor: float) -> float:
         grid = affine_from_range(*(0.5 + factor * (end - 0.5) for end in ends), bits)
@@ -64,47 +63,42 @@ def test_on_laplaces_distribution_no_other_reach_is_better(bits):
     assert error(1.0) < 1.05 * min(error(0.9), error(1.1)) and error(1.0) < min(error(0.7), error(1.4))
 
 
-class Shifted(ActivationQuantizer):
+class Shifted(RoundToNearest):
     """Breaks an invariant: its zero point lies between two codes."""
 
-    def set_range(self, *args, **kwargs):
-        super().set_range(*args, **kwargs)
-        self.zero_point = self.zero_point + 0.5
+    @staticmethod
+    def search(values, bits, method):
+        scale, zero_point = RoundToNearest.search(values, bits, method)
+        return scale, zero_point + 0.5
 
 
-class Negative(WeightQuantizer):
-    def set_range(self, weight, smoothing):
-        super().set_range(weight, smoothing)
-        self.scale = -self.scale
+class Negative(RoundToNearest):
+    @staticmethod
+    def search(values, bits, method):
+        scale, zero_point = RoundToNearest.search(values, bits, method)
+        return -scale, zero_point
+
+
+def endless_range(values, bits, low, high):
+    return low, high * torch.inf
 
 
 @pytest.mark.parametrize(
-    ("classes", "reason"),
+    ("rounding", "activation_range", "reason"),
     [
-        ({"activation_quantizer": Shifted}, "quantizers of .*: a zero point is no integer from 0 to 255"),
-        ({"weight_quantizer": Negative}, "quantizers of .*: a scale of the weight is not a positive number"),
+        (Shifted, "minmax", "a zero point is not an integer from 0 to 255"),
+        (Negative, "minmax", "a scale of the weight is not a positive number"),
+        (RoundToNearest, endless_range, "a scale of the activation is not a positive number"),
+        (RoundToNearest, None, "an activation was not calibrated"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(classes, reason, unconditional_pipeline):
+def test_what_cannot_be_stored_is_refused(rounding, activation_range, reason, unconditional_pipeline):
     def broken(job):
         samples = job.collect(torch.zeros(4, dtype=torch.long))
-        model = job.instrument("minmax", **classes)
-        job.calibrate_ranges(model, samples, "minmax")
+        model = job.instrument("minmax", rounding=rounding)
+        if activation_range is not None:
+            job.calibrate_ranges(model, samples, activation_range)
         return model
 
-    with pytest.raises(StepquantError, match=reason):
+    with pytest.raises(StepquantError, match=f"quantizers of .*: {reason}"):
         stepquant.quantize(unconditional_pipeline, "w4a8", recipe=broken, calibration=SMALL)
-
-
-def test_the_usual_ones_are_the_default(unconditional_pipeline):
-    kinds = set()
-
-    def watched(job):
-        samples = job.collect(torch.zeros(4, dtype=torch.long))
-        model = job.instrument("minmax")
-        job.calibrate_ranges(model, samples, "minmax")
-        kinds.update(type(module) for module in model.model.modules() if isinstance(module, nn.Module))
-        return model
-
-    stepquant.quantize(unconditional_pipeline, "w4a8", recipe=watched, calibration=SMALL)
-    assert {ActivationQuantizer, WeightQuantizer} <= kinds

@@ -1,0 +1,97 @@
+"""Observe an activation and search its grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.fake_quant.activation_quantizers import ActivationLayout, Start
+from stepquant.calibration.fake_quant.observations import Observations
+from stepquant.core.affine import affine_from_range
+from stepquant.core.ranges import Range, find_range, least_error_gain
+
+NEIGHBOURS = 2
+"""Observed rows on either side that are included when a row's best gain is searched."""
+
+SEARCHED_VALUES = 1 << 16
+"""Values that a search looks at, of all that were recorded."""
+
+
+class Observer(nn.Module):
+    """Records an activation and passes it through."""
+
+    def __init__(self, layout: ActivationLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.observations = Observations(*layout.shape)
+
+    def forward(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+        layout = self.layout
+        seen = x if smoothing is None else x / layout.along_channels(smoothing, x)
+        groups = seen.movedim(layout.channel_dim, 1).split(layout.group_sizes or (x.shape[layout.channel_dim],), dim=1)
+        rows, batch = layout.row, x.shape[0]
+        rows = rows.expand(batch) if rows.dim() == 0 else rows.repeat_interleave(batch // rows.shape[0])
+        self.observations.add(rows, [group.reshape(batch, -1) for group in groups])
+        return x
+
+    def search(
+        self, method: Range, *, per_row: bool = True, neighbours: int = 0
+    ) -> tuple[Tensor, Tensor, Start | None]:
+        """Search the grid of what was observed.
+
+        A table row without observations takes the grid of the nearest row that has some.
+
+        Args:
+            method: of the range search, or a function, see `find_range`.
+            per_row: search each row; False searches one range for all rows, and the best gain on it in each.
+            neighbours: observed rows on either side that are included in a row's search.
+
+        Returns:
+            Scale and zero point, float32 [R, G] each, and the gains of a search with ``per_row=False``.
+
+        Raises:
+            RuntimeError: if nothing was observed.
+        """
+        rows, (count, _), bits = self.observations.rows, self.layout.shape, self.layout.bits
+        if not rows:
+            raise RuntimeError("no range can be searched: the activation was never observed")
+        if per_row:
+            grids = [
+                affine_from_range(*self._range(method, near, values), bits)
+                for near, values in self._neighbourhoods(neighbours)
+            ]
+            nearest = (torch.arange(count)[:, None] - torch.tensor(rows)).abs().argmin(dim=1)
+            scale, zero_point = (torch.stack(values)[nearest] for values in zip(*grids, strict=True))
+            return scale, zero_point, None
+        scale, zero_point = affine_from_range(*self._range(method, rows, self.observations.values()), bits)
+        start = None
+        if count > 1:
+            # On the neighbours' values as well: a row has few samples, whose range clips what other images need.
+            gains = [
+                least_error_gain(self._thinned(values), scale, zero_point, bits)
+                for _, values in self._neighbourhoods(NEIGHBOURS)
+            ]
+            start = torch.tensor(rows), torch.stack(gains)
+        return scale.expand(count, -1).clone(), zero_point.expand(count, -1).clone(), start
+
+    def _neighbourhoods(self, neighbours: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Each observed row with its `neighbours` on either side, and the values recorded there, float [G, n]."""
+        rows = self.observations.rows
+        recorded = [self.observations.values(row) for row in rows]
+        for index in range(len(rows)):
+            near = slice(max(0, index - neighbours), index + neighbours + 1)
+            yield rows[near], torch.cat(recorded[near], dim=1)
+
+    def _range(self, method: Range, rows: list[int], values: Tensor) -> tuple[Tensor, Tensor]:
+        """The range, float [G] twice, of `values`, float [G, n], which were observed in `rows`."""
+        low, high = self.observations.low[rows].amin(0), self.observations.high[rows].amax(0)
+        if self.layout.unsigned:
+            low = torch.zeros_like(low)
+        return find_range(self._thinned(values), self.layout.bits, method, low=low, high=high)
+
+    def _thinned(self, values: Tensor) -> Tensor:
+        """About `SEARCHED_VALUES` of the values at most: float [G, n]."""
+        return values[:, :: math.ceil(values.shape[1] / SEARCHED_VALUES)]
