@@ -116,7 +116,7 @@ def test_the_command(text_folder, tmp_path):
     arguments = ["quantize", str(text_folder), "--recipe", "minmax", "--samples", "4", "--steps", "2"]
     arguments += ["--out", str(tmp_path / "model"), "--dtype"]
     done = CliRunner().invoke(app, [*arguments, "int4"])
-    assert done.exit_code == 2 and "dtype 'int4' is unknown: expected one of float32, bfloat16, float16" in done.stderr
+    assert done.exit_code == 2 and "'int4' is not one of 'float32', 'bfloat16', 'float16'" in done.stderr
     done = CliRunner().invoke(app, [*arguments, "bfloat16"])
     assert done.exit_code == 0, done.output
     unet = stepquant.load(tmp_path / "model").unet

@@ -21,11 +21,17 @@ def _run(*arguments: object) -> str:
     return result.stdout
 
 
+def _rows(output: str) -> dict[str, list[str]]:
+    """Name of a layer -> what a table says from its bits on."""
+    rows = ([cell.strip() for cell in line.split("│")] for line in output.splitlines())
+    return {cells[1]: cells[4:] for cells in rows if len(cells) > 4}
+
+
 @pytest.fixture(scope="module")
 def quantized(unconditional_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("quantized") / "model"
     small = ("--samples", 4, "--steps", 2)
-    said = _run(
+    output = _run(
         "quantize",
         unconditional_folder,
         "--recipe",
@@ -38,41 +44,41 @@ def quantized(unconditional_folder, tmp_path_factory):
         "--out",
         out,
     )
-    assert str(out) in said
-    assert re.search(r" in \d+ s: ", said), "the time it took"
+    assert str(out) in output
+    assert re.search(r" in \d+ s: ", output), "the duration"
     assert [path.name for path in out.parent.iterdir()] == ["model"], "the workspace is still there"
     return out
 
 
 def test_inspect_shows_spec_and_bits(quantized):
-    said = _run("inspect", quantized)
-    rows = {cells[1]: cells[4] for line in said.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 4}
-    assert rows["mid_block.resnets.0.conv1"] == "w8a8"
-    assert rows["down_blocks.0.resnets.0.conv1"] == "w4a8"
-    assert '"bits": "w4a8"' in said
-    assert 'recipe: "minmax"' in said
+    output = _run("inspect", quantized)
+    rows = _rows(output)
+    assert rows["mid_block.resnets.0.conv1"][0] == "w8a8"
+    assert rows["down_blocks.0.resnets.0.conv1"][0] == "w4a8"
+    assert '"bits": "w4a8"' in output
+    assert 'recipe: "minmax"' in output
 
 
 def test_train_writes_what_quantize_writes(unconditional_folder, tmp_path):
     out = tmp_path / "trained"
     run = ("--bits", "w4a8", "--distill", "--iterations", 2, "--batch-size", 2, "--steps", 2)
-    said = _run("train", unconditional_folder, *run, "--out", out)
-    assert str(out) in said
+    output = _run("train", unconditional_folder, *run, "--out", out)
+    assert str(out) in output
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
-    said = _run("inspect", out)
-    assert 'recipe: "qat"' in said
-    assert '"distill": true' in said
-    rows = {cells[1]: cells[4:] for line in said.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 4}
+    output = _run("inspect", out)
+    assert 'recipe: "qat"' in output
+    assert '"distill": true' in output
+    rows = _rows(output)
     assert rows["down_blocks.0.resnets.0.conv1"][0] == "w4a8"
     assert rows["down_blocks.0.resnets.0.conv1"][2] == "1000"
 
 
 @pytest.mark.parametrize(("kind", "family"), [("unconditional", "conv_in"), ("class", "transformer_blocks.1")])
 def test_inspect_shows_a_full_precision_model(kind, family, request):
-    said = _run("inspect", request.getfixturevalue(f"{kind}_folder"))
-    assert family in said
-    assert "time alone" in said
-    assert "MB in float32" in said
+    output = _run("inspect", request.getfixturevalue(f"{kind}_folder"))
+    assert family in output
+    assert "timestep only" in output
+    assert "MB in float32" in output
 
 
 def test_sample_writes_a_grid(quantized, tmp_path):
@@ -93,7 +99,7 @@ def test_sample_takes_conditions(kind, condition, request, tmp_path):
 def test_evaluate_writes_figures_and_images(quantized, unconditional_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("stepquant.evaluation.compare.peak_memory_bytes", lambda *_: 1)
     figures, grid = tmp_path / "figures.json", tmp_path / "grid.png"
-    said = _run(
+    output = _run(
         "evaluate",
         quantized,
         "--against",
@@ -107,11 +113,11 @@ def test_evaluate_writes_figures_and_images(quantized, unconditional_folder, tmp
         "--grid",
         grid,
     )
-    assert str(figures) in said
-    assert str(grid) in said
-    assert "PSNR" in said
+    assert str(figures) in output
+    assert str(grid) in output
+    assert "PSNR" in output
     values = json.loads(figures.read_text())
-    asked = {
+    expected = {
         "psnr_db",
         "ssim",
         "step_error",
@@ -123,11 +129,11 @@ def test_evaluate_writes_figures_and_images(quantized, unconditional_folder, tmp
         "count",
         "seed",
     }
-    assert asked <= set(values)
+    assert expected <= set(values)
     assert grid.is_file()
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(quantized, tmp_path):
+def test_a_damaged_checkpoint_is_reported_in_one_line(quantized, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -137,14 +143,14 @@ def test_a_damaged_checkpoint_is_told_in_one_line(quantized, tmp_path):
 
 
 def test_lists():
-    said = _run("recipes")
-    assert all(f"{name}: " in said for name in RECIPES)
-    said = _run("zoo")
-    assert all(f"zoo:{name} " in said for name in zoo.names())
+    output = _run("recipes")
+    assert all(f"{name}: " in output for name in RECIPES)
+    output = _run("zoo")
+    assert all(f"zoo:{name} " in output for name in zoo.names())
 
 
-def test_the_program_itself(tmp_path):
-    """In a process of its own: nothing but the line on standard error, whatever other libraries would like to say."""
+def test_standard_error_holds_one_line(tmp_path):
+    """In a separate process, whatever other libraries print."""
     program = [sys.executable, "-m", "stepquant.cli.main"]
     process = subprocess.run(
         [*program, "sample", "zoo:fashion-ddpm", "--prompt", "a", "--out", tmp_path / "a.png"],
@@ -161,8 +167,8 @@ def test_the_program_itself(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["quantize", "train"])
-@pytest.mark.parametrize("after", [0, 1], ids=["before anything is removed", "while it is removed"])
-def test_a_run_killed_after_its_result_was_written_is_finished_by_the_same_command(
+@pytest.mark.parametrize("after", [0, 1], ids=["before the workspace is removed", "while it is removed"])
+def test_a_run_killed_after_writing_its_result_is_completed_by_the_same_command(
     verb, after, unconditional_folder, tmp_path, monkeypatch
 ):
     more = {
@@ -179,11 +185,11 @@ def test_a_run_killed_after_its_result_was_written_is_finished_by_the_same_comma
         rmtree(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("stepquant.cli.finished.rmtree", killed)
+        patched.setattr("stepquant.cli.checkpoint.rmtree", killed)
         result = CliRunner().invoke(app, [str(part) for part in (*command, "--out", tmp_path / "out")])
         assert result.exit_code == 9
     assert (tmp_path / ".out.work").is_dir()
     other = CliRunner().invoke(app, [str(part) for part in (*command, "--seed", 1, "--out", tmp_path / "out")])
-    assert other.exit_code == 2 and "--overwrite" in other.stderr, "another command's result is not taken for its own"
+    assert other.exit_code == 2 and "--overwrite" in other.stderr, "the result of another command is not reused"
     assert str(tmp_path / "out") in _run(*command, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

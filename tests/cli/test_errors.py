@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line on standard error that says what was expected, exit code 2, nothing lost."""
+"""Wrong input: one line on standard error that names what was expected, exit code 2, no file lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import stepquant
-from stepquant.cli import options, quantize
+from stepquant.cli import checkpoint, output
 from stepquant.cli.main import app
 
 
@@ -32,10 +32,10 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--recipe", "none.py:mine"], "there is no recipe file 'none.py'"),
         (["zoo:fashion-ddpm", "--bits", "w5a99"], "activation bits"),
         (["zoo:fashion-ddpm", "--bits", "four"], "not understood"),
-        (["zoo:fashion-ddpm", "--samples", "0"], "samples is 0"),
-        (["zoo:fashion-ddpm", "--steps", "-1"], "steps is -1"),
+        (["zoo:fashion-ddpm", "--samples", "0"], "'--samples'"),
+        (["zoo:fashion-ddpm", "--steps", "-1"], "'--steps'"),
         (["zoo:fashion-ddpm", "--override", "mid_block"], "REGEX=BITS"),
-        (["zoo:fashion-ddpm", "--override", "(=w8a8"], "no regular expression"),
+        (["zoo:fashion-ddpm", "--override", "(=w8a8"], "regular expression"),
         (["zoo:fashion-ddpm", "--recipe", "minmax", "--iterations", "5"], "no hyperparameter 'iterations'"),
         (["zoo:fashion-ddpm", "--prompts", "/no/such/file"], "cannot be read"),
         (["zoo:fashion-ddpm", "--steps", "5000"], "the model knows 1000 timesteps"),
@@ -55,13 +55,13 @@ def test_quantize(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a folder of images with --data, or --distill"),
+        ([], "expected --data FOLDER, --distill, or both"),
         (["--data", "/no/such/folder"], "is no folder"),
         (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
-        (["--distill", "--iterations", "0"], "iterations is 0"),
-        (["--distill", "--batch-size", "0"], "batch-size is 0"),
-        (["--distill", "--learning-rate", "-1"], "learning-rate is -1.0: expected a finite number, 0 or more"),
-        (["--distill", "--learning-rate", "nan"], "learning-rate is nan: expected a finite number, 0 or more"),
+        (["--distill", "--iterations", "0"], "'--iterations'"),
+        (["--distill", "--batch-size", "0"], "'--batch-size'"),
+        (["--distill", "--learning-rate", "-1"], "--learning-rate is -1.0; expected a finite number, 0 or more"),
+        (["--distill", "--learning-rate", "nan"], "--learning-rate is nan; expected a finite number, 0 or more"),
         (["--distill", "--ema-decay", "1"], "less than 1"),
     ],
 )
@@ -73,7 +73,7 @@ def test_train(arguments, message, tmp_path):
 @pytest.mark.parametrize("command", [["quantize"], ["train", "--distill"]])
 @pytest.mark.parametrize("out", [".", "/", ".."])
 def test_a_result_needs_a_name(command, out):
-    assert f"out is '{out}': expected the name of a folder" in _fails(*command, "zoo:fashion-ddpm", "--out", out)
+    assert f"--out is '{out}'; expected the name of a new folder" in _fails(*command, "zoo:fashion-ddpm", "--out", out)
 
 
 def test_a_recipe_that_returns_something_else(tmp_path):
@@ -110,8 +110,8 @@ def test_a_function_that_takes_something_else(arguments, message, tmp_path, monk
         ("unconditional", ["--backend", "nope"], "unknown backend 'nope': expected one of auto, native"),
         ("class", ["--guidance", "nan"], "guidance is nan: expected a finite number"),
         ("text", ["--guidance", "inf"], "guidance is inf: expected a finite number"),
-        ("unconditional", ["--count", 0], "count is 0"),
-        ("unconditional", ["--steps", 0], "steps is 0"),
+        ("unconditional", ["--count", 0], "'--count'"),
+        ("unconditional", ["--steps", 0], "'--steps'"),
         ("unconditional", ["--out", "grid.xyz"], "ends in .png"),
     ],
 )
@@ -121,7 +121,7 @@ def test_sample(kind, arguments, message, request, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_no_pipeline(tmp_path):
+def test_a_folder_without_a_pipeline(tmp_path):
     for command in (["sample"], ["inspect"], ["quantize", "--out", tmp_path / "out"]):
         assert "no model_index.json" in _fails(*command, tmp_path)
 
@@ -135,8 +135,7 @@ def quantized_folder(unconditional_pipeline, tmp_path_factory):
 
 
 def test_a_model_that_is_quantized_already(quantized_folder, tmp_path):
-    said = "quantized already: give the full-precision one"
-    assert said in _fails("quantize", quantized_folder, "--out", tmp_path / "out")
+    assert "quantized already" in _fails("quantize", quantized_folder, "--out", tmp_path / "out")
 
 
 def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
@@ -150,13 +149,13 @@ def test_weights_that_are_not_finite(unconditional_folder, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 @pytest.mark.parametrize("command", [["quantize"], ["train", "--distill"]])
-def test_an_output_folder_with_something_in_it_is_kept(command, overwrite, unconditional_folder, tmp_path):
+def test_other_files_in_the_output_folder_are_kept(command, overwrite, unconditional_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "--overwrite" in _fails(*command, unconditional_folder, "--out", tmp_path, *overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(unconditional_folder, tmp_path):
+def test_an_output_that_cannot_be_written_is_reported_first(unconditional_folder, tmp_path):
     (tmp_path / "file").write_text("")
     inside = tmp_path / "file" / "out"
     assert "cannot write" in _fails("quantize", unconditional_folder, "--out", inside)
@@ -164,17 +163,17 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(unconditional_
     assert "it is a folder" in _fails("evaluate", tmp_path, "--against", "zoo:fashion-ddpm", "--json", tmp_path)
 
 
-def test_a_full_disk_is_told_before_the_work(unconditional_folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_first(unconditional_folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(options.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     assert "not enough disk space" in _fails("quantize", unconditional_folder, "--out", tmp_path / "out")
 
 
-def test_an_interruption_says_how_to_continue(tmp_path, monkeypatch):
+def test_an_interruption_explains_how_to_continue(tmp_path, monkeypatch):
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize, "at_least_one", interrupted)
+    monkeypatch.setattr(checkpoint, "check_writable_folder", interrupted)
     result = CliRunner().invoke(app, ["quantize", "zoo:fashion-ddpm", "--out", str(tmp_path / "out")])
     assert result.exit_code == 130
-    assert "run the same command again" in result.stderr
+    assert "Run the same command again" in result.stderr

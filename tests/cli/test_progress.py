@@ -7,7 +7,7 @@ from rich.console import Console
 from stepquant.cli.progress import RichProgress
 
 
-def test_a_terminal_gets_bars_with_time_left_also_nested():
+def test_bars_on_a_terminal_show_the_remaining_time():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     progress = RichProgress(console)
     with progress.task("outer", 2) as advance:
@@ -16,11 +16,11 @@ def test_a_terminal_gets_bars_with_time_left_also_nested():
         advance(2)
     with progress.task("again", 1) as advance:
         advance(1)
-    said = console.file.getvalue()
-    assert all(part in said for part in ("outer", "inner [x]", "again", "2/2", "3/3", "left"))
+    text = console.file.getvalue()
+    assert all(part in text for part in ("outer", "inner [x]", "again", "2/2", "3/3", "left"))
 
 
-def test_a_file_gets_one_line_a_task():
+def test_one_line_per_task_in_a_file():
     console = Console(file=io.StringIO(), width=100)
     progress = RichProgress(console)
     with progress.task("work", 7) as advance:

@@ -21,10 +21,10 @@ def _run(*arguments):
     return CliRunner().invoke(app, ["sensitivity", *(str(argument) for argument in arguments)])
 
 
-def test_the_command_writes_figures_and_says_how_to_go_on(fragile_folder, tmp_path):
+def test_figures_and_the_command_that_uses_them(fragile_folder, tmp_path):
     out = tmp_path / "new" / "out"
-    asked = (fragile_folder, "--bits", "w4a8", "--samples", 8, "--steps", 4, "--out", out)
-    result = _run(*asked, "--budget", "5bits")
+    arguments = (fragile_folder, "--bits", "w4a8", "--samples", 8, "--steps", 4, "--out", out)
+    result = _run(*arguments, "--budget", "5bits")
     assert result.exit_code == 0, result.output
     rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]
     assert rows[0] == FRAGILE
@@ -33,16 +33,15 @@ def test_the_command_writes_figures_and_says_how_to_go_on(fragile_folder, tmp_pa
     assert max(errors, key=errors.__getitem__) == FRAGILE
     assert figures["step_groups"] == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert all(len(layer["errors"]) == 4 for layer in figures["layers"])
-    said = result.stdout[result.stdout.index("stepquant quantize ") :].replace("\\\n", " ")
-    words = shlex.split(said)
-    given = [word for before, word in pairwise(words) if before == "--override"]
-    overrides = dict(word.rsplit("=", 1) for word in given)
-    assert overrides == figures["overrides"]
-    assert overrides[f"^{re.escape(FRAGILE)}$"] == "w8a8"
+    command = result.stdout[result.stdout.index("stepquant quantize ") :].replace("\\\n", " ")
+    words = shlex.split(command)
+    overrides = [word for before, word in pairwise(words) if before == "--override"]
+    assert dict(word.rsplit("=", 1) for word in overrides) == figures["overrides"]
+    assert figures["overrides"][f"^{re.escape(FRAGILE)}$"] == "w8a8"
     with Image.open(out / "sensitivity.png") as image:
         assert image.format == "PNG" and min(image.size) > 500
 
-    again = _run(*asked)
+    again = _run(*arguments)
     assert again.exit_code == 0
     assert "--override" not in again.stdout
     same = json.loads((out / "sensitivity.json").read_text())
@@ -62,7 +61,11 @@ def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp
     weights = {name: math.prod(module.weight_shape) for name, module in layers.items()}
     assert sum(bits[name] * weights[name] for name in bits) <= 4.8 * sum(weights.values())
     shown = CliRunner().invoke(app, ["inspect", str(out)]).stdout
-    assert "budget: 4.8" in shown and "output correction: 2 steps, output times" in shown and "by timestep" in shown
+    assert (
+        "budget: 4.8" in shown
+        and "output correction: 2 steps, output scaled by" in shown
+        and "cached per timestep" in shown
+    )
 
     again = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--overwrite", "--budget", "3"]])
     assert again.exit_code == 2 and "budget of 3 bits cannot be met" in again.stderr
@@ -78,12 +81,12 @@ def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp
         (["--bits", "w8a8", "--budget", "8"], "8 bits already"),
         (["--bits", "w16a16"], "nothing to quantize"),
         (["--how", "magic"], "expected one of alone, relief"),
-        (["--samples", "0"], "samples is 0"),
-        (["--steps", "0"], "steps is 0"),
+        (["--samples", "0"], "'--samples'"),
+        (["--steps", "0"], "'--steps'"),
         (["--prompts", "/no/such/file"], "cannot be read"),
     ],
 )
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(arguments, message, fragile_folder, tmp_path):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(arguments, message, fragile_folder, tmp_path):
     result = _run(fragile_folder, *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert message in result.stderr

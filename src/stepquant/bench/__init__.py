@@ -1,1 +1,1 @@
-"""How fast a quantized denoiser is on this machine, beside full precision and other libraries."""
+"""Latency of a quantized denoiser on this machine, beside full precision and other libraries."""

@@ -1,4 +1,4 @@
-"""A step on a GPU: contestants in bfloat16, timed by the device's own events, and the bytes that their weights take."""
+"""Steps on a GPU: timing by CUDA events, CUDA graphs, and the bytes of the weights."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.bench.peers import Contestant
+from stepquant.bench.peers import Candidate
 from stepquant.errors import StepquantError
 from stepquant.runtime import cuda
 
 WARM_UP = 3
-"""Steps before a graph is captured: tiles are chosen and libraries loaded in the first."""
+"""Steps before a graph is captured: the first ones choose tile sizes and load libraries."""
 
 
 def check_gpu() -> None:
-    """Raise `StepquantError` where there is no GPU with kernels."""
-    reason = "there is no GPU here" if not torch.cuda.is_available() else cuda.supported()
+    """Raise `StepquantError` if there is no GPU that the kernels support."""
+    reason = "no GPU is available" if not torch.cuda.is_available() else cuda.supported()
     if reason is not None:
-        raise StepquantError(f"--device cuda cannot run: {reason}; use --device cpu.")
+        raise StepquantError(f"`device=cuda` cannot be used: {reason}. Use `device=cpu`.")
 
 
 def event_seconds(run: Callable[[], object]) -> float:
-    """What `run` takes on the device, from one event in its queue to the next."""
+    """Duration of `run` on the GPU, between two events in its queue."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -33,8 +33,8 @@ def event_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(model: Any, arguments: dict[str, Tensor]) -> Contestant:
-    """A step as a CUDA graph; the timestep is read from its tensor each time it runs."""
+def captured(model: Any, arguments: dict[str, Tensor]) -> Candidate:
+    """A step as a CUDA graph; each replay reads the timestep from its tensor."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -48,7 +48,7 @@ def captured(model: Any, arguments: dict[str, Tensor]) -> Contestant:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that the parameters and buffers of a model take on the device it is on, kernels' included, each once."""
+    """Bytes of a model's parameters and buffers on its device, including those of kernels; each storage counts once."""
     device = next(model.parameters()).device
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.device == device}.values())

@@ -1,4 +1,4 @@
-"""Networks to time: by name, with random weights, or a pipeline's own; and their integers, from random data."""
+"""Networks to time: architectures with random weights, denoisers of pipelines, and their quantized copies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stepquant.models import denoiser_name, describe
 
 PREFIX = "arch:"
 TOKENS = 77
-"""Of a prompt, as CLIP has them."""
+"""Length of a CLIP prompt."""
 
 
 def cifar_ddpm() -> UNet2DModel:
-    """DDPM on CIFAR-10 (arXiv 2006.11239): 35.7 million parameters, images of 32x32."""
+    """DDPM on CIFAR-10 (arXiv 2006.11239): 35.7 million parameters, 32x32 images."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -42,7 +42,7 @@ def cifar_ddpm() -> UNet2DModel:
 
 
 def stable_diffusion_15() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5 (arXiv 2112.10752): 860 million parameters, latents of 64x64."""
+    """Stable Diffusion 1.5 (arXiv 2112.10752): 860 million parameters, 64x64 latents."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
@@ -50,23 +50,23 @@ NETWORKS = {"cifar-ddpm": cifar_ddpm, "sd15": stable_diffusion_15}
 
 
 def find_network(name: str) -> nn.Module:
-    """The full-precision denoiser that `name` means: ``arch:NAME``, or a model as every command takes it.
+    """The full-precision denoiser of ``arch:NAME`` or of a model.
 
     Raises:
-        StepquantError: if there is none, or it is quantized already.
+        StepquantError: if it does not exist or is quantized already.
     """
     if name.startswith(PREFIX):
         key = name.removeprefix(PREFIX)
         if key not in NETWORKS:
             known = ", ".join(PREFIX + known for known in NETWORKS)
-            raise StepquantError(f"there is no architecture {name!r}: expected one of {known}.")
+            raise StepquantError(f"architecture {name!r} is unknown; expected one of {known}.")
         torch.manual_seed(0)
         model: nn.Module = NETWORKS[key]()
     else:
         pipeline = resolve_pipeline(name)
         model = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(model):
-        raise StepquantError(f"{name} is quantized already: give its full-precision origin, which bench quantizes.")
+        raise StepquantError(f"{name} is quantized already; expected a full-precision model, which bench quantizes.")
     return model.eval().requires_grad_(False)
 
 
@@ -74,10 +74,12 @@ def example(model: Any, batch: int) -> dict[str, Tensor]:
     """Random arguments of one step.
 
     Raises:
-        StepquantError: for a family that bench does not know.
+        StepquantError: for an unsupported model family.
     """
-    if not isinstance(model, (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)):
-        raise StepquantError(f"bench times UNets and DiT, this is a {type(model).__name__}: give another model.")
+    families = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)
+    if not isinstance(model, families):
+        expected = ", ".join(family.__name__ for family in families)
+        raise StepquantError(f"bench cannot time a {type(model).__name__}; expected one of {expected}.")
     torch.manual_seed(0)
     config = model.config
     size = config["sample_size"]
@@ -94,9 +96,9 @@ def example(model: Any, batch: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, rows: int) -> nn.Module:
-    """A copy in integers, without kernels yet; ranges are the extremes seen on `arguments`, at `rows` timesteps.
+    """A quantized copy without kernels, whose activation tables have `rows` rows.
 
-    Speed does not depend on the values of weights and scales, so nothing is learned.
+    Ranges are the extremes on `arguments`: latency does not depend on the values of weights and scales.
     """
     timesteps = torch.linspace(0, 999, rows) if rows > 1 else None
     spec = QuantSpec.parse(bits)
@@ -104,7 +106,7 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     points = list(calibrated.activation_points())
     for point in points:
         point.observe()
-    # One observation serves every row: a table of equal rows costs what any table costs.
+    # One observation serves every row: a table with equal rows has the latency of any table.
     calibrated.model(**arguments)
     for point in points:
         point.calibrate("minmax", per_row=False)
@@ -117,7 +119,7 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
 
 
 def half_arguments(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Arguments of a step on the device: tensors in bfloat16, images channels-last, the timestep as it is."""
+    """Arguments of a step on a device: tensors in bfloat16, images channels-last, the timestep unchanged."""
 
     def move(value: Tensor) -> Tensor:
         value = value.to(device, torch.bfloat16 if value.is_floating_point() and value.dim() > 1 else value.dtype)
@@ -127,5 +129,5 @@ def half_arguments(arguments: dict[str, Tensor], device: torch.device) -> dict[s
 
 
 def half_network(model: nn.Module, device: torch.device) -> Any:
-    """A copy of a model in bfloat16 on the device; of a quantized one, integers and tables are as they were."""
+    """A bfloat16 copy of a model on a device; integers and tables of a quantized model are unchanged."""
     return copy.deepcopy(model).to(device, torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

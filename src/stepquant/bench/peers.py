@@ -1,5 +1,5 @@
-"""What else runs the same network: torch as it is and compiled, OpenVINO in float, bfloat16 and its own int8, and
-other libraries' int8 of torch modules."""
+"""Other ways to run the same network: torch eager and compiled, OpenVINO in float32, bfloat16 and int8, and the int8
+of libraries that quantize torch modules."""
 
 from __future__ import annotations
 
@@ -15,70 +15,64 @@ from torch import Tensor, nn
 from stepquant.bench.networks import half_arguments, half_network
 from stepquant.errors import StepquantError, first_line
 
-Contestant = Callable[[], object]
-Libraries = dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Contestant]]]]
-"""Name -> the packages it needs, and what builds its contestants."""
+Candidate = Callable[[], object]
+"""Runs one step."""
+Libraries = dict[str, tuple[tuple[str, ...], Callable[[], dict[str, Candidate]]]]
+"""Name -> the packages it needs, and a function that builds its candidates."""
+Built = tuple[dict[str, Candidate], dict[str, str]]
+"""Name -> candidate; library -> why it cannot run here."""
 PEERS = ("torch", "OpenVINO", "optimum-quanto", "torchao")
 CALIBRATION_STEPS = (10.0, 500.0, 900.0)
 
 
 def check_peers(names: Collection[str]) -> tuple[str, ...]:
-    """The names as `PEERS` has them; raises `StepquantError` for one that is not there."""
+    """The names in the spelling of `PEERS`; raises `StepquantError` for an unknown one."""
     known = {name.lower(): name for name in PEERS}
-    unknown = next((name for name in names if name.lower() not in known), None)
-    if unknown is not None:
-        raise StepquantError(f"there is no peer {unknown!r}: expected one of {', '.join(PEERS)}.")
+    for name in names:
+        if name.lower() not in known:
+            raise StepquantError(f"peer {name!r} is unknown; expected one of {', '.join(PEERS)}.")
     return tuple(known[name.lower()] for name in names)
 
 
-def peers(
-    model: nn.Module, arguments: dict[str, Tensor], threads: int, names: Collection[str]
-) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Name -> one step, ready to run; and name -> why not, of those that cannot run here.
-
-    Args:
-        names: the libraries to take, of `PEERS`. Their networks are all in memory at a time.
-    """
+def cpu_peers(model: nn.Module, arguments: dict[str, Tensor], names: Collection[str]) -> Built:
+    """Candidates of the libraries in `names`, all in memory at once."""
     libraries: Libraries = {
         "torch": ((), lambda: _torch_peers(model, arguments)),
-        "OpenVINO": (("openvino", "nncf"), lambda: _openvino_peers(model, arguments, threads)),
+        "OpenVINO": (("openvino", "nncf"), lambda: _openvino_peers(model, arguments)),
         "optimum-quanto": (("optimum", "optimum.quanto"), lambda: _quanto_peers(model, arguments)),
         "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
     }
-    return _built(libraries, names)
+    return _build(libraries, names)
 
 
-def gpu_peers(
-    model: nn.Module, arguments: dict[str, Tensor], names: Collection[str]
-) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The same on a GPU, where model and arguments are, in bfloat16."""
+def gpu_peers(model: nn.Module, arguments: dict[str, Tensor], names: Collection[str]) -> Built:
+    """The same in bfloat16 on a GPU, where model and arguments are."""
     compiled = torch.compile(model)
     libraries: Libraries = {
         "torch": ((), lambda: {"torch.compile bfloat16": lambda: compiled(**arguments)}),
         "torchao": (("torchao",), lambda: _torchao_peers(model, arguments)),
     }
-    return _built(libraries, names)
+    return _build(libraries, names)
 
 
-def _built(libraries: Libraries, names: Collection[str]) -> tuple[dict[str, Contestant], dict[str, str]]:
-    found: dict[str, Contestant] = {}
+def _build(libraries: Libraries, names: Collection[str]) -> Built:
+    candidates: dict[str, Candidate] = {}
     left_out = {}
-    for name, (packages, build) in libraries.items():
-        if name not in names:
-            continue
+    for name in (name for name in libraries if name in names):
+        packages, build = libraries[name]
         missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
         if missing is not None:
             install = "torchao" if name == "torchao" else "'stepquant[bench]'"
             left_out[name] = f"{missing} is not installed (pip install {install})"
             continue
         try:
-            found |= build()
-        except Exception as error:  # another library's, of many classes: it is no reason not to time the others
+            candidates |= build()
+        except Exception as error:  # of any class: one library's failure must not stop the others
             left_out[name] = first_line(error)
-    return found, left_out
+    return candidates, left_out
 
 
-def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
+def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Candidate]:
     half, halved = half_network(model, torch.device("cpu")), half_arguments(arguments, torch.device("cpu"))
     whole_compiled, half_compiled = torch.compile(model), torch.compile(half)
     return {
@@ -88,8 +82,8 @@ def _torch_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Co
     }
 
 
-def _quanto_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
-    """Convolutions and linears, weights and activations."""
+def _quanto_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Candidate]:
+    """Weights and activations of convolutions and linear layers."""
     from optimum import quanto
 
     quantized: Any = copy.deepcopy(model)
@@ -100,18 +94,18 @@ def _quanto_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, C
     return {"optimum-quanto int8": lambda: quantized(**arguments)}
 
 
-def _torchao_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Contestant]:
-    """Linears, with a scale found for each row as it comes; compiled, as its documentation advises."""
+def _torchao_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Candidate]:
+    """Linear layers with dynamic per-row scales; compiled, as its documentation recommends."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantized: Any = copy.deepcopy(model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
     compiled = torch.compile(quantized)
-    return {"torchao int8 (linears), torch.compile": lambda: compiled(**arguments)}
+    return {"torchao int8 (linear layers), torch.compile": lambda: compiled(**arguments)}
 
 
 class _Positional(nn.Module):
-    """A denoiser that takes its arguments in order and returns a tensor, as converters want it."""
+    """A denoiser with positional arguments that returns a tensor, as converters require."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -123,13 +117,13 @@ class _Positional(nn.Module):
 
 
 def _random(name: str, value: Tensor, step: float) -> Tensor:
-    """An argument like `value` at another step, for calibration."""
+    """A random argument like `value`, or the timestep `step`, for calibration."""
     if name == "timestep":
         return torch.full_like(value, step)
     return torch.randn_like(value) if value.is_floating_point() else value
 
 
-def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int) -> dict[str, Contestant]:
+def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Candidate]:
     import nncf
     import openvino
 
@@ -142,16 +136,18 @@ def _openvino_peers(model: nn.Module, arguments: dict[str, Tensor], threads: int
         for step in CALIBRATION_STEPS
     ]
     core = openvino.Core()
-    given = [value.numpy() for value in values]
+    inputs_of_step = [value.numpy() for value in values]
 
-    def compiled(network: Any, precision: str) -> Contestant:
+    def compiled(network: Any, precision: str) -> Candidate:
         options = {
-            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
-        }  # fmt: skip
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         request = core.compile_model(network, "CPU", options).create_infer_request()
-        return lambda: request.infer(given)
+        return lambda: request.infer(inputs_of_step)
 
-    # First what takes the most memory on the way; it leaves the network that it is given as it is.
+    # First the one whose construction takes the most memory; it does not change `converted`.
     quantized = nncf.quantize(
         converted, nncf.Dataset(samples), subset_size=len(samples), preset=nncf.QuantizationPreset.MIXED
     )

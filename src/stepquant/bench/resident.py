@@ -1,6 +1,6 @@
-"""Resident memory of a network: loaded and run for a step in a process of its own, and what that adds to an empty one.
+"""Resident memory of a network that a separate process loads and runs for one step, beyond that of an empty process.
 
-``python -m stepquant.bench.resident FOLDER BATCH THREADS MEMORY`` is that process.
+The process is ``python -m stepquant.bench.resident FOLDER BATCH THREADS MEMORY``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Resident(BaseModel):
     """Memory of one network.
 
     Attributes:
-        name: for people.
-        held: bytes after a step, when it is ready for the next: files that are mapped into memory have been read.
-        peak: most bytes while it was loaded and run.
+        name: of the network.
+        held: bytes after a step; memory-mapped files have been read by then.
+        peak: largest number of bytes while it was loaded and run.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Resident(BaseModel):
     peak: int
 
 
-def resident(name: str, model: nn.Module, batch: int, memory: str = "unpacked") -> Resident:
-    """Measure a denoiser, quantized or not; its weights are written to a temporary folder for the other process.
+def measure_resident(name: str, model: nn.Module, batch: int, memory: str = "unpacked") -> Resident:
+    """Measure a denoiser, quantized or not; a temporary folder passes its weights to the other process.
 
     Raises:
         StepquantError: if that process fails.
@@ -68,17 +68,17 @@ def resident(name: str, model: nn.Module, batch: int, memory: str = "unpacked") 
 
 @torch.no_grad()
 def main(folder: str, batch: str, threads: str, memory: str) -> None:
-    """Load and run the network of `folder`; print the bytes as JSON.
+    """Load and run the network in `folder` twice; print the bytes as JSON.
 
-    Twice, since the first time more than the network comes into memory: code of libraries, and their own workspaces.
+    The first time also brings code of libraries and their workspaces into memory.
     """
     torch.set_num_threads(int(threads))
-    empty = _settled()
+    empty = _settled_bytes()
     _load_and_run(Path(folder), int(batch), memory)
     peak = peak_resident_bytes() - empty
-    empty = _settled()
+    empty = _settled_bytes()
     model = _load_and_run(Path(folder), int(batch), memory)
-    print(json.dumps({"held": _settled() - empty, "peak": peak}))
+    print(json.dumps({"held": _settled_bytes() - empty, "peak": peak}))
     del model
 
 
@@ -94,8 +94,8 @@ def _load_and_run(folder: Path, batch: int, memory: str) -> nn.Module:
     return model
 
 
-def _settled() -> int:
-    """Resident bytes, without what the allocator keeps for later."""
+def _settled_bytes() -> int:
+    """Resident bytes after the allocator has returned free memory."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,4 +1,4 @@
-"""Where the time of a step in native integers goes, and the share of the machine's int8 peak that products reach."""
+"""Time of a step by part in the native runtime, and the share of the machine's int8 peak that its products reach."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from stepquant.runtime.native.attention import NativeAttention
 from stepquant.runtime.native.replay import step_by_step
 
 PEAK_ROWS, PEAK_INPUTS, PEAK_OUTPUTS = 4096, 2880, 320
-"""Of the product that stands for the peak: its weights stay in the second-level cache, and little of it is storing."""
+"""Shape of the product that measures the peak: its weights fit the second-level cache, and it stores little."""
 
 
 class Share(BaseModel):
     """Part of a step.
 
     Attributes:
-        part: what it is.
-        seconds: of one step.
-        share_of_time: of the step.
-        operations: integer multiplications and additions, 2 for each product; 0 where there are none.
-        share_of_peak: operations a second over the measured peak's.
+        part: name of the part.
+        seconds: duration within one step.
+        share_of_time: relative to the step.
+        operations: integer multiplications and additions.
+        share_of_peak: operations per second, relative to the measured peak.
     """
 
     part: str
@@ -47,7 +47,7 @@ class Share(BaseModel):
 
 
 class _Timed:
-    """The library of kernels, its functions timed under a name."""
+    """The native library with timed functions."""
 
     def __init__(self, library: Any, record: Callable[[str, float], None], product: str) -> None:
         self.library, self.record = library, record
@@ -65,18 +65,18 @@ class _Timed:
 
 
 @torch.no_grad()
-def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) -> tuple[float, list[Share]]:
-    """The measured int8 peak in operations a second, and the parts of a step of a model with native kernels.
+def measure_roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) -> tuple[float, list[Share]]:
+    """The measured int8 peak in operations per second, and the parts of a step of a model with native kernels.
 
-    Kernels are timed one by one, the whole step as it runs, by its recordings: what is left is the rest.
+    Kernels are timed one by one, the whole step by its recordings; the difference is the last part.
 
     Raises:
         StepquantError: if no layer of the model has a native kernel.
     """
     layers = {name: layer for name, layer in quantized_modules(model).items() if isinstance(layer.kernel, NativeKernel)}
     if not layers:
-        raise StepquantError("--roofline looks at native kernels, and this machine runs none: leave it out.")
-    peak = _peak(rounds)
+        raise StepquantError("`roofline` needs native kernels, and this machine runs none. Leave it out.")
+    peak = _int8_peak(rounds)
     seconds: dict[str, float] = defaultdict(float)
     operations: dict[str, int] = defaultdict(int)
 
@@ -86,7 +86,7 @@ def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) ->
     whole = _median_seconds(lambda: model(**arguments), rounds)
     restore = []
     for layer in layers.values():
-        part = "convolutions" if isinstance(layer, QuantizedConv2d) else "linears"
+        part = "convolutions" if isinstance(layer, QuantizedConv2d) else "linear layers"
         kernel: Any = layer.kernel
         restore.append((kernel, kernel.library, kernel.run))
         kernel.library = _Timed(kernel.library, record, part)
@@ -109,24 +109,22 @@ def roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int = 5) ->
             if run is not None:
                 del kernel.run
     parts = {name: value / rounds for name, value in seconds.items()}
-    parts["the rest (Python, normalization statistics, float layers)"] = whole - sum(parts.values())
-    shares = []
-    for name, value in sorted(parts.items(), key=lambda pair: -pair[1]):
-        count = operations[name] // rounds if name in operations else 0
-        shares.append(
-            Share(
-                part=name,
-                seconds=value,
-                share_of_time=value / whole,
-                operations=count,
-                share_of_peak=count / value / peak if count else 0.0,
-            )
+    parts["rest (Python, normalization statistics, float layers)"] = whole - sum(parts.values())
+    counts = {name: count // rounds for name, count in operations.items()}
+    return peak, [
+        Share(
+            part=name,
+            seconds=value,
+            share_of_time=value / whole,
+            operations=counts.get(name, 0),
+            share_of_peak=counts.get(name, 0) / value / peak,
         )
-    return peak, shares
+        for name, value in sorted(parts.items(), key=lambda pair: -pair[1])
+    ]
 
 
 def _median_seconds(run: Callable[[], object], rounds: int) -> float:
-    for _ in range(2):  # a block's second run is recorded
+    for _ in range(2):  # the second run of a block is recorded
         run()
     return median(wall_seconds(run) for _ in range(rounds))
 
@@ -143,19 +141,19 @@ def _counting(
     return counted
 
 
-def _peak(rounds: int) -> float:
-    """Operations a second of one large linear in native integers."""
+def _int8_peak(rounds: int) -> float:
+    """Operations per second of one large linear layer in the native runtime."""
     layer_format = LayerFormat(weight=GridFormat(bits=8), input=GridFormat(bits=8))
     layer = QuantizedLinear(PEAK_INPUTS, PEAK_OUTPUTS, False, layer_format, StepClock())
     layer.weight_zero_point.fill_(128)
     kernel: Any = NativeKernel(layer)
-    x, row, taken = torch.randn(PEAK_ROWS, PEAK_INPUTS), torch.tensor(0), []
+    x, row, durations = torch.randn(PEAK_ROWS, PEAK_INPUTS), torch.tensor(0), []
 
     def record(part: str, duration: float) -> None:
         if part == "product":
-            taken.append(duration)
+            durations.append(duration)
 
     kernel.library = _Timed(kernel.library, record, "product")
     for _ in range(rounds):
         kernel(x, row)
-    return 2 * PEAK_ROWS * PEAK_INPUTS * PEAK_OUTPUTS / min(taken)
+    return 2 * PEAK_ROWS * PEAK_INPUTS * PEAK_OUTPUTS / min(durations)

@@ -1,4 +1,4 @@
-"""``stepquant compare``: several quantized models and their origin."""
+"""``stepquant compare``: several quantized models beside their full-precision model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import Guidance, Seed, Steps, at_least_one, check_page, console, progress
+from stepquant.cli.options import Against, Count, Guidance, Seed, Steps
+from stepquant.cli.output import check_page, print_table, progress, table_of
 
 if TYPE_CHECKING:
     from stepquant.report.comparison import Comparison
@@ -16,41 +17,31 @@ if TYPE_CHECKING:
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders written by stepquant quantize.")],
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Their full-precision origin; default: the one they name.")
-    ] = None,
+    against: Against = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
-    count: Annotated[int, typer.Option(help="Images.")] = 16,
+    count: Count = 16,
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
 ) -> None:
-    """Compare quantized models of one origin: a table, and a page with a Pareto figure and images."""
+    """Compare quantized models of one full-precision model: a table, and a page with a Pareto plot and images."""
+    from stepquant.report import comparison as reports
     from stepquant.report import origin_of
-    from stepquant.report.comparison import compare as evaluate_all
-    from stepquant.report.comparison import write_comparison
 
-    at_least_one("count", count)
-    at_least_one("steps", steps)
     check_page(out, folders)
-    origin = against or origin_of(folders[0])
-    comparison = evaluate_all(
-        folders, origin, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress()
+    against = against or origin_of(folders[0])
+    comparison = reports.compare(
+        folders, against, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress()
     )
-    console().print(_table(comparison))
-    write_comparison(comparison, out)
-    typer.echo(f"{len(folders)} models against {origin}: {out}")
+    print_table(_table(comparison))
+    reports.write_comparison(comparison, out)
+    typer.echo(f"{len(folders)} models against {against}: {out}")
 
 
 def _table(comparison: Comparison) -> Table:
     first = comparison.contenders[0].figures
-    title = f"{first.count} images of {first.steps} steps, seed {first.seed}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("model", overflow="fold")
-    for column in ("recipe", "bits"):
-        table.add_column(column)
-    for column in ("PSNR, dB", "SSIM", "size, MB", "ms a step", "speed"):
-        table.add_column(column, justify="right")
+    title = f"{first.count} images, {first.steps} steps, seed {first.seed}"
+    table = table_of(title, ("model", "recipe", "bits"), ("PSNR, dB", "SSIM", "size, MB", "ms per step", "speed"))
     size, time = f"{first.denoiser_bytes_fp32 / 1e6:.2f}", f"{first.seconds_per_step_fp32 * 1e3:.1f}"
     table.add_row(comparison.against, "", "float32", "", "", size, time, "1.00x")
     for one in comparison.contenders:

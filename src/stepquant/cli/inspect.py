@@ -1,19 +1,18 @@
-"""``stepquant inspect``: what a model is made of, layer by layer."""
+"""``stepquant inspect``: the layers of a model."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import console
+from stepquant.cli.options import AnyModel
+from stepquant.cli.output import print_table
 
 
-def inspect(
-    model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
-) -> None:
+def inspect(model: AnyModel) -> None:
     """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.layers.correction import correction_of
@@ -29,7 +28,7 @@ def inspect(
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     quantized = bool(quantized_modules(denoiser))
-    console().print(_quantized_table(denoiser) if quantized else _float_table(denoiser))
+    print_table(_quantized_table(denoiser) if quantized else _float_table(denoiser))
     stored = folder_bytes(folder / name) / 1e6
     lines = {
         "pipeline": f"{type(pipeline).__name__}, {kind_of(pipeline)}, {type(pipeline.scheduler).__name__}",
@@ -39,8 +38,8 @@ def inspect(
     if correction is not None:
         gain, residual = correction.gain, correction.variance.sqrt()
         lines["output correction"] = (
-            f"{len(gain)} steps, output times {gain.min():.3f} to {gain.max():.3f}, "
-            f"residual deviation {residual.min():.3f} to {residual.max():.3f}"
+            f"{len(gain)} steps, output scaled by {gain.min():.3f} to {gain.max():.3f}, "
+            f"residual standard deviation {residual.min():.3f} to {residual.max():.3f}"
         )
     if quantized:
         lines["runtime"] = summary(denoiser)
@@ -66,7 +65,7 @@ def _float_table(denoiser: Any) -> Table:
         if layer in (description.first, description.last):
             notes.append("first" if layer == description.first else "last")
         if layer in description.time_layers:
-            notes.append("time alone")
+            notes.append("timestep only")
         if layer in description.skip_splits:
             notes.append(f"skip from channel {description.skip_splits[layer]}")
         kind = type(module).__name__
@@ -88,9 +87,9 @@ def _quantized_table(denoiser: Any) -> Table:
         bits = f"w{layer.weight.bits}a{16 if layer.input is None else layer.input.bits}"
         rows = "" if layer.input is None else str(layer.input.rows)
         groups = str(max(1, len(layer.weight.groups)))
-        marks = {"smoothed": bool(layer.transforms), "by timestep": module.time_cache is not None}
-        notes = ", ".join(mark for mark, holds in marks.items() if holds)
-        table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, notes)
+        notes = [transform.kind for transform in layer.transforms]
+        notes += ["cached per timestep"] * (module.time_cache is not None)
+        table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, ", ".join(notes))
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttentionProcessor):

@@ -1,4 +1,4 @@
-"""``stepquant recipes`` and ``stepquant zoo``: what there is to choose from."""
+"""``stepquant recipes`` and ``stepquant zoo``: lists of what is available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def recipes() -> None:
 
 
 def zoo() -> None:
-    """List the reference models that ship with stepquant."""
+    """List the reference models that are part of stepquant."""
     from stepquant import zoo as models
 
     for name in models.names():

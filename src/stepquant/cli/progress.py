@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with the time that is left."""
+"""Progress bars on the terminal, with the remaining time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepquant.progress import Progress
 
 
 class RichProgress(Progress):
-    """Draws each task as a bar on `console`; where that is no terminal, a line as each task begins."""
+    """Draws each task as a bar on `console`; if that is not a terminal, prints one line as each task begins."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""``stepquant sample``: a grid of images."""
+"""``stepquant sample``: a grid of generated images."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Backend, Guidance, Memory, Seed, Steps, at_least_one, check_writable_file, progress
+from stepquant.cli.options import AnyModel, Backend, Count, Guidance, Memory, Seed, Steps
+from stepquant.cli.output import check_writable_file, progress
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")],
+    model: AnyModel,
     out: Annotated[Path, typer.Option(help="The image grid to write.")] = Path("grid.png"),
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a text-to-image model; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a text-to-image model; can be repeated.")] = None,
     label: Annotated[
-        list[int] | None, typer.Option(help="Label of a class-conditional model; may be repeated.")
+        list[int] | None, typer.Option(help="Label of a class-conditional model; can be repeated.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Images.")] = 16,
+    count: Count = 16,
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
     backend: Backend = "auto",
     memory: Memory = "unpacked",
 ) -> None:
-    """Draw images and write them as one grid."""
+    """Generate images and write them as one grid."""
     from stepquant.distributed import Ranks
     from stepquant.images import grid, image_format, save_image
     from stepquant.layers.quantized import quantized_modules
@@ -35,16 +36,15 @@ def sample(
     from stepquant.runtime.files import resolve_backend
 
     check_memory(memory)
-    at_least_one("count", count)
-    at_least_one("steps", steps)
     image_format(out)
     check_writable_file(out)
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if quantized_modules(denoiser) and Ranks.current().is_main:
+    ranks = Ranks.current()
+    if quantized_modules(denoiser):
         typer.echo(f"runtime: {summary(denoiser)}")
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
-    images = generate_many(pipeline, request, count, seed, progress(), "Drawing", ranks=Ranks.current())
-    if Ranks.current().is_main:
+    images = generate_many(pipeline, request, count, seed, progress(), "Generating", ranks=ranks)
+    if ranks.is_main:
         save_image(grid(images), out)
-    typer.echo(f"{count} images in {steps} steps, seed {seed}: {out}")
+    typer.echo(f"{count} images, {steps} steps, seed {seed}: {out}")

@@ -1,18 +1,17 @@
-"""``stepquant sensitivity``: which layers and steps suffer from quantization, and which to spare within a budget."""
+"""``stepquant sensitivity``: the layers and steps that quantization harms most, and which to spare in a budget."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import Model, Prompts, Seed, at_least_one, check_writable_folder, console, progress
+from stepquant.cli.options import Bits, Budget, Model, Prompts, Seed, Steps
+from stepquant.cli.output import check_writable_folder, print_table, progress, table_of, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,33 +20,31 @@ if TYPE_CHECKING:
 
 MEANING = {
     "alone": "relative squared error of the output while one layer is quantized",
-    "relief": "fall of the output's relative squared error when one layer keeps full precision",
+    "relief": "decrease of the output's relative squared error when one layer keeps full precision",
 }
 LAYERS_SHOWN = 20
 ROW_HEIGHT = 0.13
-"""Of the heat map, inches a layer."""
+"""Inches per layer of the heat map."""
 DECADES = 4
-"""From the darkest color to the brightest."""
+"""Range of the heat map's colors."""
 
 
 def sensitivity(
     model: Model,
-    bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a8, w4a4, w4a16.")] = "w4a8",
+    bits: Bits = "w4a8",
     how: Annotated[
         str, typer.Option(metavar="alone|relief", help="Quantize one layer alone, or all layers but one.")
     ] = "alone",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the calibration trajectories.")] = 50,
-    budget: Annotated[
-        str | None, typer.Option(metavar="BITS", help="Mean weight bits, such as 4.5bits: says which layers keep 8.")
-    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
+    steps: Steps = 50,
+    budget: Budget = None,
     out: Annotated[Path, typer.Option(help="Folder for sensitivity.json and sensitivity.png.")] = Path("sensitivity"),
     seed: Seed = 0,
     prompts: Prompts = None,
 ) -> None:
     """Rank the layers and steps of a model by the error that quantizing them causes.
 
-    Interrupted, the same command continues where it stopped; with another budget it answers from what it kept.
+    After an interruption the same command continues; another budget reuses the finished ranking.
     """
     import stepquant
     from stepquant.api import check_quantizable
@@ -58,9 +55,7 @@ def sensitivity(
     from stepquant.loading import resolve_pipeline
     from stepquant.pipelines.generate import read_prompts
 
-    at_least_one("samples", samples)
-    at_least_one("steps", steps)
-    wanted = check_how(how)
+    method = check_how(how)
     spec = QuantSpec.parse(bits)
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
@@ -72,7 +67,7 @@ def sensitivity(
         pipeline,
         spec,
         workspace=out / ".work",
-        how=wanted,
+        how=method,
         samples=samples,
         steps=steps,
         prompts=lines,
@@ -81,52 +76,42 @@ def sensitivity(
     )
     overrides = {} if budget_bits is None else within_budget(spec, measured, budget_bits).overrides
     layers = measured.bits.items()
-    kept = [name for name, _ in layers if exact_name(name) in overrides]
-    console().print(_table(measured, kept))
-    asked = {"model": model, "bits": spec.bits, "how": how, "samples": samples, "steps": steps, "seed": seed}
+    spared = [name for name, _ in layers if exact_name(name) in overrides]
+    print_table(_table(measured, spared))
+    arguments = {"model": model, "bits": spec.bits, "how": how, "samples": samples, "steps": steps, "seed": seed}
     budgeted = {} if budget_bits is None else {"budget": budget_bits, "overrides": overrides}
-    figures = json.dumps(asked | budgeted | _figures(measured), indent=2) + "\n"
-    write_atomic(out / "sensitivity.json", lambda draft: draft.write_text(figures))
+    write_json(out / "sensitivity.json", arguments | budgeted | _figures(measured))
     typer.echo(f"figures: {out / 'sensitivity.json'}")
-    if find_spec("matplotlib") is None:
-        typer.echo("no image of layers and steps: it needs matplotlib, pip install 'stepquant[figures]'")
-    else:
-        heat_map = _heat_map(measured, f"{model} at {spec}, {samples} samples, seed {seed}", kept)
-        write_atomic(out / "sensitivity.png", lambda draft: heat_map.savefig(draft, format="png"))
-        typer.echo(f"layers and steps: {out / 'sensitivity.png'}")
+    heat_map = _heat_map(measured, f"{model} at {spec}, {samples} samples, seed {seed}", spared)
+    write_atomic(out / "sensitivity.png", lambda draft: heat_map.savefig(draft, format="png"))
+    typer.echo(f"heat map: {out / 'sensitivity.png'}")
     if budget_bits is not None:
-        bits_kept = {name: LayerBits.parse(overrides.get(exact_name(name), str(own))) for name, own in layers}
+        bits_kept = {name: LayerBits.parse(overrides.get(exact_name(name), str(default))) for name, default in layers}
         mean = mean_weight_bits(bits_kept, measured.sizes)
-        typer.echo(f"{len(kept)} of {len(layers)} layers keep 8 bits, {mean:.3f} bits a weight. Quantize with:")
+        typer.echo(f"{len(spared)} of {len(layers)} layers keep 8 bits, {mean:.3f} bits per weight. Quantize with:")
         options = [f"--override {shlex.quote(f'{pattern}={other}')}" for pattern, other in overrides.items()]
         typer.echo(" \\\n".join([f"stepquant quantize {shlex.quote(model)} --bits {spec}", *options]))
 
 
-def _table(measured: Sensitivity, kept: Collection[str]) -> Table:
+def _table(measured: Sensitivity, spared: Collection[str]) -> Table:
     """The most sensitive layers."""
     mean, order = measured.mean, measured.ranking()[:LAYERS_SHOWN]
     rows = dict(zip(measured.bits, measured.errors.tolist(), strict=True))
-    table = Table(
-        title=f"{len(order)} of {len(mean)} layers: {MEANING[measured.how]}",
-        caption=f"with every layer quantized: {float(measured.whole.mean()):.2e}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("layer", overflow="fold")
-    for column in ("bits", "weights", "error", "most at steps"):
-        table.add_column(column, justify="right")
-    if kept:
-        table.add_column("keeps 8")
+    title = f"{len(order)} of {len(mean)} layers: {MEANING[measured.how]}"
+    table = table_of(title, ("layer",), ("bits", "weights", "error", "largest at steps"))
+    table.caption = f"with every layer quantized: {float(measured.whole.mean()):.2e}"
+    if spared:
+        table.add_column("keeps 8 bits")
     for name in order:
         worst = rows[name].index(max(rows[name]))
         most = f"{_span(measured.steps[worst])}: {rows[name][worst]:.2e}"
         cells = [name, str(measured.bits[name]), f"{measured.sizes[name]:,}", f"{mean[name]:.2e}", most]
-        table.add_row(*cells, *(["yes" if name in kept else ""] if kept else []))
+        table.add_row(*cells, *(["yes" if name in spared else ""] if spared else []))
     return table
 
 
 def _figures(measured: Sensitivity) -> dict[str, Any]:
-    """All that was measured, as JSON holds it."""
+    """The measurements, as JSON."""
     mean = measured.mean
     return {
         "step_groups": measured.steps,
@@ -138,28 +123,28 @@ def _figures(measured: Sensitivity) -> dict[str, Any]:
     }
 
 
-def _heat_map(measured: Sensitivity, title: str, kept: Collection[str]) -> Figure:
-    """Layers in execution order, from top to bottom, by groups of steps; those that keep 8 bits in bold."""
+def _heat_map(measured: Sensitivity, title: str, spared: Collection[str]) -> Figure:
+    """Layers in execution order from top to bottom, groups of steps from left to right; spared layers in bold."""
     from matplotlib.colors import LogNorm, SymLogNorm
     from matplotlib.figure import Figure
 
     values = measured.errors.numpy()
     largest = max(float(abs(values).max()), 1e-12)
-    least = largest / 10**DECADES
+    smallest = largest / 10**DECADES
     layers, groups = values.shape
     figure = Figure(figsize=(8, 1.6 + ROW_HEIGHT * layers), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     if measured.how == "alone":
-        image = axes.imshow(values.clip(min=least), aspect="auto", cmap="magma", norm=LogNorm(least, largest))
+        image = axes.imshow(values.clip(min=smallest), aspect="auto", cmap="magma", norm=LogNorm(smallest, largest))
     else:
         norm = SymLogNorm(largest / 100, vmin=-largest, vmax=largest)
         image = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm)
     axes.set_title(f"{title}\n{MEANING[measured.how]}", fontsize=8)
-    axes.set_xlabel("denoising steps, from noise to image" + ("; in bold: keeps 8 bits" if kept else ""), fontsize=7)
+    axes.set_xlabel("denoising steps, from noise to image" + ("; bold: keeps 8 bits" if spared else ""), fontsize=7)
     axes.set_xticks(range(groups), [_span(ends) for ends in measured.steps], fontsize=6)
     axes.set_yticks(range(layers), list(measured.bits), fontsize=5)
     for label, name in zip(axes.get_yticklabels(), measured.bits, strict=True):
-        label.set_fontweight("bold" if name in kept else "normal")
+        label.set_fontweight("bold" if name in spared else "normal")
     figure.colorbar(image, shrink=min(1.0, 40 / layers), aspect=40).ax.tick_params(labelsize=6)
     return figure
 

@@ -1,4 +1,4 @@
-"""``stepquant study``: a grid of models, recipes, bits and seeds, run cell by cell."""
+"""``stepquant study``: a grid of models, recipes, bits and seeds, one cell at a time."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepquant.cli.options import check_writable_file
+from stepquant.cli.output import check_writable_file
 
 if TYPE_CHECKING:
     from stepquant.studies.run import Outcome
 
 
 def study(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study, as in benchmarks/studies/*.toml.")],
-    jobs: Annotated[int, typer.Option(help="Cells at a time, each a process with one thread.")] = 1,
-    models: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,
-    bits: Annotated[list[str] | None, typer.Option(help="Only these bits; may be repeated.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
-    recipes: Annotated[list[str] | None, typer.Option(help="Only this recipe; may be repeated.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study, such as benchmarks/studies/papers.toml.")],
+    jobs: Annotated[int, typer.Option(help="Cells at a time, each in a process with one thread.")] = 1,
+    models: Annotated[list[str] | None, typer.Option(help="Only this model; can be repeated.")] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="Only these bits; can be repeated.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Only this seed; can be repeated.")] = None,
+    recipes: Annotated[list[str] | None, typer.Option(help="Only this recipe; can be repeated.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="JSON lines to add to; default: ../results/NAME.jsonl, seen from the study.")
+        Path | None, typer.Option(help="JSON lines to append to; default: ../results/NAME.jsonl beside the study.")
     ] = None,
     cache: Annotated[
         Path, typer.Option(help="Folder of full-precision images and calibration samples that cells share.")
     ] = Path("out/study-cache"),
-    table: Annotated[bool, typer.Option("--table", help="Print what there is as Markdown, and run nothing.")] = False,
-    figure: Annotated[Path | None, typer.Option(help="Draw what there is to this file, and run nothing.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the results as Markdown and run nothing.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the results to this file and run nothing.")] = None,
 ) -> None:
-    """Run the cells of a study that its results do not have yet.
+    """Run the cells of a study that have no results yet.
 
-    It can be stopped at any time: the same command continues.
+    You can stop it at any time: the same command continues.
     """
     from stepquant.studies import draw_figure, markdown_tables, read_study, run_study
     from stepquant.studies.run import missing
 
-    whole = read_study(file)
-    part = whole.only(models, bits, seeds, recipes)
+    part = read_study(file).only(models, bits, seeds, recipes)
     lines = results or file.parent.parent / "results" / f"{file.stem}.jsonl"
     if table:
         typer.echo(markdown_tables(part, lines))
@@ -49,13 +48,13 @@ def study(
         return
     check_writable_file(lines)
     typer.echo(f"{sum(1 for _ in missing(part, lines))} cells to do: {lines}")
-    failed = run_study(part, lines, cache, jobs=jobs, tell=_tell)
+    failed = run_study(part, lines, cache, jobs=jobs, tell=_print_outcome)
     if failed:
         typer.echo(f"stepquant: {failed} cells failed and have no line; the same command tries them again.", err=True)
         raise typer.Exit(1)
 
 
-def _tell(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     cell, line = outcome.cell, outcome.line
     name = f"{cell.model:14} {cell.bits} seed {cell.seed} {cell.label:28}"
     if line is None:

@@ -1,4 +1,4 @@
-"""``stepquant train``: from a pipeline to a small checkpoint, by training it in its quantized form."""
+"""``stepquant train``: quantization-aware training of a pipeline."""
 
 from __future__ import annotations
 
@@ -8,115 +8,93 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.finished import clear, is_finished, mark_finished
-from stepquant.cli.options import (
-    Model,
-    Prompts,
-    Seed,
-    at_least_one,
-    check_space,
-    check_writable_folder,
-    pairs_from,
-    progress,
-    workspace_of,
-)
-from stepquant.cli.quantize import parameter_bytes
+from stepquant.cli.checkpoint import write_checkpoint
+from stepquant.cli.options import Bits, ExactTime, Model, Out, Override, Overwrite, Prompts, Seed, Steps, pairs_from
+from stepquant.cli.output import progress
 from stepquant.errors import StepquantError
 
-BYTES_A_PARAMETER = 6
-"""Times the weights: kept on disk are the network, Adam's moments and the average, twice while they change."""
+DISK_FACTOR = 6
+"""Disk space relative to the weights: the network, Adam's moments and the average, twice while they are replaced."""
 
 
 def train(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a8, w4a4, w3a3.")] = "w4a4",
+    out: Out,
+    bits: Bits = "w4a4",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of images: classes in subfolders, captions in a metadata.jsonl."),
     ] = None,
     distill: Annotated[
-        bool, typer.Option("--distill", help="Learn what full precision answers; needs no data, but may have some.")
+        bool, typer.Option("--distill", help="Learn from the full-precision model; works with and without --data.")
     ] = False,
     intervals: Annotated[
         str, typer.Option(help="How activation scales depend on the timestep: generator (TDQ), static, or table.")
     ] = "generator",
-    iterations: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Images, or points of trajectories, in a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights, relative to their size; falls to zero.")] = 1e-3,
-    ema_decay: Annotated[float, typer.Option(help="Of the moving average that ships; 0 for none.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the trajectories, from half to twice as many.")] = 50,
+    iterations: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Images, or points of trajectories, per optimizer step.", min=1)] = 16,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of the weights, relative to their size; decays to zero.")
+    ] = 1e-3,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the moving average of the weights; 0: none.")] = 0.0,
+    steps: Steps = 50,
     seed: Seed = 0,
     prompts: Prompts = None,
-    override: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX=BITS", help="Other bits for some layers; may be repeated.")
-    ] = None,
-    exact_time: Annotated[
-        bool, typer.Option("--exact-time", help="Leave the layers that depend on the timestep alone in floating point.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
+    override: Override = None,
+    exact_time: ExactTime = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a diffusion model by training it: weights, their scales and the activations' intervals together.
+    """Quantize a diffusion model by training weights, their scales and activation ranges together.
 
-    It learns from images (--data), or from the full-precision model (--distill). Interrupted, the same command
-    continues where it stopped.
+    It learns from images (--data), from the full-precision model (--distill), or both. After an interruption the same
+    command continues.
     """
-    asked = {name: str(value) for name, value in locals().items() if name != "overwrite"}
+    arguments = {name: str(value) for name, value in locals().items() if name != "overwrite"}
     import stepquant
-    from stepquant.checkpoint import check_out
     from stepquant.config import QuantSpec
-    from stepquant.loading import resolve_pipeline
     from stepquant.pipelines.generate import read_prompts
     from stepquant.recipes import hyperparameters
     from stepquant.recipes.qat import qat
 
     if data is None and not distill:
-        raise StepquantError(
-            "training has nothing to learn from: give a folder of images with --data, "
-            "or --distill to learn from the full-precision model without any."
-        )
-    for name, value in (("iterations", iterations), ("batch-size", batch_size), ("steps", steps)):
-        at_least_one(name, value)
+        raise StepquantError("there is nothing to learn from; expected --data FOLDER, --distill, or both.")
     if not 0 <= learning_rate < math.inf:
-        raise StepquantError(f"learning-rate is {learning_rate}: expected a finite number, 0 or more.")
+        raise StepquantError(f"--learning-rate is {learning_rate}; expected a finite number, 0 or more.")
     if not 0 <= ema_decay < 1:
-        raise StepquantError(f"ema-decay is {ema_decay}: expected 0 or more, and less than 1.")
-    arguments: dict[str, Any] = {
+        raise StepquantError(f"--ema-decay is {ema_decay}; expected at least 0 and less than 1.")
+    values: dict[str, Any] = {
         "intervals": intervals,
         "iterations": iterations,
         "batch_size": batch_size,
         "weight_rate": learning_rate,
         "ema_decay": ema_decay,
     }
-    hyperparameters(qat, arguments)
-    overrides = pairs_from(override, "override", "REGEX=BITS, as in mid_block=w8a8")
+    hyperparameters(qat, values)
+    overrides = pairs_from(override, "REGEX=BITS, such as mid_block=w8a8")
     spec = QuantSpec.parse({"bits": bits, "overrides": overrides, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
-    workspace = workspace_of(out)
-    said = f"{model} trained to {spec} with {intervals} intervals: {out}"
-    if is_finished(workspace, out, asked):
-        typer.echo(said)
-        clear(workspace)
-        return
-    check_out(out, overwrite=overwrite)
-    check_writable_folder(out.parent)
-    pipeline = resolve_pipeline(model)
-    check_space(out.parent, BYTES_A_PARAMETER * parameter_bytes(pipeline))
 
-    quantized = stepquant.train(
-        pipeline,
-        spec,
-        data=data,
-        distill=distill,
-        calibration=stepquant.Calibration(steps=steps),
-        seed=seed,
-        prompts=lines,
-        workspace=workspace,
-        progress=progress(),
-        source=model,
-        **arguments,
+    def run(pipeline: Any, workspace: Path) -> Any:
+        return stepquant.train(
+            pipeline,
+            spec,
+            data=data,
+            distill=distill,
+            calibration=stepquant.Calibration(steps=steps),
+            seed=seed,
+            prompts=lines,
+            workspace=workspace,
+            progress=progress(),
+            source=model,
+            **values,
+        )
+
+    write_checkpoint(
+        run,
+        model,
+        out,
+        arguments=arguments,
+        overwrite=overwrite,
+        done=f"{model} trained to {spec} with {intervals} intervals",
+        disk_factor=DISK_FACTOR,
     )
-    mark_finished(workspace, asked, quantized)
-    stepquant.save(quantized, out, overwrite=overwrite)
-    typer.echo(said)
-    clear(workspace)

@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import check_writable_folder
+from stepquant.cli.output import check_writable_folder
 from stepquant.errors import StepquantError
 
 
 def ui(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to choose from; default: the zoo's.")
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to choose from; default: the zoo.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to bind to; by default this machine alone can see the page.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; with the default, only this machine can open the page.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 7860,
-    folder: Annotated[Path, typer.Option(help="Folder that keeps the quantized models.")] = Path("out/ui"),
+    folder: Annotated[Path, typer.Option(help="Folder for the quantized models.")] = Path("out/ui"),
 ) -> None:
-    """Serve a page to quantize models and look at their images, side by side."""
+    """Serve a page that quantizes models and shows their images side by side."""
     from stepquant import zoo
     from stepquant.loading import ZOO_PREFIX, locate
     from stepquant.ui.gallery import Gallery
@@ -29,7 +29,7 @@ def ui(
     try:
         from stepquant.ui.app import launch
     except ImportError:
-        raise StepquantError("the gallery needs Gradio: install it with pip install 'stepquant[ui]'.") from None
+        raise StepquantError("Gradio is not installed; run pip install 'stepquant[ui]'.") from None
     sources = models or [ZOO_PREFIX + name for name in zoo.names()]
     named = {Path(source.removeprefix(ZOO_PREFIX)).name: source for source in sources}
     for source in sources:
