@@ -10,7 +10,7 @@ from benchmarks import pages
 
 PAGES = pages.pages()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SPAN = re.compile(r"`([^`]+)`")
+CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 FOLDERS = ("benchmarks", "docs", "examples", "src", "tests", "training")
 
 
@@ -36,8 +36,8 @@ def test_links_and_images_resolve(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_named_in_the_text_exist(page):
-    for span in SPAN.findall(page.read_text()):
-        for word in " ".join(span.split()).replace(":", " ").split():
+    for span in CODE.findall(page.read_text()):
+        for word in re.split(r"[\s:`\"',()\[\]]+", span):
             if word.split("/")[0] in FOLDERS and "/" in word:
                 assert list(pages.ROOT.glob(word.rstrip("/"))), f"{word} does not exist"
 
