@@ -19,6 +19,7 @@ from stepquant.errors import StepquantError
 from stepquant.files import allocate
 from stepquant.models import chunk_size
 from stepquant.models.description import main_tensor
+from stepquant.pipelines.arguments import flatten, nest
 from stepquant.pipelines.generate import Request, batches, generate
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
@@ -302,27 +303,3 @@ class _Recorder:
 def _widened(tensor: Tensor) -> Tensor:
     """What a pipeline in half precision draws is calibrated on in float32."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
-
-
-def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """An argument as named values: itself, or the entries of a dictionary or list under dotted names."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield f"{name}.{key}", entry
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            yield f"{name}.{index}", entry
-    else:
-        yield name, value
-
-
-def nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Keyword arguments from flat names, the inverse of `flatten`."""
-    arguments: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        outer, _, inner = name.partition(".")
-        if inner.isdigit():
-            arguments[outer] = [*arguments.get(outer, []), tensor]
-        else:
-            arguments[outer] = {**arguments.get(outer, {}), inner: tensor} if inner else tensor
-    return arguments

@@ -11,31 +11,61 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from stepquant.calibration.samples import Calibration, collect, flatten, nest
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import OutputCorrection
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.layers.time_cache import TimeLinear
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import make_request
-from stepquant.progress import Progress
+from stepquant.pipelines.arguments import flatten, nest
+from stepquant.pipelines.generate import generate, make_request
 from stepquant.runtime import KernelFactory, prepare
 
 TIMESTEP = "timestep"
+IMAGES = 2
+"""Images of the example that a network is traced on."""
 
 
 def example_arguments(pipeline: Any) -> dict[str, Tensor]:
-    """What the pipeline gives its denoiser at the first step of two images, by flat name (`calibration.flatten`).
+    """The arguments that the pipeline passes to its denoiser at the first step of two images, by flat name.
+
+    Of the halves that guidance runs in one batch, one image of each is kept.
 
     Raises:
-        StepquantError: if the pipeline cannot draw from noise alone.
+        StepquantError: if the pipeline cannot generate from noise alone.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    calibration = Calibration(samples=2, steps=1)
-    steps = torch.zeros(2, dtype=torch.long)
-    seen = collect(pipeline, denoiser, make_request(pipeline, 1), steps, calibration, 0, Progress())
-    return seen.tensors | seen.shared
+    signature, found = inspect.signature(denoiser.forward), {}
+
+    def read(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.update(signature.bind(*args, **kwargs).arguments)
+        raise _FirstCall
+
+    handle = denoiser.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        generate(pipeline, make_request(pipeline, 1), range(IMAGES), 0, decode=False)
+    except _FirstCall:
+        pass
+    finally:
+        handle.remove()
+    sample = next(value for value in found.values() if isinstance(value, Tensor))
+    found[TIMESTEP] = torch.as_tensor(found[TIMESTEP]).reshape(-1).expand(len(sample))
+    flat = {name: value for key, value in found.items() for name, value in flatten(key, value)}
+    tensors = {name: _widened(value.detach().cpu()) for name, value in flat.items() if isinstance(value, Tensor)}
+    halves = len(sample) // IMAGES
+    rows = [image % halves * IMAGES + image for image in range(IMAGES)]
+    return {
+        name: value[rows] if value.dim() > 0 and len(value) == len(sample) else value for name, value in tensors.items()
+    }
+
+
+class _FirstCall(Exception):
+    """Ends a run of the pipeline once the arguments of the first call are known."""
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A float tensor in float32."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _Time:
