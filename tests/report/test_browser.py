@@ -50,7 +50,7 @@ def chromium(tmp_path_factory):
 
 
 class Browser:
-    """A page that is open, with few words for what the tests ask of it."""
+    """An open page with short methods for the tests."""
 
     def __init__(self, driver, folder):
         self.driver, self.folder = driver, folder
@@ -107,7 +107,8 @@ def browser(chromium, tmp_path):
 def test_it_renders_without_a_complaint_and_loads_nothing(browser, report):
     browser.show(report)
     assert browser.run("document.title") == "a model - stepquant report"
-    assert browser.run("[...document.images].map(i => i.naturalWidth > 0)") == [True] * 6
+    assert browser.run("[...document.images].every(i => i.naturalWidth > 0)")
+    assert len(browser.all(".pair img")) == 6
     loaded = browser.run("performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
 
@@ -168,18 +169,18 @@ def test_one_curve_is_shown_and_can_be_chosen(browser, report):
     assert shown() == ["first"], "it changes by a factor of four, the second by two"
     browser.focus("#curve").send_keys(Keys.ARROW_DOWN)
     assert shown() == ["second [0:8]"]
-    browser.one("#map .row[data-curve=first]").click()
+    browser.one("#map tr[data-curve=first] .cells").click()
     assert shown() == ["first"]
     assert browser.one("#curve").get_attribute("value") == "first"
 
 
 def test_the_map_can_show_changes(browser, report):
     browser.show(report)
-    layers, legends = "#map image[class^=map]", "#map svg[class*=map-]"
-    assert [[one.is_displayed() for one in browser.all(which)] for which in (layers, legends)] == [[True, False]] * 2
+    cells, legends = "#map tr:first-child img", "#map svg[class*=map-]"
+    assert [[one.is_displayed() for one in browser.all(which)] for which in (cells, legends)] == [[True, False]] * 2
     browser.focus("[data-class=ranges-on]").send_keys(Keys.ARROW_RIGHT)
-    assert [[one.is_displayed() for one in browser.all(which)] for which in (layers, legends)] == [[False, True]] * 2
-    assert browser.one("image.map-errors").is_displayed(), "the map of sensitivities is another one"
+    assert [[one.is_displayed() for one in browser.all(which)] for which in (cells, legends)] == [[False, True]] * 2
+    assert browser.one("img.map-errors").is_displayed(), "the map of sensitivities is another one"
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1400])

@@ -53,7 +53,7 @@ def test_times_are_shown_of_the_run_they_are_about(quantized_folder, uncondition
     assert _run(*given, "--times", file).exit_code == 0
     assert "2 min on 3 threads: reconstructing blocks 2 min<" in page.read_text()
     page.unlink()
-    for damage, message in (({"out": "another"}, "is about another"), ({"seconds": -1}, "no file that stepquant")):
+    for damage, message in (({"out": "another"}, "is about another"), ({"seconds": -1}, "is not valid; expected a file that stepquant")):
         file.write_text(json.dumps(took | damage))
         assert message in _fails(*given, "--times", file)
     assert "cannot be read" in _fails(*given, "--times", tmp_path / "none")
@@ -73,7 +73,7 @@ def test_sensitivities_are_shown_beside_the_bits(quantized_folder, unconditional
     for damage, message in (
         ({"layers": [layer | {"name": "elsewhere"}]}, "measured on another model"),
         ({"layers": [layer | {"errors": [1.0]}]}, "is damaged"),
-        ({"how": "otherwise"}, "no sensitivity.json"),
+        ({"how": "otherwise"}, "is not valid; expected a sensitivity.json"),
     ):
         file.write_text(json.dumps(measured | damage))
         assert message in _fails(*given, "--sensitivity", file)
@@ -106,7 +106,7 @@ def test_the_page_may_lie_beside_the_manifest(quantized_folder, unconditional_fo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give its origin with --against"),
+        ([], "not a local folder"),
         (["--against", "zoo:nope"], "no model 'nope'"),
         (["--against", "zoo:fashion-ddpm"], "not made from"),
         (["--count", 0], "--count"),

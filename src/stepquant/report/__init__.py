@@ -1,4 +1,4 @@
-"""One page about a quantized model: what was done, what it costs, what it changed. Self-contained HTML."""
+"""HTML reports about quantized models."""
 
 from stepquant.report.content import Report, gather, origin_of
 from stepquant.report.page import render, write

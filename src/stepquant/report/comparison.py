@@ -1,4 +1,4 @@
-"""Several quantized models of one origin: one table, one figure, one page."""
+"""Comparison page of several quantized models of one source."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from stepquant.evaluation import EvaluationResult, evaluate
 from stepquant.files import write_atomic
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.progress import Progress
-from stepquant.report.figures import png_uri
+from stepquant.report.figures import png_uri, scatter
 from stepquant.report.page import environment, source_of
-from stepquant.report.scatter import scatter
 
-PICTURES_SHOWN = 8
+MAX_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Contender:
     """One quantized model.
 
     Attributes:
-        recipe, bits: as its manifest has them; not validated, whoever wrote the folder chose what they say.
-        images: float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
+        recipe, bits: from its manifest, not validated.
+        images: float32 [N, C, H, W] in [-1, 1], N <= `MAX_IMAGES`.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models, and the images of their origin from the same noise."""
+    """The models, and the images of their source from the same noise."""
 
     against: str
     contenders: list[Contender]
@@ -59,15 +58,15 @@ def compare(
     guidance: float | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Evaluate each folder on the same noise; arguments as of `stepquant.evaluation.evaluate`.
+    """Evaluate each folder on the same noise; the arguments are those of `stepquant.evaluation.evaluate`.
 
     Raises:
-        StepquantError: for a folder that is given twice, no quantized model, or not made from `against`.
+        StepquantError: for a duplicate folder, or one without a quantized model made from `against`.
     """
-    twice = [folder for folder in folders if list(folders).count(folder) > 1]
-    if twice:
-        raise StepquantError(f"{twice[0]} is given twice: name each model once.")
-    manifests = [read_manifest(folder) for folder in folders]  # all are looked at before the long work
+    duplicates = [folder for folder in folders if list(folders).count(folder) > 1]
+    if duplicates:
+        raise StepquantError(f"{duplicates[0]} is given twice; expected each model once.")
+    manifests = [read_manifest(folder) for folder in folders]  # before the long work
     names = [folder.resolve().name for folder in folders]
     contenders, full_precision = [], None
     for folder, manifest, name in zip(folders, manifests, names, strict=True):
@@ -79,16 +78,16 @@ def compare(
                 recipe=str(manifest.provenance.get("recipe", "")),
                 bits=str(spec.get("bits", "")) if isinstance(spec, dict) else "",
                 figures=evaluated.result,
-                images=evaluated.quantized[:PICTURES_SHOWN],
+                images=evaluated.quantized[:MAX_IMAGES],
             )
         )
-        full_precision = evaluated.full_precision[:PICTURES_SHOWN]
-    assert full_precision is not None, "the command takes at least one folder"
+        full_precision = evaluated.full_precision[:MAX_IMAGES]
+    assert full_precision is not None, "at least one folder"
     return Comparison(against, contenders, full_precision)
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """The page, self-contained like a report, under the same policy."""
+    """Render the page, self-contained like a report and under the same policy."""
     templates = environment()
     style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
     contenders = comparison.contenders
@@ -104,7 +103,7 @@ def render_comparison(comparison: Comparison) -> str:
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         by_size=scatter(sizes, quality, labels, "size of the denoiser, MB", "PSNR, dB"),
-        by_time=scatter(times, quality, labels, "time of a step, ms", "PSNR, dB"),
+        by_time=scatter(times, quality, labels, "latency per step, ms", "PSNR, dB"),
         rows=[(name, [png_uri(grid(image[None])) for image in images]) for name, images in rows],
         small=min(comparison.full_precision.shape[-2:]) < SMALLEST_SIDE,
         frechet=any(one.figures.frechet_classifier is not None for one in contenders),
@@ -112,6 +111,6 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the page whole or not at all; raises `StepquantError` where that is impossible."""
+    """Write the page atomically; raises `StepquantError` if that fails."""
     text = render_comparison(comparison)
     write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Everything that a report shows, gathered before a line of it is drawn."""
+"""Content of a report, collected before rendering."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from stepquant.report.structure import (
 )
 from stepquant.report.times import Times, read_times
 
-PICTURES_SHOWN = 16
+MAX_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to say about one quantized model.
+    """Content of a report about one quantized model.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         component: name of the quantized denoiser in the pipeline.
-        provenance: the manifest's: recipe with arguments, spec, calibration, seed, source, versions. Not validated:
-            whoever wrote the folder chose what it says.
-        figures: against full precision.
-        full_precision, quantized: the images shown, float32 [N, C, H, W] in [-1, 1], N <= `PICTURES_SHOWN`.
-        psnr_db: of each of them, [N].
-        captions: what each of them shows, [N]; "" for an unconditional model.
-        timesteps: what the rows of per-step tables stand for, float32 [R], ascending.
-        activations: the range of every quantized activation.
+        provenance: recipe, spec, calibration, seed, source and versions from the manifest, not validated.
+        figures: comparison with full precision.
+        full_precision, quantized: images, float32 [N, C, H, W] in [-1, 1], N <= `MAX_IMAGES`.
+        psnr_db: PSNR of each image, [N].
+        captions: condition of each image, [N]; "" for an unconditional model.
+        timesteps: of the rows of per-step tables, float32 [R], ascending.
+        activations: range of every quantized activation.
         layers: every linear, convolution and quantized attention.
-        component_bytes: top folder of the pipeline -> bytes of its files; those at the root are listed as such.
-        content_bytes: what the denoiser's tensors hold -> bytes.
-        sensitivity: of its origin's layers, where it was measured.
+        component_bytes: folder of the pipeline -> size of its files.
+        content_bytes: kind of tensor in the denoiser -> size.
+        sensitivity: sensitivity of the layers of its source, if measured.
+        times: duration of the quantization, if recorded.
     """
 
     name: str
@@ -69,17 +69,17 @@ class Report:
 
 
 def origin_of(folder: Path) -> str:
-    """The full-precision origin that a quantized folder names, if it is at hand: ``zoo:NAME`` or a folder.
+    """The full-precision source that a quantized folder names, if it is a zoo model or a local folder.
 
-    A hub id is not taken from there: a file should not decide what is downloaded.
+    A hub id is not used: a file should not decide what is downloaded.
 
     Raises:
-        StepquantError: if `folder` is no quantized model, or its origin has to be given.
+        StepquantError: if `folder` is not a quantized model, or its source is not available.
     """
     source = read_manifest(folder).provenance.get("source")
     if isinstance(source, str) and (source.startswith(ZOO_PREFIX) or Path(source).is_dir()):
         return source
-    raise StepquantError(f"{folder} was made from {source!r}, which is no folder here: give its origin with --against.")
+    raise StepquantError(f"{folder} was made from {source!r}, not a local folder. Pass its source as `against`.")
 
 
 def gather(
@@ -93,13 +93,13 @@ def gather(
     times: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Read the checkpoint in `folder`, draw the same images with it and its origin, and compare them.
+    """Read the checkpoint in `folder`, generate the same images with it and its source, and compare them.
 
     Args:
-        against: the full-precision origin: a folder, a hub id or ``zoo:NAME``.
-        count, steps, seed: what is drawn, see `stepquant.evaluation.evaluate`; with the guidance of the calibration.
-        sensitivity: what ``stepquant sensitivity`` wrote about `against`.
-        times: what ``stepquant quantize --times`` wrote about `folder`.
+        against: the full-precision source: a folder, a hub id or ``zoo:NAME``.
+        count, steps, seed: see `stepquant.evaluation.evaluate`; the guidance is that of the calibration.
+        sensitivity: file that ``stepquant sensitivity`` wrote about `against`.
+        times: file that ``stepquant quantize --times`` wrote about `folder`.
 
     Raises:
         StepquantError: if one of them cannot be loaded, or `folder` is not made from `against`, or `sensitivity` is
@@ -108,13 +108,13 @@ def gather(
     pipeline, manifest = load_pipeline(folder)
     request = make_request(pipeline, steps)
     names = {label: name for name, label in (getattr(pipeline, "labels", None) or {}).items()}
-    conditions = [request.condition(index) if request.conditions else "" for index in range(min(count, PICTURES_SHOWN))]
+    conditions = [request.condition(index) if request.conditions else "" for index in range(min(count, MAX_IMAGES))]
     denoiser = getattr(pipeline, manifest.component)
     timesteps, activations = timesteps_of(denoiser), activation_ranges(denoiser)
     layers, content_bytes = layer_rows(denoiser), bytes_by_content(denoiser)
     prompts = [str(prompt) for prompt in request.conditions] if kind_of(pipeline) == "text" else None
     measured = read_sensitivity(sensitivity, {layer.name for layer in layers}) if sensitivity else None
-    took = read_times(times, folder) if times else None
+    duration = read_times(times, folder) if times else None
     del pipeline, denoiser  # the evaluation loads its own
     evaluated = evaluate(
         folder,
@@ -126,7 +126,7 @@ def gather(
         prompts=prompts,
         progress=progress,
     )
-    shown = slice(0, PICTURES_SHOWN)
+    shown = slice(0, MAX_IMAGES)
     full_precision, quantized = evaluated.full_precision[shown], evaluated.quantized[shown]
     return Report(
         name=folder.resolve().name,
@@ -143,12 +143,12 @@ def gather(
         component_bytes=_component_bytes(manifest),
         content_bytes=content_bytes,
         sensitivity=measured,
-        times=took,
+        times=duration,
     )
 
 
 def _guidance(manifest: Manifest) -> float | None:
-    """Of the calibration; None is the pipeline's own, and so is anything that is no number."""
+    """Guidance of the calibration; None, the default of the pipeline, for anything but a number."""
     guidance = manifest.provenance.get("guidance")
     return float(guidance) if isinstance(guidance, int | float) and not isinstance(guidance, bool) else None
 
@@ -157,5 +157,5 @@ def _component_bytes(manifest: Manifest) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for name, file in manifest.files.items():
         parts = PurePosixPath(name).parts
-        sizes[parts[0] if len(parts) > 1 else "at the root"] += file.bytes
+        sizes[parts[0] if len(parts) > 1 else "top level"] += file.bytes
     return dict(sizes.most_common())

@@ -1,167 +1,188 @@
-"""Geometry of the figures: values in, positions and labels out. The templates turn them into SVG."""
+"""Charts of a page: SVG by matplotlib, and heat maps as a strip of pixels per row. Colors follow the page's theme."""
 
 from __future__ import annotations
 
-import math
+import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
+from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
 from stepquant.report.sensitivity import SensitivityFile
 from stepquant.report.structure import ActivationRange
 
-Anchors = tuple[tuple[int, int, int], ...]
-
-RANGE_COLORS: Anchors = ((27, 18, 75), (84, 34, 130), (164, 52, 124), (232, 100, 86), (252, 178, 88), (252, 246, 190))
-"""From the smallest to the largest: ever brighter, so that they read in grey too."""
-CHANGE_COLORS: Anchors = ((33, 84, 160), (140, 178, 220), (240, 240, 240), (236, 158, 118), (178, 48, 32))
-"""From half to double, through no change."""
-
-CELL_HEIGHT = 13
-MAP_WIDTH = 480
-COLUMN_WIDTH = 90
-"""Of a map with a single column."""
-LEGEND_SAMPLES = 64
-MOST_TICKS = 7
-MOST_COLUMNS = 200
-"""Timesteps that are drawn; of longer tables, such as TDQ's of every training timestep, evenly spread ones."""
+INK, LINE, ACCENT, GROUND, SOFT = "#010101", "#020202", "#030303", "#040404", "#050505"
+"""Stand-ins for the colors of the theme, see `THEME`."""
+THEME = {INK: "--ink", LINE: "--line", ACCENT: "--accent", GROUND: "--ground", SOFT: "--soft"}
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "stepquant",  # the same report gives the same page
+    "font.size": 9,
+    "axes.edgecolor": LINE,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.subplot.bottom": 0.2,
+    "figure.subplot.left": 0.17,
+    "figure.subplot.right": 0.96,
+    "figure.subplot.top": 0.96,
+    "grid.color": LINE,
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+UNUSED = "|".join(
+    (
+        *(r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<clipPath.*?</clipPath>", r"<!--.*?-->", r"\n *"),
+        *(r' id="[\w.]+_\d+"', r' clip-path="[^"]*"', r"font-family: [^;]*; ?"),
+    )
+)
+"""Parts of matplotlib's SVG that a page does not need; nothing is drawn outside the axes."""
+CHART_SIZE = (4.4, 2.5)
+LEGEND_SIZE = (3.0, 0.42)
+MAX_COLUMNS = 200
+"""Timesteps in a figure; of longer tables, such as TDQ's with every training timestep, evenly spaced rows are drawn."""
+MAX_LABELS = 7
 DECADES = 4
-"""Of errors that have a color of their own; smaller ones are as dark as nothing."""
+"""Decades of errors with a color of their own; smaller errors get the darkest color."""
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: how far along it, px, and what it says."""
-
-    position: float
-    label: str
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """One curve. Positions are px in the plotting area, whose origin is its upper left corner.
+class Coloring:
+    """One way to color the cells of a heat map.
 
     Attributes:
-        alt: the figure in words.
-        points: as an SVG polyline has them.
-    """
-
-    alt: str
-    x_label: str
-    y_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    points: str
-    width: int = 360
-    height: int = 180
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One coloring of a map's cells, which all lie on top of each other.
-
-    Attributes:
-        name: of its CSS class.
-        title: what the colors stand for.
-        cells: as an image, a pixel a cell (data URI).
-        legend: data URI of the color scale.
-        ticks: below the scale; positions from 0 to 1.
+        name: suffix of its CSS class.
+        title: meaning of the colors.
+        legend: the color scale, an SVG.
+        strips: the cells of each row, one pixel each, as ``data:`` URIs.
     """
 
     name: str
     title: str
-    cells: str
-    legend: str
-    ticks: list[Tick]
+    legend: Markup
+    strips: list[str]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows of cells with a label before and a text behind each, all of them `cell_height` px high.
+    """Rows of colored cells, each between a label and a note.
 
     Attributes:
-        layers: the first is shown, the others can be chosen.
-        row_labels, row_notes: beside the cells.
-        columns: ticks below them; positions from 0 to 1.
-        x_label: below the ticks.
-        width: px of all cells of a row, where there is room for them.
+        colorings: the first one is visible, the others can be selected.
+        columns: labels at the centers of equal parts of the x axis.
     """
 
     alt: str
-    layers: list[Layer]
-    row_labels: list[str]
-    row_notes: list[str]
-    columns: list[Tick]
+    colorings: list[Coloring]
+    labels: list[str]
+    notes: list[str]
+    columns: list[str]
     x_label: str
-    width: int
-    cell_height: int = CELL_HEIGHT
 
 
-def line_chart(
-    x: Sequence[float], y: Sequence[float], alt: str, x_label: str, y_label: str, percent: bool
-) -> LineChart:
-    """A curve through (x, y) in the order given; the x axis runs from the first value to the last.
+def line_chart(x: Sequence[float], y: Sequence[float], alt: str, x_label: str, y_label: str, percent: bool) -> Markup:
+    """A curve through (x, y); the x axis runs from the first value to the last.
 
-    Logarithmic in y where all of it is positive and spans more than a decade.
+    The y axis is logarithmic if all values are positive and span more than a decade.
     """
-    low, high = min(y), max(y)
-    logarithmic = low > 0 and high / low > 10
-    ticks = _decades(low, high) if logarithmic else round_numbers(min(0.0, low), high or 1.0)
-    map_y = math.log if logarithmic else float
-    bottom, top = map_y(min(low, *ticks)), map_y(max(high, *ticks))
-    start, span = x[0], (x[-1] - x[0]) or 1.0
-    chart = LineChart(alt, x_label, y_label, [], [], "")
+    with _axes(alt, x_label, y_label) as (axes, svg):
+        axes.plot(x, y, color=ACCENT, marker="o" if len(x) == 1 else None)
+        axes.set_xlim(x[0], x[-1] if x[-1] != x[0] else x[0] + 1)
+        low, high = min(y), max(y)
+        if low > 0 and high / low > 10:
+            axes.set_yscale("log")
+            subs = (1, 2, 5) if high / low < 1000 else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=MAX_LABELS + 2))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(min(low, 0), high * 1.05 or 1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %" if percent else f"{value:.3g}")
+        return svg()
 
-    def across(value: float) -> float:
-        return round((value - start) / span * chart.width, 2)
 
-    def down(value: float) -> float:
-        return round((top - map_y(value)) / (top - bottom) * chart.height, 2)
+def scatter(
+    costs: Sequence[float], qualities: Sequence[float], labels: Sequence[str], x_label: str, y_label: str
+) -> Markup:
+    """Models by cost and quality, with the staircase of those that no other one dominates."""
+    front = pareto(costs, qualities)
+    best = ", ".join(labels[index] for index in front)
+    alt = f"{len(labels)} models by {x_label} and {y_label}; none is both cheaper and better than {best}."
+    with _axes(alt, x_label, y_label) as (axes, svg):
+        right = max(costs) * 1.1
+        axes.step(
+            *zip(*((costs[index], qualities[index]) for index in front), strict=True),
+            where="post",
+            color=SOFT,
+            linestyle="--",
+            linewidth=1,
+        )
+        for index, point in enumerate(zip(costs, qualities, strict=True)):
+            axes.plot(*point, "o", color=ACCENT, markerfacecolor=ACCENT if index in front else GROUND)
+            left = point[0] > right / 2
+            axes.annotate(
+                labels[index],
+                point,
+                (-7 if left else 7, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+            )
+        axes.set_xlim(0, right)
+        axes.margins(y=0.15)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+        return svg()
 
-    return LineChart(
-        alt,
-        x_label,
-        y_label,
-        [Tick(across(x[index]), f"{x[index]:g}") for index in _spread(len(x), MOST_TICKS)],
-        [Tick(down(tick), f"{tick * 100:.3g} %" if percent else f"{tick:.3g}") for tick in ticks],
-        " ".join(f"{across(a)},{down(b)}" for a, b in zip(x, y, strict=True)),
-    )
+
+def pareto(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """Indices of the models that no other one dominates, cheapest first."""
+    points = list(zip(costs, qualities, strict=True))
+    front = [
+        index
+        for index, (cost, quality) in enumerate(points)
+        if not any(
+            other <= cost and better >= quality and (other, better) != (cost, quality) for other, better in points
+        )
+    ]
+    return sorted(front, key=lambda index: points[index])
 
 
 def range_map(activations: list[ActivationRange], timesteps: Tensor) -> HeatMap:
-    """Ranges of activations, a row each, over the timesteps in the order of sampling: noise left, image right.
+    """Ranges of activations, one row each, over the timesteps in the order of sampling.
 
-    Colored by the range, logarithmic; where rows change over time, also by the range over the row's own mean.
+    Colored by the range, logarithmic; where ranges change over time, also relative to the mean of the row.
     """
     drawn = drawn_rows(max(len(activation.scale) for activation in activations))
-    rows = len(drawn)
     width = torch.stack([activation.width.expand(drawn[0] + 1)[drawn] for activation in activations])
     smallest, largest = float(width.min()), float(width.max())
-    layers = [_logarithmic("ranges", "range", width, smallest, largest)]
-    if rows > 1:
-        change = (width / width.mean(dim=1, keepdim=True)).log2().clamp(-1, 1)
-        ticks = [Tick(0.0, "half"), Tick(0.5, "mean"), Tick(1.0, "double")]
-        cells, legend = _cells((change + 1) / 2, CHANGE_COLORS), _legend(CHANGE_COLORS)
-        layers.append(Layer("changes", "range over its mean", cells, legend, ticks))
-    notes = [
-        f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-        for low, high in zip(width.amin(1).tolist(), width.amax(1).tolist(), strict=True)
-    ]
-    moments = timesteps[drawn].tolist() if rows > 1 else []
+    colorings = [_coloring("ranges", "range", width, "magma", smallest, max(largest, smallest * 1.01))]
+    if len(drawn) > 1:
+        change = width / width.mean(dim=1, keepdim=True)
+        colorings.append(_coloring("changes", "range over its mean", change, "RdBu_r", 0.5, 2.0))
+    extremes = zip(width.amin(1).tolist(), width.amax(1).tolist(), strict=True)
     return HeatMap(
-        alt=f"Range of {len(activations)} activations at {rows} timesteps, from {smallest:.3g} to {largest:.3g}; "
-        "the figures stand behind the rows.",
-        layers=layers,
-        row_labels=[activation.name for activation in activations],
-        row_notes=notes,
-        columns=[Tick((index + 0.5) / rows, f"{moments[index]:g}") for index in _spread(len(moments), MOST_TICKS)],
-        x_label="timestep: noise left, image right" if rows > 1 else "all steps",
-        width=MAP_WIDTH if rows > 1 else COLUMN_WIDTH,
+        alt=f"Range of {len(activations)} activations at {len(drawn)} timesteps, from {smallest:.3g} to {largest:.3g}",
+        colorings=colorings,
+        labels=[activation.name for activation in activations],
+        notes=[f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in extremes],
+        columns=_column_labels([f"{timestep:g}" for timestep in timesteps[drawn].tolist()]) if len(drawn) > 1 else [],
+        x_label="timestep: noise left, image right" if len(drawn) > 1 else "all steps",
     )
 
 
@@ -174,29 +195,18 @@ def sensitivity_map(measured: SensitivityFile) -> HeatMap:
     worst = max(measured.layers, key=lambda layer: layer.error)
     return HeatMap(
         alt=f"Error of {len(measured.layers)} layers in {len(groups)} groups of steps, at most {largest:.2g}; "
-        f"the most sensitive layer is {worst.name}. The figures stand behind the rows.",
-        layers=[_logarithmic("errors", "error", errors.clamp(min=smallest), smallest, largest)],
-        row_labels=[layer.name for layer in measured.layers],
-        row_notes=[f"{layer.error:.2g}" for layer in measured.layers],
-        columns=[Tick((index + 0.5) / len(groups), groups[index]) for index in _spread(len(groups), MOST_TICKS)],
+        f"the most sensitive layer is {worst.name}",
+        colorings=[_coloring("errors", "error", errors.clamp(min=smallest), "magma", smallest, largest)],
+        labels=[layer.name for layer in measured.layers],
+        notes=[f"{layer.error:.2g}" for layer in measured.layers],
+        columns=_column_labels(groups),
         x_label="denoising step: noise left, image right",
-        width=MAP_WIDTH,
     )
 
 
-def _logarithmic(name: str, title: str, values: Tensor, smallest: float, largest: float) -> Layer:
-    position = (values / smallest).log() / math.log(largest / smallest if largest > smallest else math.e)
-    ticks = [Tick(part, f"{smallest * (largest / smallest) ** part:.2g}") for part in (0.0, 0.5, 1.0)]
-    return Layer(name, title, _cells(position, RANGE_COLORS), _legend(RANGE_COLORS), ticks)
-
-
-def _legend(anchors: Anchors) -> str:
-    return _cells(torch.linspace(0, 1, LEGEND_SAMPLES)[None], anchors)
-
-
 def drawn_rows(rows: int) -> list[int]:
-    """Which rows of a table are drawn, in the order of sampling: the last first."""
-    return torch.linspace(rows - 1, 0, min(rows, MOST_COLUMNS)).round().long().tolist()
+    """Indices of the table rows in a figure, in the order of sampling: the last first."""
+    return torch.linspace(rows - 1, 0, min(rows, MAX_COLUMNS)).round().long().tolist()
 
 
 def png_uri(image: Image.Image) -> str:
@@ -206,37 +216,48 @@ def png_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
-def _cells(position: Tensor, anchors: Anchors) -> str:
-    """A pixel each for positions from 0 to 1, float [rows, columns], on the color scale through `anchors`."""
-    colors = torch.tensor(anchors, dtype=torch.float32)
-    place = position.clamp(0, 1) * (len(anchors) - 1)
-    below = place.floor().long().clamp(max=len(anchors) - 2)
-    mixed = torch.lerp(colors[below], colors[below + 1], (place - below)[..., None])
-    return png_uri(Image.fromarray(mixed.round().to(torch.uint8).numpy()))
+def _column_labels(labels: list[str]) -> list[str]:
+    """At most `MAX_LABELS` labels at the centers of equally wide parts."""
+    parts = min(len(labels), MAX_LABELS)
+    return [labels[int((part + 0.5) * len(labels) / parts)] for part in range(parts)]
 
 
-def _spread(count: int, most: int) -> range:
-    """At most `most` of the indices below `count`, equally far apart, the first among them."""
-    return range(0, count, max(1, math.ceil(count / most)))
+def _coloring(name: str, title: str, values: Tensor, colormap: str, low: float, high: float) -> Coloring:
+    """Logarithmic colors from `low` to `high`."""
+    scale = ScalarMappable(LogNorm(low, high), colormap)
+    pixels = scale.to_rgba(values.numpy(), bytes=True)[..., :3]
+    strips = [png_uri(Image.fromarray(np.ascontiguousarray(row[None]))) for row in pixels]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(LEGEND_SIZE)
+        bar = figure.colorbar(scale, cax=figure.add_axes((0.08, 0.55, 0.84, 0.4)), orientation="horizontal")
+        bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+        bar.outline.set_visible(False)
+        ticks = [low, (low * high) ** 0.5, high]
+        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+        bar.minorticks_off()
+        alt = f"Colors: {title} from {low:.3g} to {high:.3g}"
+        return Coloring(name, title, _svg(figure, alt, f"legend map-{name}"), strips)
 
 
-def round_numbers(low: float, high: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, three to seven of them, that enclose `low` to `high`."""
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [index * step for index in range(first, last + 1)]
+@contextmanager
+def _axes(alt: str, x_label: str, y_label: str) -> Iterator[tuple[Axes, Callable[[], Markup]]]:
+    """Axes to draw on, and a function that returns the chart."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(CHART_SIZE)
+        axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+        axes.locator_params(nbins=6)
+        yield axes, lambda: _svg(figure, alt, "chart")
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that enclose `low` to `high`; the powers alone where those are too many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    fine, coarse = ([factor * 10.0**power for power in powers for factor in factors] for factors in ((1, 2, 5), (1,)))
-    enclosing = [_enclosing(ticks, low, high) for ticks in (fine, coarse)]
-    return enclosing[0] if len(enclosing[0]) <= MOST_TICKS else enclosing[1]
-
-
-def _enclosing(ticks: list[float], low: float, high: float) -> list[float]:
-    below, above = max(tick for tick in ticks if tick <= low), min(tick for tick in ticks if tick >= high)
-    return [tick for tick in ticks if below <= tick <= above]
+def _svg(figure: Figure, alt: str, css_class: str) -> Markup:
+    """The figure as an element for HTML, in the colors of the theme."""
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root, _, body = buffer.getvalue().partition("<svg")[2].partition(">")
+    body = re.sub(UNUSED, "", body, flags=re.DOTALL)
+    for color, name in THEME.items():
+        body = body.replace(color, f"var({name})")
+    view = re.search(r"viewBox=\"[^\"]*\"", root)
+    assert view is not None
+    head = Markup('<svg class="{}" role="img" aria-label="{}" {}>').format(css_class, alt, Markup(view[0]))
+    return head + Markup(body)

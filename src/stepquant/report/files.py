@@ -1,4 +1,4 @@
-"""Files that other commands wrote for a report, checked at the door."""
+"""Reading of files that other commands wrote for a report."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def read_file(path: Path, kind: type[ModelT], what: str, expected: str) -> ModelT:
-    """The contents of `path`.
+    """Read and validate a JSON file.
 
     Args:
-        what: names the file in a sentence, such as ``"times file"``; expected: what it should have been.
+        what: kind of file for error messages, such as ``"times file"``.
+        expected: description of a valid file.
 
     Raises:
-        StepquantError: if it cannot be read, or is something else.
+        StepquantError: if it cannot be read or is not valid.
     """
     try:
         return kind.model_validate_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise StepquantError(f"{what} {path} cannot be read: {error}.") from None
     except ValidationError:
-        raise StepquantError(f"{path} is no {expected}.") from None
+        raise StepquantError(f"{path} is not valid; expected a {expected}.") from None

@@ -1,4 +1,4 @@
-"""From a `Report` to one HTML file that needs nothing else: styles, script, figures and images are in it."""
+"""Rendering of a `Report` as one self-contained HTML file with styles, script, charts and images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
 from stepquant.recipes import RECIPES, summary
 from stepquant.report.content import Report
-from stepquant.report.figures import LineChart, drawn_rows, line_chart, png_uri, range_map, sensitivity_map
+from stepquant.report.figures import drawn_rows, line_chart, png_uri, range_map, sensitivity_map
 from stepquant.report.sensitivity import MEANING
 from stepquant.report.structure import ActivationRange, weights_by_bits
 
@@ -27,7 +27,7 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 @dataclass(frozen=True)
 class Part:
-    """A line of a table of shares: what, how much, and its share of the whole, 0 to 1."""
+    """A row of a table of shares: a name, an amount, and its share of the whole, 0 to 1."""
 
     name: str
     amount: int
@@ -35,14 +35,16 @@ class Part:
 
 
 def write(report: Report, path: Path) -> None:
-    """Write the page whole or not at all; raises `StepquantError` where that is impossible."""
+    """Write the page atomically; raises `StepquantError` if that fails."""
     text = render(report)
     write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def render(report: Report) -> str:
-    """The page. Everything that comes from the checkpoint is escaped, and a policy in the page allows no script but
-    its own and no address to load from."""
+    """Render the page.
+
+    Everything from the checkpoint is escaped, and a policy in the page allows only its own script and no requests.
+    """
     templates = environment()
     style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
     images = report.full_precision, report.quantized
@@ -56,7 +58,6 @@ def render(report: Report) -> str:
         shadowed=SHADOWED,
         style=Markup(style),
         script=Markup(script),
-        # The hash of exactly what stands between the script tags.
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         spec_bits=spec.get("bits", "") if isinstance(spec, dict) else "fewer bits",
         recipe_summary=summary(recipe) if isinstance(recipe, str) and recipe in RECIPES else "",
@@ -73,13 +74,13 @@ def render(report: Report) -> str:
         ),
         map=range_map(report.activations, report.timesteps) if report.activations else None,
         curves=dict(curves),
-        chosen=_most_changing(report.activations),
+        selected=_most_changing(report.activations),
         sensitivity=report.sensitivity,
         times=report.times,
         duration=duration,
         sensitivity_map=sensitivity_map(report.sensitivity) if report.sensitivity else None,
         sensitivity_meaning=MEANING[report.sensitivity.how] if report.sensitivity else "",
-        became={layer.name: layer for layer in report.layers},
+        layers={layer.name: layer for layer in report.layers},
         components=_parts(report.component_bytes),
         contents=_parts(report.content_bytes),
         bits=_parts({_bits(bits): count for bits, count in weights_by_bits(report.layers).items()}),
@@ -87,32 +88,32 @@ def render(report: Report) -> str:
 
 
 def environment() -> Environment:
-    """Templates of pages: what is put in is escaped, and what is missing is an error."""
-    made = Environment(
+    """Templates of pages: values are escaped, and a missing one is an error."""
+    templates = Environment(
         loader=PackageLoader("stepquant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"size": _size, "text": _text}
-    return made
+    templates.filters |= {"size": _size, "text": _text}
+    return templates
 
 
 def source_of(templates: Environment, name: str) -> str:
-    """A template's text as it is: styles and scripts."""
+    """The source of a template: styles and scripts."""
     assert templates.loader is not None
     return templates.loader.get_source(templates, name)[0]
 
 
-def _curve(activation: ActivationRange, report: Report) -> tuple[str, LineChart]:
+def _curve(activation: ActivationRange, report: Report) -> tuple[str, Markup]:
     drawn = drawn_rows(len(activation.scale))
-    scale, moments = activation.scale[drawn].tolist(), report.timesteps[drawn].tolist()
+    scale, timesteps = activation.scale[drawn].tolist(), report.timesteps[drawn].tolist()
     alt = (
-        f"Scale of {activation.name} over the timestep: {scale[0]:.3g} at {moments[0]:g}, "
-        f"{scale[-1]:.3g} at {moments[-1]:g}, between {min(scale):.3g} and {max(scale):.3g}."
+        f"Scale of {activation.name} over the timestep: {scale[0]:.3g} at {timesteps[0]:g}, "
+        f"{scale[-1]:.3g} at {timesteps[-1]:g}, between {min(scale):.3g} and {max(scale):.3g}."
     )
-    return activation.name, line_chart(moments, scale, alt, "timestep", "scale", percent=False)
+    return activation.name, line_chart(timesteps, scale, alt, "timestep", "scale", percent=False)
 
 
 def _most_changing(activations: list[ActivationRange]) -> str | None:
-    """The activation whose scale changes most over time: the curve that is shown first."""
+    """Name of the activation whose scale changes most over time."""
     change = {one.name: float(one.scale.max() / one.scale.min()) for one in activations if len(one.scale) > 1}
     return max(change, key=lambda name: change[name], default=None)
 
@@ -127,14 +128,14 @@ def _bits(bits: int | None) -> str:
 
 
 def _size(size: float) -> str:
-    """Bytes for people: three figures."""
+    """Bytes with three significant digits and a unit."""
     unit = next((unit for unit in ("kB", "MB") if size / UNITS[unit] < 1000), "GB")
     value = size / UNITS[unit]
     return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def _text(value: Any) -> str:
-    """A JSON value as a reader wants it: an object as its entries, anything else in one piece."""
+    """A JSON value for readers: the entries of an object, anything else as it is."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_text(entry)}" for key, entry in value.items()) or "none"
     if isinstance(value, str):

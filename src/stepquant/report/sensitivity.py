@@ -1,4 +1,4 @@
-"""What ``stepquant sensitivity`` wrote, as far as a report shows it."""
+"""The parts of a file of ``stepquant sensitivity`` that a report shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEANING = {
 
 
 class LayerSensitivity(BaseModel):
-    """One layer: the bits it was tried at, its error over all steps, and in each group of steps."""
+    """One layer: its bits during the measurement, and its error over all steps and in each group of steps."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,11 +29,11 @@ class LayerSensitivity(BaseModel):
 
 
 class SensitivityFile(BaseModel):
-    """The parts of ``sensitivity.json`` that are shown.
+    """The parts of ``sensitivity.json`` in a report.
 
     Attributes:
-        how: which ranking it is, see `MEANING`.
-        step_groups: first and last sampler step of each group, from 0 (pure noise) on.
+        how: method, see `MEANING`.
+        step_groups: first and last sampler step of each group; step 0 is pure noise.
         layers: in execution order.
     """
 
@@ -46,17 +46,21 @@ class SensitivityFile(BaseModel):
 
 
 def read_sensitivity(path: Path, layers: Collection[str]) -> SensitivityFile:
-    """Read a file of ``stepquant sensitivity`` for the model whose layers are called `layers`.
+    """Read a file of ``stepquant sensitivity`` about the model with these layers.
 
     Raises:
-        StepquantError: if it cannot be read, is something else, or was measured on another model.
+        StepquantError: if it cannot be read, is not valid, or was measured on another model.
     """
     expected = "sensitivity.json that stepquant sensitivity wrote"
     measured = read_file(path, SensitivityFile, "sensitivity file", expected)
     groups = len(measured.step_groups)
     for layer in measured.layers:
         if layer.name not in layers:
-            raise StepquantError(f"{path} was measured on another model: this one has no layer {layer.name!r}.")
+            raise StepquantError(
+                f"{path} was measured on another model; expected layers of this one, which has no {layer.name!r}."
+            )
         if len(layer.errors) != groups:
-            raise StepquantError(f"{path} is damaged: layer {layer.name!r} has no error for each group of steps.")
+            raise StepquantError(
+                f"{path} is damaged; expected an error for each group of steps of layer {layer.name!r}."
+            )
     return measured

@@ -1,4 +1,4 @@
-"""How long quantizing took, in a file beside the checkpoint, which is the same bytes for the same inputs."""
+"""Duration of a quantization, in a file beside the checkpoint, whose bytes depend on its inputs alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Times(BaseModel):
-    """What ``stepquant quantize --times FILE`` writes.
+    """Contents of the file of ``stepquant quantize --times``.
 
     Attributes:
-        out: the folder it is about, by its name.
-        seconds: of the whole run; of one that continued another, since then.
+        out: name of the checkpoint folder.
+        seconds: duration of the run; of a resumed run, since the resumption.
         stages: seconds of each stage, in order.
-        threads: of the processor that took part.
+        threads: CPU threads.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,9 +35,9 @@ def read_times(path: Path, folder: Path) -> Times:
     """Read a file of ``stepquant quantize --times`` about `folder`.
 
     Raises:
-        StepquantError: if it cannot be read, is something else, or is about another folder.
+        StepquantError: if it cannot be read, is not valid, or is about another folder.
     """
     times = read_file(path, Times, "times file", "file that stepquant quantize --times wrote")
     if times.out != folder.resolve().name:
-        raise StepquantError(f"{path} is about {times.out}, not about {folder}: give the file of its own run.")
+        raise StepquantError(f"{path} is about {times.out}; expected the file of {folder}.")
     return times

@@ -6,7 +6,7 @@ const gallery = document.getElementById("gallery");
 for (const input of document.querySelectorAll("input[data-property]")) {
   const apply = () => gallery.style.setProperty(input.dataset.property, input.value + input.dataset.unit);
   input.addEventListener("input", apply);
-  apply(); // a reloaded page may keep the slider's place
+  apply(); // a reloaded page can keep the slider's position
 }
 
 // Radio buttons with a class switch it on their section while they are checked.
@@ -19,19 +19,19 @@ for (const input of document.querySelectorAll("input[data-class]")) {
   apply();
 }
 
-// A select shows one of several curves; so does a click on a row of the map.
+// A select, or a click on a row of the map, shows one of several curves.
 const select = document.getElementById("curve");
 if (select) {
   const show = () => {
     for (const figure of document.querySelectorAll("figure[data-curve]")) {
       figure.hidden = figure.dataset.curve !== select.value;
     }
-    for (const row of document.querySelectorAll("#map .row")) {
-      row.classList.toggle("chosen", row.dataset.curve === select.value);
+    for (const row of document.querySelectorAll("#map tr[data-curve]")) {
+      row.classList.toggle("selected", row.dataset.curve === select.value);
     }
   };
   select.addEventListener("change", show);
-  for (const row of document.querySelectorAll("#map .row[data-curve]")) {
+  for (const row of document.querySelectorAll("#map tr[data-curve]")) {
     row.addEventListener("click", () => {
       select.value = row.dataset.curve;
       show();
@@ -41,7 +41,7 @@ if (select) {
   show();
 }
 
-// Tables: a button in each column's head. Cells without a value stay last.
+// Tables: a button in each column head. Cells without a value stay last.
 const compare = (a, b) => {
   const numbers = [Number(a), Number(b)];
   return numbers.some(Number.isNaN) ? a.localeCompare(b, "en", { numeric: true }) : numbers[0] - numbers[1];
