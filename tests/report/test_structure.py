@@ -23,9 +23,9 @@ def stored(quantized_folder):
 def test_ranges_are_scale_times_levels(denoiser, stored):
     ranges = {activation.name: activation for activation in activation_ranges(denoiser)}
     name = "down_blocks.0.resnets.0.conv1"
-    torch.testing.assert_close(ranges[name].width, stored[f"{name}.input_scale"][:, 0] * 255)
+    torch.testing.assert_close(ranges[name].width, stored[f"{name}.input_scale"][:, 0, 0] * 255)
     operand = "down_blocks.1.attentions.0.processor.key_scale"
-    torch.testing.assert_close(ranges["down_blocks.1.attentions.0 key"].scale, stored[operand][:, 0])
+    torch.testing.assert_close(ranges["down_blocks.1.attentions.0 key"].scale, stored[operand][:, 0, 0])
     assert len(ranges[name].scale) == len(timesteps_of(denoiser)) == 3
     assert len(ranges) == sum(table.shape[1] for key, table in stored.items() if _is_activation_scale(key))
 
@@ -39,7 +39,7 @@ def test_a_split_skip_has_a_range_for_each_side(denoiser, stored):
     sides = [activation for activation in activation_ranges(denoiser) if activation.name.startswith(f"{name} ")]
     assert [side.name for side in sides] == [f"{name} [0:16]", f"{name} [16:32]"]
     for column, side in enumerate(sides):
-        torch.testing.assert_close(side.scale, stored[f"{name}.input_scale"][:, column])
+        torch.testing.assert_close(side.scale, stored[f"{name}.input_scale"][:, column, 0])
 
 
 def test_rows_say_what_each_layer_became(denoiser, stored):

@@ -56,11 +56,7 @@ def read_sensitivity(path: Path, layers: Collection[str]) -> SensitivityFile:
     groups = len(measured.step_groups)
     for layer in measured.layers:
         if layer.name not in layers:
-            raise StepquantError(
-                f"{path} was measured on another model; expected layers of this one, which has no {layer.name!r}."
-            )
+            raise StepquantError(f"{path} was measured on another model; this one has no layer {layer.name!r}.")
         if len(layer.errors) != groups:
-            raise StepquantError(
-                f"{path} is damaged; expected an error for each group of steps of layer {layer.name!r}."
-            )
+            raise StepquantError(f"{path} is damaged; expected {groups} errors for layer {layer.name!r}.")
     return measured

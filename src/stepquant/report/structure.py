@@ -1,4 +1,4 @@
-"""What a quantized denoiser is made of: its layers with their bits and bytes, and the range of every activation."""
+"""Structure of a quantized denoiser: its layers with bits and sizes, and the range of every activation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from stepquant.layers.quantized import QuantizedModule, can_quantize, quantized_
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """The interval that one quantized activation covers, at each of its table rows.
+    """Range of one quantized activation in each table row.
 
     Attributes:
-        name: of the layer whose input it is, or of the attention and its operand; with the channels where a layer has
-            several grids.
+        name: the layer whose input it is, or the attention and its operand; with the channels if there are several
+            groups.
         bits: 2 to 8.
-        scale: float32 [R], R = 1 where it is static; rows in ascending order of their timesteps.
+        scale: float32 [R], R = 1 if it is static; rows in ascending order of their timesteps.
     """
 
     name: str
@@ -37,24 +37,23 @@ class ActivationRange:
 
     @property
     def width(self) -> Tensor:
-        """``scale * (2^bits - 1)``: from the smallest to the largest value that has a code; float32 [R]."""
+        """``scale * (2^bits - 1)``, the distance between the smallest and the largest code; float32 [R]."""
         return self.scale * largest_code(self.bits)
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer as the table shows it.
+    """One row of the table of layers.
 
     Attributes:
         kind: "convolution", "linear" or "attention".
-        shape: of the weight; () for an attention.
-        weight_bits: None where the weight stays in floating point; an attention has none.
-        activation_bits: None where the activation stays in floating point; of an attention, those of its
-            operands, named where they differ.
+        shape: shape of the weight; () for an attention.
+        weight_bits: None for a floating-point weight, and for an attention.
+        activation_bits: None for a floating-point input; of an attention, the bits of its operands, with their names
+            if they differ.
         rows: table rows, 1 for a static grid; None without a table.
-        stored_bytes: of all its tensors in the checkpoint.
-        ranges: smallest and largest `ActivationRange.width`; None without a table, and for an attention, whose
-            operands have nothing in common.
+        stored_bytes: size of all its tensors in the checkpoint.
+        ranges: smallest and largest `ActivationRange.width`; None without a table, and for an attention.
     """
 
     name: str
@@ -68,12 +67,12 @@ class LayerRow:
 
     @property
     def weights(self) -> int:
-        """How many weights there are; 0 for an attention."""
+        """Number of weights; 0 for an attention."""
         return math.prod(self.shape) if self.shape else 0
 
 
 def timesteps_of(denoiser: nn.Module) -> Tensor:
-    """What the rows of per-step tables stand for, float32 [R], ascending."""
+    """Timesteps of the rows of per-step tables, float32 [R], ascending."""
     return next(iter(quantized_modules(denoiser).values())).clock.timesteps
 
 
@@ -81,21 +80,20 @@ def activation_ranges(denoiser: nn.Module) -> list[ActivationRange]:
     """Every quantized activation, in the order of the modules: inputs of layers, then operands of attentions."""
     ranges = []
     for name, module in quantized_modules(denoiser).items():
-        table = module.layer().input
-        if table is not None:
-            ranges += _ranges_of(name, table)
+        if (grid := module.layer().input) is not None:
+            ranges += _ranges_of(name, grid)
     for name, processor in _processors(denoiser):
         for operand in processor.formats:
             ranges += _ranges_of(f"{name} {operand}", processor.grid(operand))
     return ranges
 
 
-def _ranges_of(name: str, table: Grid) -> list[ActivationRange]:
-    if len(table.group_sizes) < 2:
-        return [ActivationRange(name, table.bits, table.scale[:, 0, 0])]
-    edges = [0, *torch.tensor(table.group_sizes).cumsum(0).tolist()]
+def _ranges_of(name: str, grid: Grid) -> list[ActivationRange]:
+    if len(grid.group_sizes) < 2:
+        return [ActivationRange(name, grid.bits, grid.scale[:, 0, 0])]
+    edges = [0, *torch.tensor(grid.group_sizes).cumsum(0).tolist()]
     labels = [f"{name} [{start}:{stop}]" for start, stop in pairwise(edges)]
-    return [ActivationRange(label, table.bits, table.scale[:, group, 0]) for group, label in enumerate(labels)]
+    return [ActivationRange(label, grid.bits, grid.scale[:, group, 0]) for group, label in enumerate(labels)]
 
 
 def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
@@ -106,17 +104,17 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
         own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}."))
         if isinstance(module, QuantizedModule):
             layer = module.format
-            table = module.layer().input
+            grid = module.layer().input
             kind = "convolution" if isinstance(module, QuantizedConv2d) else "linear"
-            bits = None if table is None else str(table.bits)
-            count = None if table is None else table.rows
-            rows.append(LayerRow(name, kind, module.weight_shape, layer.weight.bits, bits, count, own, _extent(table)))
+            bits = None if grid is None else str(grid.bits)
+            count = None if grid is None else grid.rows
+            rows.append(LayerRow(name, kind, module.weight_shape, layer.weight.bits, bits, count, own, _extent(grid)))
         elif can_quantize(module):
             kind = "linear" if isinstance(module, nn.Linear) else "convolution"
             rows.append(LayerRow(name, kind, tuple(module.weight.shape), None, None, None, own, None))
     for name, processor in _processors(denoiser):
         own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}.processor."))
-        by_operand = {operand: grid.bits for operand, grid in processor.formats.items()}
+        by_operand = {operand: format.bits for operand, format in processor.formats.items()}
         different = len(set(by_operand.values())) > 1
         bits = ", ".join(
             sorted({f"{operand} {count}" if different else str(count) for operand, count in by_operand.items()})
@@ -126,10 +124,10 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
     return rows
 
 
-def _extent(table: Grid | None) -> tuple[float, float] | None:
-    if table is None:
+def _extent(grid: Grid | None) -> tuple[float, float] | None:
+    if grid is None:
         return None
-    width = table.scale * largest_code(table.bits)
+    width = grid.scale * largest_code(grid.bits)
     return float(width.min()), float(width.max())
 
 
@@ -143,7 +141,7 @@ def weights_by_bits(rows: list[LayerRow]) -> dict[int | None, int]:
 
 
 def bytes_by_content(denoiser: nn.Module) -> dict[str, int]:
-    """Bytes of the denoiser's tensors in the checkpoint, by what they hold; what holds nothing is left out."""
+    """Bytes of the denoiser's tensors in the checkpoint, by what they contain."""
     sizes: Counter[str] = Counter()
     layers = quantized_modules(denoiser)
     for name, tensor in _stored_tensors(denoiser).items():
