@@ -47,11 +47,11 @@ def test_a_study_from_the_first_cell_to_the_table(write_study):
     assert minmax["threads"] == 1
     assert minmax["evaluation"] == {"count": 3, "steps": 2, "frechet_count": None}
     assert set(minmax["versions"]) == {"stepquant", "torch", "diffusers"}
-    assert "frechet_classifier" not in minmax, "there is no classifier for the images of this model"
+    assert "frechet_classifier" not in minmax, "no classifier for the images of this model"
     cached = sorted(file.name for file in (path.parent / "cache").glob("*.safetensors"))
     assert [name.partition("-")[0] for name in cached] == ["reference", "samples"], "cells do not share"
 
-    # What is there is not computed again; other noise gives other figures.
+    # Existing cells are not computed again; other noise gives other values.
     result = _run(path, "--recipes", "minmax", "--recipes", "own", "--recipes", "minmax")
     assert result.exit_code == 0, result.output
     assert "2 cells to do" in result.stdout
@@ -72,12 +72,12 @@ def test_a_study_from_the_first_cell_to_the_table(write_study):
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """For sockets of processes, whose paths have a hundred characters at most; those of pytest use them up."""
+    """For sockets of processes, whose paths have at most a hundred characters."""
     with tempfile.TemporaryDirectory(prefix="sq") as folder:
         yield Path(folder)
 
 
-def test_an_interruption_ends_the_workers_and_leaves_no_half_line(write_study, tmp_path, short_folder):
+def test_an_interruption_ends_the_workers_and_leaves_no_partial_line(write_study, tmp_path, short_folder):
     path = write_study('sleeping = { recipe = "OWN:sleeping" }')
     environment = os.environ | {"TMPDIR": str(short_folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "stepquant.cli.main", "study", str(path), "--cache", str(tmp_path / "cache")]
@@ -88,16 +88,16 @@ def test_an_interruption_ends_the_workers_and_leaves_no_half_line(write_study, t
     assert "1 cells to do" in process.stdout.readline()
     assert process.stdout.readline() == "asleep\n"
     os.killpg(process.pid, signal.SIGINT)
-    # Returns when nobody holds the pipes any more: the worker, which would sleep for ten minutes, is gone too.
-    _, complaint = process.communicate(timeout=60)
+    # Returns when all pipes are closed: the worker, which would sleep for ten minutes, is gone too.
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert complaint.count("\n") == 1
-    assert "run the same command again" in complaint
+    assert message.count("\n") == 1
+    assert "Run the same command again" in message
     assert not read_lines(path.parent.parent / "results" / "small.jsonl")
     assert not list(short_folder.glob("stepquant-*"))
 
 
-def test_a_line_that_a_crash_cut_off_is_neither_counted_nor_built_on(tmp_path):
+def test_a_truncated_line_is_skipped(tmp_path):
     results = tmp_path / "new" / "lines.jsonl"
     append_line(results, {"a": 1})
     with results.open("a") as file:
@@ -105,7 +105,7 @@ def test_a_line_that_a_crash_cut_off_is_neither_counted_nor_built_on(tmp_path):
     assert read_lines(results) == [{"a": 1}]
     append_line(results, {"c": 3})
     assert read_lines(results) == [{"a": 1}, {"c": 3}]
-    assert finished(results) == {}, "lines that are no cells count for nothing"
+    assert finished(results) == {}, "lines without a cell are ignored"
 
 
 def test_a_cell_that_is_listed_under_two_names_is_one(write_study):
@@ -115,9 +115,9 @@ def test_a_cell_that_is_listed_under_two_names_is_one(write_study):
     results = path.parent.parent / "results" / "small.jsonl"
     append_line(results, line)
     assert list(finished(results)) == [cells[1].identity]
-    said = _run(path, "--table").stdout
-    assert "| `minmax` | 30.00 |" in said
-    assert "| `again` | 30.00 |" in said
+    tables = _run(path, "--table").stdout
+    assert "| `minmax` | 30.00 |" in tables
+    assert "| `again` | 30.00 |" in tables
     assert json.loads(results.read_text())["label"] == "minmax"
 
 
@@ -126,11 +126,11 @@ def test_a_cell_that_is_listed_under_two_names_is_one(write_study):
     [
         (["--jobs", 0], "jobs is 0"),
         (["--figure", "none.xyz"], "ends in .png"),
-        (["--figure", "none.png"], "no results of this study yet"),
+        (["--figure", "none.png"], "no results of this study"),
         (["--recipes", "magic"], "no recipe 'magic'"),
     ],
 )
-def test_what_can_be_asked_wrongly(options, message, write_study, tmp_path, monkeypatch):
+def test_invalid_options_are_rejected(options, message, write_study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_study(FINE)
     result = _run(path, *options)

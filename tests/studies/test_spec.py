@@ -48,7 +48,7 @@ def test_identity_is_what_determines_the_result():
         assert not set(identities(**change)) & set(base), change
 
 
-def test_an_entry_may_have_a_budget_of_its_own():
+def test_an_entry_can_change_the_calibration():
     study = Study.model_validate(STUDY | {"recipes": {"few": {"recipe": "minmax", "calibration": {"samples": 7}}}})
     cell = next(study.cells())
     assert cell.calibration.samples == 7
@@ -56,7 +56,7 @@ def test_an_entry_may_have_a_budget_of_its_own():
     assert "calibration" not in cell.arguments
 
 
-def test_an_entry_may_have_options_besides_its_recipe():
+def test_an_entry_can_have_options():
     plain, *others = (
         next(Study.model_validate(STUDY | {"recipes": {"minmax": {"options": options}}}).cells())
         for options in ({}, {"correction": True}, {"budget": 5.0}, {"spec": {"smoothing": True}})
@@ -74,7 +74,7 @@ def test_seeds_share_no_noise():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("selection", "message"),
     [
         ({"models": ["nope"]}, "no model 'nope'"),
         ({"bits": ["w2a2"]}, "no bits 'w2a2'"),
@@ -82,14 +82,14 @@ def test_seeds_share_no_noise():
         ({"recipes": ["magic"]}, "no recipe 'magic'"),
     ],
 )
-def test_filters(wanted, message):
+def test_selection(selection, message):
     study = Study.model_validate(STUDY)
     assert [cell.label for cell in study.only(recipes=["short"], seeds=[1], bits=["w4a4"]).cells()] == ["short"] * 2
     with pytest.raises(StepquantError, match=message):
-        study.only(**wanted)
+        study.only(**selection)
 
 
-def test_a_part_keeps_the_pairs_it_has_both_of():
+def test_a_selection_keeps_complete_pairs():
     study = Study.model_validate(STUDY | {"pairs": [("short", "minmax")]})
     assert study.only(seeds=[0]).pairs == study.pairs
     assert study.only(recipes=["short"]).pairs == []
@@ -104,14 +104,14 @@ def test_a_part_keeps_the_pairs_it_has_both_of():
         ({"recipes": {"few": {"recipe": "minmax", "calibration": {"samples": 0}}}}, "recipe 'few'.*samples"),
         ({"recipes": {"few": {"recipe": "minmax", "options": {"corect": True}}}}, "recipe 'few'.*corect"),
         ({"recipes": {"few": {"recipe": "minmax", "options": {"spec": {"balans": True}}}}}, "balans"),
-        ({"recipes": {"minmax": {"calibration": 3}}}, "recipe 'minmax'.*calibration is 3: expected a table"),
-        ({"recipes": {"minmax": {"options": 3}}}, "recipe 'minmax'.*options is 3: expected a table"),
-        ({"recipes": {"own": {"recipe": 3}}}, "recipe 'own'.*recipe is 3: expected its name"),
+        ({"recipes": {"minmax": {"calibration": 3}}}, "recipe 'minmax'.*calibration is 3; expected a table"),
+        ({"recipes": {"minmax": {"options": 3}}}, "recipe 'minmax'.*options is 3; expected a table"),
+        ({"recipes": {"own": {"recipe": 3}}}, "recipe 'own'.*recipe is 3; expected its name"),
         ({"models": ["nope"]}, "no model 'nope'"),
         ({"bits": ["w9a9"]}, "bits"),
     ],
 )
-def test_what_does_not_exist_is_refused_before_the_work(change, message):
+def test_unknown_names_are_rejected_before_the_work(change, message):
     with pytest.raises(StepquantError, match=message):
         list(Study.model_validate(STUDY | change).cells())
 
@@ -129,14 +129,14 @@ def test_what_does_not_exist_is_refused_before_the_work(change, message):
         ),
     ],
 )
-def test_a_bad_file_is_told_in_one_sentence(text, message, tmp_path):
+def test_an_invalid_file_is_reported_in_one_sentence(text, message, tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(text)
     with pytest.raises(StepquantError, match=message):
         read_study(path)
 
 
-def test_the_studies_of_this_repository_are_sound():
+def test_the_studies_of_this_repository_are_valid():
     paths = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.toml"))
     assert paths
     for path in paths:

@@ -1,4 +1,4 @@
-"""Studies: models x recipes x bits x seeds as data, run cell by cell, resumable, in worker processes."""
+"""Studies: grids of models, recipes, bits and seeds, computed cell by cell in worker processes, resumable."""
 
 from stepquant.studies.run import run_study
 from stepquant.studies.spec import Cell, Study, read_study

@@ -1,4 +1,4 @@
-"""What cells of a model and seed share: the full-precision images, and what the denoiser did on the way to them."""
+"""The full-precision images and denoiser calls that cells of one model and seed share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepquant.studies.spec import Budget
 from stepquant.workspace import Workspace
 
 TARGET = "target"
-"""Name of the denoiser's answer among the tensors of a call; no denoiser has an argument of that name."""
+"""Name of the denoiser's output among the tensors of a call; no denoiser has an argument of that name."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Reference:
 
     Attributes:
         images: float32 [budget.images, C, H, W] in [-1, 1].
-        calls: for each batch, each call of the denoiser in order: its arguments by name, and its answer as ``target``.
-            Of the first ``budget.count`` images alone.
+        calls: for each batch of the first ``budget.count`` images, each call of the denoiser in order: its arguments by
+            name, and its output as ``target``.
     """
 
     images: Tensor
@@ -38,7 +38,7 @@ class Reference:
 
     @torch.no_grad()
     def step_errors(self, quantized: nn.Module) -> list[float]:
-        """Relative L2 error of the denoiser's output at each step, on the full-precision trajectory, in per cent."""
+        """Relative L2 error of the denoiser's output at each step, on the full-precision trajectory, in percent."""
         errors, norms = torch.zeros(2, len(self.calls[0]), dtype=torch.float64)
         for batch in self.calls:
             for step, call in enumerate(batch):
@@ -51,7 +51,7 @@ class Reference:
 
 
 def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache: Path) -> Reference:
-    """Draw the reference, or read it from `cache`, where one process draws it and the others wait."""
+    """Read the reference from `cache`, or generate it there in one process while the others wait."""
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     key = digest(
         [
@@ -62,22 +62,22 @@ def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache
         ]
     )
     stage = f"reference-{key[:16]}"
-    kept = Workspace(cache)
+    workspace = Workspace(cache)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{stage}.lock"):
-        stored = kept.load(stage)
+        stored = workspace.load(stage)
         if stored is None:
-            drawn = _draw(pipeline, denoiser, request, budget, noise)
-            kept.save(stage, _packed(drawn))
-            return drawn
+            generated = _generate(pipeline, denoiser, request, budget, noise)
+            workspace.save(stage, _packed(generated))
+            return generated
     return _unpacked(stored)
 
 
-def _draw(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, noise: int) -> Reference:
+def _generate(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, noise: int) -> Reference:
     signature = inspect.signature(denoiser.forward)
     calls: list[list[dict[str, Tensor]]] = []
 
-    def keep(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def record(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         flat = {name: value for key, given in arguments.items() for name, value in flatten(key, given)}
         tensors = {name: value.detach().clone() for name, value in flat.items() if isinstance(value, Tensor)}
@@ -86,7 +86,7 @@ def _draw(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, 
         calls[-1].append(tensors | {TARGET: main_tensor(output).detach().clone()})
 
     images = []
-    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    handle = denoiser.register_forward_hook(record, with_kwargs=True)
     for indices in batches(budget.count):
         calls.append([])
         images.append(generate(pipeline, request, indices, noise))
@@ -96,9 +96,9 @@ def _draw(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, 
     return Reference(torch.cat(images), calls)
 
 
-def _packed(drawn: Reference) -> dict[str, Tensor]:
-    tensors = {"images": drawn.images}
-    for batch, calls in enumerate(drawn.calls):
+def _packed(reference: Reference) -> dict[str, Tensor]:
+    tensors = {"images": reference.images}
+    for batch, calls in enumerate(reference.calls):
         for step, call in enumerate(calls):
             tensors |= {f"{batch}/{step}/{name}": tensor for name, tensor in call.items()}
     return tensors
@@ -106,10 +106,10 @@ def _packed(drawn: Reference) -> dict[str, Tensor]:
 
 def _unpacked(tensors: dict[str, Tensor]) -> Reference:
     images = tensors.pop("images")
-    places = [(int(batch), int(step), name) for batch, step, name in (path.split("/") for path in tensors)]
-    batch_count = 1 + max(batch for batch, _, _ in places)
-    step_count = 1 + max(step for _, step, _ in places)
+    keys = [(int(batch), int(step), name) for batch, step, name in (path.split("/") for path in tensors)]
+    batch_count = 1 + max(batch for batch, _, _ in keys)
+    step_count = 1 + max(step for _, step, _ in keys)
     calls: list[list[dict[str, Tensor]]] = [[{} for _ in range(step_count)] for _ in range(batch_count)]
-    for (batch, step, name), tensor in zip(places, tensors.values(), strict=True):
+    for (batch, step, name), tensor in zip(keys, tensors.values(), strict=True):
         calls[batch][step][name] = tensor
     return Reference(images, calls)

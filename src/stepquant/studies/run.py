@@ -1,4 +1,4 @@
-"""The cells of a study in worker processes; lines are added to the results by this process alone."""
+"""Running the cells of a study in worker processes. Only this process appends to the results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from stepquant.studies.spec import Cell, Study
 from stepquant.studies.worker import work
 
 Line = dict[str, Any]
-"""A cell and its figures."""
+"""A cell and its metrics."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: with its line, or with the sentence of what went wrong; `left` cells are still to do."""
+    """Result of a cell: its line, or an error message; `left` cells remain."""
 
     cell: Cell
     line: Line | None
@@ -36,26 +36,26 @@ class Outcome:
 def run_study(
     study: Study, results: Path, cache: Path, *, jobs: int = 1, tell: Callable[[Outcome], None] = lambda _: None
 ) -> int:
-    """Compute the cells that `results` does not have; returns how many failed.
+    """Compute the cells that `results` does not have; return the number of failures.
 
-    Each runs in a process of its own with one torch thread. A cell that raises, or whose process dies, is told and
-    leaves no line, so the next run tries it again. Other processes may add to the same results meanwhile.
+    Each cell runs in a separate process with one torch thread. A cell that raises, or whose process dies, leaves no
+    line, so that the next run tries it again. Other processes can append to the same results meanwhile.
 
     Args:
-        results: JSON lines, each a cell and its figures; a line is added whole or not at all.
+        results: JSON lines, one per cell, appended atomically.
         cache: folder of full-precision images and calibration samples, shared by cells and studies.
-        jobs: processes at a time.
+        jobs: number of simultaneous processes.
         tell: called after each cell.
 
     Raises:
-        StepquantError: for a study that asks for something that does not exist, or results that cannot be written.
-        KeyboardInterrupt: after the workers have been ended.
+        StepquantError: for an invalid study, or results that cannot be written.
+        KeyboardInterrupt: after the workers have ended.
     """
     if jobs < 1:
-        raise StepquantError(f"jobs is {jobs}: expected at least 1.")
+        raise StepquantError(f"jobs is {jobs}; expected at least 1.")
     pending = list({cell.identity: cell for cell in missing(study, results)}.values())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # imports torch and diffusers once, not once a cell
+    context.set_forkserver_preload([work.__module__])  # imports torch and diffusers once, not once per cell
     running: dict[Connection, tuple[Cell, BaseProcess]] = {}
     failed = 0
     try:
@@ -64,11 +64,11 @@ def run_study(
                 cell = pending.pop(0)
                 if cell.identity in finished(results):
                     continue
-                ours, theirs = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(target=work, args=(cell, cache, theirs), daemon=True)
+                receiver, sender = context.Pipe(duplex=False)
+                process: BaseProcess = context.Process(target=work, args=(cell, cache, sender), daemon=True)
                 process.start()
-                theirs.close()
-                running[ours] = (cell, process)
+                sender.close()
+                running[receiver] = (cell, process)
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 cell, process = running.pop(connection)
@@ -85,28 +85,28 @@ def run_study(
 
 
 def missing(study: Study, results: Path) -> Iterator[Cell]:
-    """The cells of `study` that have no line in `results`, in the study's order."""
+    """The cells of `study` without a line in `results`, in the study's order."""
     done = finished(results)
     return (cell for cell in study.cells() if cell.identity not in done)
 
 
 def finished(results: Path) -> dict[str, Line]:
-    """Identity of each cell that `results` holds -> its line; of two lines of a cell the later counts."""
+    """Identity of each cell in `results` -> its line, the last one of duplicates."""
     lines = {}
     for line in read_lines(results):
         try:
             cell = Cell.model_validate({name: line[name] for name in Cell.model_fields})
         except (KeyError, ValidationError, StepquantError):
-            continue  # written by something else, or by a version with other fields: neither done nor in the way
+            continue  # a line of another program, or of a version with other fields
         lines[cell.identity] = line
     return lines
 
 
 def read_lines(results: Path) -> list[Line]:
-    """All lines of a file, which may not exist; one that is no JSON (a write that a crash cut off) is left out.
+    """Read all lines of a file, if it exists; a line that a crash truncated is skipped.
 
     Raises:
-        StepquantError: for a file that cannot be read.
+        StepquantError: if the file cannot be read.
     """
     if not results.exists():
         return []
@@ -124,16 +124,16 @@ def read_lines(results: Path) -> list[Line]:
 
 
 def append_line(results: Path, line: Line) -> None:
-    """Add a line in one write, flushed to disk; a cut-off line before it is ended first."""
+    """Append a line in one write, flushed to disk, and end a truncated line before it."""
     try:
         results.parent.mkdir(parents=True, exist_ok=True)
         with results.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                cut_off = file.read(1) != b"\n"
+                truncated = file.read(1) != b"\n"
             else:
-                cut_off = False
-            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+                truncated = False
+            file.write(b"\n" * truncated + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -141,7 +141,7 @@ def append_line(results: Path, line: Line) -> None:
 
 
 def _answer(connection: Connection, process: BaseProcess) -> tuple[Line | None, str]:
-    """What a worker sent; a pipe that closes empty is a process that died."""
+    """The line or error message from a worker; a pipe that closes empty means that its process died."""
     try:
         answer = connection.recv()
     except EOFError:

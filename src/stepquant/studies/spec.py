@@ -1,4 +1,4 @@
-"""What a study is: a TOML file, checked at the door, and the cells it stands for."""
+"""Definition of a study: a validated TOML file, and its cells."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stepquant.loading import ZOO_PREFIX, locate
 from stepquant.recipes import hyperparameters
 from stepquant.recipes.files import resolve_recipe
 
-PICTURES_PER_SEED = 10_000
-"""Image i of seed s starts from noise ``s * PICTURES_PER_SEED + i``: seeds share no image, so that the deviation
-between them is that of independent draws. Calibration images are numbered alike, from their own offset."""
+IMAGES_PER_SEED = 10_000
+"""Image i of seed s starts from noise ``s * IMAGES_PER_SEED + i``: seeds share no image, so that they are independent.
+Calibration images are numbered in the same way, from an offset."""
 
 
 class Budget(Checked):
-    """What each cell is judged by.
+    """Size of the evaluation of each cell.
 
     Attributes:
-        count: images compared with those of full precision, and inputs of the denoiser at each of their steps.
+        count: images to compare with full precision, and inputs of the denoiser at each of their steps.
         steps: denoising steps.
-        frechet_count: images of the distribution's figures, where there is a classifier; by default `count`.
+        frechet_count: images for the Frechet distance, where there is a classifier; by default `count`.
     """
 
     called = "evaluation"
@@ -44,12 +44,12 @@ class Budget(Checked):
 
 
 class Options(Checked):
-    """What `stepquant.quantize` can do with any recipe.
+    """Options of `stepquant.quantize` that combine with any recipe.
 
     Attributes:
         spec: attributes of the `QuantSpec` besides its bits, such as ``{"smoothing": True}``.
         budget: mean weight bits, or None.
-        correction: whether the output is corrected.
+        correction: whether to correct the output.
     """
 
     called = "options"
@@ -60,17 +60,17 @@ class Options(Checked):
 
 
 class Cell(BaseModel):
-    """One quantization of one model, and its judgement.
+    """One quantization of one model, and its evaluation.
 
     Attributes:
-        model: as the study names it.
+        model: name in the study.
         bits: such as ``w4a8``.
-        label: what the study calls the recipe with these arguments; not part of the cell's identity.
+        label: name of the recipe with these arguments in the study; not part of the cell's identity.
         recipe: a recipe's name, or ``path.py:function``.
-        arguments: all its hyperparameters, defaults included.
-        seed: of everything random.
+        arguments: all hyperparameters, defaults included.
+        seed: seed of all random choices.
         guidance: scale of classifier-free guidance; None leaves it to the pipeline.
-        options: besides the recipe.
+        options: options besides the recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,23 +88,23 @@ class Cell(BaseModel):
 
     @property
     def identity(self) -> str:
-        """Equal for two cells whose results are the same, whatever study they are in."""
-        plain = {"label"} if self.options != Options() else {"label", "options"}
-        return digest(self.model_dump(mode="json", exclude=plain))
+        """Digest of everything that determines the result, equal in all studies."""
+        excluded = {"label"} if self.options != Options() else {"label", "options"}
+        return digest(self.model_dump(mode="json", exclude=excluded))
 
     @property
     def spec(self) -> QuantSpec:
-        """Bits and options as one; raises `StepquantError` for an option that there is not."""
+        """Bits and options; raises `StepquantError` for an unknown option."""
         return QuantSpec.parse({"bits": self.bits, **self.options.spec})
 
     @property
     def noise(self) -> int:
-        """Number of the noise that the first image starts from."""
-        return self.seed * PICTURES_PER_SEED
+        """Number of the noise of the first image."""
+        return self.seed * IMAGES_PER_SEED
 
     @property
     def source(self) -> str:
-        """The model as `stepquant.loading` takes it."""
+        """The model as an argument of `stepquant.loading`."""
         return source_of(self.model)
 
 
@@ -114,14 +114,14 @@ class Study(Checked):
     Attributes:
         models: zoo names, folders or hub ids.
         bits: such as ``["w8a8", "w4a8"]``.
-        seeds: each draws other images and calibrates on others.
-        evaluation: what each cell is judged by.
-        calibration: the same for each cell.
+        seeds: each generates other images and calibrates on others.
+        evaluation: size of the evaluation.
+        calibration: calibration of each cell.
         guidance: model -> scale of classifier-free guidance.
         recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
             in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one,
             and a table ``options`` holds `Options`.
-        pairs: labels of a recipe and of what it is compared with, seed by seed, in the table of pairs.
+        pairs: labels of a recipe and its baseline, compared seed by seed in the table of pairs.
     """
 
     called = "study"
@@ -144,45 +144,43 @@ class Study(Checked):
         return pairs
 
     def cells(self) -> Iterator[Cell]:
-        """Seeds outermost, then bits, models and recipes: a study that is stopped early has whole tables of few seeds.
+        """Iterate over seeds, then bits, models and recipes: a study that stops early has full tables of few seeds.
 
         Raises:
-            StepquantError: for a recipe, hyperparameter, model or bits that do not exist.
+            StepquantError: for an unknown recipe, hyperparameter or model, or invalid bits.
         """
         recipes = {label: self._recipe(label, given) for label, given in self.recipes.items()}
         for bits in self.bits:
             QuantSpec.parse(bits)
         for model in self.models:
             locate(source_of(model))
-        for seed in self.seeds:
-            for bits in self.bits:
-                for model in self.models:
-                    for label, (recipe, arguments, calibration, options) in recipes.items():
-                        cell = Cell(
-                            model=model,
-                            bits=bits,
-                            label=label,
-                            recipe=recipe,
-                            arguments=arguments,
-                            seed=seed,
-                            guidance=self.guidance.get(model),
-                            calibration=calibration,
-                            evaluation=self.evaluation,
-                            options=options,
-                        )
-                        _ = cell.spec  # a wrong option is said before the first cell runs
-                        yield cell
+        for seed, bits, model, label in itertools.product(self.seeds, self.bits, self.models, recipes):
+            recipe, arguments, calibration, options = recipes[label]
+            cell = Cell(
+                model=model,
+                bits=bits,
+                label=label,
+                recipe=recipe,
+                arguments=arguments,
+                seed=seed,
+                guidance=self.guidance.get(model),
+                calibration=calibration,
+                evaluation=self.evaluation,
+                options=options,
+            )
+            _ = cell.spec  # reports an invalid option before the first cell runs
+            yield cell
 
     def _recipe(self, label: str, given: dict[str, Any]) -> tuple[str, dict[str, Any], Calibration, Options]:
         """Name, full hyperparameters, calibration and options of an entry of `recipes`."""
         arguments = dict(given)
         name = arguments.pop("recipe", label)
         if not isinstance(name, str):
-            raise StepquantError(f"recipe {label!r} of the study: recipe is {name!r}: expected its name.")
+            raise StepquantError(f"recipe {label!r} of the study: recipe is {name!r}; expected its name.")
         tables = {key: arguments.pop(key, {}) for key in ("calibration", "options")}
         for key, table in tables.items():
             if not isinstance(table, dict):
-                raise StepquantError(f"recipe {label!r} of the study: {key} is {table!r}: expected a table.")
+                raise StepquantError(f"recipe {label!r} of the study: {key} is {table!r}; expected a table.")
         try:
             calibration = Calibration.parse(self.calibration.model_dump() | tables["calibration"])
             options = Options.model_validate(tables["options"])
@@ -197,17 +195,17 @@ class Study(Checked):
         seeds: Collection[int] | None = None,
         recipes: Collection[str] | None = None,
     ) -> Study:
-        """The part of the study that is asked for; None is all.
+        """Select a part of the study; None selects all.
 
         Raises:
-            StepquantError: for something the study does not have.
+            StepquantError: for a value that the study does not have.
         """
-        labels = _chosen("recipe", list(self.recipes), recipes)
+        labels = _select("recipe", list(self.recipes), recipes)
         return self.model_copy(
             update={
-                "models": _chosen("model", self.models, models),
-                "bits": _chosen("bits", self.bits, bits),
-                "seeds": _chosen("seed", self.seeds, seeds),
+                "models": _select("model", self.models, models),
+                "bits": _select("bits", self.bits, bits),
+                "seeds": _select("seed", self.seeds, seeds),
                 "recipes": {label: self.recipes[label] for label in labels},
                 "pairs": [pair for pair in self.pairs if set(pair) <= set(labels)],
             }
@@ -215,7 +213,7 @@ class Study(Checked):
 
 
 def read_study(path: Path) -> Study:
-    """Read a study; raises `StepquantError` naming what is wrong in the file."""
+    """Read a study; raises `StepquantError` for an invalid file."""
     try:
         return Study.model_validate(tomllib.loads(path.read_text()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -225,13 +223,13 @@ def read_study(path: Path) -> Study:
 
 
 def source_of(model: str) -> str:
-    """A plain name is one of the zoo's; anything with a slash or a colon is a folder, a hub id or ``zoo:NAME``."""
+    """A plain name is a zoo model; anything with a slash or a colon is a folder, a hub id or ``zoo:NAME``."""
     return model if "/" in model or ":" in model else ZOO_PREFIX + model
 
 
-def _chosen(what: str, known: list[Any], wanted: Collection[Any] | None) -> list[Any]:
-    for value in wanted or ():
-        if value not in known:
-            expected = ", ".join(str(entry) for entry in known)
-            raise StepquantError(f"the study has no {what} {value!r}: expected one of {expected}.")
-    return [value for value in known if not wanted or value in wanted]
+def _select(what: str, available: list[Any], selected: Collection[Any] | None) -> list[Any]:
+    for value in selected or ():
+        if value not in available:
+            expected = ", ".join(map(str, available))
+            raise StepquantError(f"the study has no {what} {value!r}; expected one of {expected}.")
+    return [value for value in available if not selected or value in selected]

@@ -1,4 +1,4 @@
-"""One cell of a study, computed in a process of its own: a crash stays there, and its peak memory is the cell's."""
+"""One cell of a study in a separate process, which isolates crashes and gives the peak memory of the cell."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ PACKAGES = ("stepquant", "torch", "diffusers")
 
 
 def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
-    """Quantize, draw, compare; returns the cell's line.
+    """Quantize, generate and compare; return the cell's line.
 
-    ``quantize_seconds`` is processor time, and leaves out the collection of samples, which cells share.
-    ``peak_memory_bytes`` is the highest resident memory of this process up to the end of quantization, libraries
-    (about 0.5 GB) included.
+    ``quantize_seconds`` is CPU time without the collection of samples, which cells share. ``peak_memory_bytes`` is the
+    highest resident memory of this process up to the end of quantization, including libraries (about 0.5 GB).
     """
     pipeline = resolve_pipeline(cell.source)
     stopwatch = Stopwatch(clock=time.process_time)
@@ -83,12 +82,12 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
 
 
 def work(cell: Cell, cache: Path, answer: Connection) -> None:
-    """Entry point of the process: sends the line, or the sentence of what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    """Entry point of the process: send the line, or an error message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too and ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an exception, so that temporary folders are removed
     torch.set_num_threads(1)
     silence_libraries()
     try:
         answer.send(run_cell(cell, cache))
-    except Exception as error:  # told by the parent, which goes on with the other cells
+    except Exception as error:  # reported by the parent, which continues with the other cells
         answer.send(f"{type(error).__name__}: {error}")
