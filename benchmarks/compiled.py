@@ -17,8 +17,8 @@ import diffusers
 import torch
 
 import stepquant
-from stepquant.integrations.weight_only import quantize_weights
 from stepquant.config import QuantSpec
+from stepquant.integrations.weight_only import quantize_weights
 from stepquant.runtime import prepare
 
 MODEL = "zoo:fashion-ddpm"
@@ -31,7 +31,7 @@ def denoisers() -> dict[str, Any]:
 
     pipeline = resolve_pipeline(MODEL)
     calibration = stepquant.Calibration(samples=16, steps=4)
-    integers = stepquant.quantize(pipeline, "w8a8", recipe="tdq", calibration=calibration, iterations=1)
+    integers = stepquant.quantize(pipeline, "w8a8", recipe=stepquant.recipes.TDQ(iterations=1), calibration=calibration)
     weights = resolve_pipeline(MODEL).unet
     quantize_weights(weights, QuantSpec.parse("w8a16"))
     prepare(weights)

@@ -35,7 +35,7 @@ from stepquant.memory import peak_resident_bytes
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
-from stepquant.recipes import hyperparameters
+from stepquant.recipes import RECIPES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCALES: dict[str, dict[str, Any]] = {
@@ -145,16 +145,16 @@ def main() -> None:
             size=min(arguments.calibration_size, scale["size"]),
         )  # fmt: skip
         wanted = {"iterations": arguments.iterations, "batch_size": arguments.samples}
-        learning = {name: wanted[name] for name in wanted.keys() & hyperparameters(arguments.recipe, {}).keys()}
+        kind = RECIPES[arguments.recipe]
+        recipe = kind(**{name: value for name, value in wanted.items() if name in kind.fields()})
         with stages.task("plan"):
             request = make_request(pipeline, calibration.steps, prompts=prompts, size=calibration.size)
-            values = hyperparameters(arguments.recipe, learning)
-            plan = make_plan(pipeline, request, calibration, values)
+            plan = make_plan(pipeline, request, calibration, recipe)
             print(f"    {plan}")
         with stages.task("quantize"):
             quantized = stepquant.quantize(
-                pipeline, arguments.bits, recipe=arguments.recipe, calibration=calibration, prompts=prompts,
-                workspace=folder / "work", progress=stages, **learning,
+                pipeline, arguments.bits, recipe=recipe, calibration=calibration, prompts=prompts,
+                workspace=folder / "work", progress=stages,
             )  # fmt: skip
         with stages.task("save"):
             quantized.save_pretrained(folder / "model")

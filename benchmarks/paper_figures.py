@@ -43,7 +43,7 @@ def quantized(recipe: str, model: str = MODEL, guidance: float = GUIDANCE, **arg
         guidance=guidance,
         seed=SEED,
         cache=ROOT / "out" / "study-cache",
-        **arguments,
+        hyperparameters=arguments,
     )
 
 

@@ -1,6 +1,6 @@
 """Custom quantizers without a search: weight scales by least squares, activation ranges from a distribution.
 
-stepquant quantize zoo:fashion-ddpm --recipe examples/custom_quantizer.py:closed_form --bits w4a8 --out out/custom
+stepquant quantize zoo:fashion-ddpm --recipe examples/custom_quantizer.py:ClosedForm --bits w4a8 --out out/custom
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from scipy.special import lambertw
 from torch import Tensor
 
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import uniform_steps
 from stepquant.core.affine import SMALLEST_SCALE, quantize
 from stepquant.core.ranges import Range
-from stepquant.recipes import Job
+from stepquant.recipes import Recipe, Stage
+from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples
 
 ROUNDS = 20
 
@@ -52,9 +51,12 @@ def laplace_range(values: Tensor, bits: int, low: Tensor, high: Tensor) -> tuple
     return torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
 
 
-def closed_form(job: Job) -> CalibrationModel:
+class ClosedForm(Recipe):
     """Weight scales by least squares, activation ranges from Laplace's distribution; nothing is searched or learned."""
-    samples = job.collect(uniform_steps(job.calibration.samples, job.request.steps, job.generator()))
-    model = job.instrument("minmax", rounding=LeastSquares)
-    job.calibrate_ranges(model, samples, laplace_range)
-    return model
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(),
+            AddQuantizers(weight_range="minmax", rounding=LeastSquares),
+            CalibrateRanges(method=laplace_range),
+        ]

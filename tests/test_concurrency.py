@@ -19,7 +19,9 @@ def quantized(text_pipeline):
 
     def make(bits: str):
         settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
-        return stepquant.quantize(text_pipeline, bits, recipe="quest", calibration=CALIBRATION, **settings)
+        return stepquant.quantize(
+            text_pipeline, bits, recipe="quest", calibration=CALIBRATION, hyperparameters=settings
+        )
 
     return make("w4a4"), make("w8a8")
 

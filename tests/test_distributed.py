@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 import stepquant
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import uniform_steps
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.optimize.blocks import Settings
+from stepquant.optimize.blocks import GPTQ
 from stepquant.pipelines.generate import generate, generate_many, make_request
 from stepquant.progress import Progress
-from stepquant.recipes import Job
+from stepquant.recipes import QAT, QDiffusion, QuEST, Recipe, Stage
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks
+from stepquant.settings import Iterations
 from stepquant.workspace import Workspace
 
 # Forked: the children inherit everything imported, and need not import it again.
@@ -106,13 +106,9 @@ def same_files(one: Path, other: Path) -> None:
 # Trajectories, observed ranges, rounding in closed form: everything but learning is the same to the bit.
 EXACT = {
     "minmax": {"recipe": "minmax"},
-    "gptq": {"recipe": "q-diffusion", "iterations": 0},
+    "gptq": {"recipe": QDiffusion(iterations=0)},
     "a row a step": {
-        "recipe": "quest",
-        "rounding_iterations": 0,
-        "time_iterations": 0,
-        "iterations": 0,
-        "critical": "attention",
+        "recipe": QuEST(rounding_iterations=0, time_iterations=0, iterations=0, critical="attention"),
     },
 }
 
@@ -148,23 +144,22 @@ def nearly_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert differ <= 0.02 * codes
 
 
-def scales_alone(job: Job, *, iterations: int = 6) -> CalibrationModel:
+class ScalesAlone(Recipe):
     """Weights rounded in closed form, then activation scales learned under QDrop."""
-    steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
-    samples = job.collect(steps)
-    model = job.instrument("least-error", split_skips=True)
-    settings = Settings(iterations=iterations, weight_rate=0.0, drop_probability=0.5)
-    job.reconstruct(model, samples, settings)
-    return model
+
+    iterations: Iterations = 6
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(),
+            AddQuantizers(split_skips=True),
+            ReconstructBlocks(iterations=self.iterations, rounding=GPTQ(rate=0.0), drop_probability=0.5),
+        ]
 
 
 LEARNED = {
     "network-wise": {
-        "recipe": "quest",
-        "rounding_iterations": 0,
-        "time_iterations": 2,
-        "iterations": 3,
-        "weight_rate": 0.05,
+        "recipe": QuEST(rounding_iterations=0, time_iterations=2, iterations=3, weight_rate=0.05),
     },
 }
 
@@ -186,7 +181,7 @@ def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypa
 
     monkeypatch.setattr(kind, "forward", counted)
     monkeypatch.setattr(Ranks, "all_reduce_gradients", added)
-    arguments = {"distill": True, "intervals": "static", "iterations": 1, "batch_size": 5}
+    arguments = {"distill": True, "recipe": QAT(intervals="static", iterations=1, batch_size=5)}
     arguments |= {"calibration": stepquant.Calibration(samples=8, steps=4)}
     stepquant.train(unconditional_pipeline, "w8a8", workspace=tmp_path / "alone", **arguments)
     assert sizes.pop() == 5
@@ -247,7 +242,7 @@ class Killed(Progress):
 def test_when_one_process_is_killed_the_other_ends_and_the_run_can_be_continued(
     victim, unconditional_pipeline, tmp_path
 ):
-    settings = {"recipe": scales_alone, "iterations": 2}
+    settings = {"recipe": ScalesAlone(iterations=2)}
     whole = quantize(unconditional_pipeline, tmp_path / "whole", **settings).unet.state_dict()
 
     def work(ranks: Ranks) -> None:

@@ -5,29 +5,40 @@ import pytest
 import stepquant
 from stepquant.models import describe
 from stepquant.pipelines.generate import make_request
-from stepquant.planning import EFFORTS, make_plan
+from stepquant.planning import make_plan
+from stepquant.recipes import EFFORTS, QAT, RECIPES, MinMax, QDiffusion, QuEST
 
 
-def plan_of(pipeline, samples, steps, **hyperparameters):
+def plan_of(pipeline, samples, steps, recipe):
     calibration = stepquant.Calibration(samples=samples, steps=steps)
-    return make_plan(pipeline, make_request(pipeline, steps), calibration, hyperparameters)
+    return make_plan(pipeline, make_request(pipeline, steps), calibration, recipe)
 
 
 def test_a_plan_counts_what_there_is_to_do(unconditional_pipeline):
     unet = unconditional_pipeline.unet
     calls = []
     handle = unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    plan = plan_of(unconditional_pipeline, 128, 20, iterations=50, batch_size=8)
+    plan = plan_of(unconditional_pipeline, 128, 20, QDiffusion(iterations=50, batch_size=8))
     handle.remove()
     assert len(calls) == 2, "two steps of one image are drawn for it, and no more"
-    assert plan.blocks == len(describe(unet).blocks)
     assert plan.parameters == sum(parameter.numel() for parameter in unet.parameters())
-    assert (plan.images, plan.steps, plan.samples, plan.iterations) == (64, 20, 128, 50)
-    call = plan.seconds[0] / (64 * 20)
-    assert call > 0 and plan.seconds[1] == pytest.approx(call * (4 * 128 + 3 * 50 * 8))
+    (collect, collecting), (blocks, learning) = plan.stages
+    assert collect.passes == 64 * 20 and blocks.passes == 4 * 128 + 3 * 50 * 8
+    assert collecting > 0 and learning / collecting == pytest.approx(blocks.passes / collect.passes)
     assert plan.memory > 4 * plan.parameters
-    assert "50 iterations each" in str(plan) and "128 samples from 64 images of 20 steps" in str(plan)
-    assert "nothing is learned" in str(plan_of(unconditional_pipeline, 4, 2))
+    count = len(describe(unet).blocks)
+    assert f"{count} blocks, 50 iterations each" in str(plan) and "128 samples from 64 images of 20 steps" in str(plan)
+    assert "iterations" not in str(plan_of(unconditional_pipeline, 4, 2, MinMax()))
+
+
+def test_a_plan_counts_every_stage_of_a_recipe(unconditional_pipeline):
+    recipe = QuEST(rounding_iterations=7, time_iterations=8, iterations=9)
+    plan = str(plan_of(unconditional_pipeline, 4, 2, recipe))
+    for part in ("smooth", "7 iterations each", "calibrate ranges", "rank", "8 iterations", "9 iterations"):
+        assert part in plan
+    trained = plan_of(unconditional_pipeline, 4, 2, QAT(iterations=11, batch_size=64))
+    assert "11 iterations" in str(trained)
+    assert trained.memory > plan_of(unconditional_pipeline, 4, 2, MinMax()).memory
 
 
 def test_efforts_ask_for_more_and_more():
@@ -36,3 +47,12 @@ def test_efforts_ask_for_more_and_more():
     assert all(less < more for less, more in zip(standard, thorough, strict=True))
     defaults = stepquant.Calibration()
     assert (standard.samples, standard.steps) == (defaults.samples, defaults.steps)
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), QAT])
+def test_an_effort_multiplies_every_number_of_iterations(recipe):
+    counts = {name: value for name, value in recipe() if name.endswith("iterations")}
+    shorter = recipe().with_effort(0.1)
+    assert {name: getattr(shorter, name) for name in counts} == {name: round(0.1 * n) for name, n in counts.items()}
+    others = set(recipe.fields()) - counts.keys()
+    assert all(getattr(shorter, name) == getattr(recipe(), name) for name in others)

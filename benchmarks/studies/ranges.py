@@ -1,16 +1,24 @@
-"""Block reconstruction with the activation ranges of one's choice, for `ranges.toml`."""
+"""Block reconstruction with activation ranges found another way, for `ranges.toml`."""
 
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import uniform_steps
-from stepquant.core.ranges import RangeMethod
-from stepquant.optimize.blocks import Settings
-from stepquant.recipes import Job
+from __future__ import annotations
+
+from stepquant.core.ranges import Range
+from stepquant.optimize.blocks import LearnScales
+from stepquant.recipes import Recipe, Stage
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks
+from stepquant.settings import Iterations
 
 
-def reconstructed(job: Job, *, activation_range: RangeMethod = "least-error", iterations: int = 50) -> CalibrationModel:
+class Reconstructed(Recipe):
     """`q-diffusion`, its activation ranges found by `activation_range`."""
-    steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
-    samples = job.collect(steps)
-    model = job.instrument(weight_range="least-error", split_skips=True)
-    job.reconstruct(model, samples, Settings(iterations=iterations, activation_range=activation_range))
-    return model
+
+    activation_range: Range = "least-error"
+    iterations: Iterations = 50
+
+    def stages(self) -> list[Stage]:
+        scales = LearnScales(method=self.activation_range)
+        return [
+            CollectSamples(),
+            AddQuantizers(split_skips=True),
+            ReconstructBlocks(iterations=self.iterations, scales=scales),
+        ]

@@ -1,24 +1,23 @@
-"""The library's face: quantize a pipeline, train one, rank its layers."""
+"""The library's interface: quantize a pipeline, train one, rank its layers."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from stepquant import provenance
 from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
-from stepquant.calibration.image_folder import open_images
-from stepquant.calibration.model import CalibrationModel, check_overrides
+from stepquant.calibration.image_folder import ImageFolder, open_images
+from stepquant.calibration.model import check_overrides
 from stepquant.calibration.placement import device_of, placed
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import How, Sensitivity, check_how
@@ -33,12 +32,11 @@ from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.pipelines.generate import check_dtype, make_request
 from stepquant.progress import Progress
-from stepquant.recipes import Job, Recipe, find_recipe, hyperparameters, name_of
-from stepquant.recipes.job import RANKING_SAMPLES
-from stepquant.recipes.qat import qat
+from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
+from stepquant.recipes.recipe import run_recipe
+from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
 from stepquant.runtime import Backend, prepare
 from stepquant.saving import bound
-from stepquant.version import __version__
 from stepquant.workspace import Workspace
 
 
@@ -46,10 +44,13 @@ def quantize(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
     *,
+    recipe: str | type[Recipe] | Recipe = "q-diffusion",
+    preset: str | None = None,
+    effort: str = "standard",
+    hyperparameters: Mapping[str, Any] | None = None,
     budget: float | str | None = None,
     correction: bool = False,
     also: Also | None = None,
-    recipe: str | Recipe = "q-diffusion",
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
@@ -61,28 +62,31 @@ def quantize(
     backend: Backend = "auto",
     device: torch.device | str | None = None,
     source: str | None = None,
-    **arguments: Any,
 ) -> Any:
     """Quantize the denoiser of a diffusers pipeline; returns a new pipeline of the same class that runs in integers.
 
     Within a process group of torch (``torchrun``, ``accelerate launch``) the processes share the work, and each returns
     the same pipeline.
 
-    The given pipeline is not changed; the new one has a denoiser, scheduler and tokenizers of its own, and shares the
-    other components. Its ``save_pretrained(folder)`` writes a checkpoint that `stepquant.load` reads.
+    The given pipeline is not changed; the new one has its own denoiser, scheduler and tokenizers, and shares the other
+    components. Its ``save_pretrained(folder)`` writes a checkpoint that `stepquant.load` reads.
 
     Args:
         pipeline: a full-precision pipeline with a UNet or a transformer. In bfloat16 or float16 its weights stay so
             while they are calibrated, at half the memory, and so does what the quantized pipeline keeps of it.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
+        recipe: a recipe with its hyperparameters, such as ``stepquant.recipes.QuEST(iterations=50)``; its name in
+            ``stepquant.recipes.RECIPES``; or a class of your own, as ``"path.py:ClassName"`` too.
+        preset: of a recipe by name: ``"fast"``, the default, or ``"paper"``.
+        effort: ``"quick"``, ``"standard"`` or ``"thorough"``: calibration samples and their steps, unless `calibration`
+            says so, and what the recipe's numbers of iterations are multiplied by.
+        hyperparameters: of the recipe, with other values than preset and effort give them.
         budget: most bits of a weight, on average, as 4.5 or ``"4.5bits"``: the layers that suffer most keep 8 within it
             (see `sensitivity`).
         correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
             every recipe and costs one multiplication of the output.
         also: other models of the pipeline and the bits of their weights, ``{"text_encoder": "w8a16", "vae": "w8a16"}``;
             rounded to nearest, with activations in floating point. By default they stay as they are.
-        recipe: name of a recipe (``stepquant.recipes.RECIPES``), or a function of your own that is one: it takes a
-            `Job`, and its hyperparameters as keyword-only arguments.
         calibration: how many samples, over how many steps: a `Calibration`, or a dictionary of its attributes.
         prompts: calibrate on these; by default the model's own examples.
         guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
@@ -98,19 +102,142 @@ def quantize(
             where the pipeline is.
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
             path, which says nothing on another machine.
-        arguments: hyperparameters of the recipe.
 
     Raises:
         StepquantError: for a spec, recipe or pipeline that does not work, in one sentence.
     """
-    spec = QuantSpec.parse(spec)
-    calibration = Calibration.parse(calibration)
-    budget = parse_budget(budget) if isinstance(budget, str) else budget
-    _check_seed(seed)
-    values = hyperparameters(recipe, arguments)
+    chosen = find_recipe(recipe, preset, hyperparameters, effort)
+    named = {"preset": None if isinstance(recipe, Recipe) else preset or "fast", "effort": effort}
+    return _quantize(
+        pipeline, spec, chosen, None, named, budget=budget, correction=correction, also=also, backend=backend,
+        calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,
+        inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=device,
+    )  # fmt: skip
+
+
+def train(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    *,
+    data: Path | str | None = None,
+    distill: bool = False,
+    recipe: QAT | None = None,
+    effort: str = "standard",
+    hyperparameters: Mapping[str, Any] | None = None,
+    budget: float | str | None = None,
+    correction: bool = False,
+    also: Also | None = None,
+    calibration: Calibration | dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    workspace: Path | str | None = None,
+    cache: Path | str | None = None,
+    progress: Progress | None = None,
+    backend: Backend = "auto",
+    source: str | None = None,
+) -> Any:
+    """Quantize by training: weights, their scales and the activations' intervals together (TDQ, arXiv 2306.02316).
+
+    Returns the same as `quantize`.
+
+    Args:
+        data: folder of images (`stepquant.calibration.image_folder.open_images`); trained on with the diffusion loss.
+        distill: learn what full precision answers instead; on `data` if there is any, else on trajectories of the
+            pipeline's own sampler, as many at a time as `calibration` has images.
+        recipe: hyperparameters as one object, such as ``stepquant.recipes.QAT(iterations=500)``.
+        hyperparameters: those with other values than the recipe and effort give them.
+        calibration: of the ranges that training starts at.
+        pipeline, spec, effort, budget, correction, also, prompts, guidance, inputs, seed, workspace, cache, progress,
+            backend, source: as for `quantize`.
+
+    Raises:
+        StepquantError: if there is nothing to learn from, or for a spec, folder or pipeline that does not work.
+    """
+    if data is None and not (distill or (recipe and recipe.distill)):
+        raise StepquantError(
+            "training has nothing to learn from: give a folder of images as data, "
+            "or ask to distill full precision, which needs none."
+        )
+    images = None if data is None else open_images(data, pipeline)
+    fixed: dict[str, Any] = {"distill": True} if distill else {}
+    if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
+        fixed["intervals"] = "static"  # no activation has an interval
+    chosen = find_recipe(recipe or QAT(), None, {**(hyperparameters or {}), **fixed}, effort)
+    named = {"preset": None, "effort": effort}
+    return _quantize(
+        pipeline, spec, chosen, images, named, budget=budget, correction=correction, also=also, backend=backend,
+        calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,
+        inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=None,
+    )  # fmt: skip
+
+
+def sensitivity(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    *,
+    method: How = "alone",
+    calibration: Calibration | dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    workspace: Path | str | None = None,
+    cache: Path | str | None = None,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+) -> Sensitivity:
+    """Rank the layers and steps of a diffusers pipeline, which is not changed, by the error that quantizing causes.
+
+    Weights are rounded to nearest and activations have one static range: what a recipe learns later is not in it.
+
+    Args:
+        method: quantize one layer ``"alone"``, or all but one (``"relief"``).
+        calibration: by default 64 samples of 16 images: the order of layers needs fewer than their ranges do.
+        pipeline, spec, prompts, guidance, inputs, seed, workspace, cache, progress, device: as for `quantize`.
+
+    Raises:
+        StepquantError: for a spec or a pipeline that does not work, in one sentence.
+    """
+    given = RANKING if calibration is None else Calibration.parse(calibration)
+    with _opened(
+        pipeline, QuantSpec.parse(spec), None, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
+        workspace=workspace, cache=cache, progress=progress, device=device,
+    ) as context:  # fmt: skip
+        return rank_layers(context, check_how(method))
+
+
+def _calibration(calibration: Calibration | dict[str, Any] | None, effort: str) -> Calibration:
+    """The calibration as given; what is left out is up to the effort."""
+    if isinstance(calibration, dict) or calibration is None:
+        chosen = find_effort(effort)
+        return Calibration.parse({"samples": chosen.samples, "steps": chosen.steps} | (calibration or {}))
+    return Calibration.parse(calibration)
+
+
+@contextmanager
+def _opened(
+    pipeline: Any,
+    spec: QuantSpec,
+    budget: float | None,
+    calibration: Calibration,
+    seed: int,
+    *,
+    images: ImageFolder | None = None,
+    prompts: Sequence[str] | None,
+    guidance: float | None,
+    inputs: Mapping[str, Any] | None,
+    workspace: Path | str | None,
+    cache: Path | str | None,
+    progress: Progress | None,
+    device: torch.device | str | None,
+) -> Iterator[Context]:
+    """Check everything, take hold of the workspace and place the denoiser, until the context ends."""
+    if not isinstance(seed, int) or seed < 0:
+        raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
     denoiser = check_quantizable(pipeline, spec, budget)
     where = check_device(device)
-    others = check_components(pipeline, also or {})
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
     )
@@ -122,71 +249,50 @@ def quantize(
     ):
         # Not entered: its stages are whole files, nothing to lock.
         shared = Workspace(Path(cache), ranks) if cache else None
-        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where)
-        if budget is not None:
-            spec = job.within_budget(budget)
-            job = dataclasses.replace(job, spec=spec)
-        calibrated = find_recipe(recipe)(job, **values)
-        if not isinstance(calibrated, CalibrationModel):
-            raise StepquantError(
-                f"recipe {name_of(recipe)} returned a {type(calibrated).__name__}: expected the model that "
-                "job.instrument() gave it."
-            )
-        quantization = calibrated.to_quantized()
+        yield Context(
+            pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where, images
+        )
+
+
+def _quantize(
+    pipeline: Any,
+    spec: QuantSpec | str | dict[str, Any],
+    recipe: Recipe,
+    images: ImageFolder | None,
+    named: dict[str, Any],
+    *,
+    budget: float | str | None,
+    correction: bool,
+    also: Also | None,
+    calibration: Calibration,
+    seed: int,
+    backend: Backend,
+    source: str | None,
+    **conditions: Any,
+) -> Any:
+    """`quantize` with its recipe found; `named` is how it was named."""
+    wanted = QuantSpec.parse(spec)
+    most = parse_budget(budget) if isinstance(budget, str) else budget
+    others = check_components(pipeline, also or {})
+    with _opened(pipeline, wanted, most, calibration, seed, images=images, **conditions) as context:
+        if most is not None:
+            context = dataclasses.replace(context, spec=spec_within_budget(context, most))
+        model = run_recipe(recipe, context)
+        quantization = model.to_quantized()
         if correction:
-            quantization = dataclasses.replace(quantization, correction=job.correction(calibrated))
-    provenance = {
-        "source": source or _source_of(pipeline),
-        "recipe": name_of(recipe),
-        "arguments": values,
-        "spec": spec.model_dump(mode="json"),
-        "budget": budget,
-        "correction": correction,
-        "calibration": calibration.model_dump(mode="json"),
-        "guidance": guidance,
-        "seed": seed,
-        "versions": _versions(),
-    }
+            quantization = dataclasses.replace(quantization, correction=output_correction(context, model))
+    record = provenance.record(
+        context,
+        recipe,
+        source or _source_of(pipeline),
+        named | {"budget": most, "correction": correction, "requested": wanted, "prompts": conditions["prompts"]},
+    )
     if others:
-        provenance["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
-    quantized = assemble(pipeline, quantization, spec, provenance, backend)
+        record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
+    quantized = assemble(pipeline, quantization, context.spec, record, backend)
     for name, config in others.items():
         quantized.register_modules(**{name: quantize_component(getattr(pipeline, name), config, backend)})
     return quantized
-
-
-def sensitivity(
-    pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
-    *,
-    how: How = "alone",
-    samples: int = RANKING_SAMPLES,
-    steps: int = 50,
-    prompts: Sequence[str] | None = None,
-    seed: int = 0,
-    workspace: Path | str | None = None,
-    progress: Progress | None = None,
-) -> Sensitivity:
-    """Rank the layers and steps of a diffusers pipeline, which is not changed, by the error that quantizing causes.
-
-    Weights are rounded to nearest and activations have one static range: what a recipe learns later is not in it.
-
-    Args:
-        how: quantize one layer ``"alone"``, or all but one (``"relief"``).
-        samples, steps: calibration samples, and the denoising steps of the trajectories they come from.
-        prompts, seed, workspace, progress: as for `quantize`.
-
-    Raises:
-        StepquantError: for a spec or a pipeline that does not work, in one sentence.
-    """
-    spec = QuantSpec.parse(spec)
-    _check_seed(seed)
-    calibration = Calibration.parse({"samples": samples, "steps": steps})
-    denoiser = check_quantizable(pipeline, spec)
-    request = make_request(pipeline, steps, prompts=prompts)
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary, Workspace(Path(workspace or temporary)) as kept:
-        job = Job(pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress())
-        return job.rank_untrained(check_how(how), samples)
 
 
 def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = None) -> nn.Module:
@@ -208,11 +314,6 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     return denoiser
 
 
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or seed < 0:
-        raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
-
-
 def check_device(device: torch.device | str | None) -> torch.device | None:
     """The device that was asked for, with its number; raises `StepquantError` if it is none, or not here."""
     if device is None:
@@ -226,46 +327,6 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             "that torch has."
         ) from None
     return found
-
-
-def train(
-    pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
-    *,
-    data: Path | str | None = None,
-    distill: bool = False,
-    **arguments: Any,
-) -> Any:
-    """Quantize by training: weights, their scales and the activations' intervals together (TDQ, arXiv 2306.02316).
-
-    Returns the same as `quantize`.
-
-    Args:
-        pipeline, spec: as for `quantize`.
-        data: folder of images, see `stepquant.calibration.image_folder.open_images`; trained on with the diffusion loss.
-        distill: learn what full precision answers instead; on `data` if there is any, else on trajectories of the
-            pipeline's own sampler, as many at a time as ``calibration`` has images.
-        arguments: hyperparameters of `stepquant.recipes.qat.qat`, such as ``iterations``, and all other arguments of
-            `quantize` but the recipe. ``calibration`` is of the ranges that training starts at.
-
-    Raises:
-        StepquantError: if there is nothing to learn from, or for a spec, folder or pipeline that does not work.
-    """
-    if data is None and not distill:
-        raise StepquantError(
-            "training has nothing to learn from: give a folder of images as data, "
-            "or ask to distill full precision, which needs none."
-        )
-    images = None if data is None else open_images(data, pipeline)
-    if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
-        arguments["intervals"] = "static"  # no activation has an interval
-
-    @functools.wraps(qat)
-    def trained(job: Job, **values: Any) -> CalibrationModel:
-        return qat(job, images, **values)
-
-    named = None if images is None else images.folder.name
-    return quantize(pipeline, spec, recipe=trained, distill=distill, data=named, **arguments)
 
 
 def assemble(
@@ -307,12 +368,3 @@ def assemble(
 def _source_of(pipeline: Any) -> str:
     given = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
     return Path(given).name if Path(given).is_dir() else given
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "stepquant": __version__,
-        "torch": torch.__version__.partition("+")[0],
-        "diffusers": diffusers.__version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
-    }

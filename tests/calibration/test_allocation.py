@@ -82,7 +82,7 @@ def test_budgets_are_parsed():
 
 def test_the_spec_within_a_budget_reaches_the_layers(fragile_pipeline, tmp_path):
     spec = QuantSpec.parse({"bits": "w4a8", "overrides": {"conv_shortcut": "w6a8"}})
-    measured = stepquant.sensitivity(fragile_pipeline, spec, workspace=tmp_path, samples=8, steps=4)
+    measured = stepquant.sensitivity(fragile_pipeline, spec, workspace=tmp_path, calibration={"samples": 8, "steps": 4})
     chosen = within_budget(spec, measured, 5.5)
     assert next(iter(chosen.overrides)) == "conv_shortcut"
     unet = fragile_pipeline.unet

@@ -76,8 +76,8 @@ def test_weights_stay_as_they_are_and_are_not_copied(pipeline):
 @pytest.mark.parametrize("recipe", ["pqd", "quest", "tfmq"])
 def test_a_pipeline_in_half_precision_is_quantized_and_stays_so(recipe, text_pipeline, tmp_path):
     half = in_type(text_pipeline, torch.bfloat16)
-    few = {"quest": {"time_iterations": 2, "rounding_iterations": 2}}.get(recipe, {})
-    quantized = stepquant.quantize(half, "w4a8", recipe=recipe, calibration=SMALL, iterations=2, **few)
+    few = {"iterations": 2} | {"quest": {"time_iterations": 2, "rounding_iterations": 2}}.get(recipe, {})
+    quantized = stepquant.quantize(half, "w4a8", recipe=recipe, calibration=SMALL, hyperparameters=few)
     assert {parameter.dtype for parameter in half.unet.parameters()} == {torch.bfloat16}
     assert quantized.unet.dtype == torch.bfloat16
     error = (images(quantized) - images(half)).abs().mean()
@@ -96,7 +96,8 @@ def test_training_moves_weights_of_its_own(text_pipeline):
     half = in_type(text_pipeline, torch.bfloat16)
     before = copy.deepcopy(half.unet.state_dict())
     calibration = stepquant.Calibration(samples=4, steps=2, trajectories=2)
-    trained = stepquant.train(half, "w4a8", distill=True, iterations=2, batch_size=2, calibration=calibration)
+    recipe = stepquant.recipes.QAT(iterations=2, batch_size=2)
+    trained = stepquant.train(half, "w4a8", distill=True, recipe=recipe, calibration=calibration)
     assert torch.isfinite(images(trained)).all()
     assert all(torch.equal(tensor, before[name]) for name, tensor in half.unet.state_dict().items())
 

@@ -20,13 +20,13 @@ from stepquant.workspace import Workspace
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 MIDDLE = "mid_block.resnets.0.conv1"
-SMALL = {"samples": 8, "steps": 4}
+SMALL = {"calibration": stepquant.Calibration(samples=8, steps=4)}
 
 
 @pytest.mark.parametrize("how", ["alone", "relief"])
 def test_the_fragile_layer_ranks_first(how, fragile_pipeline, tmp_path):
     before = copy.deepcopy(fragile_pipeline.unet.state_dict())
-    measured = stepquant.sensitivity(fragile_pipeline, "w4a8", workspace=tmp_path, how=how, **SMALL)
+    measured = stepquant.sensitivity(fragile_pipeline, "w4a8", workspace=tmp_path, method=how, **SMALL)
     layers = describe(fragile_pipeline.unet).layers
     assert tuple(measured.bits) == layers, "not in execution order"
     assert measured.errors.shape == (len(layers), 4)
@@ -60,7 +60,7 @@ def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, t
 def test_relief_and_alone_agree_where_only_one_layer_is_quantized(unconditional_pipeline, tmp_path):
     spec = {"bits": "w4a8", "overrides": {f"^(?!{re.escape(MIDDLE)}$)": "w16a16"}}
     alone, relief = (
-        stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, how=how, **SMALL)
+        stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, method=how, **SMALL)
         for how in ("alone", "relief")
     )
     assert list(alone.bits) == [MIDDLE]
@@ -140,17 +140,21 @@ def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how,
 @pytest.mark.parametrize("kind", ["class_pipeline", "text_pipeline"])
 def test_conditional_models_are_ranked(kind, request, tmp_path):
     pipeline = request.getfixturevalue(kind)
-    measured = stepquant.sensitivity(pipeline, "w4a4", workspace=tmp_path, samples=2, steps=2)
+    measured = stepquant.sensitivity(pipeline, "w4a4", workspace=tmp_path, calibration={"samples": 2, "steps": 2})
     assert torch.isfinite(measured.errors).all() and (measured.errors >= 0).all()
     assert measured.errors.sum() > 0
 
 
 def test_more_steps_than_groups_and_fewer_samples_than_steps(unconditional_pipeline, tmp_path):
-    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, samples=24, steps=24)
+    measured = stepquant.sensitivity(
+        unconditional_pipeline, "w4a16", workspace=tmp_path, calibration={"samples": 24, "steps": 24}
+    )
     assert measured.errors.shape[1] == len(measured.steps) == STEP_GROUPS
     ends = [end for pair in measured.steps for end in pair]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 23)
-    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, samples=2, steps=24)
+    measured = stepquant.sensitivity(
+        unconditional_pipeline, "w4a16", workspace=tmp_path, calibration={"samples": 2, "steps": 24}
+    )
     assert measured.steps == ((0, 0), (23, 23))
 
 
@@ -179,7 +183,9 @@ def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(how, uncond
     def measure(folder, progress=None):
         passes.clear()
         spec = {"bits": "w4a8", "overrides": {"time_emb": "w16a16"}}
-        return stepquant.sensitivity(pipeline, spec, workspace=tmp_path / folder, how=how, progress=progress, **SMALL)
+        return stepquant.sensitivity(
+            pipeline, spec, workspace=tmp_path / folder, method=how, progress=progress, **SMALL
+        )
 
     whole = measure("whole")
     needed = len(passes)

@@ -63,9 +63,9 @@ def test_a_network_is_observed_in_full_precision_and_left_as_it_was(unconditiona
     assert not any(point.calibrated for point in calibrated.activation_points())
 
 
-def quantized(pipeline, bits, recipe, **arguments):
+def quantized(pipeline, bits, recipe, **settings):
     calibration = stepquant.Calibration(samples=4, steps=2)
-    return stepquant.quantize(pipeline, bits, recipe=recipe, calibration=calibration, **arguments)
+    return stepquant.quantize(pipeline, bits, recipe=recipe, calibration=calibration, hyperparameters=settings)
 
 
 def smoothed(pipeline):

@@ -113,5 +113,7 @@ def test_a_step_of_one_call_is_as_it_was(text_pipeline):
 def test_eda_dm_selects_with_samplers_of_more_calls(name, text_pipeline):
     pipeline = with_scheduler(text_pipeline, MORE_CALLS[name][0])
     calibration = stepquant.Calibration(samples=8, steps=4)
-    quantized = stepquant.quantize(pipeline, "w4a8", recipe="eda-dm", calibration=calibration, iterations=1)
+    quantized = stepquant.quantize(
+        pipeline, "w4a8", recipe="eda-dm", calibration=calibration, hyperparameters={"iterations": 1}
+    )
     assert torch.isfinite(generate(quantized, make_request(quantized, 4), [0], 0)).all()

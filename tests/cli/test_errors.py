@@ -76,19 +76,24 @@ def test_a_result_needs_a_name(command, out):
     assert f"--out is '{out}'; expected the name of a new folder" in _fails(*command, "zoo:fashion-ddpm", "--out", out)
 
 
-def test_a_recipe_that_returns_something_else(tmp_path):
-    (tmp_path / "own.py").write_text("def mine(job): return 3")
-    arguments = ["--recipe", tmp_path / "own.py:mine", "--samples", 1, "--steps", 1, "--out", tmp_path / "out"]
+def test_a_recipe_with_a_stage_that_is_none(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from stepquant.recipes import Recipe\nclass Mine(Recipe):\n    def stages(self): return [3]"
+    )
+    arguments = ["--recipe", tmp_path / "own.py:Mine", "--samples", 1, "--steps", 1, "--out", tmp_path / "out"]
     runner = CliRunner().invoke(app, ["quantize", "zoo:fashion-ddpm", *map(str, arguments)])
     assert runner.exit_code == 2
-    assert "stepquant: recipe mine returned a int: expected the model" in runner.stderr
+    assert "stepquant: recipe Mine has the stage 3: expected objects of the class Stage." in runner.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "zoo:fashion-ddpm", "--recipe"], "recipe g of .* is called with the job alone.*argument: 'b'"),
+        (
+            ["quantize", "zoo:fashion-ddpm", "--recipe"],
+            "recipe 'bad.py:g' is not a subclass of stepquant.recipes.Recipe",
+        ),
         (["sample", "zoo:fashion-ddpm", "--backend"], "runtime g of .* is called with a layer alone.*argument: 'b'"),
     ],
 )

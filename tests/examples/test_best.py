@@ -5,9 +5,9 @@ import torch
 
 import stepquant
 from stepquant.layers.quantized import quantized_modules
-from stepquant.recipes.files import resolve_recipe
+from stepquant.recipes import find_class
 
-BEST = resolve_recipe(f"{Path(__file__).parents[2] / 'examples' / 'best.py'}:best")
+BEST = find_class(f"{Path(__file__).parents[2] / 'examples' / 'best.py'}:Best")
 
 
 @pytest.mark.parametrize(("bits", "intervals"), [("w4a8", "generator"), ("w4a4", "table")])
@@ -15,17 +15,14 @@ def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipelin
     quantized = stepquant.quantize(
         unconditional_pipeline,
         bits,
-        recipe=BEST,
+        recipe=BEST(intervals=intervals, iterations=2, finetuning=2),
         calibration=stepquant.Calibration(samples=12, steps=4),
-        intervals=intervals,
-        iterations=2,
-        finetuning=2,
     )
     modules = quantized_modules(quantized.unet).values()
     per_step = [module for module in modules if module.format.input and module.format.input.rows == 1000]
     assert len(per_step) == len(modules) - 1, "all but the first layer's input have an interval for every timestep"
     grids = {module.layer().input.zero_point.unique(dim=0).shape[0] for module in per_step}
     assert (max(grids) > 1) == (intervals == "table"), "a generator bends the scale and leaves the zero point"
-    assert any(module.layer().smoothing is not None for module in modules) == (bits == "w4a4")
+    assert any(module.format.transforms for module in modules) == (bits == "w4a4")
     with torch.no_grad():
         assert torch.isfinite(quantized.unet(torch.randn(2, 1, 16, 16), 500).sample).all()

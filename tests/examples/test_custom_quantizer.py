@@ -9,10 +9,12 @@ from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.core.affine import affine_from_range, fake_quantize
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
+from stepquant.recipes import Recipe
+from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples
 from stepquant.user_code import load_function
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_quantizer.py"
-closed_form = load_function(f"{EXAMPLE}:closed_form", "recipe")
+ClosedForm = load_function(f"{EXAMPLE}:ClosedForm", "recipe")
 LeastSquares = load_function(f"{EXAMPLE}:LeastSquares", "quantizer")
 laplace_range = load_function(f"{EXAMPLE}:laplace_range", "quantizer")
 SMALL = stepquant.Calibration(samples=8, steps=2)
@@ -20,7 +22,7 @@ SMALL = stepquant.Calibration(samples=8, steps=2)
 
 def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
     """Other scales than those of the baseline, less squared error in every weight below 8 bits, and a checkpoint."""
-    quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe=closed_form, calibration=SMALL)
+    quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe=ClosedForm, calibration=SMALL)
     baseline = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     found, before = quantized_modules(quantized.unet), quantized_modules(baseline.unet)
     errors = {}
@@ -93,12 +95,10 @@ def endless_range(values, bits, low, high):
     ],
 )
 def test_what_cannot_be_stored_is_refused(rounding, activation_range, reason, unconditional_pipeline):
-    def broken(job):
-        samples = job.collect(torch.zeros(4, dtype=torch.long))
-        model = job.instrument("minmax", rounding=rounding)
-        if activation_range is not None:
-            job.calibrate_ranges(model, samples, activation_range)
-        return model
+    class Broken(Recipe):
+        def stages(self):
+            stages = [CollectSamples(), AddQuantizers(weight_range="minmax", rounding=rounding)]
+            return stages if activation_range is None else [*stages, CalibrateRanges(method=activation_range)]
 
     with pytest.raises(StepquantError, match=f"quantizers of .*: {reason}"):
-        stepquant.quantize(unconditional_pipeline, "w4a8", recipe=broken, calibration=SMALL)
+        stepquant.quantize(unconditional_pipeline, "w4a8", recipe=Broken(), calibration=SMALL)

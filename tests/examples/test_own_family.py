@@ -78,8 +78,8 @@ def test_time_layers_are_those_that_see_the_timestep_alone(pipeline):
 @pytest.mark.usefixtures("registered")
 def test_the_family_is_quantized_and_loads_without_its_description(pipeline, tmp_path, monkeypatch):
     quantized = stepquant.quantize(
-        pipeline, "w8a8", recipe="q-diffusion", iterations=2, prompts=["a red bicycle", "a"], inputs=INPUTS,
-        calibration=stepquant.Calibration(samples=8, steps=2, size=16),
+        pipeline, "w8a8", recipe=stepquant.recipes.QDiffusion(iterations=2), prompts=["a red bicycle", "a"],
+        inputs=INPUTS, calibration=stepquant.Calibration(samples=8, steps=2, size=16),
     )  # fmt: skip
     stepquant.save(quantized, tmp_path / "model")
     images = generate(quantized)

@@ -98,8 +98,8 @@ def test_steps_unlike_the_calibrated_are_told_once():
 def per_step(text_pipeline):
     """Calibrated with DDIM, a table row for each of its steps."""
     quantized = stepquant.quantize(
-        text_pipeline, "w8a8", recipe="quest", calibration=SMALL, iterations=1, time_iterations=1,
-        rounding_iterations=0,
+        text_pipeline, "w8a8", recipe="quest", calibration=SMALL,
+        hyperparameters={"iterations": 1, "time_iterations": 1, "rounding_iterations": 0},
     )  # fmt: skip
     assert max(m.format.input.rows for m in quantized_modules(quantized.unet).values() if m.format.input) == 4
     return quantized
@@ -123,8 +123,8 @@ def test_flow_matching_with_other_steps(tmp_path):
     inputs = {"max_sequence_length": 8}
     calibration = SMALL.model_copy(update={"size": 16})
     quantized = stepquant.quantize(
-        pipeline, "w8a8", recipe="quest", calibration=calibration, iterations=1, time_iterations=1,
-        rounding_iterations=0, prompts=["a"], inputs=inputs,
+        pipeline, "w8a8", recipe="quest", calibration=calibration, prompts=["a"], inputs=inputs,
+        hyperparameters={"iterations": 1, "time_iterations": 1, "rounding_iterations": 0},
     )  # fmt: skip
     request = make_request(pipeline, 3, prompts=["a"], size=16, inputs=inputs)
     with pytest.warns(UserWarning, match="was not calibrated"):

@@ -89,7 +89,7 @@ def test_time_layers_see_the_timestep_alone(pipeline):
 
 
 def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
-    quantized = quantize(pipeline, recipe="q-diffusion", iterations=1)
+    quantized = quantize(pipeline, recipe="q-diffusion", hyperparameters={"iterations": 1})
     layers = quantized_modules(denoiser_of(quantized))
     assert set(layers) == set(describe(denoiser_of(pipeline)).layers)
     processors = [
@@ -123,7 +123,7 @@ def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
 def test_tdq_on_flux_has_a_row_for_every_flow_time(tmp_path):
     """Its denoiser reads t / 1000."""
     pipeline = tiny.flux(tmp_path)
-    quantized = quantize(pipeline, recipe="tdq", iterations=1)
+    quantized = quantize(pipeline, recipe="tdq", hyperparameters={"iterations": 1})
     timesteps = quantized.transformer.config.quantization_config["structure"]["timesteps"]
     assert len(timesteps) == 1000 and max(timesteps) == pytest.approx(0.999)
     assert torch.isfinite(images(quantized)).all()
@@ -235,13 +235,13 @@ def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
         **components, controlnet=controlnet.eval(), requires_safety_checker=False
     )
     inputs = {"image": torch.rand(1, 3, 16, 16)}
-    quantized = quantize(pipeline, recipe="q-diffusion", iterations=1, inputs=inputs)
+    quantized = quantize(pipeline, recipe="q-diffusion", hyperparameters={"iterations": 1}, inputs=inputs)
     request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs)
     shadow = Shadow(pipeline.unet, quantized.unet)
     with shadow:
         generate(pipeline, request, range(2), 0)
     assert max(shadow.step_error) < 0.1
-    without = quantize(text_pipeline, recipe="q-diffusion", iterations=1)
+    without = quantize(text_pipeline, recipe="q-diffusion", hyperparameters={"iterations": 1})
     blind = Shadow(pipeline.unet, without.unet)
     with blind:
         generate(pipeline, request, range(2), 0)

@@ -15,7 +15,7 @@ from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
 from stepquant.models.description import main_tensor
-from stepquant.optimize.blocks import Settings, reconstruct
+from stepquant.optimize.blocks import Reconstruction, reconstruct
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.replay import Replay
 from stepquant.pipelines.generate import generate, make_request
@@ -108,7 +108,7 @@ def quantize(pipeline, workspace, progress=None, **arguments):
     calibration = stepquant.Calibration(samples=8, steps=4)
     return stepquant.quantize(
         pipeline, "w4a8", recipe="q-diffusion", calibration=calibration, workspace=workspace, progress=progress,
-        iterations=3, **arguments,
+        hyperparameters={"iterations": 3}, **arguments,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_the_last_layer_of_a_block_is_left_to_the_blocks_own_error_if_that_count
 
     monkeypatch.setattr("stepquant.optimize.blocks.error", spy)
     blocks = ("down_blocks.0.resnets.0", "conv_out")
-    settings = Settings(iterations=1, block_weight=block_weight, layer_weight=1.0)
+    settings = Reconstruction(iterations=1, block_weight=block_weight, layer_weight=1.0)
     with Workspace(tmp_path) as workspace:
         reconstruct(
             denoiser, model, blocks, samples, settings, workspace=workspace, key="", seed=0, batch_size=4,
@@ -194,7 +194,9 @@ def test_reconstruction_beats_minmax_on_a_real_model():
     images = generate(pipeline, request, range(6), 7)
 
     def quantized(recipe, **settings):
-        return stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, **settings)
+        return stepquant.quantize(
+            pipeline, "w4a8", recipe=recipe, calibration=calibration, seed=5, hyperparameters=settings
+        )
 
     def error(candidate):
         with torch.no_grad():

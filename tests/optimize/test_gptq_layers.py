@@ -12,6 +12,7 @@ from stepquant.config import QuantSpec
 from stepquant.core import gptq as core_gptq
 from stepquant.distributed import Ranks
 from stepquant.models import describe
+from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
 from stepquant.optimize.replay import BlockInputs
 
@@ -49,7 +50,7 @@ def errors(unet, seen):
 
     before = error()
     layers = calibrated.layers_in(BLOCK)
-    gptq(unet, calibrated, BLOCK, layers, inputs, inputs, samples, 16, Ranks())
+    gptq(Block(BLOCK, unet, calibrated, inputs, inputs, samples, 16, Ranks()), layers)
     assert all(layer.weight_point.quantizer.fixed.shape == layer.inner.weight.shape for layer in layers.values())
     return before, error()
 

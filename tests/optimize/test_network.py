@@ -5,9 +5,7 @@ import torch
 
 import stepquant
 from stepquant.layers.quantized import quantized_modules
-from stepquant.optimize.trainer import SAVE_EVERY, optimize
 from stepquant.progress import Progress
-from stepquant.workspace import Workspace
 
 
 class Stop(Exception):
@@ -31,69 +29,6 @@ class StopIn(Progress):
         yield advance
 
 
-def minimise(workspace, iterations=2 * SAVE_EVERY, progress=None):
-    torch.manual_seed(0)
-    x = torch.zeros(3, requires_grad=True)
-
-    def loss(iteration: int) -> torch.Tensor:
-        noise = torch.randn(3, generator=torch.Generator().manual_seed(iteration))
-        return (x - 1 + 0.1 * noise).square().sum()
-
-    optimize(
-        [{"params": [x], "lr": 0.1}],
-        loss,
-        iterations,
-        workspace=workspace,
-        stage="stage",
-        description="Minimising",
-        progress=progress or Progress(),
-    )
-    return x.detach()
-
-
-def test_an_interrupted_minimisation_ends_in_the_same_bytes(tmp_path):
-    whole = minimise(Workspace(tmp_path / "whole"))
-    assert torch.allclose(whole, torch.ones(3), atol=0.05)
-    with pytest.raises(Stop):
-        minimise(Workspace(tmp_path / "killed"), progress=StopIn("Minimising", SAVE_EVERY + 10))
-    assert torch.equal(minimise(Workspace(tmp_path / "killed")), whole)
-
-
-def test_gradients_are_clipped_and_the_average_ships(tmp_path):
-    def run(name, progress=None, **options):
-        x = torch.zeros(2, requires_grad=True)
-        seen = []
-
-        def loss(iteration: int) -> torch.Tensor:
-            seen.append(x.detach().clone())
-            return (x * torch.tensor([1000.0, 0.0])).sum() if iteration % 2 else (x - 1).square().sum()
-
-        optimize(
-            [{"params": [x], "lr": 0.1}],
-            loss,
-            2 * SAVE_EVERY,
-            workspace=Workspace(tmp_path / name),
-            stage="stage",
-            description="Minimising",
-            progress=progress or Progress(),
-            **options,
-        )
-        return x.detach(), seen
-
-    free, _ = run("free")
-    clipped, steps = run("clipped", clip_norm=1.0)
-    assert abs(float(clipped[0] - 1)) < abs(float(free[0] - 1)), "the huge gradients no longer drown the others"
-    averaged, same = run("averaged", clip_norm=1.0, ema_decay=0.9)
-    assert torch.equal(torch.stack(steps), torch.stack(same)), "the average does not disturb the learning"
-    expected = torch.zeros(2)
-    for iteration, x in enumerate([*steps[1:], clipped]):
-        expected.lerp_(x, 1 - min(0.9, (1 + iteration) / (10 + iteration)))
-    assert torch.allclose(averaged, expected) and not torch.equal(averaged, clipped)
-    with pytest.raises(Stop):
-        run("killed", StopIn("Minimising", SAVE_EVERY + 10), clip_norm=1.0, ema_decay=0.9)
-    assert torch.equal(run("killed", clip_norm=1.0, ema_decay=0.9)[0], averaged)
-
-
 def quest(pipeline, workspace=None, progress=None, **arguments):
     return stepquant.quantize(
         pipeline,
@@ -102,7 +37,13 @@ def quest(pipeline, workspace=None, progress=None, **arguments):
         calibration=stepquant.Calibration(samples=8, steps=4),
         workspace=workspace,
         progress=progress,
-        **{"critical": "both", "rounding_iterations": 0, "time_iterations": 3, "iterations": 3, "weight_rate": 0.05}
+        hyperparameters={
+            "critical": "both",
+            "rounding_iterations": 0,
+            "time_iterations": 3,
+            "iterations": 3,
+            "weight_rate": 0.05,
+        }
         | arguments,
     )
 

@@ -16,7 +16,11 @@ SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4)
 
 
 def train(pipeline, bits="w4a4", **arguments):
-    given = {"distill": True, "calibration": SMALL, "iterations": 6, "batch_size": 4, "weight_rate": 1e-3}
+    """Some of the arguments are hyperparameters."""
+    recipe = {"iterations": 6, "batch_size": 4} | {
+        name: arguments.pop(name) for name in list(arguments) if name in stepquant.recipes.QAT.fields()
+    }
+    given = {"distill": recipe.pop("distill", True), "calibration": SMALL, "hyperparameters": recipe}
     return stepquant.train(pipeline, bits, **given | arguments)
 
 
@@ -126,4 +130,4 @@ def test_training_needs_something_to_learn_from(unconditional_pipeline, tmp_path
     with pytest.raises(StepquantError, match="holds no images"):
         train(unconditional_pipeline, data=tmp_path)
     with pytest.raises(StepquantError, match="no hyperparameter 'magic'"):
-        train(unconditional_pipeline, magic=1)
+        train(unconditional_pipeline, hyperparameters={"magic": 1})

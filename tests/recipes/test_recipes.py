@@ -1,4 +1,6 @@
 import functools
+import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,23 +12,25 @@ from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.generate import generate, make_request
 from stepquant.progress import Progress
-from stepquant.recipes import RECIPES, find_recipe, hyperparameters, summary
-from stepquant.recipes.quest import most_relieving
+from stepquant.provenance import plain
+from stepquant.recipes import QAT, RECIPES, TDQ, MinMax, QDiffusion, find_recipe
+from stepquant.recipes.stages.finetuning import most_critical
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 
 
 def test_every_recipe_has_a_line_and_defaults():
-    for name in RECIPES:
-        assert summary(name).endswith(".")
-        assert hyperparameters(name) == hyperparameters(name, {})
+    for name, recipe in RECIPES.items():
+        assert recipe.summary().endswith(".")
+        assert find_recipe(name) == recipe() == find_recipe(recipe) == find_recipe(recipe())
+        assert all(field.description for field in recipe.fields().values())
 
 
 def test_unknown_recipes_and_hyperparameters_are_named():
     with pytest.raises(StepquantError, match="expected one of minmax"):
         find_recipe("magic")
-    with pytest.raises(StepquantError, match="no hyperparameter 'iterations'"):
-        hyperparameters("minmax", {"iterations": 3})
+    with pytest.raises(StepquantError, match=r"^recipe minmax has no hyperparameter 'iterations': it has none\.$"):
+        MinMax(iterations=3)
 
 
 @pytest.mark.parametrize(
@@ -38,28 +42,30 @@ def test_unknown_recipes_and_hyperparameters_are_named():
         ("tfmq", "time_iterations", "3", "a whole number, 0 or more"),
         ("quest", "batch_size", 0, "a whole number, 1 or more"),
         ("tdq", "scale_rate", float("nan"), "a finite number, 0 or more"),
-        ("pqd", "drop_probability", float("inf"), "a finite number, 0 or more"),
+        ("pqd", "drop_probability", float("inf"), "a number from 0 to 1 or None"),
         ("ptq4dm", "mean", -0.1, "a finite number, 0 or more"),
     ],
 )
 def test_numbers_that_a_recipe_cannot_work_with_are_refused(recipe, key, value, expected):
     with pytest.raises(StepquantError, match=f"^{key} of recipe {recipe} is {value!r}: expected {expected}.$"):
-        hyperparameters(recipe, {key: value})
-    assert hyperparameters(recipe, {key: 1})[key] == 1
+        find_recipe(recipe, overrides={key: value})
+    assert getattr(find_recipe(recipe, overrides={key: 1}), key) == 1
 
 
 def test_training_refuses_them_too(unconditional_pipeline):
     for key, value in (("batch_size", 0), ("iterations", 2.5), ("weight_rate", float("nan"))):
         with pytest.raises(StepquantError, match=f"^{key} of recipe qat is {value!r}: expected"):
-            stepquant.train(unconditional_pipeline, "w4a8", distill=True, calibration=SMALL, **{key: value})
+            QAT(**{key: value})
+        with pytest.raises(StepquantError, match=f"^{key} of recipe qat is {value!r}: expected"):
+            stepquant.train(unconditional_pipeline, "w4a8", distill=True, hyperparameters={key: value})
 
 
 def test_the_spec_reaches_the_layers(unconditional_pipeline):
     spec = {"bits": "w4a8", "overrides": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
     quantized = stepquant.quantize(unconditional_pipeline, spec, recipe="minmax", calibration=SMALL)
     layers = {name: module.format for name, module in quantized_modules(quantized.unet).items()}
-    assert layers["mid_block.resnets.0.conv1"].weight_bits == 8
-    assert layers["down_blocks.0.resnets.0.conv1"].weight_bits == 4
+    assert layers["mid_block.resnets.0.conv1"].weight.bits == 8
+    assert layers["down_blocks.0.resnets.0.conv1"].weight.bits == 4
     assert layers["down_blocks.1.resnets.0.conv2"].weight.groups == (8, 8)
     assert (layers["conv_in"].weight.bits, layers["conv_in"].input) == (8, None)
     assert (layers["conv_out"].weight.bits, layers["conv_out"].input.bits) == (8, 8)
@@ -69,7 +75,7 @@ def test_the_spec_reaches_the_layers(unconditional_pipeline):
 def test_q_diffusion_splits_skips_unless_told_not_to(unconditional_pipeline):
     for given, groups in ((None, 2), (False, 1)):
         spec = {"bits": "w4a8", "split_skips": given}
-        quantized = stepquant.quantize(unconditional_pipeline, spec, calibration=SMALL, iterations=0)
+        quantized = stepquant.quantize(unconditional_pipeline, spec, recipe=QDiffusion(iterations=0), calibration=SMALL)
         layer = quantized_modules(quantized.unet)["up_blocks.0.resnets.0.conv1"].format
         assert max(1, len(layer.weight.groups)) == groups
 
@@ -81,7 +87,7 @@ def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
 
 def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline, monkeypatch):
     calls = []
-    monkeypatch.setattr("stepquant.recipes.job.collect", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr("stepquant.recipes.stages.samples.collect", lambda *arguments, **_: calls.append(arguments))
     with pytest.raises(StepquantError, match="nothing to quantize"):
         stepquant.quantize(unconditional_pipeline, "w16a16")
     with pytest.raises(StepquantError, match="matches none"):
@@ -117,8 +123,9 @@ def test_arguments_that_mean_nothing_are_refused(arguments, message, uncondition
 
 def test_sensitivity_refuses_them_too(unconditional_pipeline):
     for name, value in (("samples", 0), ("steps", 0), ("seed", -1)):
+        given = {name: value} if name == "seed" else {"calibration": {name: value}}
         with pytest.raises(StepquantError, match=rf"\b{name}\b.* {value}\b"):
-            stepquant.sensitivity(unconditional_pipeline, "w4a8", **{name: value})
+            stepquant.sensitivity(unconditional_pipeline, "w4a8", **given)
 
 
 def test_calibration_and_budget_may_be_written_as_the_command_has_them(unconditional_pipeline):
@@ -142,10 +149,10 @@ QUICK = {"iterations": 2, "time_iterations": 2, "rounding_iterations": 2}
 @pytest.mark.parametrize("kind", ["unconditional_pipeline", "class_pipeline", "text_pipeline"])
 def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, request, tmp_path):
     pipeline = request.getfixturevalue(kind)
-    arguments = {key: value for key, value in QUICK.items() if key in hyperparameters(name)}
+    arguments = {key: value for key, value in QUICK.items() if key in RECIPES[name].fields()}
     if name == "quest" and kind == "unconditional_pipeline":
         arguments["critical"] = "attention"
-    quantized = stepquant.quantize(pipeline, "w4a4", recipe=name, calibration=SMALL, **arguments)
+    quantized = stepquant.quantize(pipeline, "w4a4", recipe=name, calibration=SMALL, hyperparameters=arguments)
     stepquant.save(quantized, tmp_path / "out")
     loaded = stepquant.load(tmp_path / "out")
     request_ = make_request(pipeline, 3)  # other steps than those calibrated
@@ -156,7 +163,7 @@ def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, re
 def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
     def rows(**arguments):
         quantized = stepquant.quantize(
-            unconditional_pipeline, "w4a8", recipe="tdq", calibration=SMALL, iterations=2, **arguments
+            unconditional_pipeline, "w4a8", recipe=TDQ(iterations=2, **arguments), calibration=SMALL
         )
         layers = [module.layer() for module in quantized_modules(quantized.unet).values()]
         return {layer.input.rows for layer in layers if layer.input is not None}
@@ -167,7 +174,7 @@ def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
 
 def test_a_choice_that_does_not_exist_is_refused():
     with pytest.raises(StepquantError, match="expected one of generator, table, static"):
-        hyperparameters("tdq", {"intervals": "magic"})
+        TDQ(intervals="magic")
 
 
 def test_exact_time_leaves_the_time_layers_alone(unconditional_pipeline):
@@ -182,23 +189,29 @@ def test_exact_time_leaves_the_time_layers_alone(unconditional_pipeline):
     assert torch.equal(quantized.unet.time_embedding(embedding), expected)
 
 
-def test_a_function_of_ones_own_is_a_recipe(unconditional_pipeline, tmp_path):
-    def mine(job, *, strength: float = 1.0):
+def test_a_custom_class_is_a_recipe(unconditional_pipeline, tmp_path):
+    class Mine(MinMax):
         """Mine."""
-        assert strength == 2.0
-        return RECIPES["minmax"](job)
 
-    quantized = stepquant.quantize(unconditional_pipeline, "w8a8", recipe=mine, calibration=SMALL, strength=2.0)
+        name: ClassVar = "mine"
+        strength: float = 1.0
+
+        def stages(self):
+            assert self.strength == 2.0
+            return super().stages()
+
+    quantized = stepquant.quantize(unconditional_pipeline, "w8a8", recipe=Mine(strength=2.0), calibration=SMALL)
     stepquant.save(quantized, tmp_path / "out")
     assert '"mine"' in (tmp_path / "out" / "stepquant.json").read_text()
     with pytest.raises(StepquantError, match="recipe mine has no hyperparameter 'power'"):
-        stepquant.quantize(unconditional_pipeline, "w8a8", recipe=mine, calibration=SMALL, power=1)
+        stepquant.quantize(unconditional_pipeline, "w8a8", recipe=Mine, calibration=SMALL, hyperparameters={"power": 1})
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_full_hyperparameters_are_hyperparameters(name):
     """As a study and a checkpoint write them down: defaults included."""
-    assert hyperparameters(name, hyperparameters(name)) == hyperparameters(name)
+    recipe = find_recipe(name)
+    assert find_recipe(name, overrides=json.loads(json.dumps(plain(recipe)))) == recipe
 
 
 def test_quest_ranks_its_critical_layers_and_says_which(unconditional_pipeline):
@@ -216,11 +229,13 @@ def test_quest_ranks_its_critical_layers_and_says_which(unconditional_pipeline):
         recipe="quest",
         calibration=stepquant.Calibration(samples=4, steps=2),
         progress=progress,
-        critical="ranked",
-        critical_share=0.5,
-        rounding_iterations=0,
-        time_iterations=0,
-        iterations=1,
+        hyperparameters={
+            "critical": "ranked",
+            "critical_share": 0.5,
+            "rounding_iterations": 0,
+            "time_iterations": 0,
+            "iterations": 1,
+        },
     )
     (note,) = (note for note in progress.notes if note.startswith("critical layers"))
     assert "conv" in note and "time_emb" not in note
@@ -231,6 +246,6 @@ def test_critical_layers_are_those_of_most_relief_within_their_share():
     sizes = dict(zip("abcde", (10, 60, 10, 10, 10), strict=True))
     relief = torch.tensor([[0.1], [0.9], [0.3], [0.2], [-0.1]], dtype=torch.float64)
     ranking = Sensitivity("relief", bits, sizes, ((0, 0),), relief, torch.ones(1))
-    assert most_relieving(ranking, 0.2, ()) == ("c", "d"), "b does not fit"
-    assert most_relieving(ranking, 0.2, ("c",)) == ("d", "a")
-    assert most_relieving(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e relieves nothing"
+    assert most_critical(ranking, 0.2, ()) == ("c", "d"), "b does not fit"
+    assert most_critical(ranking, 0.2, ("c",)) == ("d", "a")
+    assert most_critical(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e relieves nothing"

@@ -110,10 +110,7 @@ def quantized_folder(unconditional_pipeline, tmp_path_factory: pytest.TempPathFa
         recipe="quest",
         calibration=stepquant.Calibration(samples=6, steps=3),
         source="nowhere/at-all",
-        iterations=1,
-        rounding_iterations=1,
-        time_iterations=1,
-        batch_size=2,
+        hyperparameters={"iterations": 1, "rounding_iterations": 1, "time_iterations": 1, "batch_size": 2},
     )
     out = tmp_path_factory.mktemp("quantized") / "model"
     stepquant.save(quantized, out)

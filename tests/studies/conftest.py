@@ -6,17 +6,23 @@ import pytest
 
 RECIPES = """
 import os, time
-from stepquant.recipes.minmax import minmax as fine
+from stepquant.recipes import MinMax, Recipe
 
-def raising(job):
-    raise ValueError("out of luck")
+class Fine(MinMax):
+    pass
 
-def dying(job):
-    os._exit(7)
+class Raising(Recipe):
+    def stages(self):
+        raise ValueError("out of luck")
 
-def sleeping(job):
-    print("asleep", flush=True)
-    time.sleep(600)
+class Dying(Recipe):
+    def stages(self):
+        os._exit(7)
+
+class Sleeping(Recipe):
+    def stages(self):
+        print("asleep", flush=True)
+        time.sleep(600)
 """
 
 

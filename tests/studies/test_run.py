@@ -17,8 +17,8 @@ from stepquant.cli.main import app
 from stepquant.studies import read_study
 from stepquant.studies.run import append_line, finished, read_lines
 
-FINE = 'minmax = {}\n"own" = { recipe = "OWN:fine" }\n'
-BAD = 'raising = { recipe = "OWN:raising" }\ndying = { recipe = "OWN:dying" }\n'
+FINE = 'minmax = {}\n"own" = { recipe = "OWN:Fine" }\n'
+BAD = 'raising = { recipe = "OWN:Raising" }\ndying = { recipe = "OWN:Dying" }\n'
 
 
 def _run(path, *options):
@@ -78,7 +78,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def test_an_interruption_ends_the_workers_and_leaves_no_partial_line(write_study, tmp_path, short_folder):
-    path = write_study('sleeping = { recipe = "OWN:sleeping" }')
+    path = write_study('sleeping = { recipe = "OWN:Sleeping" }')
     environment = os.environ | {"TMPDIR": str(short_folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "stepquant.cli.main", "study", str(path), "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(

@@ -30,7 +30,7 @@ def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denois
         "recipe": recipe,
     } | {
         key: json.dumps(provenance[key], sort_keys=True)
-        for key in ("arguments", "calibration", "seed", "versions")
+        for key in ("hyperparameters", "calibration", "seed", "versions")
         if key in provenance
     }
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]

@@ -7,13 +7,13 @@ import typer
 
 def recipes() -> None:
     """List the recipes and their hyperparameters."""
-    from stepquant.recipes import RECIPES, hyperparameters, summary
+    from stepquant.recipes import RECIPES
 
-    for name in RECIPES:
-        typer.echo(f"{name}: {summary(name)}")
-        values = hyperparameters(name)
+    for name, recipe in RECIPES.items():
+        typer.echo(f"{name}: {recipe.summary()}")
+        values = [f"{key}={field.default}" for key, field in recipe.fields().items()]
         if values:
-            typer.echo("    " + ", ".join(f"{key}={value}" for key, value in values.items()))
+            typer.echo("    " + ", ".join(values))
 
 
 def zoo() -> None:

@@ -25,7 +25,6 @@ from stepquant.cli.options import (
     pairs_from,
 )
 from stepquant.cli.output import check_writable_file, progress, write_json
-from stepquant.errors import StepquantError
 from stepquant.progress import Stopwatch
 
 
@@ -33,7 +32,7 @@ def quantize(
     model: Model,
     out: Out,
     recipe: Annotated[
-        str, typer.Option(help="A recipe that stepquant recipes lists, or path.py:function.")
+        str, typer.Option(help="A recipe that stepquant recipes lists, or path.py:ClassName.")
     ] = "q-diffusion",
     bits: Bits = "w8a8",
     effort: Annotated[
@@ -90,19 +89,13 @@ def quantize(
     from stepquant.distributed import Ranks
     from stepquant.integrations.components import check_components
     from stepquant.pipelines.generate import make_request, read_prompts
-    from stepquant.planning import EFFORTS, make_plan
-    from stepquant.recipes import hyperparameters
-    from stepquant.recipes.files import resolve_recipe
+    from stepquant.planning import make_plan
+    from stepquant.recipes import find_effort, find_recipe
     from stepquant.report.times import Times
 
-    if effort not in EFFORTS:
-        raise StepquantError(f"effort {effort!r} is unknown; expected one of {', '.join(EFFORTS)}.")
-    preset = EFFORTS[effort]
+    preset = find_effort(effort)
     given: dict[str, Any] = {} if iterations is None else {"iterations": iterations}
-    chosen = resolve_recipe(recipe) if ":" in recipe else recipe
-    if iterations is None and effort != "standard" and "iterations" in hyperparameters(chosen):
-        given["iterations"] = preset.iterations  # standard keeps the recipe's default
-    values = hyperparameters(chosen, given)
+    chosen = find_recipe(recipe, None, given, effort)
     overrides = pairs_from(override, "REGEX=BITS, such as mid_block=w8a8")
     spec = QuantSpec.parse({"bits": bits, "overrides": overrides, "exact_time": exact_time, "smoothing": smoothing})
     others = pairs_from(also, "NAME=BITS, such as text_encoder=w8a16")
@@ -117,7 +110,7 @@ def quantize(
         check_quantizable(pipeline, spec, budget_bits)
         check_components(pipeline, others)
         request = make_request(pipeline, calibration.steps, prompts=lines, size=size)
-        typer.echo(str(make_plan(pipeline, request, calibration, values)), err=True)
+        typer.echo(str(make_plan(pipeline, request, calibration, chosen)), err=True)
         return stepquant.quantize(
             pipeline,
             spec,
@@ -125,14 +118,15 @@ def quantize(
             correction=correct,
             also=others,
             device=device,
-            recipe=chosen,
+            recipe=recipe,
+            effort=effort,
+            hyperparameters=given,
             calibration=calibration,
             seed=seed,
             prompts=lines,
             workspace=workspace,
             progress=stopwatch,
             source=model,
-            **given,
         )
 
     done = f"{model} quantized to {spec} with {recipe}"

@@ -54,6 +54,7 @@ def sensitivity(
     from stepquant.files import write_atomic
     from stepquant.loading import resolve_pipeline
     from stepquant.pipelines.generate import read_prompts
+    from stepquant.recipes.sensitivity import RANKING
 
     method = check_how(how)
     spec = QuantSpec.parse(bits)
@@ -67,9 +68,8 @@ def sensitivity(
         pipeline,
         spec,
         workspace=out / ".work",
-        how=method,
-        samples=samples,
-        steps=steps,
+        method=method,
+        calibration=RANKING.model_copy(update={"samples": samples, "steps": steps}),
         prompts=lines,
         seed=seed,
         progress=progress(),

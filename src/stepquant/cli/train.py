@@ -53,8 +53,7 @@ def train(
     import stepquant
     from stepquant.config import QuantSpec
     from stepquant.pipelines.generate import read_prompts
-    from stepquant.recipes import hyperparameters
-    from stepquant.recipes.qat import qat
+    from stepquant.recipes import QAT
 
     if data is None and not distill:
         raise StepquantError("there is nothing to learn from; expected --data FOLDER, --distill, or both.")
@@ -69,7 +68,7 @@ def train(
         "weight_rate": learning_rate,
         "ema_decay": ema_decay,
     }
-    hyperparameters(qat, values)
+    recipe = QAT(**values)
     overrides = pairs_from(override, "REGEX=BITS, such as mid_block=w8a8")
     spec = QuantSpec.parse({"bits": bits, "overrides": overrides, "exact_time": exact_time})
     lines = read_prompts(prompts) if prompts else None
@@ -86,7 +85,7 @@ def train(
             workspace=workspace,
             progress=progress(),
             source=model,
-            **values,
+            recipe=recipe,
         )
 
     write_checkpoint(

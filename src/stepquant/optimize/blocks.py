@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from stepquant.calibration.fake_quant.activation_quantizers import QDrop
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
@@ -16,76 +17,78 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.noise import SampleNoise
 from stepquant.core.ranges import Range
 from stepquant.core.rounding import annealed_beta
-from stepquant.distributed import Ranks
 from stepquant.files import digest
 from stepquant.models.description import main_tensor
+from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
 from stepquant.optimize.objectives import LayerOutputs, error
-from stepquant.optimize.replay import BlockInputs, Replay
+from stepquant.optimize.replay import Replay
+from stepquant.optimize.trainer import optimize
 from stepquant.progress import Progress
+from stepquant.settings import Count, Iterations, Positive, Settings, Share, Weight
 from stepquant.workspace import Workspace
-
-LEARN_ROUNDING_BELOW = 8
-"""Bits. At 8, rounding to nearest leaves so little error that compensation or learning adds more than it removes in any
-budget tried (``docs/quality.md``); the weights of such layers are only rounded to nearest."""
 
 HOLD = 0.25
 """Half the width of the part of its cell that a weight starts in when it is moved block by block, in steps."""
 
-OverTime = Literal["table", "generator"]
-Rounding = Literal["gptq", "adaround"]
+
+class GPTQ(Settings):
+    """Round in closed form before scales are learned (`stepquant.optimize.gptq`), then move weights within cells."""
+
+    rate: Weight = 2e-2
+    """Learning rate of the weights, in steps of their grid, through the rounding (straight through); 0 leaves them as
+    they were rounded."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a block is reconstructed.
+class AdaRound(Settings):
+    """Learn whether each weight is rounded up or down, together with the scales (arXiv 2004.10568)."""
 
-    Attributes:
-        iterations: optimizer steps a block.
-        batch_size: samples a step.
-        rounding_rate: learning rate of the AdaRound variables (Adam, cosine to 0).
-        scale_rate: learning rate of the logarithm of each activation scale, so relative to its size.
-        drop_probability: QDrop's probability that an element stays in full precision; None: 0.5 under AdaRound, as
-            QDrop has it, and 0 for gptq-rounded weights, which fit the quantized inputs that it would take from them.
-        rounding_weight: weight of the rounding regulariser, relative to the block's error before learning. Errors and
-            regulariser are both measured in units of their start (1 each), so that one value serves all layers.
-        activation_range: how activation ranges are found before learning.
-        learn_scales: whether activations are quantized and their scales learned; else weights alone are reconstructed,
-            and activations stay in full precision until `Job.calibrate_ranges`.
-        over_time: how scales depend on the table row, where tables have more than one: a ``"table"`` of ranges found
-            and gains learned row by row, or one range for all rows and a ``"generator"`` (TDQ) that bends it.
-        neighbours: of a ``"table"``: calibrated steps on either side whose samples have a say in the range of a step.
-            A step has few samples of its own, and a range that fits them alone clips what other images need.
-        rounding: how weights are rounded: ``"gptq"``, in closed form before scales are learned
-            (`stepquant.optimize.gptq`), or ``"adaround"``, learned together with the scales.
-        weight_rate: learning rate of gptq-rounded weights, in steps of their grid, and through the rounding (straight
-            through, Adam, cosine to 0); 0 leaves them as they were rounded.
-        block_weight: weight of the error of the block's output.
-        layer_weight: weight of the summed errors of its layers' outputs (EDA-DM's beta): all but the last, which the
-            block's output stands for, unless `block_weight` is 0.
-    """
+    rate: Weight = 3e-2
+    """Learning rate of the rounding variables."""
+    regularizer: Weight = 0.1
+    """Weight of the rounding regularizer, relative to the block's error before learning. Errors and regularizer are
+    both measured in units of their start (1 each), so that one value serves all layers."""
 
-    iterations: int = 500
-    batch_size: int = 16
-    rounding_rate: float = 3e-2
-    scale_rate: float = 1e-3
-    drop_probability: float | None = None
-    rounding_weight: float = 0.1
-    activation_range: Range = "least-error"
-    learn_scales: bool = True
-    over_time: OverTime = "table"
-    neighbours: int = 0
-    rounding: Rounding = "gptq"
-    weight_rate: float = 2e-2
-    block_weight: float = 1.0
-    layer_weight: float = 0.0
+
+class LearnScales(Settings):
+    """Find the ranges of a block's activations on what reaches them, and learn their scales."""
+
+    method: Range = "least-error"
+    rate: Weight = 1e-3
+    """Learning rate of the logarithm of each scale, so relative to its size."""
+    over_time: Literal["table", "generator"] = "table"
+    """How scales depend on the table row, where tables have more than one: ranges found and gains learned row by row,
+    or one range for all rows and a network (TDQ) that bends it."""
+    neighbours: Count = 0
+    """Of a table: calibrated steps on either side whose samples have a say in the range of a step. A step has few
+    samples, and a range that fits them alone clips what other images need."""
+
+
+class Reconstruction(Settings):
+    """How a block is reconstructed: by Adam, with rates that fall to 0 along a cosine."""
+
+    iterations: Iterations = 500
+    """Optimizer steps per block."""
+    batch_size: Positive = 16
+    """Samples per step."""
+    rounding: GPTQ | AdaRound = GPTQ()
+    scales: LearnScales | None = LearnScales()
+    """None: activations stay in full precision, and weights alone are reconstructed."""
+    drop_probability: Share | None = None
+    """QDrop's probability that an element stays in full precision; None: 0.5 under AdaRound, as QDrop has it, and 0
+    for GPTQ, whose weights fit the quantized inputs that it would take from them."""
+    block_weight: Weight = 1.0
+    """Weight of the error of the block's output."""
+    layer_weight: Weight = 0.0
+    """Weight of the summed errors of its layers' outputs (EDA-DM's beta): all but the final one, which the block's
+    output stands for, unless `block_weight` is 0."""
 
     @property
     def dropped(self) -> float:
         """`drop_probability`, decided."""
         if self.drop_probability is not None:
             return self.drop_probability
-        return 0.5 if self.rounding == "adaround" else 0.0
+        return 0.5 if isinstance(self.rounding, AdaRound) else 0.0
 
 
 def reconstruct(
@@ -93,7 +96,7 @@ def reconstruct(
     calibrated: CalibrationModel,
     blocks: tuple[str, ...],
     samples: CalibrationSet,
-    settings: Settings,
+    settings: Reconstruction,
     *,
     workspace: Workspace,
     key: str,
@@ -109,118 +112,80 @@ def reconstruct(
     Args:
         full_precision: the original denoiser, the source of targets; each of its blocks runs once over the samples.
         calibrated: the copy to learn on; afterwards its quantizers are frozen.
-        key: stands for everything that the result depends on besides `settings` and `seed`.
+        key: stands for everything that the result depends on besides `seed`.
         batch_size: samples passed through the networks at a time.
     """
-    key = digest([key, asdict(settings), seed, list(blocks)])[:16]
+    key = digest([key, seed, list(blocks)])[:16]
     ranks = workspace.ranks
     original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"), ranks=ranks)
     scratch = workspace.scratch("quantized")
     quantized = Replay(calibrated.model, samples, batch_size, scratch, calibrated.clock, ranks)
-    timesteps = samples.tensors["timestep"]
     with progress.task("Reconstructing blocks", len(blocks) * settings.iterations) as advance:
-        for index, block in enumerate(blocks):
-            pair = full_precision.get_submodule(block), calibrated.model.get_submodule(block)
-            clean = original.inputs(block)
-            inputs = quantized.inputs(block)
-            layers = list(calibrated.layers_in(block)) if settings.layer_weight else []
-            if settings.block_weight:
-                layers = layers[:-1]
-            with staying(*pair):
-                target, layer_targets = original.run(block, clean, record=layers)
+        for index, name in enumerate(blocks):
+            clean, inputs = original.inputs(name), quantized.inputs(name)
+            block = Block(name, full_precision, calibrated, clean, inputs, samples, batch_size, ranks)
+            with staying(block.original, block.module):
+                target, layer_targets = original.run(name, clean, record=_compared_layers(block, settings))
                 stage = f"block-{key}-{index:03d}"
                 stored = workspace.load(stage)
                 if stored is None:
                     with torch.random.fork_rng(devices=[]):
                         start = seed * 100_003 + index
                         torch.manual_seed(start)
-                        if settings.learn_scales:
-                            _initialise_ranges(calibrated, block, inputs, settings, samples, batch_size, ranks)
-                        if settings.rounding == "gptq":
-                            coarse = _coarse_layers(calibrated, block)
-                            passed = (samples, batch_size, ranks)
-                            gptq(full_precision, calibrated, block, coarse, clean, inputs, *passed)
-                        targets = LayerOutputs(target, layer_targets)
-                        _learn(calibrated, block, inputs, clean, targets, timesteps, settings, start, ranks, advance)
-                    workspace.save(stage, _block_state(calibrated, block))
+                        _initialize_ranges(block, settings.scales)
+                        if isinstance(settings.rounding, GPTQ):
+                            gptq(block, block.coarse_layers)
+                        _learn(block, LayerOutputs(target, layer_targets), settings, start, advance)
+                    workspace.save(stage, _block_state(calibrated, name))
                 else:
-                    _restore(calibrated, block, stored)
+                    _restore(calibrated, name, stored)
                     advance(settings.iterations)
-                quantized.run(block, inputs)
+                quantized.run(name, inputs)
 
 
-def _coarse_layers(calibrated: CalibrationModel, block: str) -> dict[str, CalibratedLayer]:
-    """The layers of a block whose rounding is worth more than rounding to nearest."""
-    layers = calibrated.layers_in(block).items()
-    return {name: layer for name, layer in layers if layer.weight_point.bits < LEARN_ROUNDING_BELOW}
+def _compared_layers(block: Block, settings: Reconstruction) -> list[str]:
+    """Names of the layers whose outputs are compared with full precision's."""
+    if not settings.layer_weight:
+        return []
+    final = block.final_layer if settings.block_weight else None
+    return [name for name in block.layers if name != final]
 
 
-def _initialise_ranges(
-    calibrated: CalibrationModel,
-    block: str,
-    inputs: BlockInputs,
-    settings: Settings,
-    samples: CalibrationSet,
-    batch_size: int,
-    ranks: Ranks,
-) -> None:
-    """Find the ranges of the block's activations on what really reaches them."""
-    points = list(calibrated.activation_points(block))
+def _initialize_ranges(block: Block, scales: LearnScales | None) -> None:
+    """Find the ranges of the block's activations on what really reaches them, and let their scales learn."""
+    if scales is None:
+        return
+    points = list(block.calibrated.activation_points(block.name))
     for point in points:
         point.observe()
-    with torch.no_grad():
-        batches = list(samples.batches(batch_size))
-        for chosen in batches[ranks.share(len(batches))]:
-            args, kwargs = inputs.at(chosen)
-            calibrated.clock.set(samples.tensors["timestep"][chosen])
-            calibrated.model.get_submodule(block)(*args, **kwargs)
-    per_row, neighbours = settings.over_time == "table", settings.neighbours
-    search_ranges(points, settings.activation_range, per_row=per_row, ranks=ranks, neighbours=neighbours)
+    block.observe()
+    per_row = scales.over_time == "table"
+    search_ranges(points, scales.method, per_row=per_row, ranks=block.ranks, neighbours=scales.neighbours)
     for point in points:
         # Before GPTQ, which fits the weights to these grids.
-        if settings.over_time == "generator":
-            point.learn_over_time()
-        else:
+        if per_row:
             point.learn_table()
+        else:
+            point.learn_over_time()
 
 
 def _learn(
-    calibrated: CalibrationModel,
-    block: str,
-    inputs: BlockInputs,
-    clean: BlockInputs,
-    targets: LayerOutputs,
-    timesteps: Tensor,
-    settings: Settings,
-    seed: int,
-    ranks: Ranks,
-    advance: Any,
+    block: Block, targets: LayerOutputs, settings: Reconstruction, seed: int, advance: Callable[[int], None]
 ) -> None:
-    module = calibrated.model.get_submodule(block)
-    points = list(calibrated.activation_points(block)) if settings.learn_scales else []
-    moved: list[CalibratedLayer] = []
-    coarse = list(_coarse_layers(calibrated, block).values()) if settings.rounding == "adaround" else []
-    roundings = [layer.weight_point.adaround(layer.weight) for layer in coarse]
-    weights = max(1, sum(rounding.numel() for rounding in roundings))
-    groups: list[dict[str, Any]] = []
-    if roundings:
-        groups.append({"params": roundings, "lr": settings.rounding_rate})
-    if settings.rounding == "gptq" and settings.weight_rate > 0:
-        moved = list(_coarse_layers(calibrated, block).values())
-        shifts = [layer.weight_point.finetune(layer.weight, HOLD) for layer in moved]
-        groups += [{"params": shifts, "lr": settings.weight_rate}] if shifts else []
-    if points:
+    calibrated, inputs, ranks = block.calibrated, block.inputs, block.ranks
+    timesteps = block.samples.tensors["timestep"]
+    points = list(calibrated.activation_points(block.name)) if settings.scales else []
+    coarse = list(block.coarse_layers.values())
+    groups = _weight_groups(coarse, settings.rounding)
+    if settings.scales and points:
         gains = [parameter for point in points for parameter in point.parameters_in_training()]
-        groups.append({"params": gains, "lr": settings.scale_rate})
-    if not groups:
-        advance(settings.iterations)
-        return
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.iterations))
+        groups.append({"params": gains, "lr": settings.scales.rate})
     generator = torch.Generator().manual_seed(seed)
+    compared = {name: calibrated.layers[name] for name in targets.layers}
     unit: Tensor | None = None
-    learned = {name: calibrated.layers[name] for name in targets.layers}
-    for iteration in range(settings.iterations):
+
+    def loss(iteration: int) -> Tensor:
+        nonlocal unit
         minibatch = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),), generator=generator)
         share = ranks.share(len(minibatch))
         chosen = minibatch[share]
@@ -230,29 +195,45 @@ def _learn(
             noise = SampleNoise(seed, iteration, range(share.start, share.stop))
             for point in points if settings.dropped else ():
                 point.dropout = QDrop(settings.dropped, noise)
-            args, kwargs = inputs.mixed(clean, chosen, settings.dropped, noise)
-            with LayerOutputs.recorded(learned) as layer_outputs:
-                outputs = LayerOutputs(main_tensor(module(*args, **kwargs)), layer_outputs)
+            args, kwargs = inputs.mixed(block.clean, chosen, settings.dropped, noise)
+            with LayerOutputs.recorded(compared) as layer_outputs:
+                outputs = LayerOutputs(main_tensor(block.module(*args, **kwargs)), layer_outputs)
             missed = error(outputs, targets.at(chosen), settings.block_weight, settings.layer_weight)
             missed = missed * (len(chosen) / len(minibatch))
         unit = ranks.all_reduce(missed.detach()).clamp(min=1e-12) if unit is None else unit
-        loss = missed / unit
-        if ranks.is_main:
+        whole = missed / unit
+        if ranks.is_main and isinstance(settings.rounding, AdaRound):
             beta = annealed_beta(iteration / settings.iterations)
+            weights = max(1, sum(layer.weight.numel() for layer in coarse))
             for layer in coarse:
-                loss = loss + settings.rounding_weight / weights * layer.weight_point.regularizer(beta)
-        optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            loss.backward()
-        ranks.all_reduce_gradients(parameter for group in groups for parameter in group["params"])
-        optimizer.step()
-        schedule.step()
-        advance(1)
-    for layer in coarse + moved:
+                whole = whole + settings.rounding.regularizer / weights * layer.weight_point.regularizer(beta)
+        return whole
+
+    optimize(
+        groups,
+        loss,
+        settings.iterations,
+        ranks=ranks,
+        advance=advance,
+        schedule=lambda optimizer, iterations, _done: CosineAnnealingLR(optimizer, max(1, iterations)),
+        fused=False,
+    )
+    for layer in coarse:
         layer.weight_point.freeze(layer.weight)
     for point in points:
         point.freeze()
         point.dropout = None
+
+
+def _weight_groups(layers: list[CalibratedLayer], rounding: GPTQ | AdaRound) -> list[dict[str, Any]]:
+    """Start learning the weights of the layers; the optimizer's parameter groups."""
+    if not layers or (isinstance(rounding, GPTQ) and rounding.rate == 0):
+        return []
+    if isinstance(rounding, AdaRound):
+        learned = [layer.weight_point.adaround(layer.weight) for layer in layers]
+    else:
+        learned = [layer.weight_point.finetune(layer.weight, HOLD) for layer in layers]
+    return [{"params": learned, "lr": rounding.rate}]
 
 
 def _block_state(calibrated: CalibrationModel, block: str) -> dict[str, Tensor]:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.affine import largest_code
 from stepquant.core.gptq import aligned_weight, gptq_weight, input_rows, parts_of_inputs, sparser
-from stepquant.distributed import Ranks
-from stepquant.optimize.replay import BlockInputs, Reached
+from stepquant.optimize.block import Block
+from stepquant.optimize.replay import Reached
 
 SUMS = 16
 """Parts that the samples are divided into: each is added up by one process, and the parts in order by all, so that the
@@ -23,69 +21,46 @@ sum is the same however many processes there are. More parts would mean more to 
 
 
 @torch.no_grad()
-def gptq(
-    full_precision: nn.Module,
-    calibrated: CalibrationModel,
-    block: str,
-    layers: dict[str, CalibratedLayer],
-    clean: BlockInputs,
-    inputs: BlockInputs,
-    samples: CalibrationSet,
-    batch_size: int,
-    ranks: Ranks,
-) -> None:
+def gptq(block: Block, layers: dict[str, CalibratedLayer]) -> None:
     """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
 
-    Layer after layer, in their order inside the block: the least-squares weight from the layer's quantized input to its
+    Layer after layer, in the order given: the least-squares weight from the layer's quantized input to its
     full-precision output, then GPTQ's greedy rounding of that; some inputs at a time where they are many. Depthwise and
     grouped convolutions are left as they are.
 
     Args:
-        full_precision: the original denoiser.
-        layers: those of the block to compensate, by name and in order.
-        clean, inputs: of the block, in full precision and as the quantized blocks before it make them.
-        ranks: share the samples.
+        layers: those of the block to round, by name and in execution order.
     """
     dense = {name: layer for name, layer in layers.items() if _is_dense(layer.inner)}
     for layer in dense.values():
         layer.weight_point.bypassed = True
-    batches = list(samples.batches(batch_size))
+    batches = block.batches()
     each = math.ceil(len(batches) / SUMS)
     parts = [batches[start : start + each] for start in range(0, len(batches), each)]
     for name, layer in dense.items():
         moments, cross = _zeros(layer), _zeros(layer)
-        products = partial(_products, full_precision, calibrated, block, name, clean, inputs, samples)
-        for added in ranks.map(products, parts):
+        for added in block.ranks.map(partial(_products, block, name), parts):
             for total, part in zip(moments + cross, added, strict=True):
                 total += part
-        codes = _gptq_layer(layer, moments, cross) if ranks.is_main else None
-        layer.weight_point.set_codes(ranks.broadcast(codes))
+        codes = _gptq_layer(layer, moments, cross) if block.ranks.is_main else None
+        layer.weight_point.set_codes(block.ranks.broadcast(codes))
         layer.weight_point.bypassed = False
 
 
-def _products(
-    full_precision: nn.Module,
-    calibrated: CalibrationModel,
-    block: str,
-    name: str,
-    clean: BlockInputs,
-    inputs: BlockInputs,
-    samples: CalibrationSet,
-    batches: list[slice],
-) -> list[Tensor]:
+def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
     """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X.
 
     First all of the one kind, then all of the other, each for every part of the inputs (`parts_of_inputs`).
     """
-    original, layer = full_precision.get_submodule(name), calibrated.layers[name]
+    original, layer = block.full_precision.get_submodule(name), block.calibrated.layers[name]
     moments, cross = _zeros(layer), _zeros(layer)
     for chosen in batches:
-        wanted = _input_of(original, full_precision.get_submodule(block), clean.at(chosen))
-        calibrated.clock.set(samples.tensors["timestep"][chosen])
-        given = _input_of(layer, calibrated.model.get_submodule(block), inputs.at(chosen))
+        wanted = _input_of(original, block.original, block.clean.at(chosen))
+        block.calibrated.clock.set(block.samples.tensors["timestep"][chosen])
+        given = _input_of(layer, block.module, block.inputs.at(chosen))
         if layer.input_point is not None:
             given = layer.input_point(given)
-        step = sparser(len(samples), given, layer.inner)
+        step = sparser(len(block.samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
         wanted_rows = input_rows(wanted, layer.inner, step)
         for index, part in enumerate(_parts(layer)):

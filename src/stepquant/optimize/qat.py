@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from stepquant.calibration.model import CalibrationModel
@@ -13,8 +13,9 @@ from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.models.description import main_tensor
 from stepquant.optimize.batches import Batch, Batches
-from stepquant.optimize.trainer import optimize
+from stepquant.optimize.trainer import Checkpoint, optimize
 from stepquant.progress import Progress
+from stepquant.settings import Iterations, Positive, Settings, Weight
 from stepquant.workspace import Workspace
 
 SMALLEST_SIZE = 1e-3
@@ -24,32 +25,27 @@ REPORTS = 10
 """Lines on how the loss goes, in a whole run."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast.
+class Training(Settings):
+    """How long and how fast: by Adam, all rates fall to zero along a cosine."""
 
-    Attributes:
-        iterations: optimizer steps (Adam, all rates fall to zero along a cosine).
-        weight_rate: learning rate of weights, biases, norms and embeddings, relative to the root mean square of each
-            tensor (at least `SMALLEST_SIZE`): a step then moves the weights of every layer by the same part of their
-            grid.
-        scale_rate: learning rate of the logarithms of weight scales, and of activation scales that are static or a
-            table; so relative to a scale's size.
-        generator_rate: learning rate of the networks that generate intervals.
-        over_time: intervals are generated from the timestep (TDQ); else they are static, or a free table.
-        turns: of the generator's fastest feature, see `IntervalGenerator`.
-        ema_decay: above 0, what ships is the moving average of everything that was trained.
-        clip_norm: gradients of a larger norm are scaled down to it.
-    """
-
-    iterations: int
-    weight_rate: float
-    scale_rate: float
-    generator_rate: float
-    over_time: bool
-    turns: float | None
-    ema_decay: float
-    clip_norm: float = 1.0
+    iterations: Iterations = 2000
+    """Optimizer steps."""
+    batch_size: Positive = 16
+    """Images, or points of trajectories, per step."""
+    weight_rate: Weight = 1e-3
+    """Learning rate of weights, biases, norms and embeddings, relative to the root mean square of each tensor (at least
+    `SMALLEST_SIZE`): a step then moves the weights of every layer by the same part of their grid."""
+    scale_rate: Weight = 1e-3
+    """Learning rate of the logarithms of weight scales, and of activation scales that are static or a table; so
+    relative to a scale's size."""
+    generator_rate: Weight = 1e-3
+    """Learning rate of the networks that generate intervals."""
+    over_time: bool = True
+    """Generate intervals from the timestep (TDQ); else they are static, or a free table."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Above 0, what ships is the moving average of everything that was trained."""
+    clip_norm: Weight = 1.0
+    """Gradients of a larger norm are scaled down to it."""
 
 
 def train(
@@ -57,6 +53,7 @@ def train(
     batches: Batches,
     training: Training,
     *,
+    turns: float | None,
     workspace: Workspace,
     key: str,
     seed: int,
@@ -71,7 +68,8 @@ def train(
     Args:
         calibrated: the copy to train, its quantizers calibrated; frozen afterwards.
         batches: of what it learns from.
-        key: stands for all that the result depends on besides `training` and `seed`.
+        turns: of the generators' fastest feature, see `IntervalGenerator`.
+        key: stands for all that the result depends on besides `seed`.
 
     Raises:
         StepquantError: if the loss is no longer a number.
@@ -80,7 +78,7 @@ def train(
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        groups = _release(calibrated, training)
+        groups = _release(calibrated, training, turns)
         model.eval()  # no dropout, that of the generators included
         _set_memory_format(model, torch.channels_last)
         mean = _Mean(max(1, training.iterations // REPORTS), progress)
@@ -100,17 +98,17 @@ def train(
             mean.add(iteration, error.item())
             return error * batch.share  # the processes' gradients are added up
 
-        optimize(
-            groups,
-            loss,
-            training.iterations,
-            workspace=workspace,
-            stage=f"train-{digest([key, asdict(training), seed])[:16]}",
-            description="Training",
-            progress=progress,
-            clip_norm=training.clip_norm,
-            ema_decay=training.ema_decay,
-        )
+        with progress.task("Training", training.iterations) as advance:
+            optimize(
+                groups,
+                loss,
+                training.iterations,
+                ranks=workspace.ranks,
+                advance=advance,
+                clip_norm=training.clip_norm,
+                ema_decay=training.ema_decay,
+                checkpoint=Checkpoint(workspace, f"train-{digest([key, seed])[:16]}"),
+            )
     _set_memory_format(model, torch.contiguous_format)
     for layer in calibrated.layers.values():
         layer.weight_point.freeze(layer.weight)
@@ -135,7 +133,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _release(calibrated: CalibrationModel, training: Training) -> list[dict[str, Any]]:
+def _release(calibrated: CalibrationModel, training: Training, turns: float | None) -> list[dict[str, Any]]:
     """Let everything learn; the parameter groups for the optimizer."""
     model = calibrated.model
     weights = dict(model.named_parameters())
@@ -150,7 +148,7 @@ def _release(calibrated: CalibrationModel, training: Training) -> list[dict[str,
     intervals = [
         parameter
         for point in calibrated.activation_points()
-        for parameter in (point.learn_over_time(training.turns) if training.over_time else point.learn_table())
+        for parameter in (point.learn_over_time(turns) if training.over_time else point.learn_table())
     ]
     interval_rate = training.generator_rate if training.over_time else training.scale_rate
     groups = [

@@ -1,81 +1,85 @@
-"""Recipes: a paper each, as one page composed of the shared stages."""
+"""Recipes: one page per paper, composed of shared stages. Public as ``stepquant.recipes``."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
 from stepquant.errors import StepquantError
-from stepquant.recipes.eda_dm import eda_dm
-from stepquant.recipes.job import Job, Recipe
-from stepquant.recipes.minmax import minmax
-from stepquant.recipes.pqd import pqd
-from stepquant.recipes.ptq4dm import ptq4dm
-from stepquant.recipes.q_diffusion import q_diffusion
-from stepquant.recipes.quest import quest
-from stepquant.recipes.tdq import tdq
-from stepquant.recipes.tfmq import tfmq
+from stepquant.recipes.context import Context
+from stepquant.recipes.eda_dm import EDADM
+from stepquant.recipes.minmax import MinMax
+from stepquant.recipes.pqd import PQD
+from stepquant.recipes.ptq4dm import PTQ4DM
+from stepquant.recipes.q_diffusion import QDiffusion
+from stepquant.recipes.qat import QAT
+from stepquant.recipes.quest import QuEST
+from stepquant.recipes.recipe import EFFORTS, BlockRecipe, Recipe, find_effort
+from stepquant.recipes.stage import Stage, State
+from stepquant.recipes.tdq import TDQ
+from stepquant.recipes.tfmq import TFMQ
+from stepquant.user_code import load_function
 
-RECIPES: dict[str, Recipe] = {
-    "minmax": minmax,
-    "ptq4dm": ptq4dm,
-    "q-diffusion": q_diffusion,
-    "pqd": pqd,
-    "tdq": tdq,
-    "eda-dm": eda_dm,
-    "tfmq": tfmq,
-    "quest": quest,
+RECIPES: dict[str, type[Recipe]] = {
+    recipe.name: recipe for recipe in (MinMax, PTQ4DM, QDiffusion, PQD, TDQ, EDADM, TFMQ, QuEST)
 }
 
 
-def find_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name, or the function itself; raises `StepquantError` naming those there are."""
-    if callable(recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise StepquantError(f"unknown recipe {recipe!r}: expected one of {', '.join(RECIPES)}.")
-    return RECIPES[recipe]
+def find_recipe(
+    recipe: str | type[Recipe] | Recipe,
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    effort: str = "standard",
+) -> Recipe:
+    """A recipe with all its hyperparameters.
 
-
-def name_of(recipe: str | Recipe) -> str:
-    """What to call a recipe."""
-    return recipe if isinstance(recipe, str) else getattr(recipe, "__name__", type(recipe).__name__)
-
-
-def summary(name: str) -> str:
-    """One line on what a recipe does."""
-    return (inspect.getdoc(find_recipe(name)) or "").partition("\n")[0]
-
-
-def hyperparameters(recipe: str | Recipe, given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's hyperparameters: its defaults, overridden by `given`.
+    Args:
+        recipe: a name in `RECIPES`, a class in a file as ``path.py:ClassName``, a class, or an object.
+        preset: of a name or class: ``"fast"``, the default, or ``"paper"``.
+        overrides: hyperparameters with other values than preset and effort give them.
+        effort: multiplies every number of iterations, see `EFFORTS`.
 
     Raises:
-        StepquantError: if `given` names one that the recipe does not have, or has a value of the wrong kind.
+        StepquantError: for a recipe, preset, hyperparameter or effort that there is not.
     """
-    function, name = find_recipe(recipe), name_of(recipe)
-    hints = get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    values = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    for key, value in (given or {}).items():
-        if key not in values:
-            known = ", ".join(values) or "none"
-            raise StepquantError(f"recipe {name} has no hyperparameter {key!r}: it has {known}.")
-        if value is None and values[key] is None:
-            continue
-        is_number = isinstance(values[key], int | float) or float in get_args(hints.get(key))
-        if is_number:
-            whole, least = type(values[key]) is int, int(key == "batch_size")
-            fits = type(value) is int if whole else isinstance(value, int | float)
-            if not fits or not least <= value < math.inf:
-                kind = "whole number" if whole else "finite number"
-                raise StepquantError(f"{key} of recipe {name} is {value!r}: expected a {kind}, {least} or more.")
-        choices = hints[key].__args__ if get_origin(hints.get(key)) is Literal else None
-        if choices is not None and value not in choices:
-            raise StepquantError(f"{key} of recipe {name} is {value!r}: expected one of {', '.join(choices)}.")
-        values[key] = value
-    return values
+    found = recipe if isinstance(recipe, Recipe) else find_class(recipe).preset(preset or "fast")
+    if isinstance(recipe, Recipe) and preset is not None:
+        raise StepquantError(
+            f"preset is {preset!r}, but the recipe has its hyperparameters already: give {recipe.called()} by name."
+        )
+    return found.with_effort(find_effort(effort).factor).replace(**overrides or {})
 
 
-__all__ = ["RECIPES", "Job", "Recipe", "find_recipe", "hyperparameters", "name_of", "summary"]
+def find_class(recipe: str | type[Recipe]) -> type[Recipe]:
+    """The class of a recipe; raises `StepquantError` if there is none of that name."""
+    found: Any = recipe
+    if isinstance(recipe, str):
+        if ":" not in recipe and recipe not in RECIPES:
+            raise StepquantError(f"unknown recipe {recipe!r}: expected one of {', '.join(RECIPES)}, or path.py:Class.")
+        found = RECIPES.get(recipe) or load_function(recipe, "recipe")
+    if not isinstance(found, type) or not issubclass(found, Recipe):
+        raise StepquantError(f"recipe {recipe!r} is not a subclass of stepquant.recipes.Recipe.")
+    return found
+
+
+__all__ = [
+    "EDADM",
+    "EFFORTS",
+    "PQD",
+    "PTQ4DM",
+    "QAT",
+    "RECIPES",
+    "TDQ",
+    "TFMQ",
+    "BlockRecipe",
+    "Context",
+    "MinMax",
+    "QDiffusion",
+    "QuEST",
+    "Recipe",
+    "Stage",
+    "State",
+    "find_class",
+    "find_effort",
+    "find_recipe",
+]

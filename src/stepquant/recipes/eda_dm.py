@@ -1,35 +1,24 @@
 """`eda-dm`: EDA-DM (Liu et al., arXiv 2401.04585): select samples by density and diversity, reconstruct finely.
 
-What differs from the public code: the radius of the density adapts to the model; weights are gptq-rounded in closed form
-by default, and with ``rounding="adaround"`` the rounding regulariser stays, since cutting soft values at the end leaves
-a gap between what was optimised and what ships; rates and iterations are those of `q-diffusion`, so that the recipes
-differ in the two ideas alone.
+What differs from the public code: the radius of the density adapts to the model; in `fast` weights are rounded in
+closed form (GPTQ), and rates and iterations are those of `q-diffusion`, so that the recipes differ in the two ideas
+alone; with AdaRound the rounding regularizer stays unless `rounding_weight` is 0, as it is in `paper`, since cutting
+soft values at the end leaves a gap between what was optimized and what ships.
+
+Missing in `paper`: TDAC reads the whole mid block and not its attention; the published radii; other rates at 8 bits.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import normal_steps, uniform_steps
-from stepquant.optimize.blocks import Rounding, Settings
-from stepquant.recipes.job import Job
+from stepquant.recipes.recipe import BlockRecipe
+from stepquant.recipes.stage import Stage
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, Smooth
+from stepquant.settings import Weight
 
 
-def eda_dm(
-    job: Job,
-    *,
-    selection: Literal["density-diversity", "uniform", "normal"] = "density-diversity",
-    diversity_weight: float = 1.0,
-    block_weight: float = 1.0,
-    layer_weight: float = 0.8,
-    iterations: int = 500,
-    batch_size: int = 16,
-    rounding: Rounding = "gptq",
-    rounding_rate: float = 3e-2,
-    scale_rate: float = 1e-3,
-    rounding_weight: float = 0.1,
-) -> CalibrationModel:
+class EDADM(BlockRecipe):
     """Temporal distribution-aware calibration (TDAC), fine-grained block reconstruction (FBR); static scales.
 
     1. TDAC (section 3.2): step i gets samples in proportion to ``D_i + diversity_weight V_i``, the density and the
@@ -37,26 +26,35 @@ def eda_dm(
     2. Weights: per output channel, the range of least ``|w - w'|^2.4``; skip connections split.
     3. FBR (section 3.3): each block against the outputs of its layers too,
        ``|B_q - B_fp|^2 + layer_weight sum_l |l_q - l_fp|^2``; rounding and activation scales.
-
-    The paper's ablations: another `selection`, ``layer_weight=0`` (the block only), ``block_weight=0`` (layers only).
     """
-    count, steps = job.calibration.samples, job.request.steps
-    if selection == "density-diversity":
-        chosen = job.dense_and_diverse_steps(diversity_weight)
-    else:
-        select = uniform_steps if selection == "uniform" else normal_steps
-        chosen = select(count, steps, job.generator())
-    samples = job.collect(chosen)
-    model = job.instrument(weight_range="least-error", split_skips=True)
-    settings = Settings(
-        iterations=iterations,
-        batch_size=batch_size,
-        rounding=rounding,
-        rounding_rate=rounding_rate,
-        scale_rate=scale_rate,
-        rounding_weight=rounding_weight,
-        block_weight=block_weight,
-        layer_weight=layer_weight,
-    )
-    job.reconstruct(model, samples, settings)
-    return model
+
+    name: ClassVar[str] = "eda-dm"
+    PRESETS: ClassVar = {
+        "fast": {},
+        "paper": {
+            "iterations": 5000,
+            "batch_size": 32,
+            "rounding": "adaround",
+            "rounding_rate": 0.5,
+            "rounding_weight": 0.0,
+            "scale_rate": 5e-4,
+            "diversity_weight": 1.2,
+        },
+    }
+
+    selection: Literal["tdac", "uniform", "normal"] = "tdac"
+    """How calibration samples are selected; the others are the paper's ablations."""
+    diversity_weight: Weight = 1.0
+    """lambda of TDAC."""
+    block_weight: Weight = 1.0
+    """Weight of the error of a block's output; 0 for the paper's ablation."""
+    layer_weight: Weight = 0.8
+    """beta of FBR; 0 for the paper's ablation."""
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(selection=self.selection, diversity_weight=self.diversity_weight, mean=0.4, deviation=0.4),
+            AddQuantizers(split_skips=True),  # 2
+            Smooth(),
+            self.reconstruct(block_weight=self.block_weight, layer_weight=self.layer_weight),  # 3
+        ]

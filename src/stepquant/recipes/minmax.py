@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import uniform_steps
-from stepquant.recipes.job import Job
+from typing import ClassVar
+
+from stepquant.recipes.recipe import Recipe
+from stepquant.recipes.stage import Stage
+from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples, Smooth
 
 
-def minmax(job: Job) -> CalibrationModel:
+class MinMax(Recipe):
     """Round to nearest with static min-max ranges; nothing is learned.
 
     1. Collect samples at evenly spread steps of the full-precision sampler.
     2. Weights: per output channel, from min and max, rounded to nearest.
-    3. Activations: one range a tensor for all steps, from min and max over the samples.
+    3. Activations: one range per tensor for all steps, from min and max over the samples.
     """
-    steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
-    samples = job.collect(steps)
-    model = job.instrument(weight_range="minmax")
-    job.calibrate_ranges(model, samples, "minmax")
-    return model
+
+    name: ClassVar[str] = "minmax"
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(),  # 1
+            AddQuantizers(weight_range="minmax"),  # 2
+            Smooth(),
+            CalibrateRanges(method="minmax"),  # 3
+        ]

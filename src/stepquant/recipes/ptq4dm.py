@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import normal_steps
-from stepquant.recipes.job import Job
+from typing import ClassVar
+
+from stepquant.recipes.recipe import Recipe
+from stepquant.recipes.stage import Stage
+from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples, Smooth
+from stepquant.settings import Weight
 
 
-def ptq4dm(job: Job, *, mean: float = 0.5, deviation: float = 0.35) -> CalibrationModel:
+class PTQ4DM(Recipe):
     """Normally distributed timesteps, ranges of least error; nothing is learned.
 
     1. Collect samples of the denoising process at timesteps ``t ~ N(mean T, (deviation T)^2)`` (section 3.3); the
        defaults are those of the authors' public code.
     2. Weights: per output channel, the range of least ``|w - w'|^2.4``, rounded to nearest.
-    3. Activations: one such range a tensor, for all steps.
+    3. Activations: one such range per tensor, for all steps.
+
+    The preset `paper` has the published number of samples to come; all hyperparameters are the published ones.
     """
-    steps = normal_steps(job.calibration.samples, job.request.steps, job.generator(), mean, deviation)
-    samples = job.collect(steps)
-    model = job.instrument(weight_range="least-error")
-    job.calibrate_ranges(model, samples, "least-error")
-    return model
+
+    name: ClassVar[str] = "ptq4dm"
+    PRESETS: ClassVar = {"fast": {}, "paper": {}}
+
+    mean: Weight = 0.5
+    """Mean timestep, as a share of T."""
+    deviation: Weight = 0.35
+    """Standard deviation of timesteps, as a share of T."""
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(selection="normal", mean=self.mean, deviation=self.deviation),  # 1
+            AddQuantizers(),  # 2
+            Smooth(),
+            CalibrateRanges(),  # 3
+        ]

@@ -2,61 +2,60 @@
 
 What differs: the time layers have one static activation range each, as all layers have, where the paper calibrates one
 for each of the finitely many timesteps; their block comes last and not first (see 3 below).
+
+Missing in `paper`: besides these, 8-bit weights are not reconstructed.
 """
 
 from __future__ import annotations
 
-from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.selection import uniform_steps
-from stepquant.optimize.blocks import Rounding, Settings
-from stepquant.optimize.network import Finetuning
-from stepquant.recipes.job import Job
+from typing import ClassVar
+
+from stepquant.recipes.recipe import BlockRecipe
+from stepquant.recipes.stage import Stage
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, Finetune, Smooth
+from stepquant.settings import Iterations, Weight
 
 
-def tfmq(
-    job: Job,
-    *,
-    iterations: int = 500,
-    time_iterations: int = 150,
-    batch_size: int = 16,
-    rounding: Rounding = "gptq",
-    rounding_rate: float = 3e-2,
-    scale_rate: float = 1e-3,
-    weight_rate: float = 1e-3,
-    rounding_weight: float = 0.1,
-) -> CalibrationModel:
+class TFMQ(BlockRecipe):
     """Reconstruct what depends on the timestep alone, over the finite set of timesteps; then block by block.
 
     1. Collect samples at evenly spread steps; the time layers see no other inputs than those steps'.
     2. Blocks as in `q-diffusion`.
     3. Temporal information block (section 4.1): time embedding and every projection of it, together, against their
-       own outputs in full precision. It comes last here, because the blocks hold the projections and would undo it.
+       outputs in full precision. It comes last here, because the blocks hold the projections and would undo it.
     """
-    job.needs_the_whole("tfmq")
-    steps = uniform_steps(job.calibration.samples, job.request.steps, job.generator())
-    samples = job.collect(steps)
-    model = job.instrument(weight_range="least-error", split_skips=True)
-    settings = Settings(
-        iterations=iterations,
-        batch_size=batch_size,
-        rounding=rounding,
-        rounding_rate=rounding_rate,
-        scale_rate=scale_rate,
-        rounding_weight=rounding_weight,
-    )
-    job.reconstruct(model, samples, settings)
-    description = job.description
-    time_layers = tuple(name for name in description.layers if name in description.time_layers and name in model.layers)
-    temporal = Finetuning(
-        name="Temporal information block",
-        weights=time_layers,
-        aligned=time_layers,
-        scales=time_layers,
-        iterations=time_iterations,
-        batch_size=batch_size,
-        weight_rate=weight_rate,
-        scale_rate=scale_rate,
-        global_weight=0.0,
-    )
-    job.finetune(model, samples, temporal)
-    return model
+
+    name: ClassVar[str] = "tfmq"
+    PRESETS: ClassVar = {
+        "fast": {},
+        "paper": {
+            "iterations": 20_000,
+            "time_iterations": 20_000,
+            "batch_size": 32,
+            "rounding": "adaround",
+            "rounding_rate": 1e-3,
+        },
+    }
+
+    time_iterations: Iterations = 150
+    """Optimizer steps of the temporal information block."""
+    weight_rate: Weight = 1e-3
+    """Learning rate of its weights, in steps of their grid."""
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(),  # 1
+            AddQuantizers(split_skips=True),
+            Smooth(),
+            self.reconstruct(),  # 2
+            Finetune(
+                name="Temporal information block",  # 3
+                layers=("time",),
+                all_scales=False,
+                iterations=self.time_iterations,
+                batch_size=self.batch_size,
+                weight_rate=self.weight_rate,
+                scale_rate=self.scale_rate,
+                global_weight=0.0,
+            ),
+        ]

@@ -16,7 +16,7 @@ from stepquant.evaluation.compare import SHADOWED
 from stepquant.files import write_atomic
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
-from stepquant.recipes import RECIPES, summary
+from stepquant.recipes import RECIPES
 from stepquant.report.content import Report
 from stepquant.report.figures import drawn_rows, line_chart, png_uri, range_map, sensitivity_map
 from stepquant.report.sensitivity import MEANING
@@ -60,7 +60,7 @@ def render(report: Report) -> str:
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         spec_bits=spec.get("bits", "") if isinstance(spec, dict) else "fewer bits",
-        recipe_summary=summary(recipe) if isinstance(recipe, str) and recipe in RECIPES else "",
+        recipe_summary=RECIPES[recipe].summary() if isinstance(recipe, str) and recipe in RECIPES else "",
         pairs=list(zip(*([png_uri(grid(one[None])) for one in side] for side in images), strict=True)),
         small=min(report.quantized.shape[-2:]) < SMALLEST_SIDE,
         errors=line_chart(

@@ -15,8 +15,8 @@ from stepquant.config import Checked, QuantSpec
 from stepquant.errors import StepquantError, first_line
 from stepquant.files import digest
 from stepquant.loading import ZOO_PREFIX, locate
-from stepquant.recipes import hyperparameters
-from stepquant.recipes.files import resolve_recipe
+from stepquant.provenance import plain
+from stepquant.recipes import find_recipe
 
 IMAGES_PER_SEED = 10_000
 """Image i of seed s starts from noise ``s * IMAGES_PER_SEED + i``: seeds share no image, so that they are independent.
@@ -66,7 +66,7 @@ class Cell(BaseModel):
         model: name in the study.
         bits: such as ``w4a8``.
         label: name of the recipe with these arguments in the study; not part of the cell's identity.
-        recipe: a recipe's name, or ``path.py:function``.
+        recipe: a recipe's name, or ``path.py:ClassName``.
         arguments: all hyperparameters, defaults included.
         seed: seed of all random choices.
         guidance: scale of classifier-free guidance; None leaves it to the pipeline.
@@ -118,8 +118,8 @@ class Study(Checked):
         evaluation: size of the evaluation.
         calibration: calibration of each cell.
         guidance: model -> scale of classifier-free guidance.
-        recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a function
-            in a file as ``"path.py:function"``; a table ``calibration`` among them changes the study's for this one,
+        recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a class
+            in a file as ``"path.py:ClassName"``; a table ``calibration`` among them changes the study's for this one,
             and a table ``options`` holds `Options`.
         pairs: labels of a recipe and its baseline, compared seed by seed in the table of pairs.
     """
@@ -186,7 +186,7 @@ class Study(Checked):
             options = Options.model_validate(tables["options"])
         except StepquantError as error:
             raise StepquantError(f"recipe {label!r} of the study: {error}") from None
-        return name, hyperparameters(resolve_recipe(name), arguments), calibration, options
+        return name, plain(find_recipe(name, overrides=arguments)), calibration, options
 
     def only(
         self,

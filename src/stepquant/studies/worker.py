@@ -22,7 +22,6 @@ from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate_many, kind_of, make_request
 from stepquant.progress import Progress, Stopwatch
 from stepquant.quiet import silence_libraries
-from stepquant.recipes.files import resolve_recipe
 from stepquant.studies.reference import reference
 from stepquant.studies.spec import Cell
 
@@ -43,13 +42,13 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
         cell.spec,
         budget=cell.options.budget,
         correction=cell.options.correction,
-        recipe=resolve_recipe(cell.recipe),
+        recipe=cell.recipe,
         calibration=cell.calibration,
         guidance=cell.guidance,
         seed=cell.noise,
         cache=cache,
         progress=stopwatch,
-        **cell.arguments,
+        hyperparameters=cell.arguments,
     )
     seconds = time.process_time() - start - stopwatch.seconds[COLLECTING]
     peak = peak_resident_bytes()

@@ -10,7 +10,7 @@ import gradio
 
 from stepquant.errors import StepquantError
 from stepquant.progress import Progress
-from stepquant.recipes import RECIPES, summary
+from stepquant.recipes import RECIPES
 from stepquant.ui.gallery import MOST_PICTURES, Gallery, Wanted
 
 HEADERS = ["", "full precision", "quantized"]
@@ -61,7 +61,7 @@ def build(gallery: Gallery) -> gradio.Blocks:
         with gradio.Row():
             model = gradio.Dropdown(list(gallery.models), value=next(iter(gallery.models)), label="model")
             recipe = gradio.Dropdown(
-                list(RECIPES), value="minmax", label="recipe", info=f"minmax is quickest: {summary('minmax')}"
+                list(RECIPES), value="minmax", label="recipe", info=f"minmax is quickest: {RECIPES['minmax'].summary()}"
             )
             bits = gradio.Dropdown(
                 ["w8a8", "w6a6", "w4a8", "w4a4", "w4a16"], value="w4a8", label="bits", allow_custom_value=True

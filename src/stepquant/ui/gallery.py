@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,7 +16,7 @@ from stepquant.images import grid
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.generate import kind_of
 from stepquant.progress import Progress
-from stepquant.recipes import RECIPES, find_recipe, hyperparameters
+from stepquant.recipes import RECIPES, find_class
 
 SAMPLES = 64
 """Calibration samples: the gallery is for looking, not for figures."""
@@ -95,12 +94,12 @@ class Gallery:
 
     def quantized(self, wanted: Wanted, progress: Progress) -> Path:
         """The folder of the quantized model, made if it is not there."""
-        find_recipe(wanted.recipe)
+        find_class(wanted.recipe)
         # From here on both are names that this package made up: nothing a browser sends becomes a path.
         spec, recipe = QuantSpec.parse(wanted.bits.strip()), next(name for name in RECIPES if name == wanted.recipe)
         folder = self.folder / f"{wanted.model}-{recipe}-{spec}-{wanted.steps}"
         if not is_checkpoint(folder):
-            learned: dict[str, Any] = {"iterations": ITERATIONS} if "iterations" in hyperparameters(recipe) else {}
+            learned = {"iterations": ITERATIONS} if "iterations" in RECIPES[recipe].fields() else {}
             made = stepquant.quantize(
                 resolve_pipeline(self.models[wanted.model]),
                 spec,
@@ -108,7 +107,7 @@ class Gallery:
                 calibration=stepquant.Calibration(samples=SAMPLES, steps=wanted.steps),
                 progress=progress,
                 source=self.models[wanted.model],
-                **learned,
+                hyperparameters=learned,
             )
             stepquant.save(made, folder, overwrite=True)
         return folder

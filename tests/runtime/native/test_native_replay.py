@@ -38,7 +38,11 @@ def build(request):
     pipeline = request.getfixturevalue(request.param)
     settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
     quantized = sq.quantize(
-        pipeline, "w8a8", recipe="quest", calibration=sq.Calibration(samples=8, steps=4), backend="native", **settings
+        pipeline,
+        "w8a8",
+        recipe=sq.recipes.QuEST(**settings),
+        calibration=sq.Calibration(samples=8, steps=4),
+        backend="native",
     )
     if request.param == "class_pipeline":
         return quantized.transformer, (4, 8, 8), {"class_labels": torch.tensor([1, 2])}

@@ -1,4 +1,4 @@
-"""What a job keeps its stages under, and the noise that its images start from."""
+"""What stages are kept under, and the noise that calibration images start from."""
 
 import copy
 
@@ -8,27 +8,30 @@ import torch
 from PIL import Image
 
 import stepquant
-from stepquant.calibration import samples as trajectories
+from stepquant.calibration import samples as calibration_samples
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import make_request
-from stepquant.recipes import Job
+from stepquant.recipes import Context, State
+from stepquant.recipes.sensitivity import output_correction
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, Smooth
+from stepquant.recipes.stages.samples import collect_samples, trajectories
 from stepquant.workspace import Workspace
 
 CALIBRATION = stepquant.Calibration(samples=8, steps=4)
 
 
-def job(pipeline, folder, inputs=None, calibration=CALIBRATION):
+def context(pipeline, folder, inputs=None, calibration=CALIBRATION):
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     request = make_request(pipeline, calibration.steps)
     object.__setattr__(request, "inputs", inputs or {})
     spec = stepquant.QuantSpec.parse("w4a4")
-    return Job(pipeline, denoiser, spec, calibration, request, 0, Workspace(folder))
+    return Context(pipeline, denoiser, spec, calibration, request, 0, Workspace(folder))
 
 
 def test_samples_are_known_by_what_the_inputs_hold(unconditional_pipeline, tmp_path):
     def key(value):
-        return job(unconditional_pipeline, tmp_path, {"image": value}).sampling_key
+        return context(unconditional_pipeline, tmp_path, {"image": value}).sampling_key
 
     masks = np.zeros((2, 64, 64))
     masks[1, 32, 32] = 1
@@ -42,8 +45,8 @@ def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tm
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1
     pipeline.register_modules(**{part: changed})
-    assert job(pipeline, tmp_path).sampling_key != job(text_pipeline, tmp_path).sampling_key
-    assert job(copy.copy(text_pipeline), tmp_path).sampling_key == job(text_pipeline, tmp_path).sampling_key
+    assert context(pipeline, tmp_path).sampling_key != context(text_pipeline, tmp_path).sampling_key
+    assert context(copy.copy(text_pipeline), tmp_path).sampling_key == context(text_pipeline, tmp_path).sampling_key
 
 
 def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
@@ -51,33 +54,33 @@ def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
 ):
     """By the noise they start from: the seed, of which generators on the CPU take 32 bits."""
     drawn = []
-    generate = trajectories.generate
+    generate = calibration_samples.generate
 
     def spy(pipeline, request, indices, seed, **arguments):
         drawn.extend((seed + index) % 2**32 for index in indices)
         return generate(pipeline, request, indices, seed, **arguments)
 
-    monkeypatch.setattr(trajectories, "generate", spy)
-    monkeypatch.setattr("stepquant.recipes.job.estimate_correction", lambda *_: None)
-    one = job(unconditional_pipeline, tmp_path)
-    one.collect(torch.arange(4))
-    one.trajectories(0)
-    one.trajectories(1)
-    one.correction(None)
+    monkeypatch.setattr(calibration_samples, "generate", spy)
+    monkeypatch.setattr("stepquant.recipes.sensitivity.estimate_correction", lambda *_: None)
+    one = context(unconditional_pipeline, tmp_path)
+    collect_samples(one, torch.arange(4))
+    trajectories(one, 0)
+    trajectories(one, 1)
+    output_correction(one, None)
     assert len(drawn) == 4 * 8
     assert len(set(drawn)) == len(drawn)
 
 
-def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
+def test_smoothing_is_that_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
     """One recipe splits the layers behind skips, another does not."""
     monkeypatch.setattr("stepquant.calibration.smoothing.KEPT_COLUMNS", 32)
     monkeypatch.setattr("stepquant.calibration.smoothing.CANDIDATES", 4)
 
     def factors(folder, *, split_skips):
-        one = job(unconditional_pipeline, folder)
-        model = one.instrument("minmax", split_skips=split_skips)
-        one.smoothing(model, one.collect(torch.arange(4)))
-        found = {name: layer.weight_point.smoothing for name, layer in model.layers.items()}
+        state = State()
+        for stage in (CollectSamples(), AddQuantizers(weight_range="minmax", split_skips=split_skips), Smooth(below=8)):
+            stage.run(context(unconditional_pipeline, folder), state)
+        found = {name: layer.weight_point.smoothing for name, layer in state.model.layers.items()}
         return {name: smoothing for name, smoothing in found.items() if smoothing is not None}
 
     fresh = factors(tmp_path / "fresh", split_skips=True)
@@ -87,8 +90,9 @@ def test_balances_are_those_of_a_fresh_run_whatever_ran_before(unconditional_pip
     assert any(name not in whole or not torch.equal(fresh[name], whole[name]) for name in fresh)
 
 
-def test_too_few_samples_to_select_are_refused_before_images_are_drawn(unconditional_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepquant.recipes.job.step_features", lambda *_: pytest.fail("images were drawn"))
+def test_too_few_samples_to_select_are_refused_before_images_are_drawn(unconditional_pipeline, monkeypatch):
+    monkeypatch.setattr("stepquant.recipes.stages.samples.step_features", lambda *_: pytest.fail("images were drawn"))
+    monkeypatch.setattr("stepquant.recipes.stages.samples.collect", lambda *_, **__: pytest.fail("images were drawn"))
     few = stepquant.Calibration(samples=3, steps=4)
     with pytest.raises(StepquantError, match="3 calibration samples over 4 steps are too few"):
-        job(unconditional_pipeline, tmp_path, calibration=few).dense_and_diverse_steps(1.0)
+        stepquant.quantize(unconditional_pipeline, "w4a4", recipe="eda-dm", calibration=few)

@@ -1,0 +1,132 @@
+"""What every stage of a recipe is given: the model, what to make of it, and where to keep what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from stepquant import version
+from stepquant.calibration.float32 import computing_in_float32
+from stepquant.calibration.image_folder import ImageFolder
+from stepquant.calibration.samples import Calibration
+from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
+from stepquant.files import digest, fingerprint, tensors_digest
+from stepquant.models import ModelDescription, chunk_size, describe
+from stepquant.pipelines.generate import Request
+from stepquant.progress import Progress
+from stepquant.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Context:
+    """One quantization of one pipeline.
+
+    Attributes:
+        pipeline: the full-precision diffusers pipeline; never modified.
+        denoiser: its UNet or transformer.
+        spec: bits and overrides.
+        calibration: how many samples, over how many steps.
+        request: the conditions that calibration images are generated with.
+        seed: of everything random.
+        workspace: keeps finished stages.
+        progress: is told how far the work is.
+        cache: keeps calibration samples for other runs on the same model, request and seed; by default they lie in
+            `workspace`.
+        device: where blocks compute, one at a time; None: where the denoiser is.
+        images: what training learns from, besides full precision.
+    """
+
+    pipeline: Any
+    denoiser: nn.Module
+    spec: QuantSpec
+    calibration: Calibration
+    request: Request
+    seed: int
+    workspace: Workspace
+    progress: Progress = field(default_factory=Progress)
+    cache: Workspace | None = None
+    device: torch.device | None = None
+    images: ImageFolder | None = None
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """What the quantized denoiser is fitted to: the denoiser, computing in float32 whatever its weights are in."""
+        return computing_in_float32(self.denoiser)
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        return describe(self.denoiser)
+
+    @cached_property
+    def chunk(self) -> int:
+        """Samples that pass through the model at a time."""
+        return chunk_size(self.denoiser)
+
+    @cached_property
+    def sampling_key(self) -> str:
+        """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
+        others = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and part is not self.denoiser
+        }
+        return digest(
+            [
+                [version.__version__, torch.__version__, diffusers.__version__],
+                tensors_digest(dict(self.denoiser.state_dict())),
+                # What encodes prompts and images.
+                {name: _weights_digest(part) for name, part in others.items()},
+                self.calibration.model_dump(),
+                self.chunk,
+                [list(self.request.conditions), self.request.steps, self.request.guidance],
+                fingerprint(self.request.inputs),
+                type(self.pipeline.scheduler).__name__,
+                {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
+                self.seed,
+            ]
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """Stands for all inputs: of sampling, and the spec."""
+        return digest([self.sampling_key, self.spec.model_dump()])
+
+    def generator(self) -> torch.Generator:
+        """A new generator of random numbers, seeded by `seed`."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def cached(self, name: str, compute: Callable[[], dict[str, Tensor]], *, shared: bool = False) -> dict[str, Tensor]:
+        """What `compute` returned when it was run first under this name.
+
+        Args:
+            name: stands for everything that the tensors depend on (`Stage.key`).
+            shared: keep them in `cache`, for other runs; they depend on sampling alone.
+        """
+        kept = self.cache if shared and self.cache else self.workspace
+        stored = kept.load(name)
+        if stored is None:
+            stored = compute()
+            kept.save(name, stored)
+        return stored
+
+    def check_whole(self, what: str) -> None:
+        """Raise `StepquantError` if only one block at a time is where `what` has to compute."""
+        if self.device is not None:
+            raise StepquantError(
+                f"{what} learns through the whole network at once, which cannot be done block by block on "
+                f"{self.device}: move the pipeline there and leave the device out, or take a recipe that goes block by "
+                "block (minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
+            )
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """Of a model's weights; those that are on no device, or packed by another library, are left out."""
+    tensors = model.state_dict().items()
+    return tensors_digest({name: tensor for name, tensor in tensors if type(tensor) is Tensor and not tensor.is_meta})

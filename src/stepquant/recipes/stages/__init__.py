@@ -1,0 +1,17 @@
+"""The stages that recipes are made of."""
+
+from stepquant.recipes.stages.finetuning import Finetune, RankLayers, Train
+from stepquant.recipes.stages.quantizers import AddQuantizers, CalibrateRanges, Smooth
+from stepquant.recipes.stages.reconstruction import ReconstructBlocks
+from stepquant.recipes.stages.samples import CollectSamples
+
+__all__ = [
+    "AddQuantizers",
+    "CalibrateRanges",
+    "CollectSamples",
+    "Finetune",
+    "RankLayers",
+    "ReconstructBlocks",
+    "Smooth",
+    "Train",
+]
