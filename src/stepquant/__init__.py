@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.integrations import diffusers as diffusers_integration
 from stepquant.integrations import transformers as transformers_integration
 from stepquant.integrations.diffusers import StepquantConfig
-from stepquant.saving import load, save
+from stepquant.saving import extend_pipelines, load, save
 from stepquant.version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 diffusers_integration.register()
 transformers_integration.register()
+extend_pipelines()
 
 __all__ = [
     "Calibration",

@@ -36,7 +36,6 @@ from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
 from stepquant.recipes.recipe import run_recipe
 from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
 from stepquant.runtime import Backend, prepare
-from stepquant.saving import bound
 from stepquant.workspace import Workspace
 
 
@@ -362,7 +361,7 @@ def assemble(
     }
     quantized.register_modules(**own | {component: denoiser})
     correct_sampler(quantized, denoiser)
-    return bound(quantized)
+    return quantized
 
 
 def _source_of(pipeline: Any) -> str:

@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
+from torch import nn
 
 from stepquant.checkpoint import load_pipeline, save_pipeline
+from stepquant.checkpoint.write import ORIGINAL
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name
+from stepquant.models import DENOISERS
 from stepquant.runtime import Backend
 
 
 def save(pipeline: Any, folder: Path | str, *, overwrite: bool = False) -> None:
     """Write a pipeline whose denoiser is quantized, with its manifest and a model card.
 
-    The same as ``save_pretrained`` of a pipeline that `quantize` or `load` returned. One that diffusers loaded has
-    diffusers' own ``save_pretrained``, which writes a folder that loads but has neither manifest nor card.
+    ``pipeline.save_pretrained(folder)`` does the same.
 
     Raises:
         StepquantError: if the pipeline is not quantized, or the folder exists and may not be replaced.
     """
-    component = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, component)
-    if not quantized_modules(denoiser):
-        raise StepquantError("the pipeline is not quantized by stepquant: quantize it first.")
-    save_pipeline(pipeline, component, provenance_of(denoiser), folder, overwrite=overwrite)
+    component = quantized_component(pipeline)
+    if component is None:
+        raise StepquantError("the pipeline is not quantized by stepquant. Quantize it first.")
+    provenance = provenance_of(getattr(pipeline, component))
+    save_pipeline(pipeline, component, provenance, folder, overwrite=overwrite)
+
+
+def quantized_component(pipeline: Any) -> str | None:
+    """Name of the pipeline's denoiser if stepquant quantized it."""
+    for name in DENOISERS:
+        denoiser = getattr(pipeline, name, None)
+        if isinstance(denoiser, nn.Module) and quantized_modules(denoiser):
+            return name
+    return None
 
 
 def provenance_of(denoiser: Any) -> dict[str, Any]:
@@ -50,14 +62,27 @@ def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpack
     Raises:
         StepquantError: for what is no folder, or one that is foreign, damaged, or of a newer format.
     """
-    return bound(load_pipeline(folder, backend, memory)[0])
+    return load_pipeline(folder, backend, memory)[0]
 
 
-def bound(pipeline: Any) -> Any:
-    """Let a pipeline's own methods write all that belongs to a quantized one."""
-    pipeline.save_pretrained = functools.partial(_save_pretrained, pipeline)
-    pipeline.push_to_hub = functools.partial(push_to_hub, pipeline)
-    return pipeline
+def extend_pipelines() -> None:
+    """Let `save_pretrained` and `push_to_hub` of every diffusers pipeline write all that belongs to a quantized one.
+
+    This holds for the class, so that it does not depend on how a pipeline was loaded, copied or put together. A
+    pipeline that is not quantized keeps diffusers' own methods. Doing it again changes nothing.
+    """
+    for name, ours in (("save_pretrained", _save_pretrained), ("push_to_hub", push_to_hub)):
+        if not hasattr(getattr(DiffusionPipeline, name), ORIGINAL):
+            setattr(DiffusionPipeline, name, _extended(getattr(DiffusionPipeline, name), ours))
+
+
+def _extended(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (theirs if quantized_component(self) is None else ours)(self, *args, **kwargs)
+
+    setattr(method, ORIGINAL, theirs)
+    return method
 
 
 def _save_pretrained(

@@ -88,7 +88,7 @@ def test_another_dtype_leaves_codes_and_tables_alone(saved):
     assert difference.abs().max() < 0.1
 
 
-def test_what_diffusers_saves_again_loads_and_has_the_same_weights(saved, quantized, tmp_path):
+def test_what_diffusers_loads_is_saved_as_the_same_files(saved, quantized, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(saved)
     loaded.save_pretrained(tmp_path / "again")
     files = [load_file(folder / "unet" / WEIGHTS) for folder in (tmp_path / "again", saved)]
@@ -98,7 +98,10 @@ def test_what_diffusers_saves_again_loads_and_has_the_same_weights(saved, quanti
     )
     again = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert torch.equal(images(quantized), images(again))
-    assert not is_checkpoint(tmp_path / "again")
+    assert is_checkpoint(tmp_path / "again")
+    loaded.unet.save_pretrained(tmp_path / "alone" / "unet")
+    assert load_file(tmp_path / "alone" / "unet" / WEIGHTS).keys() == files[1].keys()
+    load_unet(tmp_path / "alone")
     stepquant.save(again, tmp_path / "complete")
     assert (tmp_path / "complete" / "unet" / WEIGHTS).read_bytes() == (saved / "unet" / WEIGHTS).read_bytes()
     assert '"owner/tiny"' in (tmp_path / "complete" / MANIFEST).read_text()

@@ -20,6 +20,9 @@ from stepquant.errors import StepquantError
 from stepquant.files import cannot_write, draft_path, remove, remove_orphans, sync, uninterrupted
 from stepquant.layers.install import made_by_quantization
 
+ORIGINAL = "stepquant_original"
+"""Attribute of an extended method of diffusers (`stepquant.saving.extend_pipelines`): the method as it was."""
+
 
 def save_pipeline(
     pipeline: Any, component: str, provenance: dict[str, Any], out: Path | str, *, overwrite: bool = False
@@ -50,7 +53,8 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
     try:
         draft.mkdir(parents=True)
         remove_orphans(out)
-        type(pipeline).save_pretrained(pipeline, draft, safe_serialization=True)
+        theirs = type(pipeline).save_pretrained
+        getattr(theirs, ORIGINAL, theirs)(pipeline, draft, safe_serialization=True)
         for path in (draft / component).glob("*.safetensors*"):
             path.unlink()
         _complete(pipeline, draft)
