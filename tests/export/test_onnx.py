@@ -139,7 +139,8 @@ def test_every_product_runs_in_integers(unet, exported, tmp_path):
     assert kinds["Conv"] == 1  # the first, whose input is the noisy image
     assert not kinds.keys() & {"MatMul", "Gemm", "FusedMatMul", "FusedConv", "FusedGemm", "MatMulInteger"}
     weights = [tensor for tensor in onnx.load(exported).graph.initializer if len(tensor.dims) > 1]
-    integers = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.INT8]
+    one_byte = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        integers = [tensor for tensor in weights if tensor.data_type in one_byte]
     assert len(integers) == pieces + 1  # the first layer's weight is one, too
     assert {tensor.dims[0] for tensor in weights if tensor not in integers} == {len(TIMESTEPS)}  # tables
 
