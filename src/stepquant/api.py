@@ -20,7 +20,7 @@ from stepquant.calibration.image_folder import ImageFolder, open_images
 from stepquant.calibration.model import check_overrides
 from stepquant.calibration.placement import device_of, placed
 from stepquant.calibration.samples import Calibration
-from stepquant.calibration.sensitivity import How, Sensitivity, check_how
+from stepquant.calibration.sensitivity import Method, Sensitivity, check_method
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
@@ -176,7 +176,7 @@ def sensitivity(
     pipeline: Any,
     spec: QuantSpec | str | dict[str, Any],
     *,
-    method: How = "alone",
+    method: Method = "one-at-a-time",
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
@@ -192,7 +192,7 @@ def sensitivity(
     Weights are rounded to nearest and activations have one static range: what a recipe learns later is not in it.
 
     Args:
-        method: quantize one layer ``"alone"``, or all but one (``"relief"``).
+        method: quantize one layer (``"one-at-a-time"``), or all but one (``"leave-one-out"``).
         calibration: by default 64 samples of 16 images: the order of layers needs fewer than their ranges do.
         pipeline, spec, prompts, guidance, inputs, seed, workspace, cache, progress, device: as for `quantize`.
 
@@ -204,7 +204,7 @@ def sensitivity(
         pipeline, QuantSpec.parse(spec), None, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
         workspace=workspace, cache=cache, progress=progress, device=device,
     ) as context:  # fmt: skip
-        return rank_layers(context, check_how(method))
+        return rank_layers(context, check_method(method))
 
 
 def _calibration(calibration: Calibration | dict[str, Any] | None, effort: str) -> Calibration:

@@ -20,7 +20,7 @@ def _sensitivity(errors, sizes, bits=None):
     matrix = torch.tensor(errors, dtype=torch.float64)[:, None].expand(-1, 3)
     steps = ((0, 0), (1, 1), (2, 2))
     sized = dict(zip(names, sizes, strict=True))
-    return Sensitivity("alone", dict(zip(names, every, strict=True)), sized, steps, matrix, torch.ones(3))
+    return Sensitivity("one-at-a-time", dict(zip(names, every, strict=True)), sized, steps, matrix, torch.ones(3))
 
 
 def _kept(measured, budget):

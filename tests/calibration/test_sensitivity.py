@@ -1,4 +1,4 @@
-"""Which layers suffer: the fragile one first, the same numbers after an interruption, every kind of model."""
+"""Sensitivity: the fragile layer ranks first, an interruption changes nothing, every kind of model works."""
 
 import copy
 import re
@@ -20,13 +20,14 @@ from stepquant.workspace import Workspace
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 MIDDLE = "mid_block.resnets.0.conv1"
+METHODS = ["one-at-a-time", "leave-one-out"]
 SMALL = {"calibration": stepquant.Calibration(samples=8, steps=4)}
 
 
-@pytest.mark.parametrize("how", ["alone", "relief"])
-def test_the_fragile_layer_ranks_first(how, fragile_pipeline, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fragile_layer_ranks_first(method, fragile_pipeline, tmp_path):
     before = copy.deepcopy(fragile_pipeline.unet.state_dict())
-    measured = stepquant.sensitivity(fragile_pipeline, "w4a8", workspace=tmp_path, method=how, **SMALL)
+    measured = stepquant.sensitivity(fragile_pipeline, "w4a8", workspace=tmp_path, method=method, **SMALL)
     layers = describe(fragile_pipeline.unet).layers
     assert tuple(measured.bits) == layers, "not in execution order"
     assert measured.errors.shape == (len(layers), 4)
@@ -38,7 +39,7 @@ def test_the_fragile_layer_ranks_first(how, fragile_pipeline, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in fragile_pipeline.unet.state_dict().items())
 
 
-def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, tmp_path):
+def test_one_at_a_time_is_the_error_of_rounding_that_weight(unconditional_pipeline, tmp_path):
     measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, **SMALL)
     parts = [load_file(path) for path in sorted(tmp_path.glob("samples-*.safetensors"))]
     samples = {name: torch.cat([part[name] for part in parts]) for name in ("sample", "timestep")}
@@ -57,16 +58,16 @@ def test_alone_is_what_rounding_that_weight_alone_does(unconditional_pipeline, t
     torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=0)
 
 
-def test_relief_and_alone_agree_where_only_one_layer_is_quantized(unconditional_pipeline, tmp_path):
+def test_both_methods_agree_where_only_one_layer_is_quantized(unconditional_pipeline, tmp_path):
     spec = {"bits": "w4a8", "overrides": {f"^(?!{re.escape(MIDDLE)}$)": "w16a16"}}
-    alone, relief = (
-        stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, method=how, **SMALL)
-        for how in ("alone", "relief")
+    one, rest = (
+        stepquant.sensitivity(unconditional_pipeline, spec, workspace=tmp_path, method=method, **SMALL)
+        for method in METHODS
     )
-    assert list(alone.bits) == [MIDDLE]
-    assert (alone.whole > 0).all()
-    assert torch.equal(alone.errors[0], alone.whole)
-    assert torch.equal(relief.errors[0], relief.whole)
+    assert list(one.bits) == [MIDDLE]
+    assert (one.whole > 0).all()
+    assert torch.equal(one.errors[0], one.whole)
+    assert torch.equal(rest.errors[0], rest.whole)
 
 
 def test_the_layers_input_is_quantized_with_it(unconditional_pipeline, tmp_path):
@@ -87,7 +88,7 @@ def test_probabilities_count_in_the_whole_network_and_for_no_layer(unconditional
     assert (measured.whole > 2 * measured.errors[0]).all()
 
 
-def test_an_attentions_operands_belong_to_the_layers_that_make_them(unconditional_pipeline):
+def test_operands_of_an_attention_belong_to_the_layers_that_compute_them(unconditional_pipeline):
     unet = unconditional_pipeline.unet
     calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w8a8"))
     quantizers = layer_points(calibrated)
@@ -102,8 +103,8 @@ def test_an_attentions_operands_belong_to_the_layers_that_make_them(unconditiona
     assert every | left == {id(quantizer) for quantizer in calibrated.activation_points()}
 
 
-@pytest.mark.parametrize("how", ["alone", "relief"])
-def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how, unconditional_pipeline, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_before_a_layers_block_run_once_and_give_the_same_output(method, unconditional_pipeline, tmp_path):
     unet = copy.deepcopy(unconditional_pipeline.unet)
     description = describe(unet)
     first = description.layers[0]
@@ -114,9 +115,9 @@ def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how,
     calibrated.model.get_submodule(first).register_forward_hook(lambda *_: runs.append(1))
     progress, workspace = Progress(), Workspace(tmp_path)
     given = {"batch_size": 2, "workspace": workspace, "stage": "ranking", "progress": progress}
-    measured = measure(calibrated, description.blocks, samples, how, **given)
-    own = len(calibrated.layers_in(description.blocks[0]))
-    assert len(runs) == 2 * (2 + own), "two batches: in full precision, quantized, and for the layers of its block"
+    measured = measure(calibrated, description.blocks, samples, method, **given)
+    inside = len(calibrated.layers_in(description.blocks[0]))
+    assert len(runs) == 2 * (2 + inside), "two batches: in full precision, quantized, and for the layers of its block"
 
     def output(quantized):
         for name, layer in calibrated.layers.items():
@@ -129,7 +130,7 @@ def test_what_lies_before_a_layers_block_runs_once_and_answers_as_if_it_ran(how,
 
     target, names = output(()), set(calibrated.layers)
     for name in (MIDDLE, FRAGILE):
-        if how == "alone":
+        if method == "one-at-a-time":
             expected = power(output({name}) - target)
         else:
             expected = power(output(names) - target) - power(output(names - {name}) - target)
@@ -145,16 +146,14 @@ def test_conditional_models_are_ranked(kind, request, tmp_path):
     assert measured.errors.sum() > 0
 
 
-def test_more_steps_than_groups_and_fewer_samples_than_steps(unconditional_pipeline, tmp_path):
-    measured = stepquant.sensitivity(
-        unconditional_pipeline, "w4a16", workspace=tmp_path, calibration={"samples": 24, "steps": 24}
-    )
+def test_groups_of_steps_with_more_steps_than_groups_or_samples(unconditional_pipeline, tmp_path):
+    given = {"samples": 24, "steps": 24}
+    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, calibration=given)
     assert measured.errors.shape[1] == len(measured.steps) == STEP_GROUPS
     ends = [end for pair in measured.steps for end in pair]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 23)
-    measured = stepquant.sensitivity(
-        unconditional_pipeline, "w4a16", workspace=tmp_path, calibration={"samples": 2, "steps": 24}
-    )
+    few = given | {"samples": 2}
+    measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, calibration=few)
     assert measured.steps == ((0, 0), (23, 23))
 
 
@@ -173,8 +172,8 @@ class _Interrupted(Progress):
         yield advance
 
 
-@pytest.mark.parametrize("how", ["alone", "relief"])
-def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(how, unconditional_pipeline, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(method, unconditional_pipeline, tmp_path):
     pipeline = copy.copy(unconditional_pipeline)
     pipeline.register_modules(unet=copy.deepcopy(unconditional_pipeline.unet))
     passes = []
@@ -184,7 +183,7 @@ def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(how, uncond
         passes.clear()
         spec = {"bits": "w4a8", "overrides": {"time_emb": "w16a16"}}
         return stepquant.sensitivity(
-            pipeline, spec, workspace=tmp_path / folder, method=how, progress=progress, **SMALL
+            pipeline, spec, workspace=tmp_path / folder, method=method, progress=progress, **SMALL
         )
 
     whole = measure("whole")

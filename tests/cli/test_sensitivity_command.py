@@ -80,7 +80,7 @@ def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp
         (["--budget", "lots"], "not understood"),
         (["--bits", "w8a8", "--budget", "8"], "8 bits already"),
         (["--bits", "w16a16"], "nothing to quantize"),
-        (["--how", "magic"], "expected one of alone, relief"),
+        (["--method", "magic"], "expected one of one-at-a-time, leave-one-out"),
         (["--samples", "0"], "'--samples'"),
         (["--steps", "0"], "'--steps'"),
         (["--prompts", "/no/such/file"], "cannot be read"),

@@ -245,7 +245,7 @@ def test_critical_layers_are_those_of_most_relief_within_their_share():
     bits = dict.fromkeys("abcde", LayerBits(4, 4))
     sizes = dict(zip("abcde", (10, 60, 10, 10, 10), strict=True))
     relief = torch.tensor([[0.1], [0.9], [0.3], [0.2], [-0.1]], dtype=torch.float64)
-    ranking = Sensitivity("relief", bits, sizes, ((0, 0),), relief, torch.ones(1))
+    ranking = Sensitivity("leave-one-out", bits, sizes, ((0, 0),), relief, torch.ones(1))
     assert most_critical(ranking, 0.2, ()) == ("c", "d"), "b does not fit"
     assert most_critical(ranking, 0.2, ("c",)) == ("d", "a")
     assert most_critical(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e relieves nothing"

@@ -98,7 +98,7 @@ def _sensitivity(*names: str) -> SensitivityFile:
         LayerSensitivity(name=name, bits="w4a8", error=0.25 + place, errors=[0.5, 2.0 * place])
         for place, name in enumerate(names)
     ]
-    return SensitivityFile(how="alone", samples=4, step_groups=[(0, 1), (2, 2)], layers=layers)
+    return SensitivityFile(method="one-at-a-time", samples=4, step_groups=[(0, 1), (2, 2)], layers=layers)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,13 @@ def test_times_are_shown_of_the_run_they_are_about(quantized_folder, uncondition
 
 def test_sensitivities_are_shown_beside_the_bits(quantized_folder, unconditional_folder, tmp_path):
     layer = {"name": "mid_block.resnets.0.conv1", "bits": "w4a8", "error": 0.5, "errors": [0.25, 0.75]}
-    measured = {"how": "alone", "samples": 8, "step_groups": [[0, 1], [2, 3]], "layers": [layer], "model": "any"}
+    measured = {
+        "method": "one-at-a-time",
+        "samples": 8,
+        "step_groups": [[0, 1], [2, 3]],
+        "layers": [layer],
+        "model": "any",
+    }
     file, out = tmp_path / "sensitivity.json", tmp_path / "page.html"
     given = (quantized_folder, "--against", unconditional_folder, "--count", 1, "--steps", 1, "--out", out)
     file.write_text(json.dumps(measured))
@@ -76,7 +82,7 @@ def test_sensitivities_are_shown_beside_the_bits(quantized_folder, unconditional
     for damage, message in (
         ({"layers": [layer | {"name": "elsewhere"}]}, "measured on another model"),
         ({"layers": [layer | {"errors": [1.0]}]}, "is damaged"),
-        ({"how": "otherwise"}, "is not valid; expected a sensitivity.json"),
+        ({"method": "otherwise"}, "is not valid; expected a sensitivity.json"),
     ):
         file.write_text(json.dumps(measured | damage))
         assert message in _fails(*given, "--sensitivity", file)

@@ -139,7 +139,8 @@ def test_a_map_of_errors_is_brightest_where_they_are_largest():
         LayerSensitivity(name="a", bits="w4a8", error=0.5, errors=[1.0, 1e-4]),
         LayerSensitivity(name="b", bits="w4a8", error=-0.1, errors=[-0.1, 1e-9]),
     ]
-    drawn = sensitivity_map(SensitivityFile(how="relief", samples=4, step_groups=[(0, 4), (5, 5)], layers=layers))
+    measured = SensitivityFile(method="leave-one-out", samples=4, step_groups=[(0, 4), (5, 5)], layers=layers)
+    drawn = sensitivity_map(measured)
     assert [_row(strip) for strip in drawn.colorings[0].strips] == [[BRIGHTEST, DARKEST], [DARKEST, DARKEST]]
     assert drawn.columns == ["0-4", "5"]
     assert "most sensitive layer is a" in drawn.alt

@@ -1,13 +1,13 @@
-"""Where a denoiser computes while it is calibrated: where it is, or block by block on a device that it need not fit.
+"""Where a denoiser computes while it is calibrated: in place, or block by block on a device too small for all of it.
 
-Samples and the outputs of blocks stay in the processor's memory. Hooks take a module's arguments to the device where it
-computes, so that nothing else has to know. With a device of its own a block's weights come along, and go back when it
-has run: the device holds one block of full precision and one under calibration at a time.
+Samples and the outputs of blocks stay in CPU memory. Hooks move a module's arguments to the device where it computes,
+so that no other code has to know. With a separate device a block's weights are moved there for the call and back
+afterwards: the device holds one full-precision block and one block under calibration at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-_NAME = "_visit"
+_NAME = "_placement"
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are; the processor for a module without."""
+    """Device of a module's weights; the CPU for a module without weights."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
@@ -29,42 +29,42 @@ def moved(values: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), values)
 
 
-class _Visit:
-    """Hooks of one module; a deep copy of the module has copies of its own.
+class _Placement:
+    """Hooks of one module; a deep copy of the module has its own.
 
     Attributes:
-        device: where the module computes; None: where its weights are.
-        home: where those were when it was placed.
-        stays: its weights do not go back.
-        rests: the hooks do nothing.
+        device: where the module computes; None for where its weights are.
+        home: where its weights were at first.
+        stays: whether its weights remain on `device` after a call.
+        disabled: whether the hooks do nothing.
     """
 
     def __init__(self, device: torch.device | None, home: torch.device) -> None:
         self.device, self.home = device, home
-        self.stays = self.rests = False
+        self.stays = self.disabled = False
 
-    def arrive(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.rests:
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.disabled:
             return None
         target = self.device or device_of(module)
-        module.to(target)  # what was found for its quantizers, too
+        module.to(target)  # the grids of its quantizers, too
         return moved(args, target), moved(kwargs, target)
 
-    def leave(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        if self.rests or self.stays or self.device is None:
+    def after(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        if self.disabled or self.stays or self.device is None:
             return None
-        self.go(module)
+        self.send_home(module)
         return moved(output, self.home)
 
-    def go(self, module: nn.Module) -> None:
-        """Send a module's weights back."""
+    def send_home(self, module: nn.Module) -> None:
+        """Move a module's weights back."""
         if self.device is not None:
             module.to(self.home)
 
 
 @contextmanager
 def placed(model: nn.Module, blocks: Iterable[str], device: torch.device | None) -> Iterator[None]:
-    """`place`, undone in the end."""
+    """`place` for the duration of the context."""
     handles = place(model, blocks, device)
     try:
         yield
@@ -72,16 +72,19 @@ def placed(model: nn.Module, blocks: Iterable[str], device: torch.device | None)
         for handle in handles:
             handle.remove()
         for module in model.modules():
-            visit = module.__dict__.pop(_NAME, None)
-            if visit is not None:
-                visit.go(module)
+            placement = module.__dict__.pop(_NAME, None)
+            if placement is not None:
+                placement.send_home(module)
 
 
 def place(model: nn.Module, blocks: Iterable[str], device: torch.device | None) -> list[RemovableHandle]:
-    """Let `model`, and each of its `blocks` alone, be called with tensors from any device; the handles of the hooks.
+    """Allow calls of `model` and of each of its `blocks` with tensors on any device.
 
     Args:
-        device: each block computes there, and everything between blocks where `model` is; None: everything does.
+        device: each block computes there, everything else where `model` is; None: everything computes where it is.
+
+    Returns:
+        The handles of the hooks.
     """
     handles: list[RemovableHandle] = []
     if device is None and device_of(model).type == "cpu":
@@ -89,36 +92,44 @@ def place(model: nn.Module, blocks: Iterable[str], device: torch.device | None) 
     for name in ("", *blocks):
         module = model.get_submodule(name)
         if _NAME not in module.__dict__:
-            visit = module.__dict__[_NAME] = _Visit(device if name else None, device_of(module))
-            handles.append(module.register_forward_pre_hook(visit.arrive, with_kwargs=True))
-            handles.append(module.register_forward_hook(visit.leave))
+            placement = module.__dict__[_NAME] = _Placement(device if name else None, device_of(module))
+            handles.append(module.register_forward_pre_hook(placement.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(placement.after))
     return handles
 
 
 @contextmanager
 def staying(*modules: nn.Module) -> Iterator[None]:
-    """Keep blocks where they compute, however often they are called, until the context ends."""
-    visits = [(module, module.__dict__[_NAME]) for module in modules if _NAME in module.__dict__]
-    for module, visit in visits:
-        visit.stays = True
-        if visit.device is not None:
-            module.to(visit.device)
+    """Keep blocks on the device where they compute, between calls, for the duration of the context."""
+    placements = _placements(modules)
+    for module, placement in placements:
+        placement.stays = True
+        if placement.device is not None:
+            module.to(placement.device)
     try:
         yield
     finally:
-        for module, visit in visits:
-            visit.stays = False
-            visit.go(module)
+        for module, placement in placements:
+            placement.stays = False
+            placement.send_home(module)
 
 
 @contextmanager
-def resting(*modules: nn.Module) -> Iterator[None]:
-    """Leave blocks where they are: something else answers for them."""
-    visits = [module.__dict__[_NAME] for module in modules if _NAME in module.__dict__]
-    for visit in visits:
-        visit.rests = True
+def answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules for the duration of the context; their weights are not moved."""
+    placements = _placements(forwards)
+    for _, placement in placements:
+        placement.disabled = True
     try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for visit in visits:
-            visit.rests = False
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+        for _, placement in placements:
+            placement.disabled = False
+
+
+def _placements(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _Placement]]:
+    return [(module, module.__dict__[_NAME]) for module in modules if _NAME in module.__dict__]

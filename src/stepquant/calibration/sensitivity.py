@@ -1,10 +1,10 @@
-"""Which layers and steps suffer from quantization.
+"""Rank layers and denoising steps by the error that quantizing them causes.
 
-Two rankings, both by the relative squared error of the denoiser's output, ``sum |eps~ - eps|^2 / sum |eps|^2``:
+Two methods, both by the relative squared error of the denoiser's output, ``sum |eps~ - eps|^2 / sum |eps|^2``:
 
-    alone    the error while this layer alone is quantized (as MixDQ does, arXiv 2405.17873)
-    relief   how much the error of the all-quantized network falls when this layer alone keeps full precision
-             (QuEST's choice of critical layers, arXiv 2402.03666)
+    one-at-a-time    the error while one layer is quantized (as in MixDQ, arXiv 2405.17873)
+    leave-one-out    the decrease of the fully quantized network's error when one layer keeps full precision
+                     (how QuEST, arXiv 2402.03666, selects critical layers)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.model import CalibrationModel
-from stepquant.calibration.placement import resting
+from stepquant.calibration.placement import answering
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
@@ -29,29 +29,30 @@ from stepquant.models.description import main_tensor
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
-How = Literal["alone", "relief"]
+Method = Literal["one-at-a-time", "leave-one-out"]
 
 STEP_GROUPS = 10
 """Groups that the sampler's steps are divided into, unless there are fewer steps."""
 
 PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
-"""Operand of an attention -> the layer that makes it, whose bits it takes."""
+"""Operand of an attention -> the layer that computes it, whose bits it takes."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The error that each layer causes at each group of steps.
+    """The error that each layer causes in each group of steps.
 
     Attributes:
-        how: which ranking.
-        bits: name -> bits of every quantized layer, in execution order; L of them.
+        method: how it was measured.
+        bits: name -> bits of every quantized layer, in execution order; L layers.
         sizes: name -> number of weights.
         steps: first and last sampler step of each group, from 0 (pure noise) on; G groups.
-        errors: float64 [L, G], relative squared error of the denoiser's output; by relief it may be negative.
-        whole: float64 [G], that of the network with every layer and attention quantized.
+        errors: float64 [L, G], relative squared error of the denoiser's output; negative values are possible with
+            leave-one-out.
+        whole: float64 [G], the error with every layer and attention quantized.
     """
 
-    how: How
+    method: Method
     bits: dict[str, LayerBits]
     sizes: dict[str, int]
     steps: tuple[tuple[int, int], ...]
@@ -60,7 +61,7 @@ class Sensitivity:
 
     @property
     def mean(self) -> dict[str, float]:
-        """name -> error over all groups of steps, each weighing alike."""
+        """name -> mean error over the groups of steps."""
         return dict(zip(self.bits, self.errors.mean(dim=1).tolist(), strict=True))
 
     def ranking(self) -> list[str]:
@@ -69,19 +70,19 @@ class Sensitivity:
         return sorted(mean, key=lambda name: mean[name], reverse=True)
 
 
-def check_how(how: str) -> How:
-    """`how` itself; raises `StepquantError` unless it is a ranking there is."""
-    for known in get_args(How):
-        if how == known:
+def check_method(method: str) -> Method:
+    """Return `method`; raise `StepquantError` for an unknown one."""
+    for known in get_args(Method):
+        if method == known:
             return known
-    raise StepquantError(f"how is {how!r}: expected one of {', '.join(get_args(How))}.")
+    raise StepquantError(f"method {method!r} does not exist; expected one of {', '.join(get_args(Method))}.")
 
 
 def measure(
     calibrated: CalibrationModel,
     blocks: Sequence[str],
     samples: CalibrationSet,
-    how: How,
+    method: Method,
     *,
     batch_size: int,
     workspace: Workspace,
@@ -89,27 +90,26 @@ def measure(
     progress: Progress,
     step_groups: int = STEP_GROUPS,
 ) -> Sensitivity:
-    """Measure the error that each layer of `calibrated` causes; layers measured are kept in the workspace.
+    """Measure the error that each layer of `calibrated` causes; finished layers are stored in the workspace.
 
-    A layer is what an override of its name changes: its weight, its input, and for an attention's `to_q`, `to_k` and
-    `to_v` the operand they make. The rest, such as attention probabilities, is off for ``alone`` and on for ``relief``.
-    What lies before a layer's block is the same whether the layer is quantized or not, and does not run again. The
-    workspace's processes share the layers.
+    A layer stands for what an override of its name changes: its weight, its input, and the attention operand that a
+    `to_q`, `to_k` or `to_v` computes. The rest, such as attention probabilities, is quantized for ``leave-one-out``
+    only. The blocks before a layer's block are not run again. The workspace's processes share the layers.
 
     Args:
-        calibrated: its ranges are found and its quantizers switched on; they are on again afterwards.
+        calibrated: its activations have grids; everything is quantized again afterwards.
         blocks: in execution order; each layer is in one of them.
-        batch_size: samples passed through at a time; the outputs of all blocks for them are in memory.
+        batch_size: samples per pass; the outputs of all blocks for one batch are held in memory.
         stage: name in the workspace; stands for the network and the samples.
-        step_groups: into how many groups the sampler's steps are divided; fewer if fewer steps have samples.
+        step_groups: groups that the sampler's steps are divided into; fewer if fewer steps have samples.
     """
     names = list(calibrated.layers)
-    stage = f"{stage}-{how}-{step_groups}"
+    stage = f"{stage}-{method}-{step_groups}"
     measured = workspace.load(stage) or {}
     groups = _Groups(samples.steps, step_groups)
     batches = list(samples.batches(batch_size))
-    network = _Network(calibrated, blocks, how)
-    with progress.task(f"Ranking layers ({how})", len(batches) * len(names)) as advance:
+    network = _Network(calibrated, blocks, method)
+    with progress.task(f"Ranking layers ({method})", len(batches) * len(names)) as advance:
         for index, rows in enumerate(batches):
             missing = [name for name in names if f"{index}.layer.{name}" not in measured]
             advance(len(names) - len(missing))
@@ -122,7 +122,7 @@ def measure(
                 measured[f"{index}.layer.{name}"] = sums(error)
                 workspace.save(stage, measured)
                 advance(1)
-            network.switch(names, rest=True)
+            network.quantize(names, rest=True)
 
     def summed(what: str) -> Tensor:
         return torch.stack([measured[f"{index}.{what}"] for index in range(len(batches))]).sum(dim=0)
@@ -132,11 +132,17 @@ def measure(
     errors = torch.stack([summed(f"layer.{name}") / power for name in names])
     bits = {name: layer.bits for name, layer in calibrated.layers.items()}
     sizes = {name: layer.weight.numel() for name, layer in calibrated.layers.items()}
-    return Sensitivity(how, bits, sizes, groups.ends, errors if how == "alone" else whole - errors, whole)
+    errors = errors if method == "one-at-a-time" else whole - errors
+    return Sensitivity(method, bits, sizes, groups.ends, errors, whole)
 
 
 class _Groups:
-    """The sampler's steps in groups: of each sample the one it is in, and of each group its first and last step."""
+    """The sampler's steps in groups.
+
+    Attributes:
+        of_sample: int64 [N], the group of each sample.
+        ends: first and last step of each group.
+    """
 
     def __init__(self, steps: Tensor, count: int) -> None:
         seen, position = steps.unique(return_inverse=True)
@@ -146,56 +152,50 @@ class _Groups:
         self.ends = tuple((min(member), max(member)) for member in members)
 
     def sums(self, values: Tensor, rows: slice) -> Tensor:
-        """Sum of squares over those of the samples `rows` that are in each group: float64 [G]."""
+        """Sum of squares over the samples `rows` of each group: float64 [G]."""
         squares = values.double().square().flatten(1).sum(dim=1)
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of_sample[rows], squares)
 
 
 class _Network:
-    """The denoiser with a switch for every layer, and for one batch what its blocks put out before any is turned.
+    """The denoiser with any subset of its layers quantized, on one batch.
 
     Attributes:
-        target: the output of full precision for the batch.
-        whole_error: what is added to it with everything quantized.
+        target: output in full precision.
+        whole_error: difference from it with everything quantized.
+        outputs: of every block, before any layer is switched: in full precision for one-at-a-time, else quantized.
     """
 
-    def __init__(self, calibrated: CalibrationModel, blocks: Sequence[str], how: How) -> None:
-        self.calibrated, self.blocks, self.how = calibrated, list(blocks), how
+    def __init__(self, calibrated: CalibrationModel, blocks: Sequence[str], method: Method) -> None:
+        self.calibrated, self.blocks, self.one_at_a_time = calibrated, list(blocks), method == "one-at-a-time"
         self.points = layer_points(calibrated)
         self.block_of = {name: block for block in blocks for name in calibrated.layers_in(block)}
         self.outputs: dict[str, Any] = {}
 
     def start(self, arguments: dict[str, Any]) -> None:
-        """Take the batch with these arguments."""
+        """Begin the batch with these arguments."""
         self.arguments, self.outputs = arguments, {}
-        self.switch((), rest=False)
-        with self._remembering() if self.how == "alone" else nullcontext():
+        self.quantize((), rest=False)
+        with self._recording() if self.one_at_a_time else nullcontext():
             self.target = self._output()
-        self.switch(list(self.calibrated.layers), rest=True)
-        with self._remembering() if self.how == "relief" else nullcontext():
+        self.quantize(list(self.calibrated.layers), rest=True)
+        with nullcontext() if self.one_at_a_time else self._recording():
             self.whole_error = self._output() - self.target
 
     def error(self, layer: str) -> Tensor:
-        """What is added to the target with this layer alone quantized, or with all others."""
-        alone = self.how == "alone"
-        self.switch([layer] if alone else set(self.calibrated.layers) - {layer}, rest=not alone)
+        """Difference from the target with only this layer quantized, or with all others."""
+        layers = {layer} if self.one_at_a_time else set(self.calibrated.layers) - {layer}
+        self.quantize(layers, rest=not self.one_at_a_time)
         before = self.blocks[: self.blocks.index(self.block_of[layer])]
-        modules = {name: self.calibrated.model.get_submodule(name) for name in before}
 
         def answer(name: str) -> Callable[..., Any]:
             return lambda *_args, **_kwargs: pytree.tree_map_only(Tensor, Tensor.clone, self.outputs[name])
 
-        try:
-            with resting(*modules.values()):
-                for name, module in modules.items():
-                    module.forward = answer(name)
-                return self._output() - self.target
-        finally:
-            for module in modules.values():
-                module.__dict__.pop("forward", None)
+        with answering({self.calibrated.model.get_submodule(name): answer(name) for name in before}):
+            return self._output() - self.target
 
-    def switch(self, layers: Collection[str], *, rest: bool) -> None:
-        """Quantize exactly these layers, and with `rest` what belongs to no layer."""
+    def quantize(self, layers: Collection[str], *, rest: bool) -> None:
+        """Quantize exactly these layers and, with `rest`, the activations that belong to no layer."""
         for point in self.calibrated.activation_points():
             point.bypassed = not rest
         for name, layer in self.calibrated.layers.items():
@@ -208,18 +208,17 @@ class _Network:
         return main_tensor(self.calibrated.model(**self.arguments, return_dict=False)).cpu()
 
     @contextmanager
-    def _remembering(self) -> Iterator[None]:
-        """Keep what every block puts out."""
+    def _recording(self) -> Iterator[None]:
+        """Record the outputs of every block."""
 
-        def keep(name: str) -> Callable[..., None]:
+        def record(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 self.outputs[name] = pytree.tree_map_only(Tensor, Tensor.clone, output)
 
             return hook
 
-        handles = [
-            self.calibrated.model.get_submodule(block).register_forward_hook(keep(block)) for block in self.blocks
-        ]
+        model = self.calibrated.model
+        handles = [model.get_submodule(block).register_forward_hook(record(block)) for block in self.blocks]
         try:
             yield
         finally:

@@ -1,10 +1,12 @@
-"""Smoothing channels between activation and weight: ``y = sum_c (x_c / m_c) (w_c m_c)``, whatever m is.
+"""Smoothing: shift the size differences of input channels from the activation to the weight.
 
-One scale must serve all channels of an activation, and its steps are as wide as its largest channel asks for. Dividing
-each channel by a number of its own before rounding, and multiplying the weight's input channel by the same, moves the
-difficulty into the weight, which has a scale for every output channel and is gptq-rounded for its rounding. SmoothQuant
-(arXiv 2211.10438) folds the division into the layer before; here it is part of quantizing, which multiplies every value
-by ``1 / scale`` anyway, so any layer can be smoothed and the integer product does not change.
+    y = sum_c (x_c / m_c) (w_c m_c)    for any factors m > 0
+
+One scale serves all channels of an activation, so its largest channel determines the steps of all. Dividing each
+channel by a factor before rounding, and multiplying the weight's input channel by it, moves the difficulty to the
+weight, which has a scale per output channel and is rounded by GPTQ. SmoothQuant (arXiv 2211.10438) folds the division
+into the preceding layer. Here it is part of quantizing the activation, which multiplies every value by ``1 / scale``
+anyway, so any layer can be smoothed and the integer product does not change.
 """
 
 from __future__ import annotations
@@ -23,33 +25,39 @@ from stepquant.progress import Progress
 
 KEPT_COLUMNS = 512
 """Positions of each activation that the search looks at, spread over all samples."""
+
 SIZES = (("rms", 0.25, 0.0), ("rms", 0.5, 0.25), ("largest", 0.5, 0.25), ("largest", 0.75, 0.25))
-"""What is tried: how the size of a channel is measured, and the exponents a and b. Of a grid of 48 such choices, on
-layers of the reference models, these four have nearly all that the whole grid has."""
+"""Candidates: the measure of a channel's size, and the exponents a and b. On layers of the reference models, these four
+reach nearly what a grid of 48 reaches."""
 
+RANGES = 20
+"""Ranges that are tried for each candidate."""
 
-CANDIDATES = 20
-"""Ranges tried for each of them."""
+ALL_ONES = 1e-5
+"""A candidate whose factors differ from 1 by less does nothing that its rounding errors would not do."""
 
 
 @torch.no_grad()
 def find_smoothing(
     calibrated: CalibrationModel, samples: CalibrationSet, batch_size: int, progress: Progress
 ) -> dict[str, Tensor]:
-    """Name -> smoothing, float32 [in], of every layer that is better off with one; see `best_smoothing`.
+    """Search the smoothing of every layer in full precision, see `best_smoothing`.
 
-    Layers are seen in full precision. Those without quantized activations and grouped convolutions are left out.
+    Layers with unquantized activations and grouped convolutions are left out.
+
+    Returns:
+        Name -> factors, float32 [in], of the layers that gain from smoothing.
     """
     layers = {name: layer for name, layer in calibrated.layers.items() if _can_smooth(layer)}
     columns: dict[str, list[Tensor]] = {name: [] for name in layers}
     batches = list(samples.batches(batch_size))
-    each = -(-KEPT_COLUMNS // len(batches))
+    per_batch = -(-KEPT_COLUMNS // len(batches))
 
     def keep(name: str) -> Callable[..., None]:
         def hook(layer: CalibratedLayer, inputs: tuple[Tensor, ...]) -> None:
             assert layer.input_point is not None
             flat = inputs[0].movedim(layer.input_point.layout.channel_dim, 0).flatten(1)
-            columns[name].append(flat[:, torch.linspace(0, flat.shape[1] - 1, each).long()])
+            columns[name].append(flat[:, torch.linspace(0, flat.shape[1] - 1, per_batch).long()])
 
         return hook
 
@@ -67,27 +75,33 @@ def find_smoothing(
     factors = {}
     with progress.task("Smoothing channels", len(layers)) as advance:
         for name, layer in layers.items():
-            found = best_smoothing(layer, torch.cat(columns.pop(name), dim=1).to(layer.weight.device))
-            if found is not None:
-                factors[name] = found
+            best = best_smoothing(layer, torch.cat(columns.pop(name), dim=1).to(layer.weight.device))
+            if best is not None:
+                factors[name] = best
             advance(1)
     return factors
 
 
+@torch.no_grad()
 def best_smoothing(layer: CalibratedLayer, x: Tensor) -> Tensor | None:
-    """Of ``m_c = |x_c|^a / |w_c|^b`` for all `SIZES`, the one of least output error; None if that is m = 1.
+    """Choose among ``m_c = |x_c|^a / |w_c|^b`` for all `SIZES` the one of least output error.
 
-    The error of a layer's output is taken as if rounding errors were uncorrelated,
-    ``sum_c |w_c|^2 E|dx_c|^2 + E|x_c|^2 |dw_c|^2``, with weights rounded to nearest.
+    The error assumes uncorrelated rounding errors, ``sum_c |w_c|^2 E|dx_c|^2 + E|x_c|^2 |dw_c|^2``, with weights
+    rounded to nearest.
 
     Args:
-        x: float [in, n], the layer's input at n positions.
+        x: float32 [in, n], the layer's input at n positions.
+
+    Returns:
+        The factors, float32 [in]; None if m = 1 is best.
     """
     weight = layer.weight.transpose(0, 1).flatten(1)
     best, least = None, output_error(layer, x, torch.ones(len(x), device=x.device))
     for kind, a, b in SIZES:
         smoothing = _size(x, kind) ** a / _size(weight, kind) ** b
         smoothing = smoothing / smoothing.log().mean().exp()
+        if bool(((smoothing - 1).abs() < ALL_ONES).all()):
+            continue
         error = output_error(layer, x, smoothing)
         if error < least:
             best, least = smoothing, error
@@ -95,7 +109,7 @@ def best_smoothing(layer: CalibratedLayer, x: Tensor) -> Tensor | None:
 
 
 def output_error(layer: CalibratedLayer, x: Tensor, smoothing: Tensor) -> float:
-    """What `best_smoothing` minimises; x: float [in, n], smoothing: float [in]."""
+    """The error that `best_smoothing` minimizes, for x float32 [in, n] and factors float32 [in]."""
     activation, weight = layer.input_point, layer.weight_point
     assert activation is not None
     values = layer.weight.transpose(0, 1).flatten(1)
@@ -117,11 +131,11 @@ def output_error(layer: CalibratedLayer, x: Tensor, smoothing: Tensor) -> float:
 
 
 def _range_error(values: Tensor, bits: int, *, minmax: bool) -> Tensor:
-    """Squared rounding errors of each row of `values` [rows, n] on its own grid."""
+    """Squared rounding errors of `values` [rows, n], each row on its own grid."""
     stride = -(-values.shape[1] // (1 << 14))
     low, high = minmax_range(values)
     if not minmax:
-        low, high = least_error_range(values[:, ::stride], bits, low=low, high=high, candidates=CANDIDATES)
+        low, high = least_error_range(values[:, ::stride], bits, low=low, high=high, candidates=RANGES)
     scale, zero_point = affine_from_range(low, high, bits, symmetric=minmax)
     return (fake_quantize(values, scale[:, None], zero_point[:, None], bits) - values).square()
 
@@ -132,6 +146,6 @@ def _can_smooth(layer: CalibratedLayer) -> bool:
 
 
 def _size(values: Tensor, kind: str) -> Tensor:
-    """Size of each channel [C, n]; a dead one's is no smaller than a hundredth of the mean."""
+    """Size of each channel of values [C, n], at least a hundredth of the mean size."""
     size = values.abs().amax(dim=1) if kind == "largest" else values.square().mean(dim=1).sqrt()
     return size.clamp(min=float(size.mean()) * 1e-2 + 1e-12)

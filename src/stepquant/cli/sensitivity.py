@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from stepquant.calibration.sensitivity import Sensitivity
 
 MEANING = {
-    "alone": "relative squared error of the output while one layer is quantized",
-    "relief": "decrease of the output's relative squared error when one layer keeps full precision",
+    "one-at-a-time": "relative squared error of the output while one layer is quantized",
+    "leave-one-out": "decrease of the output's relative squared error when one layer keeps full precision",
 }
 LAYERS_SHOWN = 20
 ROW_HEIGHT = 0.13
@@ -32,9 +32,9 @@ DECADES = 4
 def sensitivity(
     model: Model,
     bits: Bits = "w4a8",
-    how: Annotated[
-        str, typer.Option(metavar="alone|relief", help="Quantize one layer alone, or all layers but one.")
-    ] = "alone",
+    method: Annotated[
+        str, typer.Option(metavar="one-at-a-time|leave-one-out", help="Quantize one layer, or all layers but one.")
+    ] = "one-at-a-time",
     samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
     steps: Steps = 50,
     budget: Budget = None,
@@ -49,14 +49,14 @@ def sensitivity(
     import stepquant
     from stepquant.api import check_quantizable
     from stepquant.calibration.allocation import exact_name, mean_weight_bits, parse_budget, within_budget
-    from stepquant.calibration.sensitivity import check_how
+    from stepquant.calibration.sensitivity import check_method
     from stepquant.config import LayerBits, QuantSpec
     from stepquant.files import write_atomic
     from stepquant.loading import resolve_pipeline
     from stepquant.pipelines.generate import read_prompts
     from stepquant.recipes.sensitivity import RANKING
 
-    method = check_how(how)
+    checked = check_method(method)
     spec = QuantSpec.parse(bits)
     budget_bits = None if budget is None else parse_budget(budget)
     lines = read_prompts(prompts) if prompts else None
@@ -68,7 +68,7 @@ def sensitivity(
         pipeline,
         spec,
         workspace=out / ".work",
-        method=method,
+        method=checked,
         calibration=RANKING.model_copy(update={"samples": samples, "steps": steps}),
         prompts=lines,
         seed=seed,
@@ -78,7 +78,7 @@ def sensitivity(
     layers = measured.bits.items()
     spared = [name for name, _ in layers if exact_name(name) in overrides]
     print_table(_table(measured, spared))
-    arguments = {"model": model, "bits": spec.bits, "how": how, "samples": samples, "steps": steps, "seed": seed}
+    arguments = {"model": model, "bits": spec.bits, "method": method, "samples": samples, "steps": steps, "seed": seed}
     budgeted = {} if budget_bits is None else {"budget": budget_bits, "overrides": overrides}
     write_json(out / "sensitivity.json", arguments | budgeted | _figures(measured))
     typer.echo(f"figures: {out / 'sensitivity.json'}")
@@ -97,7 +97,7 @@ def _table(measured: Sensitivity, spared: Collection[str]) -> Table:
     """The most sensitive layers."""
     mean, order = measured.mean, measured.ranking()[:LAYERS_SHOWN]
     rows = dict(zip(measured.bits, measured.errors.tolist(), strict=True))
-    title = f"{len(order)} of {len(mean)} layers: {MEANING[measured.how]}"
+    title = f"{len(order)} of {len(mean)} layers: {MEANING[measured.method]}"
     table = table_of(title, ("layer",), ("bits", "weights", "error", "largest at steps"))
     table.caption = f"with every layer quantized: {float(measured.whole.mean()):.2e}"
     if spared:
@@ -134,12 +134,12 @@ def _heat_map(measured: Sensitivity, title: str, spared: Collection[str]) -> Fig
     layers, groups = values.shape
     figure = Figure(figsize=(8, 1.6 + ROW_HEIGHT * layers), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    if measured.how == "alone":
+    if measured.method == "one-at-a-time":
         image = axes.imshow(values.clip(min=smallest), aspect="auto", cmap="magma", norm=LogNorm(smallest, largest))
     else:
         norm = SymLogNorm(largest / 100, vmin=-largest, vmax=largest)
         image = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm)
-    axes.set_title(f"{title}\n{MEANING[measured.how]}", fontsize=8)
+    axes.set_title(f"{title}\n{MEANING[measured.method]}", fontsize=8)
     axes.set_xlabel("denoising steps, from noise to image" + ("; bold: keeps 8 bits" if spared else ""), fontsize=7)
     axes.set_xticks(range(groups), [_span(ends) for ends in measured.steps], fontsize=6)
     axes.set_yticks(range(layers), list(measured.bits), fontsize=5)

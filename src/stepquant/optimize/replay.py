@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stepquant.calibration.placement import device_of, resting
+from stepquant.calibration.placement import answering, device_of
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.noise import SampleNoise
 from stepquant.distributed import Ranks
@@ -116,27 +116,20 @@ class Replay:
             raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
 
         batches = list(self.samples.batches(self.batch_size))
-        try:
-            with resting(target, *stubs.values()):
-                for name, module in stubs.items():
-                    module.forward = answer(name)
-                target.forward = stop
-                # The last batch may be smaller: with the first it tells which arguments have a row a sample.
-                first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
-                joined = [
-                    self._allocate(f"inputs-{index}", leaf)
-                    if _is_per_sample((leaf, end), (batches[0], batches[-1]))
-                    else leaf
-                    for index, (leaf, end) in enumerate(zip(first, last, strict=True))
-                ]
-                for chosen in batches:
-                    leaves, structure = called_with(chosen)
-                    for memory, before, leaf in zip(joined, first, leaves, strict=True):
-                        if memory is not before:
-                            memory[chosen] = leaf
-        finally:
-            for module in (target, *stubs.values()):
-                module.__dict__.pop("forward", None)
+        with answering({module: answer(name) for name, module in stubs.items()} | {target: stop}):
+            # The last batch may be smaller: with the first it tells which arguments have a row a sample.
+            first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
+            joined = [
+                self._allocate(f"inputs-{index}", leaf)
+                if _is_per_sample((leaf, end), (batches[0], batches[-1]))
+                else leaf
+                for index, (leaf, end) in enumerate(zip(first, last, strict=True))
+            ]
+            for chosen in batches:
+                leaves, structure = called_with(chosen)
+                for memory, before, leaf in zip(joined, first, leaves, strict=True):
+                    if memory is not before:
+                        memory[chosen] = leaf
         return BlockInputs(joined, structure, len(self.samples))
 
     @torch.no_grad()

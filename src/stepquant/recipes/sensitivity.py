@@ -12,7 +12,7 @@ from stepquant.calibration.correction import estimate_correction
 from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.selection import uniform_steps
-from stepquant.calibration.sensitivity import How, Sensitivity
+from stepquant.calibration.sensitivity import Method, Sensitivity
 from stepquant.config import QuantSpec
 from stepquant.files import digest
 from stepquant.layers.correction import Correction
@@ -29,7 +29,7 @@ CORRECTION_OFFSET = 3_000_500_000
 the CPU take of a seed."""
 
 
-def rank_layers(context: Context, method: How) -> Sensitivity:
+def rank_layers(context: Context, method: Method) -> Sensitivity:
     """Rank layers before anything is learned: weights rounded to nearest, one static range per activation."""
     stages = [
         CollectSamples(),
@@ -57,7 +57,7 @@ def spec_within_budget(context: Context, budget: float) -> QuantSpec:
     """The spec with 8 bits for the layers that suffer most, within mean weight bits of `budget`."""
     few = {"samples": RANKING.samples, "trajectories": RANKING.trajectories}
     calibration = context.calibration.model_copy(update=few)
-    ranking = rank_layers(replace(context, calibration=calibration), "alone")
+    ranking = rank_layers(replace(context, calibration=calibration), "one-at-a-time")
     spec = within_budget(context.spec, ranking, budget)
     kept = len(spec.overrides) - len(context.spec.overrides)
     context.progress.note(f"{kept} of {len(ranking.bits)} layers keep 8 bits within {budget:g} bits a weight.")

@@ -79,7 +79,7 @@ def render(report: Report) -> str:
         times=report.times,
         duration=duration,
         sensitivity_map=sensitivity_map(report.sensitivity) if report.sensitivity else None,
-        sensitivity_meaning=MEANING[report.sensitivity.how] if report.sensitivity else "",
+        sensitivity_meaning=MEANING[report.sensitivity.method] if report.sensitivity else "",
         layers={layer.name: layer for layer in report.layers},
         components=_parts(report.component_bytes),
         contents=_parts(report.content_bytes),

@@ -12,8 +12,8 @@ from stepquant.errors import StepquantError
 from stepquant.report.files import read_file
 
 MEANING = {
-    "alone": "Relative squared error of the denoiser's output while this layer alone is quantized.",
-    "relief": "How much the output's relative squared error falls when this layer alone keeps full precision.",
+    "one-at-a-time": "Relative squared error of the denoiser's output while this layer alone is quantized.",
+    "leave-one-out": "How much the output's relative squared error falls when this layer alone keeps full precision.",
 }
 
 
@@ -32,14 +32,14 @@ class SensitivityFile(BaseModel):
     """The parts of ``sensitivity.json`` in a report.
 
     Attributes:
-        how: method, see `MEANING`.
+        method: how it was measured, see `MEANING`.
         step_groups: first and last sampler step of each group; step 0 is pure noise.
         layers: in execution order.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    how: Literal["alone", "relief"]
+    method: Literal["one-at-a-time", "leave-one-out"]
     samples: int
     step_groups: Annotated[list[tuple[int, int]], Field(min_length=1)]
     layers: Annotated[list[LayerSensitivity], Field(min_length=1)]

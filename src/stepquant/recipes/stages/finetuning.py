@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from functools import lru_cache
 
 from stepquant.calibration.fake_quant.generator import TURNS
-from stepquant.calibration.sensitivity import How, Sensitivity, measure
+from stepquant.calibration.sensitivity import Method, Sensitivity, measure
 from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.optimize.batches import Batches, TrajectoryBatches, image_batches
@@ -25,7 +25,7 @@ TIME, CRITICAL = "time", "critical"
 class RankLayers(Stage):
     """Rank layers by the error that quantizing each causes, and choose the critical ones, the time layers aside."""
 
-    method: How = "relief"
+    method: Method = "leave-one-out"
     samples: Positive = 64
     """Of the calibration samples, how many are looked at."""
     share: Share = 0.05
