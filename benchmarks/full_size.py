@@ -32,7 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import stepquant
 from stepquant.evaluation.cost import folder_bytes
 from stepquant.memory import peak_resident_bytes
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES

@@ -25,7 +25,8 @@ from stepquant.images import grid, save_image
 from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 ROOT = Path(__file__).parents[1]
 MODEL, BITS, GUIDANCE, STEPS = "zoo:fashion-class", "w4a4", 4.0, 20

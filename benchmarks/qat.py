@@ -25,7 +25,8 @@ from stepquant import zoo
 from stepquant.evaluation.distribution import GaussianStatistics, frechet_distance
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines.generate import generate_many, make_request
+from stepquant.pipelines.generate import generate_many
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.quiet import silence_libraries
 from stepquant.zoo.classifier import FashionClassifier

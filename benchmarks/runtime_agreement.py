@@ -39,7 +39,8 @@ from stepquant.layers.quantized import QuantizedModule
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
-from stepquant.pipelines.generate import Request, generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import Request, make_request
 from stepquant.runtime import INTEGER
 from stepquant.runtime.segments import along_channels, linear_map
 from stepquant.studies.reference import TARGET, reference

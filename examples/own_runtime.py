@@ -17,7 +17,8 @@ from stepquant.layers.kernel import Kernel
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 MIDDLE = 128
 """Taken off the unsigned codes of activations, so that they fit int8."""

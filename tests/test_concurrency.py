@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import stepquant
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.errors import StepquantError
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 CALIBRATION = stepquant.Calibration(samples=16, steps=4)
 
@@ -77,3 +81,43 @@ def test_a_batch_of_many_timesteps_is_its_samples_alone(quantized):
             assert error < 0.02  # a rounding error may cross the edge of a 4-bit code, a wrong row changes everything
         swapped = pipeline.unet(x, times.flip(0), text).sample
         assert (swapped[1] - mixed[1]).square().mean().sqrt() > 0.02 * mixed[1].square().mean().sqrt()
+
+
+def test_one_pipeline_in_two_threads_is_refused_and_works_again_afterwards(quantized):
+    """The first call waits inside of the denoiser until the second has been refused."""
+    unet, (x, text) = quantized[0].unet, inputs(2)
+    expected = unet(x, 500, text).sample
+    inside, refused = threading.Event(), threading.Event()
+
+    def wait(*_args) -> None:
+        inside.set()
+        assert refused.wait(60)
+
+    handle = unet.mid_block.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(unet, x, 500, text)
+        assert inside.wait(60)
+        second = threads.submit(unet, x, 0, text)
+        with pytest.raises(StepquantError, match=r"two threads at once.*copy\.deepcopy\(pipeline\)"):
+            second.result(60)
+        refused.set()
+        assert torch.equal(first.result(60).sample, expected)
+        handle.remove()
+        assert torch.equal(threads.submit(unet, x, 500, text).result(60).sample, expected)
+
+
+def test_a_call_that_fails_leaves_the_denoiser_to_other_threads(quantized):
+    unet, (x, text) = quantized[0].unet, inputs(3)
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(RuntimeError, match="must match the size"):
+            threads.submit(unet, x, 500, text[:, :, :3]).result(60)
+        unet(x, 500, text)
+
+
+def test_a_copy_of_a_pipeline_runs_beside_it(quantized):
+    pipelines = [quantized[0], copy.deepcopy(quantized[0])]
+    request = make_request(pipelines[0], 4)
+    alone = generate(pipelines[0], request, range(2), 3)
+    with ThreadPoolExecutor(2) as threads:
+        for images in threads.map(lambda pipeline: generate(pipeline, request, range(2), 3), pipelines):
+            assert torch.equal(images, alone)

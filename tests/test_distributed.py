@@ -18,7 +18,8 @@ import stepquant
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.optimize.blocks import GPTQ
-from stepquant.pipelines.generate import generate, generate_many, make_request
+from stepquant.pipelines.generate import generate, generate_many
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, QDiffusion, QuEST, Recipe, Stage
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks

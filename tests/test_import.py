@@ -14,7 +14,8 @@ CALIBRATING = ("calibration", "optimize", "recipes", "evaluation", "studies", "r
 LOAD_RUN_SAVE = """
 import sys
 import stepquant as sq
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 pipeline = sq.load({folder!r}, backend="reference")
 pipeline(num_inference_steps=2, output_type="np")

@@ -4,7 +4,7 @@ import pytest
 
 import stepquant
 from stepquant.models import describe
-from stepquant.pipelines.generate import make_request
+from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
 from stepquant.recipes import EFFORTS, QAT, RECIPES, MinMax, QDiffusion, QuEST
 

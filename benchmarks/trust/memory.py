@@ -21,7 +21,8 @@ import torch
 
 import stepquant
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.quiet import silence_libraries
 
 

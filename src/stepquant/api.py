@@ -30,7 +30,8 @@ from stepquant.layers.install import Quantization, install
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.corrected_scheduler import correct_sampler
-from stepquant.pipelines.generate import check_dtype, make_request
+from stepquant.pipelines.generate import check_dtype
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
 from stepquant.recipes.recipe import run_recipe

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from stepquant.calibration.samples import Calibration
 from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import Request, generate
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import Request
 from stepquant.recipes import Recipe
 from stepquant.recipes.stage import Cost, Workload
 

@@ -17,7 +17,8 @@ from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 KINDS = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 SMALL = stepquant.Calibration(samples=6, steps=2)

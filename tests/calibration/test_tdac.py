@@ -9,7 +9,8 @@ import stepquant
 from stepquant.calibration.tdac import dense_and_diverse_steps, density, diversity, share_out, step_features
 from stepquant.errors import StepquantError
 from stepquant.models import describe
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 
 MORE_CALLS = {

@@ -22,7 +22,8 @@ from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.install import Quantization
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 

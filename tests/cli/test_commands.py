@@ -159,7 +159,7 @@ def test_standard_error_holds_one_line(tmp_path):
         check=False,
     )
     assert process.returncode == 2
-    assert process.stderr.startswith("stepquant: a prompt was given")
+    assert process.stderr.startswith("stepquant: prompts were given")
     assert process.stderr.count("\n") == 1
     assert process.stdout == ""
     process = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)

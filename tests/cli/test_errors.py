@@ -44,7 +44,7 @@ def _fails(*arguments: object) -> str:
         (["zoo:fashion-ddpm", "--bits", "w4a8", "--budget", "1bits"], "a budget of 1 bits cannot be met"),
         (["zoo:fashion-ddpm", "--also", "vae=w8a16"], "no model 'vae' beside its denoiser"),
         (["zoo:fashion-ddpm", "--override", "no_such=w8a8"], "override 'no_such' matches none of the layers"),
-        (["zoo:emoji-ldm", "--size", "33"], "does not draw this: `height` and `width` have to be divisible by 8"),
+        (["zoo:emoji-ldm", "--size", "33"], "rejects its arguments: `height` and `width` have to be divisible by 8"),
     ],
 )
 def test_quantize(arguments, message, tmp_path):
@@ -113,8 +113,8 @@ def test_a_function_that_takes_something_else(arguments, message, tmp_path, monk
         ("class", ["--prompt", "a"], "class labels"),
         ("text", ["--label", 1], "conditioned on text"),
         ("unconditional", ["--backend", "nope"], "unknown backend 'nope': expected one of auto, native"),
-        ("class", ["--guidance", "nan"], "guidance is nan: expected a finite number"),
-        ("text", ["--guidance", "inf"], "guidance is inf: expected a finite number"),
+        ("class", ["--guidance", "nan"], "guidance is nan; expected a finite number"),
+        ("text", ["--guidance", "inf"], "guidance is inf; expected a finite number"),
         ("unconditional", ["--count", 0], "'--count'"),
         ("unconditional", ["--steps", 0], "'--steps'"),
         ("unconditional", ["--out", "grid.xyz"], "ends in .png"),

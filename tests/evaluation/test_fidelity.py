@@ -11,7 +11,8 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 
 def test_psnr_is_per_image_over_a_range_of_two():

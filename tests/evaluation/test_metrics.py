@@ -106,7 +106,7 @@ def test_evaluate_accepts_optional_metrics(unconditional_pipeline, unconditional
     for wrong, message in (
         (["--with", "beauty=1"], "metric 'beauty' does not exist"),
         (["--with", "classifier", "--data", "empty"], "contains no images"),
-        (["--prompts", "parti"], "a prompt was given"),
+        (["--prompts", "parti"], "prompts were given"),
     ):
         result = CliRunner().invoke(app, [*command, *wrong])
         assert result.exit_code == 2, result.output

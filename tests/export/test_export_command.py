@@ -9,7 +9,8 @@ import stepquant as sq
 from stepquant.cli.main import app
 from stepquant.export.onnx import OnnxDenoiser
 from stepquant.export.openvino import OpenVinoDenoiser
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import correction_of
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.runtime import prepare
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 from tests.runtime.native.test_native_blocks import signal_to_noise, unet

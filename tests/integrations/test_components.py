@@ -20,7 +20,8 @@ from stepquant.checkpoint.format import MANIFEST
 from stepquant.cli.main import app
 from stepquant.integrations.components import check_components, quantize_component
 from stepquant.layers.quantized import quantized_modules
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 ALSO = {"text_encoder": "w8a16", "vae": "w8a16"}

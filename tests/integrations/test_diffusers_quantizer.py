@@ -21,7 +21,8 @@ from stepquant.checkpoint.card import CARD
 from stepquant.checkpoint.format import FORMAT_VERSION, MANIFEST, WEIGHTS, is_checkpoint
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 KINDS = ("unconditional_pipeline", "class_pipeline", "text_pipeline")

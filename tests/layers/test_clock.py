@@ -40,7 +40,7 @@ def test_the_denoiser_sets_its_own_clock_however_it_is_called():
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
     )  # fmt: skip
     clock = StepClock(torch.tensor([0.0, 500.0]))
-    handle = clock.attach(model)
+    remove = clock.attach(model)
     x = torch.zeros(1, 1, 8, 8)
     model(x, 600)
     assert clock.row == 1
@@ -49,6 +49,6 @@ def test_the_denoiser_sets_its_own_clock_however_it_is_called():
     other = copy.deepcopy(model)
     other(x, 999)
     assert clock.row == 0, "a copy of the model has a clock of its own"
-    handle.remove()
+    remove()
     model(x, 999)
     assert clock.row == 0

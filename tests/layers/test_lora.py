@@ -14,7 +14,8 @@ from peft.utils import get_peft_model_state_dict
 import stepquant
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]

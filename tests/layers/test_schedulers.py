@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import stepquant
 from stepquant.layers.clock import StepClock
 from stepquant.layers.quantized import quantized_modules
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,

@@ -18,7 +18,8 @@ from stepquant.evaluation.fidelity import Shadow
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 PROMPTS = ["a red bicycle", "a"]
 SMALL = stepquant.Calibration(samples=12, steps=2, size=16)
@@ -214,9 +215,9 @@ def test_inpainting_has_channels_of_its_own_and_needs_a_image(text_pipeline):
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         **components, unet=tiny.unet(in_channels=9), requires_safety_checker=False
     )
-    with pytest.raises(StepquantError, match="draws from an image"):
+    with pytest.raises(StepquantError, match="starts from an image"):
         stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL)
-    with pytest.raises(StepquantError, match="takes no such argument"):
+    with pytest.raises(StepquantError, match="not an argument of"):
         stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL, inputs={"magic": 1})
     inputs = {"image": torch.rand(1, 3, 16, 16), "mask_image": torch.ones(1, 1, 16, 16)}
     quantized = quantize(pipeline, recipe="minmax", inputs=inputs)

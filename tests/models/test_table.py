@@ -16,7 +16,8 @@ from peft.utils import get_peft_model_state_dict
 import stepquant
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import generate, kind_of, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import kind_of, make_request
 from stepquant.runtime import fallbacks
 
 HERE = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}

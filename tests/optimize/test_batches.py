@@ -9,7 +9,7 @@ from stepquant.calibration.samples import Calibration, collect_all
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.optimize.batches import TrajectoryBatches, encode, image_batches
-from stepquant.pipelines.generate import make_request
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 
 

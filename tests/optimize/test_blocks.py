@@ -18,7 +18,8 @@ from stepquant.models.description import main_tensor
 from stepquant.optimize.blocks import Reconstruction, reconstruct
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.replay import Replay
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 

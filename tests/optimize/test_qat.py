@@ -9,7 +9,7 @@ from stepquant.calibration.fake_quant.activation_quantizers import GeneratedScal
 from stepquant.calibration.samples import collect_all
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.pipelines.generate import make_request
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 
 SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4)

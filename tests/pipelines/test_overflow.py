@@ -5,7 +5,8 @@ import torch
 
 import stepquant
 from stepquant.errors import StepquantError
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=4)
 
@@ -20,10 +21,10 @@ def test_an_overflow_is_reported_with_the_layer_where_it_begins(pipeline):
         pipeline.unet.mid_block.resnets[0].conv1.weight.fill_(3e38)
     with pytest.raises(StepquantError) as caught:
         stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL)
-    said = str(caught.value)
-    assert "step 1 of the sampler" in said and "timestep 750" in said
-    assert "layer mid_block.resnets.0.conv1 puts out" in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "step 1 of the sampler" in message and "timestep 750" in message
+    assert "layer mid_block.resnets.0.conv1 outputs" in message
+    assert "\n" not in message
 
 
 def test_the_step_is_the_one_where_it_first_appears(pipeline):
@@ -48,16 +49,16 @@ def test_a_fault_between_layers_names_the_layer_it_reaches(pipeline):
         attention.to_k.weight.mul_(1e25)
     with pytest.raises(StepquantError, match=r"mid_block\.attentions\.0") as caught:
         generate(pipeline, make_request(pipeline, 2), range(1), 0)
-    assert "to_out.0 from the operation before it" in str(caught.value)
+    assert "the operation before layer mid_block.attentions.0.to_out.0" in str(caught.value)
 
 
-def test_a_fault_in_the_conditions_is_told_apart(text_pipeline):
+def test_a_fault_in_the_conditions_is_distinguished(text_pipeline):
     pipeline = copy.deepcopy(text_pipeline)
     with torch.no_grad():
         for name, parameter in pipeline.text_encoder.named_parameters():
             if "final_layer_norm" in name:
                 parameter.fill_(float("nan"))
-    with pytest.raises(StepquantError, match="NaN already reaches it as input"):
+    with pytest.raises(StepquantError, match="its input already contains NaN"):
         generate(pipeline, make_request(pipeline, 2), range(1), 0)
 
 

@@ -11,7 +11,7 @@ import stepquant
 from stepquant.calibration import samples as calibration_samples
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import make_request
+from stepquant.pipelines.request import make_request
 from stepquant.recipes import Context, State
 from stepquant.recipes.sensitivity import output_correction
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, Smooth

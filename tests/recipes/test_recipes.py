@@ -10,7 +10,8 @@ from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.config import LayerBits
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.provenance import plain
 from stepquant.recipes import QAT, RECIPES, TDQ, MinMax, QDiffusion, find_recipe
@@ -95,7 +96,7 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
             unconditional_pipeline, {"bits": "w4a8", "overrides": {"no_such": "w8a8"}}, calibration=SMALL
         )
     assert not calls, "no sample is drawn"
-    with pytest.raises(StepquantError, match="leave the prompt out"):
+    with pytest.raises(StepquantError, match="Leave out `prompts`"):
         stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
     monkeypatch.undo()
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)

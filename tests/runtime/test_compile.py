@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import stepquant
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 

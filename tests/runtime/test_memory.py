@@ -11,7 +11,8 @@ from torch import nn
 import stepquant as sq
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.runtime import fallbacks, native, prepare
 from stepquant.runtime.native.build import has_amx
 from tests.runtime.test_runtimes import BACKENDS_HERE, CONVOLUTIONS, SPLITS, convolution, linear

@@ -7,7 +7,8 @@ from stepquant import zoo
 from stepquant.errors import StepquantError
 from stepquant.evaluation.distribution import GaussianStatistics
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.zoo.classifier import FashionClassifier
 
 

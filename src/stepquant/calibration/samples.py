@@ -20,7 +20,9 @@ from stepquant.files import allocate
 from stepquant.models import chunk_size
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.arguments import flatten, nest
-from stepquant.pipelines.generate import Request, batches, generate
+from stepquant.pipelines.generate import batches, generate
+from stepquant.pipelines.request import Request
+from stepquant.pipelines.steps import StepCounter
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
@@ -225,26 +227,6 @@ def collect_all(
     return CalibrationSet(tensors, torch.cat([part.steps for part in parts]), parts[0].shared, outputs)
 
 
-class StepCount:
-    """Counts the sampler's steps by changes of timestep: a step may call the denoiser more than once.
-
-    Attributes:
-        step: of the call that `see` was last told of; -1 before the first.
-        calls: how many the step has had so far.
-    """
-
-    def __init__(self) -> None:
-        self.step, self.calls = -1, 0
-        self._time: float | None = None
-
-    def see(self, timestep: Tensor | float) -> None:
-        """Count a call of the denoiser at that timestep, which may be one for each sample."""
-        time = float(torch.as_tensor(timestep).reshape(-1)[0])
-        if time != self._time:
-            self.step, self.calls, self._time = self.step + 1, 0, time
-        self.calls += 1
-
-
 class _Recorder:
     """A hook on the denoiser that copies the wanted rows of its arguments and its output."""
 
@@ -257,7 +239,7 @@ class _Recorder:
                 self.wanted[step].append(sample)
         self.rows: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self.shared: dict[str, Tensor] = {}
-        self.count = StepCount()
+        self.count = StepCounter()
         self.remove = denoiser.register_forward_hook(self._read, with_kwargs=True).remove
 
     def samples(self, steps: int) -> dict[str, Tensor]:

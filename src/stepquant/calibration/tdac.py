@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.calibration.samples import StepCount
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
-from stepquant.pipelines.generate import Request, generate
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import Request
+from stepquant.pipelines.steps import StepCounter
 from stepquant.progress import Progress
 
 
@@ -39,7 +40,7 @@ def step_features(
         middle: the module of `denoiser` to look at; its output is [B, C, H, W] or [B, N, C].
     """
     signature = inspect.signature(denoiser.forward)
-    count = StepCount()
+    count = StepCounter()
     kept: dict[int, list[Tensor]] = defaultdict(list)
 
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def quantize(
     from stepquant.config import QuantSpec
     from stepquant.distributed import Ranks
     from stepquant.integrations.components import check_components
-    from stepquant.pipelines.generate import make_request, read_prompts
+    from stepquant.pipelines.request import make_request, read_prompts
     from stepquant.planning import make_plan
     from stepquant.recipes import find_effort, find_recipe
     from stepquant.report.times import Times

@@ -31,7 +31,8 @@ def sample(
     from stepquant.layers.quantized import quantized_modules
     from stepquant.loading import resolve_pipeline
     from stepquant.models import denoiser_name
-    from stepquant.pipelines.generate import generate_many, make_request
+    from stepquant.pipelines.generate import generate_many
+    from stepquant.pipelines.request import make_request
     from stepquant.runtime import check_memory, summary
     from stepquant.runtime.files import resolve_backend
 

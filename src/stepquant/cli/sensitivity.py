@@ -53,7 +53,7 @@ def sensitivity(
     from stepquant.config import LayerBits, QuantSpec
     from stepquant.files import write_atomic
     from stepquant.loading import resolve_pipeline
-    from stepquant.pipelines.generate import read_prompts
+    from stepquant.pipelines.request import read_prompts
     from stepquant.recipes.sensitivity import RANKING
 
     checked = check_method(method)

@@ -52,7 +52,7 @@ def train(
     arguments = {name: str(value) for name, value in locals().items() if name != "overwrite"}
     import stepquant
     from stepquant.config import QuantSpec
-    from stepquant.pipelines.generate import read_prompts
+    from stepquant.pipelines.request import read_prompts
     from stepquant.recipes import QAT
 
     if data is None and not distill:

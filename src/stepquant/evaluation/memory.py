@@ -6,7 +6,8 @@ import sys
 
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.runtime.files import resolve_backend
 
 STEPS = 2

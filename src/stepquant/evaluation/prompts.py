@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from stepquant.errors import StepquantError
-from stepquant.pipelines.generate import read_prompts
+from stepquant.pipelines.request import read_prompts
 
 PARTI = "parti"
 """Name of the bundled set: PartiPrompts, 1,632 prompts (Apache-2.0, Google Research; arXiv 2206.10789)."""

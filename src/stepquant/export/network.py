@@ -18,7 +18,8 @@ from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.layers.time_cache import TimeLinear
 from stepquant.models import denoiser_name
 from stepquant.pipelines.arguments import flatten, nest
-from stepquant.pipelines.generate import generate, make_request
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 from stepquant.runtime import KernelFactory, prepare
 
 TIMESTEP = "timestep"

@@ -1,9 +1,12 @@
-"""The step clock: tells every activation quantizer of one model which denoising step it is."""
+"""The step clock tells every quantizer of a model which denoising step it is in."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +15,22 @@ from torch import Tensor, nn
 from stepquant.errors import StepquantError
 
 CLOSE = 1 / 500
-"""Of the calibrated span: a timestep this near to a table row counts as that of the row. Samplers that space as many
-steps differently are a timestep apart, and a table for every timestep of training serves fractions of one."""
+"""Fraction of the calibrated span within which a timestep counts as that of a table row. Samplers that space the same
+number of steps differently are a timestep apart, and a table for every training timestep serves fractional ones."""
 
 
 class StepClock:
     """Maps the timestep of the current forward pass to a row of the activation tables.
 
-    One clock belongs to one model. `attach` hooks the denoiser, so that no sampler has to be changed; the mapping is
-    to the nearest calibrated timestep, so a sampler may take other steps than calibration did.
+    A clock belongs to one model. `attach` hooks the denoiser, so that samplers need no change. A timestep takes the row
+    of the nearest calibrated one, so that a sampler may take other steps than calibration did.
 
     Attributes:
-        timesteps: float32 [R], ascending: the timestep of each table row. R = 1 for a model of static tables only.
-        time: float32 [] when all samples of the batch share a timestep, else float32 [B]. Valid during a forward pass.
-            Where the timestep lies on an accelerator, so do this and `row`: looking at it would wait for the device,
-            so there it has the shape it was given in, and no warning of steps that were not calibrated is made.
-        row: int64, of the same shape: the table row of `time`.
+        timesteps: float32 [R], ascending, the timestep of each table row. R = 1 for a model of static tables only.
+        time: float32 [] when all samples of the batch have the same timestep, else float32 [B]. Valid during a forward
+            pass. Timesteps on an accelerator keep their shape, and uncalibrated ones cause no warning, because reading
+            them would wait for the device.
+        row: int64, of the same shape and on the same device, the table row of `time`.
     """
 
     def __init__(self, timesteps: Tensor | None = None) -> None:
@@ -40,62 +43,111 @@ class StepClock:
         self._boundaries = (grid[1:] + grid[:-1]) / 2
         self.time = grid[0]
         self.row = torch.zeros((), dtype=torch.long)
-        self._told = False
+        self._warned = False
+        self._caller: dict[str, int] = {}
 
     def set(self, timestep: Tensor | float | int) -> None:
         """Set the time: a number or a tensor [] or [B], in the units of the scheduler's timesteps."""
         time = torch.as_tensor(timestep).detach().float()
-        here = time.device.type == "cpu"
-        if here and time.dim() == 1 and bool((time == time[0]).all()):
+        on_cpu = time.device.type == "cpu"
+        if on_cpu and time.dim() == 1 and bool((time == time[0]).all()):
             time = time[0]
         if self._boundaries.device != time.device:  # once: a CUDA graph could not hold the copy
             self._boundaries = self._boundaries.to(time.device)
         self.time, self.row = time, torch.bucketize(time, self._boundaries)
-        if here and not self._told and len(self.timesteps) > 1:
-            self._tell(time.reshape(-1))
+        if on_cpu and not self._warned and len(self.timesteps) > 1:
+            self._warn_if_uncalibrated(time.reshape(-1))
 
-    def _tell(self, times: Tensor) -> None:
-        """Warn, once a model, that a sampler takes steps that no table row was made for."""
+    def _warn_if_uncalibrated(self, times: Tensor) -> None:
+        """Warn once per model about a timestep that is far from every table row."""
         nearest = self.timesteps[self.row.reshape(-1)]
         distance, index = (times - nearest).abs().max(dim=0)
         if float(distance) > CLOSE * float(self.timesteps[-1] - self.timesteps[0]):
-            self._told = True
+            self._warned = True
             warnings.warn(
-                f"timestep {float(times[index]):g} was not calibrated: it takes the scales of the nearest that was, "
-                f"{float(nearest[index]):g}. Quality is best with the sampler's steps that calibration had.",
+                f"timestep {float(times[index]):g} was not calibrated; the scales of the nearest calibrated one, "
+                f"{float(nearest[index]):g}, are used. Quality is best with the steps that were calibrated.",
                 stacklevel=2,
             )
 
-    def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        """Read `timestep` from every call of the denoiser's forward; returns the handle that removes the hook."""
-        position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
-        return denoiser.register_forward_pre_hook(_ReadTimestep(self, position), with_kwargs=True)
+    def attach(self, denoiser: nn.Module) -> Callable[[], None]:
+        """Read the timestep of every call of the denoiser; returns a function that removes the hooks.
+
+        A call raises `StepquantError` while another thread is inside of the denoiser: the clock, and what the kernels
+        record, belong to one call at a time. A compiled denoiser does not check this.
+        """
+        hook = _ClockHook(self, TimestepReader.of(denoiser))
+        before = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+        after = denoiser.register_forward_hook(hook.leave, always_call=True)
+
+        def remove() -> None:
+            before.remove()
+            after.remove()
+
+        return remove
+
+    def enter(self) -> None:
+        """Begin a call in this thread; raises `StepquantError` if another thread is in one."""
+        thread = threading.get_ident()
+        if self._caller.setdefault("thread", thread) != thread:  # one atomic operation
+            raise StepquantError(
+                "the quantized denoiser is called from two threads at once; expected one call at a time. Give every "
+                "thread a pipeline of its own, such as copy.deepcopy(pipeline)."
+            )
+
+    def leave(self) -> None:
+        """End a call of this thread."""
+        if self._caller.get("thread") == threading.get_ident():
+            del self._caller["thread"]
 
 
 def of_samples(values: Tensor, batch: int) -> Tensor:
-    """What each of the clock's steps has, [B, ...], for a batch of a multiple of B samples, [batch, ...]: samples of a
-    step stay together.
+    """Repeat one value per timestep, [B, ...], for a batch of a multiple of B samples: [batch, ...].
+
+    Samples of a timestep are consecutive.
 
     Raises:
-        StepquantError: if `batch` is no multiple of B.
+        StepquantError: if `batch` is not a multiple of B.
     """
     if batch % len(values) != 0:
         raise StepquantError(
-            f"{len(values)} timesteps were given for a batch of {batch}: expected one for all samples, or one for each."
+            f"{len(values)} timesteps were given for a batch of {batch}; expected one for all samples, or one for each."
         )
     return values.repeat_interleave(batch // len(values), dim=0)
 
 
 def reads_timestep(model: nn.Module) -> bool:
-    """Whether a model's forward takes a `timestep`: a denoiser does, an autoencoder does not."""
+    """Return whether the model's forward has a parameter `timestep`: a denoiser does, an autoencoder does not."""
     return "timestep" in inspect.signature(model.forward).parameters
 
 
-class _ReadTimestep:
-    """The hook. An object and not a closure, so that a deep copy of the model gets a hook on the copy's clock."""
+@dataclass(frozen=True)
+class TimestepReader:
+    """Finds the timestep among the arguments of a denoiser's call."""
 
-    def __init__(self, clock: StepClock, position: int) -> None:
-        self.clock, self.position = clock, position
+    position: int
+
+    @classmethod
+    def of(cls, denoiser: nn.Module) -> TimestepReader:
+        """Read the position off the signature of the denoiser's forward; the second by default."""
+        names = list(inspect.signature(denoiser.forward).parameters)
+        return cls(names.index("timestep") if "timestep" in names else 1)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs["timestep"] if "timestep" in kwargs else args[self.position]
+
+
+class _ClockHook:
+    """The hooks of `StepClock.attach`. An object and not closures, so that a deep copy of the model gets its own."""
+
+    def __init__(self, clock: StepClock, timestep_of: TimestepReader) -> None:
+        self.clock, self.timestep_of = clock, timestep_of
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.clock.set(kwargs["timestep"] if "timestep" in kwargs else args[self.position])
+        if not torch.compiler.is_compiling():
+            self.clock.enter()
+        self.clock.set(self.timestep_of(args, kwargs))
+
+    def leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.clock.leave()

@@ -1,4 +1,4 @@
-"""Notice NaN and overflow while images are drawn, and say in which layer and at which step they began."""
+"""Report NaN and overflow while images are generated: the layer and the step where they first occur."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.errors import StepquantError
+from stepquant.layers.clock import TimestepReader
+from stepquant.pipelines.steps import StepCounter
 
 
 @contextmanager
-def watched(denoiser: nn.Module) -> Iterator[None]:
-    """Look at every output of the denoiser while the context lasts.
+def watched(denoiser: nn.Module, on_step: Callable[[], None] | None = None) -> Iterator[None]:
+    """Check every output of the denoiser for the duration of the context.
 
-    The pass is repeated with a look at every module only once something is wrong: until then it costs one reduction.
+    This costs one reduction per call. Only after a fault the call is repeated with a check of every module.
+
+    Args:
+        on_step: called after the first call of the denoiser in each step.
 
     Raises:
-        StepquantError: at the first output with NaN or infinity, naming the layer and the step where it began.
+        StepquantError: at the first output with NaN or infinity, naming the layer and the step where it first occurs.
     """
-    step, moment = -1, float("nan")
+    counter, timestep_of = StepCounter(), TimestepReader.of(denoiser)
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal step, moment
-        time = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
-        if time != moment:
-            step, moment = step + 1, time
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        begins = counter.see(timestep_of(args, kwargs))
         if _fault(output) is not None:
             raise StepquantError(
-                f"the model fails at step {step + 1} of the sampler (timestep {time:g}): "
-                f"{_origin(module, args, kwargs)}; check that layer's weights, or load the model in a wider type."
+                f"the model fails at step {counter.step + 1} of the sampler (timestep {counter.time:g}): "
+                f"{_origin(module, args, kwargs)}. Check the weights of that layer, or load the model in a wider dtype."
             )
+        if begins and on_step is not None:
+            on_step()
 
-    handle = denoiser.register_forward_hook(look, with_kwargs=True)
+    handle = denoiser.register_forward_hook(check, with_kwargs=True)
     try:
         yield
     finally:
@@ -43,15 +47,15 @@ def watched(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _origin(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Where the first NaN or infinity of a forward pass comes from, in words."""
+    """Describe where the first NaN or infinity of a forward pass comes from."""
     if (fault := _fault((args, kwargs))) is not None:
-        return f"{fault} already reaches it as input"
+        return f"its input already contains {fault}"
     found: list[str] = []
 
     def before(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not found and (fault := _fault((args, kwargs))) is not None:
-                found.append(f"{fault} reaches layer {name} from the operation before it")
+                found.append(f"the operation before layer {name} outputs {fault}")
 
         return hook
 
@@ -59,7 +63,7 @@ def _origin(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not found and (fault := _fault(output)) is not None:
                 largest = max((float(x.abs().max()) for x in _tensors((args, kwargs)) if x.numel()), default=0.0)
-                found.append(f"layer {name} puts out {fault} from inputs of up to {largest:.3g}")
+                found.append(f"layer {name} outputs {fault} for inputs of up to {largest:.3g}")
 
         return hook
 
@@ -74,11 +78,11 @@ def _origin(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "its last operation puts out no finite number"
+    return found[0] if found else "the last operation of the denoiser outputs a value that is not finite"
 
 
 def _fault(value: Any) -> str | None:
-    """``"NaN"`` or ``"infinity"`` if a tensor anywhere in `value` holds one."""
+    """Return ``"NaN"`` or ``"infinity"`` if a tensor anywhere in `value` contains one."""
     for tensor in _tensors(value):
         if not bool(torch.isfinite(tensor).all()):
             return "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
@@ -86,7 +90,7 @@ def _fault(value: Any) -> str | None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating tensors in a tree; an output object of diffusers counts as its values."""
+    """Return the floating-point tensors in a tree; an output object of diffusers counts as its values."""
     leaves = pytree.tree_leaves(value)
     flat = [part for leaf in leaves for part in (leaf.values() if isinstance(leaf, dict) else [leaf])]
     return [leaf for leaf in flat if isinstance(leaf, Tensor) and leaf.is_floating_point()]

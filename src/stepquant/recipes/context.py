@@ -19,7 +19,7 @@ from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
 from stepquant.models import ModelDescription, chunk_size, describe
-from stepquant.pipelines.generate import Request
+from stepquant.pipelines.request import Request
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 

@@ -15,7 +15,8 @@ from stepquant.calibration.samples import flatten, nest
 from stepquant.files import digest, tensors_digest
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
-from stepquant.pipelines.generate import Request, batches, generate
+from stepquant.pipelines.generate import batches, generate
+from stepquant.pipelines.request import Request
 from stepquant.studies.spec import Budget
 from stepquant.workspace import Workspace
 

@@ -19,7 +19,8 @@ from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes
 from stepquant.models import denoiser_name
-from stepquant.pipelines.generate import generate_many, kind_of, make_request
+from stepquant.pipelines.generate import generate_many
+from stepquant.pipelines.request import kind_of, make_request
 from stepquant.progress import Progress, Stopwatch
 from stepquant.quiet import silence_libraries
 from stepquant.studies.reference import reference

@@ -1,0 +1,82 @@
+"""Generating leaves the pipeline as it was, and counts steps whatever the pipeline does with its scheduler."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
+
+STEPS = 4
+
+
+class TwoSchedulers(DDIMPipeline):
+    """Steps a copy of its scheduler beside it, as LTX-2 does for sound."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50, output_type="np"):
+        size = self.unet.config.sample_size
+        image = torch.stack([torch.randn(1, size, size, generator=one) for one in generator])
+        sound = image.flip(0)
+        self.scheduler.set_timesteps(num_inference_steps)
+        copied = copy.deepcopy(self.scheduler)
+        for time in self.progress_bar(self.scheduler.timesteps):
+            sound = copied.step(self.unet(sound, time).sample, time, sound).prev_sample
+            image = self.scheduler.step(self.unet(image, time).sample, time, image).prev_sample
+        return ImagePipelineOutput(images=(image + sound).permute(0, 2, 3, 1).numpy())
+
+
+@pytest.fixture
+def pipeline(unconditional_pipeline):
+    pipeline = copy.copy(unconditional_pipeline)
+    pipeline.scheduler = copy.deepcopy(unconditional_pipeline.scheduler)
+    return pipeline
+
+
+def test_a_pipeline_may_copy_its_scheduler(pipeline):
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    copying = TwoSchedulers(pipeline.unet, pipeline.scheduler)
+    copying.scheduler = scheduler  # its constructor would make it DDIM's
+    copying.set_progress_bar_config(disable=True)
+    expected = copying(2, [torch.Generator().manual_seed(i) for i in range(2)], STEPS).images
+    steps = []
+    images = generate(copying, make_request(copying, STEPS), range(2), 0, on_step=lambda: steps.append(1))
+    assert torch.equal(images, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1)
+    assert len(steps) == STEPS
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_nothing_of_the_pipeline_is_changed(pipeline, failing):
+    """Nor of its scheduler while it runs, where a user's callback may look."""
+    pipeline.scheduler.set_timesteps(STEPS)
+    before = [set(vars(part)) for part in (pipeline, pipeline.scheduler)]
+    during = []
+
+    def look(*_args) -> None:
+        during.append(set(vars(pipeline.scheduler)))
+        if failing:
+            raise KeyError("of the model")
+
+    handle = pipeline.unet.register_forward_pre_hook(look)
+    with pytest.raises(KeyError) if failing else nullcontext():
+        generate(pipeline, make_request(pipeline, STEPS), range(1), 0)
+    handle.remove()
+    assert [set(vars(part)) for part in (pipeline, pipeline.scheduler)] == before
+    assert during[0] == before[1]
+    assert not pipeline.unet._forward_hooks
+
+
+def test_a_step_of_a_second_order_sampler_counts_once(pipeline):
+    """Heun's sampler evaluates the denoiser twice per step, the second time at the next timestep."""
+    scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline = TwoSchedulers(pipeline.unet, pipeline.scheduler)
+    pipeline.scheduler = scheduler
+    steps = []
+    generate(pipeline, make_request(pipeline, STEPS), range(1), 0, on_step=lambda: steps.append(1))
+    assert len(steps) == STEPS and len(scheduler.timesteps) == 2 * STEPS - 1
