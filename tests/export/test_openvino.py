@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stepquant.errors import StepquantError
-from stepquant.export.openvino import FoldedKernel, OpenVinoDenoiser, can_fold, export_openvino
+from stepquant.export.openvino import FoldedKernel, OpenVinoDenoiser, export_openvino
 from stepquant.runtime import prepare
 from stepquant.runtime.reference import ReferenceKernel
 from tests.runtime.native.test_native_blocks import signal_to_noise, unet
@@ -37,8 +37,8 @@ def test_folded_linear():
 
 
 def test_what_cannot_be_folded():
-    assert not can_fold(linear(split=((2, 5), (3, 4))))
-    assert not can_fold(linear(bits=(8, None)))
+    assert not FoldedKernel.supports(linear(split=((2, 5), (3, 4))))
+    assert not FoldedKernel.supports(linear(bits=(8, None)))
 
 
 @torch.no_grad()

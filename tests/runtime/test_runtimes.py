@@ -168,9 +168,9 @@ def check(module: QuantizedModule, x: Tensor, row: Tensor) -> None:
         assert torch.equal(found.long(), exact)
     tolerance = 2e-6 * float(expected.abs().max())
     assert (reference(x, row).double() - expected).abs().max() <= tolerance
-    if onednn.supported() is None and onednn.can_run(module):
+    if onednn.supported() is None and OneDnnKernel.supports(module):
         assert (OneDnnKernel(module)(x, row).double() - expected).abs().max() <= tolerance
-    if native.supported() is None and native.can_run(module):
+    if native.supported() is None and native.NativeKernel.supports(module):
         for amx in {False, has_amx()}:
             assert (native.NativeKernel(module, amx=amx)(x, row).double() - expected).abs().max() <= tolerance
 
@@ -358,7 +358,7 @@ def test_unsupported_backend(monkeypatch):
 def test_int32_never_overflows():
     module = linear(inputs=4)
     module.weight_shape = (1, math.ceil((1 << 31) / (255 * 128)) + 1)
-    assert not onednn.can_run(module)
+    assert not OneDnnKernel.supports(module)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])

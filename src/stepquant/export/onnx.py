@@ -29,10 +29,9 @@ from stepquant.files import write_atomic
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.format import OPERANDS
-from stepquant.layers.kernel import Kernel
+from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
-from stepquant.runtime.onednn import can_run
-from stepquant.runtime.segments import along_channels, linear_map
+from stepquant.runtime.common import along_channels, linear_map
 
 OPSET = 17
 MOST_BYTES = (1 << 31) - (1 << 20)
@@ -154,6 +153,7 @@ class OnnxWeightKernel(Kernel):
     Not by DequantizeLinear: onnxruntime takes that before a linear as leave to round the activation as well.
     """
 
+    capabilities = Capabilities(integer=False, channel_groups=False, grouped_convolutions=True, most_products=UNLIMITED)
     integers: Tensor
 
     def __init__(self, module: QuantizedModule) -> None:
@@ -210,11 +210,13 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
             as ONNX, or the file cannot be written.
     """
     _import("onnx")
-    traceable = Traceable(denoiser, list(arguments), lambda layer: OnnxKernel(layer) if can_run(layer) else None)
+    traceable = Traceable(
+        denoiser, list(arguments), lambda layer: OnnxKernel(layer) if OnnxKernel.supports(layer) else None
+    )
     for module in traceable.modules():
-        if isinstance(module, QuantizedAttentionProcessor) and set(module.formats) == set(OPERANDS):
+        if isinstance(module, QuantizedAttentionProcessor) and OnnxAttention.supports(module):
             module.kernel = OnnxAttention(module)
-        elif isinstance(module, QuantizedModule) and _is_weight_only(module):
+        elif isinstance(module, QuantizedModule) and OnnxWeightKernel.supports(module):
             module.kernel = OnnxWeightKernel(module)
     file = io.BytesIO()
     try:
@@ -236,11 +238,7 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
     if file.getbuffer().nbytes > MOST_BYTES:
         raise StepquantError("the network is larger than the 2 GB of an ONNX file: export it to openvino.")
     write_atomic(path, lambda draft: draft.write_bytes(file.getbuffer()))
-    return [name for name, layer in quantized_modules(denoiser).items() if not can_run(layer)]
-
-
-def _is_weight_only(module: QuantizedModule) -> bool:
-    return module.format.input is None and len(module.format.weight.groups) <= 1
+    return [name for name, layer in quantized_modules(denoiser).items() if not OnnxKernel.supports(layer)]
 
 
 class OnnxDenoiser(ExportedDenoiser):

@@ -26,13 +26,14 @@ from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
 from stepquant.files import cannot_write
 from stepquant.layers.conv import QuantizedConv2d
-from stepquant.layers.kernel import Kernel
+from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
 
 
 class FoldedKernel(Kernel):
     """A layer in operations that OpenVINO runs in int8; for tracing, and equal to the reference but for rounding."""
 
+    capabilities = Capabilities(channel_groups=False, grouped_convolutions=True, most_products=UNLIMITED)
     integers: Tensor
     weight_scale: Tensor
     total: Tensor
@@ -82,12 +83,6 @@ class FoldedKernel(Kernel):
         return y + (self.bias[:, None, None] if self.is_convolution else self.bias)
 
 
-def can_fold(module: QuantizedModule) -> bool:
-    """Whether a layer has one grid for its weight and one for its input; others are exported in floating point."""
-    grids = module.format.weight, module.format.input
-    return all(grid is not None and len(grid.groups) <= 1 for grid in grids)
-
-
 @torch.no_grad()
 def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list[str]:
     """Write `denoiser`, quantized, as `path` (.xml) and its weights beside it; returns the layers left in float.
@@ -100,7 +95,9 @@ def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> 
             cannot be written.
     """
     openvino = _openvino()
-    traceable = Traceable(denoiser, list(arguments), lambda layer: FoldedKernel(layer) if can_fold(layer) else None)
+    traceable = Traceable(
+        denoiser, list(arguments), lambda layer: FoldedKernel(layer) if FoldedKernel.supports(layer) else None
+    )
     values, free = traced_values(arguments), batched(arguments)
     shapes = [
         [-1, *value.shape[1:]] if name in free else list(value.shape)
@@ -121,7 +118,7 @@ def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> 
                 (Path(draft) / name).replace(path.parent / name)
     except (OSError, RuntimeError) as error:
         raise cannot_write(path, error) from None
-    return [name for name, layer in quantized_modules(denoiser).items() if not can_fold(layer)]
+    return [name for name, layer in quantized_modules(denoiser).items() if not FoldedKernel.supports(layer)]
 
 
 class OpenVinoDenoiser(ExportedDenoiser):

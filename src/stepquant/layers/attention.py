@@ -243,6 +243,11 @@ def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
 class AttentionKernel(Kernel):
     """Executes an attention: ``forward(query, key, value, mask, row)``, what `AttentionProcessor.attend` returns."""
 
+    @staticmethod
+    def supports(processor: Any) -> bool:
+        """Whether all four operands of a `QuantizedAttentionProcessor` are quantized."""
+        return set(processor.formats) == set(OPERANDS)
+
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether it can take operands of these shapes; others run as without a kernel."""
         return True

@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
 
+from stepquant.core.transforms import Smoothing
+
+if TYPE_CHECKING:
+    from stepquant.layers.quantized import QuantizedModule
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+UNLIMITED = 1 << 62
+INT32_PRODUCTS = (1 << 31) // (255 * 128)
+"""Products of an activation code and a weight that an int32 accumulator holds in the worst case."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The layers that a kernel executes; any other runs by the reference.
+
+    Attributes:
+        transforms: kinds of `LayerTransform`; None for all.
+        integer: takes layers whose input is quantized, else those whose input stays in floating point.
+        kernel_dims: dimensions of the weight behind [out, in]: 0 for a linear, 2 for a 2-d convolution.
+        channel_groups: several scales along the input channels, of the weight or the input.
+        grouped_convolutions: convolutions with groups.
+        grouped_both: grouped convolutions that have channel groups as well.
+        most_products: products of an output's longest sum.
+    """
+
+    transforms: frozenset[str] | None = frozenset({Smoothing.kind})
+    integer: bool = True
+    kernel_dims: frozenset[int] = frozenset({0, 2})
+    channel_groups: bool = True
+    grouped_convolutions: bool = False
+    grouped_both: bool = False
+    most_products: int = INT32_PRODUCTS
+
+    def support(self, module: QuantizedModule) -> bool:
+        """Whether a layer is among them."""
+        layer, shape = module.format, module.weight_shape
+        split = any(grid is not None and len(grid.groups) > 1 for grid in (layer.weight, layer.input))
+        grouped = getattr(module, "groups", 1) > 1
+        return (
+            (layer.input is not None) == self.integer
+            and (self.transforms is None or {transform.kind for transform in layer.transforms} <= self.transforms)
+            and len(shape) - 2 in self.kernel_dims
+            and (self.channel_groups or not split)
+            and (self.grouped_convolutions or not grouped)
+            and (self.grouped_both or not (grouped and split))
+            and math.prod(shape[1:]) <= self.most_products
+        )
 
 
 class Kernel(nn.Module):
@@ -19,10 +69,17 @@ class Kernel(nn.Module):
     another. Whatever a kernel registers as a buffer is put on the layer's device before it first runs.
 
     Attributes:
+        capabilities: which layers it executes.
         fuses: whether it takes what is before and after a convolution with it, as ``runtime/native/blocks.py`` needs.
     """
 
-    fuses = False
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    fuses: ClassVar[bool] = False
+
+    @classmethod
+    def supports(cls, module: QuantizedModule) -> bool:
+        """Whether the kernel executes a layer."""
+        return cls.capabilities.support(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
         return self

@@ -27,10 +27,9 @@ INTEGER = {"native": native.supported, "onednn": onednn.supported, "cuda": cuda.
 DEVICE = {"native": "cpu", "onednn": "cpu", "cuda": "cuda"}
 """The kind of device that a runtime in integers is for."""
 
+KERNELS: dict[str, type[Kernel]] = {"native": native.NativeKernel, "onednn": OneDnnKernel, "cuda": CudaKernel}
 NAMES: dict[type[Kernel], str] = {
-    native.NativeKernel: "native",
-    OneDnnKernel: "onednn",
-    CudaKernel: "cuda",
+    **{kernel: name for name, kernel in KERNELS.items()},
     ReferenceKernel: "reference",
     WeightOnlyKernel: "floating point",
 }
@@ -174,16 +173,11 @@ def _kernel(backend: str, packed: bool, module: QuantizedModule) -> Kernel:
 
 
 def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
-    device = module.device.type
     if module.format.input is None:
         return WeightOnlyKernel
-    if backend == "native" and device == "cpu" and native.can_run(module):
-        return native.NativeKernel
-    if backend == "onednn" and device == "cpu" and onednn.can_run(module):
-        return OneDnnKernel
-    if backend == "cuda" and (device == "cuda" or cuda.interpreted()) and cuda.can_run(module):
-        return CudaKernel
-    return ReferenceKernel
+    kernel, device = KERNELS.get(backend), module.device.type
+    here = kernel is not None and (device == DEVICE[backend] or (kernel is CudaKernel and cuda.interpreted()))
+    return kernel if kernel is not None and here and kernel.supports(module) else ReferenceKernel
 
 
 class PassingKernel(Kernel):

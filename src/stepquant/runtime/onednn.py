@@ -16,7 +16,7 @@ from stepquant.layers.clock import of_samples
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.kernel import Kernel, opaque
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.runtime.segments import along_channels, sums_fit
+from stepquant.runtime.common import along_channels
 
 
 def supported() -> str | None:
@@ -41,12 +41,6 @@ def _probe() -> bool:
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return bool((y == size * largest_code(8) * 127).all())
-
-
-def can_run(module: QuantizedModule) -> bool:
-    """Whether a layer has an integer kernel here: quantized activations, no channel groups of a convolution, and
-    few enough inputs that a 32-bit accumulator cannot overflow."""
-    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1)
 
 
 class OneDnnKernel(Kernel):

@@ -14,9 +14,9 @@ from stepquant.core.qtensor import Grid
 from stepquant.core.transforms import LayerTransform
 from stepquant.layers.attention import per_sample
 from stepquant.layers.buffers import TransformBuffers
-from stepquant.layers.kernel import Kernel
+from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.runtime.segments import Apply, along_channels, bound, linear_map
+from stepquant.runtime.common import Apply, along_channels, bound, linear_map
 
 EXACT_IN_FLOAT32 = 1 << 24
 
@@ -24,6 +24,7 @@ EXACT_IN_FLOAT32 = 1 << 24
 class WeightOnlyKernel(Kernel):
     """A layer whose activation stays floating point: the dequantized weight in the dtype of x."""
 
+    capabilities = Capabilities(integer=False, grouped_convolutions=True, grouped_both=True, most_products=UNLIMITED)
     weight: Tensor
     bias: Tensor | None
 
@@ -46,6 +47,7 @@ class WeightOnlyKernel(Kernel):
 class ReferenceKernel(Kernel):
     """Quantize, accumulate integers exactly, scale: ``y = sum over segments of acc * (s_x * s_w) + bias``."""
 
+    capabilities = Capabilities(transforms=None, grouped_convolutions=True, grouped_both=True, most_products=UNLIMITED)
     input_scale: Tensor
     input_zero_point: Tensor
     bias: Tensor | None

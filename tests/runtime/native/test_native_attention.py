@@ -10,7 +10,7 @@ from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
 from stepquant.layers.format import OPERANDS
-from stepquant.runtime.native.attention import NativeAttention, can_run
+from stepquant.runtime.native.attention import NativeAttention
 from stepquant.runtime.native.build import has_amx
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -63,7 +63,7 @@ def test_operands_of_any_layout_and_dtype():
 
 def test_one_operand_in_float_cannot_run():
     formats = dict.fromkeys(("query", "key", "value"), GridFormat(bits=8))
-    assert not can_run(QuantizedAttentionProcessor(formats, StepClock()))
+    assert not NativeAttention.supports(QuantizedAttentionProcessor(formats, StepClock()))
 
 
 @pytest.mark.parametrize("key", [(3, 2, 5, 8), (2, 1, 5, 8), (2, 2, 5, 9), (2, 2, 6, 8)])

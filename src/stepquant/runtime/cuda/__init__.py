@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from stepquant.runtime.cuda.device import interpreted, supported
-from stepquant.runtime.cuda.kernel import CudaKernel, can_run
+from stepquant.runtime.cuda.kernel import CudaKernel
 
-__all__ = ["CudaKernel", "can_run", "interpreted", "supported"]
+__all__ = ["CudaKernel", "interpreted", "supported"]

@@ -12,20 +12,12 @@ from torch import Tensor, nn
 
 from stepquant.core.qtensor import QTensor
 from stepquant.layers.conv import QuantizedConv2d
-from stepquant.layers.kernel import Kernel
+from stepquant.layers.kernel import Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.norms import Norm
-from stepquant.runtime.segments import sums_fit
 
 MIDDLE = 128
 """Codes are stored less this, since integer tensor cores multiply signed numbers."""
-
-
-def can_run(module: QuantizedModule) -> bool:
-    """Whether a layer has an integer kernel: quantized activations, no overflow, and not at once groups of a
-    convolution and groups of channels with scales of their own."""
-    split = len(module.format.weight.groups) > 1 or (module.format.input and len(module.format.input.groups) > 1)
-    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1 and bool(split))
 
 
 class Piece(nn.Module):
@@ -78,6 +70,7 @@ class CudaKernel(Kernel):
     runs any step.
     """
 
+    capabilities = Capabilities(grouped_convolutions=True)
     fuses = True
     scale: Tensor
     zero_point: Tensor

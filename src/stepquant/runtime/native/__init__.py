@@ -8,13 +8,13 @@ from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime.native import attention, blocks, replay
 from stepquant.runtime.native.build import supported
-from stepquant.runtime.native.kernel import NativeKernel, can_run
+from stepquant.runtime.native.kernel import NativeKernel
 
 
 def finish(model: nn.Module) -> None:
     """Put attention in integers, fuse blocks and record them, once every layer of `model` has its kernel."""
     for processor in _processors(model):
-        if attention.can_run(processor):
+        if attention.NativeAttention.supports(processor):
             processor.kernel = attention.NativeAttention(processor)
     blocks.fuse(model)
     replay.install(model)
@@ -35,4 +35,4 @@ def _processors(model: nn.Module) -> list[QuantizedAttentionProcessor]:
     return [processor for processor in found if isinstance(processor, QuantizedAttentionProcessor)]
 
 
-__all__ = ["NativeKernel", "can_run", "finish", "supported", "undo"]
+__all__ = ["NativeKernel", "finish", "supported", "undo"]

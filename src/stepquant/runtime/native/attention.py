@@ -22,11 +22,6 @@ MOST_PRODUCTS = (1 << 31) // (255 * 255)
 """Products of two codes that an accumulator holds in the worst case."""
 
 
-def can_run(processor: QuantizedAttentionProcessor) -> bool:
-    """Whether all four operands are quantized, which the integer products need."""
-    return set(processor.formats) == set(OPERANDS)
-
-
 class NativeAttention(AttentionKernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
 

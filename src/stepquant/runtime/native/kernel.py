@@ -33,7 +33,6 @@ from stepquant.runtime.native.library import (
 from stepquant.runtime.native.memory import scratch
 from stepquant.runtime.native.norms import Norm, check_channels, dense, group_norm
 from stepquant.runtime.native.recording import record
-from stepquant.runtime.segments import sums_fit
 
 MOST_PLANS = 32
 """Plans that a layer keeps, of inputs of different shapes; the oldest is forgotten for the next."""
@@ -102,11 +101,6 @@ class Plan(NamedTuple):
     memory_format: torch.memory_format
     dtype: torch.dtype
     batch: int
-
-
-def can_run(module: QuantizedModule) -> bool:
-    """Whether a layer has a native kernel: quantized activations, no groups of a convolution, no overflow."""
-    return sums_fit(module) and not (isinstance(module, QuantizedConv2d) and module.groups > 1)
 
 
 class NativeKernel(Kernel):

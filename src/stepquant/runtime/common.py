@@ -1,8 +1,7 @@
-"""What the kernels of all runtimes share: bounds of sums, the layer as a function, and values along channels."""
+"""What the kernels of several runtimes share: the layer as a function, and values along channels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,20 +11,12 @@ from torch import Tensor
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.quantized import QuantizedModule
 
-MOST_INPUTS = (1 << 31) // (255 * 128)
-"""Products of a code and a weight that an int32 accumulator holds in the worst case."""
-
 Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``apply(x, weight, bias) -> y``."""
 
 
-def sums_fit(module: QuantizedModule) -> bool:
-    """Whether a layer's activation is quantized, and no sum of its products can overflow 32 bits."""
-    return module.format.input is not None and math.prod(module.weight_shape[1:]) <= MOST_INPUTS
-
-
 def linear_map(module: QuantizedModule) -> Apply:
-    """The layer's own linear or convolution, on whatever dtype it is given."""
+    """The layer's linear or convolution as a function, for any dtype."""
     if not isinstance(module, QuantizedConv2d):
         return F.linear
     stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
