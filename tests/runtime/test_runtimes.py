@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import stepquant
 from stepquant.core.affine import quantize
 from stepquant.core.qtensor import Grid, GridFormat, QTensor, QuantizedLayer
 from stepquant.core.transforms import Smoothing
-from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.format import LayerFormat, TransformFormat
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.runtime import DEVICE, INTEGER, fallbacks, native, onednn, prepare, summary
+from stepquant.runtime import DEVICE, INTEGER, native, onednn
 from stepquant.runtime.native.build import has_amx
-from stepquant.runtime.native.fusion import is_fused, is_unchanged
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
@@ -275,159 +267,3 @@ def test_weight_only_layer():
     x = torch.randn(2, 4, 6, 6)
     expected = F.conv2d(x, module.layer().weight.dequantize(), module.bias, padding=1)
     torch.testing.assert_close(WeightOnlyKernel(module)(x, torch.tensor(0)), expected)
-
-
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_output_has_the_dtype_of_the_input(backend, dtype):
-    model = nn.Sequential(convolution(4, 5, 3), convolution(5, 4, 3, bits=(4, None)))
-    prepare(model, backend)
-    x = torch.randn(1, 4, 8, 8).to(dtype)
-    wide = model(x.float())
-    model.to(dtype)
-    y = model(x)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), wide, atol=0.03 * float(wide.abs().max()), rtol=0)
-
-
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_timesteps_of_other_samples(backend, batch):
-    model = nn.Sequential(convolution(4, 5, 3))
-    prepare(model, backend)
-    model[0].clock.set(torch.tensor([0.0, 2.0]))
-    with pytest.raises(StepquantError, match=f"2 timesteps were given for a batch of {batch}"):
-        model(torch.randn(batch, 4, 8, 8))
-
-
-@pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_fallbacks_are_named(backend):
-    model = nn.ModuleDict(
-        {
-            "plain": convolution(4, 4, 3),
-            "grouped": convolution(4, 4, 3, groups=2),
-            "weights": linear(bits=(8, None)),
-        }
-    )
-    assert prepare(model, backend) == backend
-    assert fallbacks(model) == ["grouped", "weights"]
-    assert isinstance(model["grouped"].kernel, ReferenceKernel)
-
-
-def test_kernels_stay_out_of_the_state_dict():
-    model = nn.Sequential(convolution(4, 4, 3), linear(), linear(smoothed=True))
-    before = set(model.state_dict())
-    prepare(model)
-    assert set(model.state_dict()) == before
-
-
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-def test_copies_and_threads(backend):
-    """Two copies, each with its own clock and step, at the same time."""
-    models = [nn.Sequential(convolution(4, 4, 3, padding=1), convolution(4, 4, 3, padding=1))]
-    prepare(models[0], backend)
-    models.append(copy.deepcopy(models[0]))
-    for step, model in enumerate(models):
-        for layer in model:
-            layer.clock.set(step)
-    x = torch.randn(2, 4, 8, 8)
-    alone = [model(x) for model in models]
-    assert not torch.equal(*alone)
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
-            for found, expected in zip(pool.map(lambda model: model(x), models), alone, strict=True):
-                assert torch.equal(found, expected)
-
-
-def test_unknown_backend():
-    with pytest.raises(StepquantError, match=r"unknown backend 'tpu'.*onednn"):
-        prepare(nn.Sequential(), "tpu")
-
-
-def test_unsupported_backend(monkeypatch):
-    reasons = {name: lambda: "no such instructions" for name in INTEGER}
-    monkeypatch.setattr("stepquant.runtime.INTEGER", reasons)
-    for name in INTEGER:
-        with pytest.raises(StepquantError, match=f"backend {name} cannot run here: no such instructions"):
-            prepare(nn.Sequential(), name)
-    assert prepare(nn.Sequential(), "auto") == "reference"
-    reasons["onednn"] = lambda: None
-    assert prepare(nn.Sequential(), "auto") == "onednn"
-
-
-def test_int32_never_overflows():
-    module = linear(inputs=4)
-    module.weight_shape = (1, math.ceil((1 << 31) / (255 * 128)) + 1)
-    assert not OneDnnKernel.supports(module)
-
-
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-def test_a_state_dict_that_is_loaded_later_runs(backend):
-    ours, other = (nn.Sequential(convolution(7, 5, 3, padding=1)) for _ in range(2))
-    fill(other[0], (), (), (8, 8))
-    x = torch.randn(2, 7, 6, 6)
-    for model in (ours, other):
-        prepare(model, backend)
-    before, wanted = ours(x), other(x)
-    assert not torch.equal(before, wanted)
-    ours.load_state_dict(other.state_dict())
-    assert torch.equal(ours(x), wanted)
-
-
-@pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditional_pipeline):
-    """Attentions and what is fused and recorded, too."""
-    calibration = stepquant.Calibration(samples=4, steps=2)
-    ours, other = (
-        stepquant.quantize(
-            unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration, seed=seed, backend=backend
-        ).unet
-        for seed in (0, 1)
-    )
-    x = torch.randn(2, 1, 16, 16)
-    with torch.no_grad():
-        for _ in range(3):
-            before, wanted = ours(x, 500).sample, other(x, 500).sample
-        assert not torch.equal(before, wanted)
-        ours.load_state_dict(other.state_dict())
-        for _ in range(3):
-            assert torch.equal(ours(x, 500).sample, wanted)
-    assert all(is_unchanged(block) for block in ours.modules() if is_fused(block)), "blocks are fused no longer"
-    assert backend != "native" or any(is_fused(block) for block in ours.modules())
-
-
-def grouped() -> nn.Sequential:
-    """One layer with a kernel everywhere, one that no processor has a kernel for, one with a float activation."""
-    return nn.Sequential(
-        convolution(8, 8, 3, padding=1), convolution(8, 8, 3, padding=1, groups=2), linear(6, 6, bits=(8, None))
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_a_layer_without_an_integer_kernel_is_named_once(backend):
-    model = grouped()
-    with pytest.warns(UserWarning) as told:
-        prepare(model, backend)
-    assert [str(warning.message) for warning in told] == [
-        f"no integer kernel in {backend}, run by the reference, slowly: 1."
-    ]
-    expected = f"layers: 1 {backend}, 1 reference (1), 1 floating point (2)"
-    assert summary(model).split("; ")[0] == expected
-
-
-def test_auto_says_why_it_took_a_slower_runtime(monkeypatch):
-    for name in ("native", "onednn"):
-        monkeypatch.setitem(INTEGER, name, lambda name=name: f"no {name} today")
-    model = nn.Sequential(linear())
-    with pytest.warns(UserWarning) as told:
-        assert prepare(model) == "reference"
-    assert [str(warning.message) for warning in told] == [
-        "stepquant runs by reference, not by a faster runtime (native: no native today; onednn: no onednn today)."
-    ]
-    assert summary(model) == "layers: 1 reference (0); no native: no native today; no onednn: no onednn today"
-    monkeypatch.setitem(INTEGER, "native", lambda: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if native.supported() is None:
-            prepare(model)
-            assert summary(model) == "layers: 1 native"
