@@ -1,11 +1,11 @@
-"""What looking up the outputs of time layers saves, beside computing them at every step.
+"""Time that caching the outputs of time layers saves, compared with computing them at every step.
 
     python benchmarks/bench_time_layers.py [--model fashion-ddpm] [--batch 16] [--runs 25] [--threads 1]
 
 The model is quantized to w8a8 with `minmax`, once with its time layers in int8 and once with them in floating point
-(``exact_time``). Three denoisers take turns on the same inputs, and medians are printed: computed in int8, computed in
-floating point, looked up. Twenty timesteps, visited once before the clock starts. Times are of the processor, so that a
-busy machine counts for little; those of several threads add up. One line of JSON goes to
+(``exact_time``). Three denoisers run in turns on the same inputs: computed in int8, computed in floating point, cached.
+All twenty timesteps are visited once before the measurement. The script prints the medians of the CPU time, on which
+other load has little effect; the times of several threads add up. It appends one line of JSON to
 ``benchmarks/results/time_layers.jsonl``.
 """
 
@@ -30,7 +30,7 @@ STEPS = 20
 
 
 def computing(model: nn.Module, names: list[str]) -> nn.Module:
-    """A copy that computes its time layers every time."""
+    """Return a copy that computes its time layers at every call."""
     copied = copy.deepcopy(model)
     for name in names:
         copied.get_submodule(name).time_cache = lambda x, _time, _layer, compute: compute(x)

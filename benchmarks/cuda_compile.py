@@ -1,9 +1,9 @@
-"""Compile the kernels for GPUs without one, for every tile that is tried:
+"""Compile the GPU kernels without a GPU, for every tile of the autotuner:
 
     python -m benchmarks.cuda_compile --capability 80 90 --json benchmarks/results/cuda-compile.json
 
-It shows what Triton's interpreter cannot: that they compile, that products are integer tensor instructions, that both
-operands are fetched while others are multiplied, and what a program holds. It says nothing about speed.
+It shows what Triton's interpreter cannot: that the kernels compile, that products are integer tensor instructions, that
+both operands are prefetched asynchronously, and how much shared memory a program needs. It does not measure speed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TYPES = {
     "factor": "fp32", "eps": "fp32",
 }  # fmt: skip
 ALIGNED = {"M", "N", "C", "K", "RUN", "BUCKET", "x_sample", "x_pixel", "norm_sample"}
-"""Sizes that are multiples of 16 in the networks at hand, as pointers are; Triton compiles for that apart."""
+"""Sizes that, like pointers, are multiples of 16 in common networks, for which Triton compiles separately."""
 WINDOW = {"SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "KW": 3, "TAPS": 9, "UPSAMPLE": 1, "PARTS": 1}
 PRODUCTS = {"matmul": (matmul_kernel, {}), "convolution 3x3": (convolution_kernel, WINDOW)}
 OTHERS = {
@@ -38,12 +38,12 @@ OTHERS = {
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, types: dict[str, str], **options: int) -> Any:
-    """The kernel for a GPU of this compute capability; raises what Triton raises."""
+    """Compile the kernel for a GPU of this compute capability."""
     while not isinstance(kernel, triton.runtime.jit.JITFunction):
         kernel = kernel.fn
-    known = TYPES | types
+    types = TYPES | types
     names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [
         index
         for index, name in enumerate(names)
@@ -55,8 +55,8 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, types: dic
 
 
 def rows(capability: int, tiles: list[tuple[int, ...]]) -> list[dict[str, Any]]:
-    """A row a kernel and tile: what its instructions are, and the bytes of shared memory of a program."""
-    found = []
+    """One row per kernel and tile: its instructions, and the bytes of shared memory per program."""
+    table: list[dict[str, Any]] = []
     for name, (kernel, constants) in PRODUCTS.items():
         for m, n, k, warps, stages in tiles:
             for bits in (8, 4):
@@ -67,7 +67,7 @@ def rows(capability: int, tiles: list[tuple[int, ...]]) -> list[dict[str, Any]]:
                     num_warps=warps, num_stages=stages,
                 )  # fmt: skip
                 text = binary.asm["ptx"]
-                found.append(
+                table.append(
                     {
                         "kernel": name,
                         "capability": capability,
@@ -83,18 +83,18 @@ def rows(capability: int, tiles: list[tuple[int, ...]]) -> list[dict[str, Any]]:
     for name, (kernel, constants) in OTHERS.items():
         floats = {"weight": "*bf16", "bias": "*bf16"} if name == "group_norm" else {}
         binary = compiled(kernel, constants, capability, floats)
-        found.append({"kernel": name, "capability": capability, "shared_memory": binary.metadata.shared})
-    return found
+        table.append({"kernel": name, "capability": capability, "shared_memory": binary.metadata.shared})
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="10 times the compute capability")
-    parser.add_argument("--tiles", type=int, default=len(TILES), help="how many of the tiles, the smallest")
+    parser.add_argument("--tiles", type=int, default=len(TILES), help="number of tiles, the smallest first")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    found = [row for capability in arguments.capability for row in rows(capability, TILES[-arguments.tiles :])]
-    lines = ",\n".join(json.dumps(row) for row in found)
+    table = [row for capability in arguments.capability for row in rows(capability, TILES[-arguments.tiles :])]
+    lines = ",\n".join(json.dumps(row) for row in table)
     text = f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
     if arguments.json is None:
         print(text, end="")

@@ -1,14 +1,13 @@
-"""Stable Diffusion 1.5 at full size, from config with random weights: quantized, saved, loaded and drawn with.
+"""Stable Diffusion 1.5 at full size with random weights: quantize, save, load and generate.
 
-    python benchmarks/full_size.py                     # 860 M parameters: 20 minutes on a core of its own, 12 GB
-    python benchmarks/full_size.py --dtype bfloat16    # the same with its weights in half the memory
-    python benchmarks/full_size.py --scale quarter     # the same with 215 M
+    python benchmarks/full_size.py                     # 860 M parameters: 20 minutes on one core, 12 GB
+    python benchmarks/full_size.py --dtype bfloat16    # the weights in half the memory
+    python benchmarks/full_size.py --scale quarter     # 215 M parameters
     python benchmarks/full_size.py --recipe minmax --dtype bfloat16 --calibration-size 256      # minutes
-    python benchmarks/full_size.py --scale tiny        # with 3 M, to see that it works
+    python benchmarks/full_size.py --scale tiny        # 3 M parameters, to test the script
 
-What is measured is whether all of it works at that size, how long each stage takes and how much memory, beside what the
-plan said before; the weights are untrained, so the images show nothing. ``--json benchmarks/results/full-size.json``
-keeps it.
+The script checks that everything works at that size, and compares the duration and memory of each stage with the plan.
+The weights are untrained, so that the images are noise. ``--json benchmarks/results/full-size.json`` stores the result.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ SCALES: dict[str, dict[str, Any]] = {
 
 
 def build(scale: dict[str, Any], folder: Path) -> Any:
-    """The pipeline of Stable Diffusion 1.5, with a tokenizer that knows single letters."""
+    """Build the pipeline of Stable Diffusion 1.5, with a tokenizer of single letters."""
     torch.manual_seed(0)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [START, END, *letters, *(f"{letter}</w>" for letter in letters)]
@@ -84,26 +83,26 @@ def build(scale: dict[str, Any], folder: Path) -> Any:
 
 
 def use(pipeline: Any, size: int) -> None:
-    """Draw as users do: a negative prompt, two images a prompt, a callback, other schedulers than calibration had."""
-    seen: list[int] = []
+    """Use a negative prompt, two images per prompt, a callback, and other schedulers than the calibration."""
+    steps: list[int] = []
 
-    def note(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        seen.append(step)
+    def record(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
         return values
 
     for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.PNDMScheduler):
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-        seen.clear()
+        steps.clear()
         latents = pipeline(
             "a red bicycle", negative_prompt="rain", num_images_per_prompt=2, num_inference_steps=4, height=size,
-            width=size, callback_on_step_end=note, output_type="latent",
+            width=size, callback_on_step_end=record, output_type="latent",
         ).images  # fmt: skip
         assert latents.shape == (2, 4, size // 8, size // 8) and bool(torch.isfinite(latents).all())
-        assert seen == list(range(len(pipeline.scheduler.timesteps))), "the callback sees every step"
+        assert steps == list(range(len(pipeline.scheduler.timesteps))), "the callback sees every step"
 
 
 class Stages(Progress):
-    """Seconds that each stage takes, and the peak of the process's memory when it ends."""
+    """Records the seconds of each stage, and the peak memory of the process at its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--bits", default="w8a8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4, help="of the calibration trajectories, and of the image")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the calibration trajectories, and of the image")
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--calibration-size", type=int, default=512, help="pixels of the calibration images")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -164,7 +163,7 @@ def main() -> None:
         with stages.task("load"):
             dtype = getattr(torch, arguments.dtype)
             loaded = diffusers.DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=dtype)
-        with stages.task("draw"):
+        with stages.task("generate"):
             request = make_request(loaded, arguments.steps, prompts=prompts, size=scale["size"])
             image = generate(loaded, request, [0], 0)
         assert image.shape == (1, 3, scale["size"], scale["size"]) and bool(torch.isfinite(image).all())

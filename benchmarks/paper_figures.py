@@ -1,10 +1,10 @@
-"""Figures of the papers' claims at W4A4, on zoo:fashion-class and zoo:emoji-ldm.
+"""Figures for claims of the papers at W4A4, on zoo:fashion-class and zoo:emoji-ldm.
 
     python benchmarks/paper_figures.py tdq      # intervals over time: generator, free table, static
-    python benchmarks/paper_figures.py quest    # what finetuning does to the ranges of activations
-    python benchmarks/paper_figures.py emoji    # images from text: full precision, minmax, quest, a row each
+    python benchmarks/paper_figures.py quest    # effect of finetuning on activation ranges
+    python benchmarks/paper_figures.py emoji    # images from text: rows of full precision, minmax, quest
 
-Images go to docs/images/, the figures in them to benchmarks/results/.
+The script writes images to docs/images/ and their data to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def quantized(recipe: str, model: str = MODEL, guidance: float = GUIDANCE, **arg
 
 
 def scales(pipeline: Any) -> dict[str, Tensor]:
-    """Layer -> scale of its input at each table row, in units of its mean: float32 [R]."""
+    """Layer -> scale of its input in each table row, relative to its mean: float32 [R]."""
     modules = quantized_modules(getattr(pipeline, denoiser_name(pipeline)))
-    tables = {name: module.input_scale[:, 0] for name, module in modules.items() if hasattr(module, "input_scale")}
+    tables = {name: module.input_scale[:, 0, 0] for name, module in modules.items() if hasattr(module, "input_scale")}
     return {name: table / table.mean() for name, table in tables.items()}
 
 
 def total_variation(values: Tensor) -> float:
-    """How far a curve moves up and down in all, in units of the way between its ends and extremes."""
+    """Total variation of a curve, relative to its range."""
     rise = float(values.max() - values.min())
     return float(values.diff().abs().sum()) / rise if rise > 0 else 1.0
 
@@ -80,7 +80,7 @@ def tdq() -> None:
         axes.tick_params(labelsize=7)
     grid[0][0].legend(fontsize=7)
     figure.supxlabel("timestep, from image to noise", fontsize=8)
-    figure.supylabel("interval, of its mean over time", fontsize=8)
+    figure.supylabel("interval, relative to its mean over time", fontsize=8)
     save(figure, "tdq-intervals", {"layers": len(moving), "median_total_variation_over_rise": variation})
 
 
@@ -95,7 +95,7 @@ def quest() -> None:
     axes.axhline(1.0, color="grey", linestyle=":", linewidth=1)
     axes.set_xlabel("layers, in order", fontsize=8)
     axes.set_ylabel("range of the input after / before finetuning", fontsize=8)
-    found = {
+    statistics_of_ratios = {
         "layers": len(ratios),
         "geometric_mean_ratio": math.exp(statistics.mean(math.log(ratio) for ratio in ratios)),
         "share_narrower": sum(ratio < 1 for ratio in ratios) / len(ratios),
@@ -103,11 +103,11 @@ def quest() -> None:
         "most": ratios[-1],
         "ratios": [round(ratio, 4) for ratio in ratios],
     }
-    save(figure, "quest-ranges", found)
+    save(figure, "quest-ranges", statistics_of_ratios)
 
 
 def emoji() -> None:
-    """What W4A4 leaves of images drawn from text, with the budget of the study and its guidance."""
+    """Images from text at W4A4, with the budget and guidance of the study."""
     model, guidance, count = "zoo:emoji-ldm", 5.0, 12
     pipelines = {
         "full precision": resolve_pipeline(model),
@@ -122,29 +122,29 @@ def emoji() -> None:
 
 @torch.no_grad()
 def ranges(pipeline: Any) -> dict[str, float]:
-    """Layer -> largest less smallest value of its input while 16 images are drawn."""
+    """Layer -> range of its input during the generation of 16 images."""
     modules = quantized_modules(getattr(pipeline, denoiser_name(pipeline)))
     ends: dict[str, tuple[float, float]] = {}
 
-    def watch(name: str) -> Any:
+    def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             low, high = ends.get(name, (math.inf, -math.inf))
             ends[name] = (min(low, float(inputs[0].amin())), max(high, float(inputs[0].amax())))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
     generate(pipeline, make_request(pipeline, STEPS, guidance=GUIDANCE), range(16), SEED, decode=False)
     for handle in handles:
         handle.remove()
     return {name: high - low for name, (low, high) in ends.items() if high > low}
 
 
-def save(figure: Figure, name: str, found: dict[str, Any]) -> None:
+def save(figure: Figure, name: str, values: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=120)
-    what = {"model": MODEL, "bits": BITS, "seed": SEED, "calibration": CALIBRATION.model_dump()}
-    (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(what | found, indent=2) + "\n")
-    print(name, found)
+    settings = {"model": MODEL, "bits": BITS, "seed": SEED, "calibration": CALIBRATION.model_dump()}
+    (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(settings | values, indent=2) + "\n")
+    print(name, values)
 
 
 if __name__ == "__main__":

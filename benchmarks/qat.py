@@ -1,10 +1,10 @@
-"""Quantization-aware training by how intervals depend on time: TDQ's generator, static LSQ, and a free table.
+"""Quantization-aware training with three kinds of intervals over time: TDQ's generator, static LSQ, and a free table.
 
-Equal iterations and data for all. Each line of ``benchmarks/results/qat.jsonl`` is one training: PSNR to full precision
-from the same noise and the Frechet distance to the data in classifier features, at 20 and at 10 steps. A line that is
-there already is skipped, so this can be stopped and started again.
+All with equal iterations and data. Each line of ``benchmarks/results/qat.jsonl`` is one training: PSNR to full
+precision from the same noise and the Frechet distance to the data in classifier features, at 20 and at 10 steps.
+Existing lines are skipped, so that the script can be stopped and restarted.
 
-``python -m benchmarks.qat --data DATA`` (see ``training/README.md``); without ``--data`` by distillation only.
+``python -m benchmarks.qat --data DATA`` (see ``training/README.md``); without ``--data``, only by distillation.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CELLS = [
 ]
 GUIDANCE = {"fashion-class": 4.0}
 STEPS = (20, 10)
-COMPARED, DRAWN = 16, 64
-"""Images that the PSNR and the Frechet distance are taken over."""
+COMPARED, GENERATED = 16, 64
+"""Images for the PSNR, and for the Frechet distance."""
 
 TRAINED_ON = 2000
-"""Images of the training set."""
+"""Number of images of the training set."""
 
 
 class Reference:
@@ -61,29 +61,29 @@ class Reference:
         assert folder is not None
         self.classifier = FashionClassifier.from_pretrained(folder)
         self.statistics = GaussianStatistics.load(folder / "statistics.safetensors")
-        self.images = {steps: self.draw(self.pipeline, steps) for steps in STEPS}
+        self.images = {steps: self.generate(self.pipeline, steps) for steps in STEPS}
 
     def generate(self, pipeline: Any, steps: int) -> Tensor:
         request = make_request(pipeline, steps, guidance=self.guidance)
-        return generate_many(pipeline, request, DRAWN, self.seed, Progress(), "")
+        return generate_many(pipeline, request, GENERATED, self.seed, Progress(), "")
 
     @torch.no_grad()
     def frechet(self, images: Tensor) -> float:
         return round(frechet_distance(self.classifier.features(images), self.statistics), 2)
 
     def figures(self, pipeline: Any) -> dict[str, Any]:
-        """By number of steps."""
+        """Metrics by number of steps."""
         figures: dict[str, Any] = {"psnr_db": {}, "frechet_classifier": {}, "frechet_classifier_fp32": {}}
-        for steps, wanted in self.images.items():
-            drawn = self.draw(pipeline, steps)
-            figures["psnr_db"][steps] = round(float(psnr(drawn[:COMPARED], wanted[:COMPARED]).mean()), 2)
-            figures["frechet_classifier"][steps] = self.frechet(drawn)
-            figures["frechet_classifier_fp32"][steps] = self.frechet(wanted)
+        for steps, full in self.images.items():
+            images = self.generate(pipeline, steps)
+            figures["psnr_db"][steps] = round(float(psnr(images[:COMPARED], full[:COMPARED]).mean()), 2)
+            figures["frechet_classifier"][steps] = self.frechet(images)
+            figures["frechet_classifier_fp32"][steps] = self.frechet(full)
         return figures
 
 
 def write_images(data: Path, folder: Path) -> None:
-    """The first images of the training set as PNG files, a subfolder a class."""
+    """Write the first images of the training set as PNG files, one subfolder per class."""
     images, labels = fashion_mnist(data, "train")
     for index in range(TRAINED_ON):
         path = folder / FASHION_CLASSES[int(labels[index])] / f"{index:05d}.png"
@@ -96,7 +96,7 @@ def read() -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """Markdown: a row a training, in the order of `CELLS`."""
+    """Markdown with one row per training, in the order of `CELLS`."""
     rows = ["| model | bits | learns from | intervals | PSNR 20 steps | 10 steps | Frechet 20 steps | 10 steps | s |"]
     rows.append("|---" * 9 + "|")
     for model, bits, source in CELLS:
@@ -110,12 +110,12 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with fashion-mnist/, for the cells that learn from images")
+    parser.add_argument("--data", type=Path, help="folder with fashion-mnist/, for training on images")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--models", nargs="+", help="only these")
-    parser.add_argument("--bits", nargs="+", help="only these")
-    parser.add_argument("--table", action="store_true", help="print what there is, as Markdown")
+    parser.add_argument("--models", nargs="+", help="a selection")
+    parser.add_argument("--bits", nargs="+", help="a selection")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     options = parser.parse_args()
     if options.table:
         print(table())

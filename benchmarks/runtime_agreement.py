@@ -1,14 +1,14 @@
-"""How close images drawn in integers are to the simulation's, and how close the simulation is to itself.
+"""Agreement of the integer runtimes with the simulation, and of the simulation with itself.
 
     python -m benchmarks.runtime_agreement [--models fashion-ddpm ...] [--bits w8a8 w4a8] [--recipe minmax] [--count 8]
 
-Each model of the zoo is quantized, and the same images are drawn with the simulation (quantized values in floating
-point, multiplied in float32) and with every runtime. Accumulators are exact everywhere, but what lies between the
-layers is float32, added up in another order: now and then a value next to the middle of two codes falls on the other
-side, and the trajectory takes another path from there. So the simulation is also compared with itself, its images
-drawn one by one instead of in one batch, where torch adds up in another order, too. No runtime can be expected to be
-closer than that. A second comparison leaves out where a path leads: the outputs of every runtime for the latents that
-the simulation met. One line of JSON a model and bits goes to ``benchmarks/results/runtime-agreement.jsonl``.
+Each zoo model is quantized, and the same images are generated with the simulation (quantized values in floating point,
+multiplied in float32) and with every runtime. Accumulators are exact everywhere, but the operations between the layers
+are float32 and add in another order: occasionally a value near the middle of two codes is rounded the other way, and the
+trajectory diverges from there. Therefore the simulation is also compared with itself, with images generated one by one
+instead of in one batch, where torch adds in another order, too. No runtime can be expected to be closer than that. A
+second comparison excludes diverging trajectories: it runs every runtime on the latents of the simulation. The script
+appends one line of JSON per model and bits to ``benchmarks/results/runtime-agreement.jsonl``.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ EXPORTS = {
     "onnxruntime": (export_onnx, OnnxDenoiser, "onnx"),
     "openvino": (export_openvino, OpenVinoDenoiser, "xml"),
 }
-ALONE = "simulation, one by one"
+ONE_BY_ONE = "simulation, one by one"
 RESULTS = Path(__file__).parent / "results" / "runtime-agreement.jsonl"
 SEED = 0
 
 
 class Simulation(Kernel):
-    """``conv(Q(x), Q(w)) + bias`` on the values that codes stand for, as calibration has it; one step a batch."""
+    """``conv(Q(x), Q(w)) + bias`` on dequantized values, as during calibration; one step per batch."""
 
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Simulation(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         scale, zero_point = (self._spread(values, x) for values in self.grid.at(row))
         divided = scale if self.smoothing is None else scale * along_channels(self.smoothing, self.dim, x.dim())
-        seen = dequantize(quantize(x, divided, zero_point, self.grid.bits), scale, zero_point)
-        return self.apply_map(seen, self.weight, self.bias)
+        rounded = dequantize(quantize(x, divided, zero_point, self.grid.bits), scale, zero_point)
+        return self.apply_map(rounded, self.weight, self.bias)
 
     def _spread(self, values: Tensor, x: Tensor) -> Tensor:
         if len(self.grid.group_sizes) <= 1:
@@ -78,22 +78,23 @@ class Simulation(Kernel):
 
 
 def decibels(error: Tensor, peak: float) -> float:
-    """PSNR of `error`, to 100 dB."""
+    """PSNR of `error`, at most 100 dB."""
     mean_square = float(error.double().square().mean())
     return min(20 * math.log10(peak) - 10 * math.log10(mean_square), 100.0) if mean_square else 100.0
 
 
 def of_images(images: Tensor, simulated: Tensor) -> dict[str, float]:
-    """dB: of all images together, of the worst image, and of the one in the middle."""
+    """PSNR in dB: of all images together, of the worst image, and the median."""
     each = psnr(images, simulated)
     pooled = decibels(images - simulated, peak=2)
     return {"pooled": round(pooled, 2), "worst": round(float(each.min()), 2), "median": round(float(each.median()), 2)}
 
 
 def of_outputs(run: Any, simulated: list[dict[str, Tensor]]) -> dict[str, float]:
-    """dB, to the peak-to-peak of the simulation's output: of the worst step and of the one in the middle.
+    """PSNR in dB to the peak-to-peak of the simulation's output: of the worst step, and the median.
 
-    `run` takes the arguments of each call of the denoiser on the way to the simulation's images.
+    Args:
+        run: takes the arguments of each call of the denoiser in the simulation.
     """
     each = []
     for call in simulated:
@@ -103,24 +104,24 @@ def of_outputs(run: Any, simulated: list[dict[str, Tensor]]) -> dict[str, float]
     return {"worst": round(min(each), 2), "median": round(median(each), 2)}
 
 
-def answer(denoiser: Any, call: dict[str, Tensor]) -> Tensor:
+def output_of(denoiser: Any, call: dict[str, Tensor]) -> Tensor:
     """The denoiser's output for a call's arguments."""
     with torch.inference_mode():
         return main_tensor(denoiser(**nest(call)))
 
 
 def one_by_one(denoiser: Any, call: dict[str, Tensor]) -> Tensor:
-    """The same, a sample at a time."""
+    """The denoiser's output, computed sample by sample."""
     samples = max(len(tensor) for tensor in call.values() if tensor.dim())
     parts = [
         {name: tensor[index : index + 1] if tensor.dim() else tensor for name, tensor in call.items()}
         for index in range(samples)
     ]
-    return torch.cat([answer(denoiser, part) for part in parts])
+    return torch.cat([output_of(denoiser, part) for part in parts])
 
 
 def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dict[str, Any]:
-    """Figures of one model."""
+    """Results of one model."""
     full = resolve_pipeline(f"zoo:{model}")
     calibration = sq.Calibration(samples=64, steps=steps)
     images, outputs = {}, {}
@@ -132,27 +133,29 @@ def agreement(model: str, bits: str, recipe: str, count: int, steps: int) -> dic
             return make_request(pipeline, steps)
 
         simulation = sq.load(folder, backend=Simulation)
-        kept = reference(simulation, request_of(simulation), Budget(count=count, steps=steps), SEED, Path(temporary))
-        (calls,) = kept.calls
+        simulated = reference(
+            simulation, request_of(simulation), Budget(count=count, steps=steps), SEED, Path(temporary)
+        )
+        (calls,) = simulated.calls
 
-        def look(name: str, pipeline: Any) -> None:
-            drawn = generate(pipeline, request_of(pipeline), range(count), SEED)
+        def compare(name: str, pipeline: Any) -> None:
+            generated = generate(pipeline, request_of(pipeline), range(count), SEED)
             denoiser = getattr(pipeline, denoiser_name(pipeline))
-            images[name] = of_images(drawn, kept.images)
-            outputs[name] = of_outputs(partial(answer, denoiser), calls)
+            images[name] = of_images(generated, simulated.images)
+            outputs[name] = of_outputs(partial(output_of, denoiser), calls)
 
-        alone = [generate(simulation, request_of(simulation), [index], SEED) for index in range(count)]
-        images[ALONE] = of_images(torch.cat(alone), kept.images)
-        outputs[ALONE] = of_outputs(partial(one_by_one, getattr(simulation, denoiser_name(simulation))), calls)
+        singles = [generate(simulation, request_of(simulation), [index], SEED) for index in range(count)]
+        images[ONE_BY_ONE] = of_images(torch.cat(singles), simulated.images)
+        outputs[ONE_BY_ONE] = of_outputs(partial(one_by_one, getattr(simulation, denoiser_name(simulation))), calls)
         for name in ("reference", *(name for name, reason_of in INTEGER.items() if reason_of() is None)):
-            look(name, sq.load(folder, backend=name))
+            compare(name, sq.load(folder, backend=name))
         for name, (export, exported_denoiser, suffix) in EXPORTS.items():
             pipeline, path = sq.load(folder), Path(temporary) / f"network.{suffix}"
             denoiser = getattr(pipeline, denoiser_name(pipeline))
             export(denoiser, example_arguments(pipeline), path)
             exported = exported_denoiser(path, denoiser, threads=torch.get_num_threads())
             setattr(pipeline, denoiser_name(pipeline), exported)
-            look(name, pipeline)
+            compare(name, pipeline)
     return {
         "model": model, "bits": bits, "recipe": recipe, "count": count, "steps": steps,
         "machine": platform.machine(), "threads": torch.get_num_threads(), "images": images, "outputs": outputs,

@@ -1,4 +1,4 @@
-"""The simulation that runtimes are compared with computes what the reference does, in another way."""
+"""The simulation of the benchmark agrees with the reference runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_simulation(split, smoothed):
 
 
 def test_decibels():
-    """Errors of 2, 0.2 and 0.02 throughout: 0, 20 and 40 dB; together the largest counts."""
+    """Constant errors of 2, 0.2 and 0.02: 0, 20 and 40 dB; the largest dominates the pooled value."""
     simulated = torch.zeros(3, 1, 4, 4)
     images = simulated + torch.tensor([2.0, 0.2, 0.02]).reshape(3, 1, 1, 1)
     assert of_images(images, simulated) == {"pooled": 4.73, "worst": 0.0, "median": 20.0}
@@ -41,7 +41,7 @@ def test_decibels_of_outputs():
 
 
 def test_one_by_one():
-    """Every argument of a sample goes with it, and what is of all of them with each."""
+    """Arguments per sample are split, shared ones are repeated."""
 
     def denoiser(sample, timestep, class_labels):
         assert len(sample) == len(class_labels) == 1 and timestep.dim() == 0
