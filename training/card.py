@@ -13,10 +13,10 @@ SOURCES = {
 
 
 def card(name: str, summary: str, source: str, options: argparse.Namespace) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
     Args:
-        summary: what the model is, in a sentence or two.
+        summary: description of the model in one or two sentences.
         source: a key of `SOURCES`.
     """
     state = state_of(options.out)
@@ -38,14 +38,14 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         "",
         summary.strip().replace("``", "`"),
         "",
-        "A small reference model of stepquant: something real and quick to quantize, not a tool for making images.",
+        "A small reference model of stepquant: real and quick to quantize, but not meant for making images.",
         "",
         f"- **Data:** {SOURCES[source]}.",
         f"- **Command:** `{command}`",
         f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, in "
         f"{state['seconds'] / 60:.0f} minutes of wall time on one thread of a busy 2-core AVX-512 CPU, "
         "bf16 autocast, AdamW.",
-        *(["- **Start:** weights shipped before, of a shorter run of the same command."] if start else []),
+        *(["- **Start:** weights of a previous, shorter run of the same command."] if start else []),
         *([f"- **Plan:** the total behind the cosine learning rate was changed: {changed}."] if len(plans) > 1 else []),
         f"- **Weights:** exponential moving average, fp16; training loss {state['loss']:.4f} at the end.",
         "- **Licence of the weights:** Apache-2.0.",

@@ -1,4 +1,4 @@
-"""The public data that the reference models are trained on; see ``training/README.md`` for where it comes from."""
+"""The public training data of the reference models; ``training/README.md`` names its sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {
     "grey": (150, 150, 150),
     "black": (24, 24, 24),
 }
-"""Background colours by the name that a prompt uses."""
+"""Background colours by their names in prompts."""
 
 EMOJI_GROUPS = ("Animals & Nature", "Food & Drink", "Activities")
 
@@ -71,17 +71,17 @@ def emoji(data: Path, groups: tuple[str, ...] = EMOJI_GROUPS) -> Emoji:
 
 
 def on_colour(rgba: Tensor, colour: str) -> Tensor:
-    """Lay images (uint8 [N, 4, 64, 64]) over a background colour: float32 [N, 3, 64, 64] in [-1, 1]."""
+    """Blend images uint8 [N, 4, 64, 64] with a background colour: float32 [N, 3, 64, 64] in [-1, 1]."""
     alpha = rgba[:, 3:].float() / 255
     background = torch.tensor(COLOURS[colour], dtype=torch.float32).view(1, 3, 1, 1)
     return (rgba[:, :3].float() * alpha + background * (1 - alpha)) / 127.5 - 1
 
 
 def prompt(name: str, colour: str) -> str:
-    """The caption of an emoji on a background; plain white goes unsaid."""
+    """The caption of an emoji on a background; white is not mentioned."""
     return name if colour == "white" else f"{name} on {colour}"
 
 
 def is_held_out(index: int, colour: str) -> bool:
-    """About one in eight (emoji, colour) pairs is never trained on: a prompt to recombine. White always is."""
+    """Whether a pair of emoji and colour is excluded from training: about one in eight, never white."""
     return colour != "white" and (index * 7 + list(COLOURS).index(colour)) % 8 == 0

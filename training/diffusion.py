@@ -1,4 +1,4 @@
-"""The denoising loss that all reference diffusion models are trained with."""
+"""The denoising loss of all reference diffusion models."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def denoising_loss(
         predict: ``predict(x_t, t)`` -> the noise; x_t float32 [B, C, H, W], t int64 [B].
         clean: x_0, float32 [B, C, H, W].
         alphas_cumprod: float32 [T] of the scheduler.
-        gamma: the signal-to-noise ratio above which a timestep counts less.
+        gamma: signal-to-noise ratio above which timesteps get smaller weights.
     """
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    # One timestep from each of B equal strata: the same distribution with less variance.
+    # One timestep from each of B equal strata: the same distribution with a smaller variance.
     batch, steps = clean.shape[0], len(alphas_cumprod)
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     timestep = (strata * steps).long().clamp(max=steps - 1)

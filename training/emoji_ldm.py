@@ -1,8 +1,8 @@
 """``emoji-ldm``: a text-to-image latent diffusion model of Fluent emoji on coloured backgrounds.
 
-A Stable Diffusion pipeline in small: the text encoder is trained together with the denoiser. The prompt is
-``NAME on COLOUR``, or just ``NAME`` for a white background; guidance 5 with 25 or more DDIM steps suits it. The second
-half of ``prompts.txt`` are pairs of emoji and colour that were held out of the training.
+A small Stable Diffusion pipeline; the text encoder is trained together with the denoiser. The prompt is
+``NAME on COLOUR``, or ``NAME`` for a white background. Use guidance 5 with 25 or more DDIM steps. The second half of
+``prompts.txt`` contains pairs of emoji and colour that were held out of the training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXAMPLES = (
     "red apple", "tomato on blue", "panda on green", "shark on teal", "sunflower on purple", "pizza", "tiger", "lemon",
     "strawberry on grey", "fox on blue", "whale on pink", "carrot on black", "soccer ball on green", "tulip",
     "owl", "cherries",
-    # held out: the emoji was seen, and the colour, but not together
+    # held out: emoji and colour were in the training data, but not together
     "penguin on yellow", "octopus on teal", "koala on green", "watermelon on blue", "rose on blue", "elephant on green",
     "trophy on purple", "zebra on orange", "banana on red", "butterfly on grey", "balloon on green", "cactus on grey",
     "pineapple on orange", "doughnut on blue", "hamburger on red", "basketball on teal",
@@ -71,18 +71,18 @@ def scheduler() -> DDIMScheduler:
 
 
 def tokenizer_for(data: Emoji, out: Path, init: Path | None) -> CLIPTokenizer:
-    """The vocabulary of the run, kept in its folder from the first step on; a new run takes over that of `init`.
+    """The tokenizer of the run, stored in its folder; a new run uses that of `init`.
 
-    Learning breaks ties between equally frequent pairs differently in every process, so it must happen only once.
+    Training breaks ties between equally frequent pairs differently in every process, so it must happen only once.
     """
-    kept = out / "tokenizer"
-    if kept.is_dir():
-        return CLIPTokenizer.from_pretrained(kept)
+    folder = out / "tokenizer"
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder)
     if init is not None:
         tokenizer = CLIPTokenizer.from_pretrained(init / "tokenizer")
     else:
         tokenizer = build_tokenizer([prompt(name, colour) for name in data.names for colour in COLOURS])
-    tokenizer.save_pretrained(kept)
+    tokenizer.save_pretrained(folder)
     return tokenizer
 
 
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def export(autoencoder: nn.Module, tokenizer: CLIPTokenizer, options: argparse.Namespace) -> None:
-    """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
+    """Write the newest EMA weights as a pipeline folder, also while the training runs."""
     model = load_ema(TextToNoise(tokenizer), options.out)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,

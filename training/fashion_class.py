@@ -1,6 +1,6 @@
 """``fashion-class``: a class-conditional latent diffusion transformer (DiT) on Fashion-MNIST.
 
-Guidance 4 with 50 DDIM steps suits it; the labels are the ten class names.
+Use guidance 4 with 50 DDIM steps; the labels are the ten class names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.diffusion import denoising_loss
 from training.loop import arguments, device, export_half, load_ema, plan_from, train
 
 NULL_CLASS = 1000
-"""`DiTPipeline` asks for this class where there is no condition, so the embedding tables keep 1,001 rows."""
+"""`DiTPipeline` uses this class as the empty condition, so that the embedding tables have 1,001 rows."""
 DROPPED = 0.1
 
 
@@ -35,10 +35,10 @@ def build() -> DiTTransformer2DModel:
         num_embeds_ada_norm=NULL_CLASS,
     )
     for block in model.transformer_blocks:
-        # Labels are dropped by the loss, once for the whole network and from the step's own generator.
+        # The loss drops labels, once for the whole network and with the generator of the step.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
         nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
-        _zero(block.norm1.linear)  # every block begins as the identity (arXiv 2212.09748, adaLN-Zero)
+        _zero(block.norm1.linear)  # every block starts as the identity (arXiv 2212.09748, adaLN-Zero)
     _zero(model.proj_out_1)
     _zero(model.proj_out_2)
     return model
@@ -76,7 +76,7 @@ def main() -> None:
 
 @torch.no_grad()
 def export(autoencoder: nn.Module, options: argparse.Namespace) -> None:
-    """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
+    """Write the newest EMA weights as a pipeline folder, also while the training runs."""
     model = load_ema(build(), options.out)
     for block in model.transformer_blocks:
         block.norm1.emb.class_embedder.embedding_table.weight[len(FASHION_CLASSES) : NULL_CLASS] = 0

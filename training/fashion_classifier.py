@@ -14,8 +14,8 @@ from training.card import card
 from training.data import fashion_mnist, to_float
 from training.loop import arguments, autocast, device, load_ema, plan_from, train
 
-SETTLING = 100
-"""Batches from which the statistics of batch normalisation are taken anew for the averaged weights."""
+NORM_BATCHES = 100
+"""Batches for the batch normalization statistics of the averaged weights."""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def export(images: Tensor, options: argparse.Namespace) -> None:
     """Write weights, accuracy and the feature statistics of the 10,000 test images."""
     model = load_ema(FashionClassifier(), options.out).train()
     generator = torch.Generator().manual_seed(options.seed)
-    for _ in range(SETTLING):
+    for _ in range(NORM_BATCHES):
         model(to_float(images[torch.randint(len(images), (256,), generator=generator)]))
     model.save_pretrained(options.export)
     model = FashionClassifier.from_pretrained(options.export)
@@ -55,7 +55,7 @@ def export(images: Tensor, options: argparse.Namespace) -> None:
     GaussianStatistics.of(features).save(options.export / "statistics.safetensors")
     text = card("fashion-classifier", __doc__ or "", "fashion-mnist", options)
     measured = (
-        f"\n## Measured\n\n{accuracy:.2%} of the 10,000 test images are classified rightly. "
+        f"\n## Measured\n\n{accuracy:.2%} of the 10,000 test images are classified correctly. "
         "`statistics.safetensors` holds mean and covariance of their features.\n"
     )
     (options.export / "README.md").write_text(text + measured)

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the newest EMA weights as a pipeline folder; works in the middle of a training too."""
+    """Write the newest EMA weights as a pipeline folder, also while the training runs."""
     model = load_ema(build(), options.out)
     text = card("fashion-ddpm", __doc__ or "", "fashion-mnist", options)
     export_half(DDIMPipeline(model, scheduler()), options, {"README.md": text})

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LossFunction = Callable[[int, torch.Generator], Tensor]
-"""``loss(step, generator)``: everything random comes from the generator, so a step is the same after a restart."""
+"""``loss(step, generator)``: all random numbers come from the generator, so that restarts are reproducible."""
 
 
 @dataclass
 class Plan:
-    """How long, how fast and where to."""
+    """Settings of a training run; `out` is the folder of its checkpoints."""
 
     out: Path
     steps: int
@@ -42,7 +42,7 @@ def arguments(description: str, *, steps: int, batch: int, learning_rate: float)
     """The options that all training commands share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; an existing one is continued")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; an existing run is continued")
     parser.add_argument("--export", type=Path, help="write the finished model (EMA weights) to this folder")
     parser.add_argument("--init", type=Path, help="folder of an exported model to start a new run from")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint without training")
@@ -55,7 +55,7 @@ def arguments(description: str, *, steps: int, batch: int, learning_rate: float)
 
 
 def plan_from(options: argparse.Namespace) -> Plan:
-    """The plan that parsed `arguments` ask for; also sets the number of threads."""
+    """Create the plan of parsed `arguments`; set the number of threads and the seed."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     return Plan(options.out, options.steps, options.batch, options.learning_rate, options.seed)
@@ -70,7 +70,7 @@ def autocast() -> torch.autocast:
 
 
 def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Module:
-    """Train `model` for `plan.steps` steps from wherever `plan.out` stands; returns the EMA weights in `model`."""
+    """Train `model` up to step `plan.steps` from the newest checkpoint; return it with the EMA weights."""
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
@@ -81,7 +81,7 @@ def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Modul
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     use_plain_attention(model)
     model.train()
-    begun, average = time.monotonic() - seconds, None
+    start, average = time.monotonic() - seconds, None
     with Progress(*columns, refresh_per_second=0.5) as progress:
         task = progress.add_task(plan.out.name, total=plan.steps, completed=step, note="")
         while step < plan.steps:
@@ -98,21 +98,21 @@ def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Modul
             average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
             progress.update(task, advance=1, note=f"loss {average:.4f}")
             if step % plan.save_every == 0 or step == plan.steps:
-                _save(plan, step, time.monotonic() - begun, average, parameters, ema, optimizer)
+                _save(plan, step, time.monotonic() - start, average, parameters, ema, optimizer)
     for name, parameter in parameters.items():
         parameter.data.copy_(ema[name])
     return model.eval()
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Spell attention out in `model`: on a CPU the backward pass of the fused kernel takes a third of a step."""
+    """Replace fused attention in `model`: on a CPU its backward pass takes a third of a step."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
 
 
 def load_ema(model: nn.Module, out: Path) -> nn.Module:
-    """Put the EMA weights of the newest checkpoint in `out` into `model`."""
+    """Load the EMA weights of the newest checkpoint in `out`."""
     tensors = load_file(out / "checkpoint.safetensors")
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[f"ema.{name}"])
@@ -175,29 +175,26 @@ def _restore(
 
 
 def state_of(out: Path) -> dict[str, float]:
-    """Step, seconds spent and loss of the newest checkpoint in `out`."""
+    """Step, elapsed seconds and loss of the newest checkpoint in `out`."""
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         return json.loads(file.metadata()["state"])
 
 
 def plans_of(out: Path) -> list[tuple[int, int]]:
-    """``(total, last step under that total)`` for each total number of steps that the run in `out` was planned with."""
+    """``(total, last step under that total)`` for each total number of steps of the run in `out`."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return list({line["steps"]: (line["steps"], line["step"]) for line in lines}.values())
 
 
 def export_half(pipeline: DiffusionPipeline, options: argparse.Namespace, files: dict[str, str]) -> None:
-    """Save a diffusers pipeline in fp16 with extra text `files` (name to content) as ``options.export``.
-
-    It is written into the run's folder first and then moved, so that nobody meets a folder half written.
-    """
+    """Save a diffusers pipeline in fp16 with extra text `files` (name -> content) as ``options.export``, atomically."""
     draft, previous = options.out / "export", options.out / "previous"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(draft)
     for config in draft.glob("*/config.json"):
-        # transformers loads in the dtype named here where diffusers loads in float32: one pipeline wants one dtype.
+        # transformers loads in this dtype, diffusers in float32: use one dtype in the whole pipeline.
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for name, content in files.items():
         (draft / name).write_text(content)

@@ -1,4 +1,4 @@
-"""Measure a finished reference model and add the figures, and a grid of samples, to its folder.
+"""Measure a finished reference model; add the results to its model card and write a grid of samples.
 
 ``python -m training.measure fashion-class --models src/stepquant/zoo/models --grid grid.png``
 """
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Images float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count] if they have any."""
+    """Images float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count], or None."""
     generator = torch.Generator().manual_seed(seed)
     kind = type(pipeline).__name__
     prompts = (Path(pipeline.config._name_or_path) / "prompts.txt").read_text().split("\n") if "Stable" in kind else []
@@ -69,7 +69,7 @@ def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) 
 
 
 def judge(classifier: Path, images: Tensor, labels: Tensor | None, guidance: float) -> list[str]:
-    """What the Fashion-MNIST classifier makes of `images`, as sentences for the card."""
+    """Metrics of `images` by the Fashion-MNIST classifier, as sentences for the card."""
     model = FashionClassifier.from_pretrained(classifier)
     features = model.features(images * 2 - 1)
     distance = frechet_distance(features, GaussianStatistics.load(classifier / "statistics.safetensors"))
@@ -78,9 +78,7 @@ def judge(classifier: Path, images: Tensor, labels: Tensor | None, guidance: flo
     sentences = [f"Frechet distance in the features of `fashion-classifier`, {count}{scale}: {distance:.2f}."]
     if labels is not None:
         agreement = (model.head(features).argmax(1) == labels).float().mean().item()
-        sentences.append(
-            f"`fashion-classifier` sees the class that was asked for in {agreement:.1%} of {count}{scale}."
-        )
+        sentences.append(f"`fashion-classifier` recognizes the requested class in {agreement:.1%} of {count}{scale}.")
     return sentences
 
 

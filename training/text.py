@@ -1,4 +1,4 @@
-"""The tokenizer and text encoder of ``emoji-ldm``, both small enough to be trained from the captions alone."""
+"""The tokenizer and text encoder of ``emoji-ldm``, small enough for training on the captions only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 16
-"""Tokens of a prompt, start and end included."""
+"""Tokens of a prompt, including start and end."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int = 1200) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair vocabulary is learnt from `captions`, with every letter and digit as a word."""
+    """A CLIP tokenizer with a byte-pair vocabulary of `captions`, and every letter and digit as a word."""
     pattern = CLIPTokenizer()._tokenizer
     learner = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
     learner.normalizer, learner.pre_tokenizer = pattern.normalizer, pattern.pre_tokenizer
@@ -37,7 +37,7 @@ def build_tokenizer(captions: Iterable[str], vocabulary: int = 1200) -> CLIPToke
 
 
 def classic_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
-    """``vocab.json`` and ``merges.txt``, which transformers 4 reads where version 5 reads ``tokenizer.json``."""
+    """``vocab.json`` and ``merges.txt`` for transformers 4; version 5 reads ``tokenizer.json``."""
     model = json.loads(tokenizer._tokenizer.to_str())["model"]
     merges = "\n".join(" ".join(merge) for merge in model["merges"])
     return {"vocab.json": json.dumps(model["vocab"]), "merges.txt": f"#version: 0.2\n{merges}\n"}

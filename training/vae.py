@@ -40,7 +40,7 @@ def build(kind: str) -> AutoencoderKL:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 and squared error, and L1 between horizontal and vertical differences, which keeps edges sharp."""
+    """L1 and squared error, plus L1 of horizontal and vertical differences, which keeps edges sharp."""
 
     def differences(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.diff(dim=-1), x.diff(dim=-2)
@@ -66,7 +66,7 @@ def images_of(kind: str, data: Path) -> Callable[[int, torch.Generator], Tensor]
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """The option by which a latent model names its trained autoencoder."""
+    """Add the option for the trained autoencoder of a latent model."""
     parser.add_argument("--vae", type=Path, required=True, help="--out folder of the autoencoder, or an exported model")
 
 
@@ -74,8 +74,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 def prepared(kind: str, run: Path, images: Tensor, cache: Path) -> tuple[AutoencoderKL, Tensor]:
     """The trained autoencoder of `run`, and the latents of `images` with zero mean and unit variance per channel.
 
-    The normalisation is folded into the two 1x1 convolutions around the latent, so that the scaling factor is 1 and a
-    pipeline needs no shift. Encoding is done once: delete the file `cache` when the autoencoder has changed.
+    The normalization is folded into the two 1x1 convolutions around the latent, so that the scaling factor is 1 and a
+    pipeline needs no shift. Delete the file `cache` when the autoencoder has changed.
 
     Args:
         run: ``--out`` folder of its training, or the folder of an exported pipeline.
@@ -93,13 +93,13 @@ def prepared(kind: str, run: Path, images: Tensor, cache: Path) -> tuple[Autoenc
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latents": latents, "mean": mean, "std": std}, cache)
     stored = load_file(cache)
-    fold_normalisation(model, stored["mean"].to(device()), stored["std"].to(device()))
+    fold_normalization(model, stored["mean"].to(device()), stored["std"].to(device()))
     return model.cpu(), stored["latents"]
 
 
 @torch.no_grad()
-def fold_normalisation(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Let `model` encode to ``(z - mean) / std`` and decode from it; `mean` and `std` are float [latent channels]."""
+def fold_normalization(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Make `model` encode to ``(z - mean) / std`` and decode from it; `mean` and `std` are float [latent channels]."""
     encode, decode, count = model.quant_conv, model.post_quant_conv, len(mean)
     encode.weight[:count] /= std.view(-1, 1, 1, 1)
     encode.bias[:count] = (encode.bias[:count] - mean) / std
