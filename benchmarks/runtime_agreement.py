@@ -2,13 +2,13 @@
 
     python -m benchmarks.runtime_agreement [--models fashion-ddpm ...] [--bits w8a8 w4a8] [--recipe minmax] [--count 8]
 
-Each zoo model is quantized, and the same images are generated with the simulation (quantized values in floating point,
-multiplied in float32) and with every runtime. Accumulators are exact everywhere, but the operations between the layers
-are float32 and add in another order: occasionally a value near the middle of two codes is rounded the other way, and
-the trajectory diverges from there. Therefore the simulation is also compared with itself, with images generated one by one
-instead of in one batch, where torch adds in another order, too. No runtime can be expected to be closer than that. A
-second comparison excludes diverging trajectories: it runs every runtime on the latents of the simulation. The script
-appends one line of JSON per model and bits to ``benchmarks/results/runtime-agreement.jsonl``.
+Each zoo model is quantized, and the same images are generated with the simulation (quantized values in floating
+point, multiplied in float32) and with every runtime. Accumulators are exact everywhere, but the operations between
+the layers are float32 and add in another order: occasionally a value near the middle of two codes is rounded the
+other way, and the trajectory diverges from there. Therefore the simulation is also compared with itself, with images
+generated one by one instead of in one batch, where torch adds in another order, too. No runtime can be expected to be
+closer than that. A second comparison excludes diverging trajectories: it runs every runtime on the latents of the
+simulation. The script appends one line of JSON per model and bits to ``benchmarks/results/runtime-agreement.jsonl``.
 """
 
 from __future__ import annotations
