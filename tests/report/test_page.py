@@ -62,7 +62,7 @@ def test_every_figure_has_a_description(report):
 def test_the_page_contains_the_report(report):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render(report).partition("<body>")[2]))
     for expected in (
-        "zoo:model quantized to w4a8 with quest . One activation scale a step",
+        "zoo:model quantized to w4a8 with quest . One activation scale per step",
         "30.0 dB",
         "0.9800",
         "0.25\u00d7 2.50 MB, in float32 10.0 MB",

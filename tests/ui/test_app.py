@@ -1,4 +1,4 @@
-"""The page, served and asked. Skipped where Gradio is not installed; the extra `dev` has it."""
+"""The page of the gallery, tested by a client. Skipped without Gradio, which the extra `dev` installs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.ui.gallery import Gallery
 
 
-def test_without_gradio_the_command_says_so(monkeypatch, tmp_path):
+def test_the_command_reports_missing_gradio(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "stepquant.ui.app", raising=False)
     result = CliRunner().invoke(app, ["ui", "--folder", str(tmp_path / "ui")])
@@ -23,7 +23,7 @@ def test_without_gradio_the_command_says_so(monkeypatch, tmp_path):
     assert not (tmp_path / "ui").exists()
 
 
-def test_the_page_is_served_here_alone_and_answers(unconditional_folder, tmp_path, monkeypatch):
+def test_the_page_is_served_locally_and_responds(unconditional_folder, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="Gradio is not installed")
     client = pytest.importorskip("gradio_client")
     from stepquant.ui.app import launch
@@ -37,19 +37,19 @@ def test_the_page_is_served_here_alone_and_answers(unconditional_folder, tmp_pat
     gallery = Gallery({"plain": str(unconditional_folder)}, tmp_path)
     page = launch(gallery, "127.0.0.1", port, wait=False)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-            assert "stepquant" in answer.read().decode()
-        # 127.0.0.2 is this machine too, but not the address the page is bound to.
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as response:
+            assert "stepquant" in response.read().decode()
+        # 127.0.0.2 is the same machine, but not the address of the page.
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.2", port), timeout=2)
-        asked = client.Client(f"http://127.0.0.1:{port}/", verbose=False)
-        full, quantized, table = asked.predict("plain", "minmax", "w8a8", "", 0, 2, 2, api_name="/draw")
+        remote = client.Client(f"http://127.0.0.1:{port}/", verbose=False)
+        full, quantized, table = remote.predict("plain", "minmax", "w8a8", "", 0, 2, 2, api_name="/generate")
         assert full != quantized
         assert table["headers"] == ["", "full precision", "quantized"]
         assert any("PSNR" in row[0] and row[2].endswith(" dB") for row in table["data"])
         with pytest.raises(Exception, match="not understood"):
-            asked.predict("plain", "minmax", "four", "", 0, 2, 2, api_name="/draw")
-        with pytest.raises(StepquantError, match="choose another --port"):
+            remote.predict("plain", "minmax", "four", "", 0, 2, 2, api_name="/generate")
+        with pytest.raises(StepquantError, match="Choose another `port`"):
             launch(gallery, "127.0.0.1", port, wait=False)
     finally:
         page.close()

@@ -1,1 +1,1 @@
-"""A gallery in the browser: pick a model, quantize it, and look. Gradio is needed for `app` alone."""
+"""Browser interface for quantizing a model and comparing images. Only `app` needs Gradio."""

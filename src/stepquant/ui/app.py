@@ -1,4 +1,4 @@
-"""The gallery as a Gradio page, bound to this machine unless told otherwise."""
+"""The gallery as a Gradio page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import gradio
 from stepquant.errors import StepquantError
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES
-from stepquant.ui.gallery import MOST_PICTURES, Gallery, Wanted
+from stepquant.ui.gallery import MAX_IMAGES, Gallery, Job
 
 HEADERS = ["", "full precision", "quantized"]
 
 
 class GradioProgress(Progress):
-    """Draws tasks as Gradio's bar."""
+    """Shows tasks in the progress bar of Gradio."""
 
     def __init__(self, bar: gradio.Progress) -> None:
         self.bar = bar
@@ -36,7 +36,7 @@ class GradioProgress(Progress):
 
 
 def build(gallery: Gallery) -> gradio.Blocks:
-    """The page."""
+    """Create the page."""
 
     def generate(
         model: str,
@@ -46,44 +46,47 @@ def build(gallery: Gallery) -> gradio.Blocks:
         seed: float,
         steps: float,
         count: float,
-        bar: gradio.Progress = gradio.Progress(),  # noqa: B008 - gradio looks for it here
+        bar: gradio.Progress = gradio.Progress(),  # noqa: B008 - Gradio requires it here
     ) -> tuple[Any, Any, list[list[str]]]:
         try:
-            wanted = Wanted(model, recipe, bits, prompt, int(seed), int(steps), int(count))
-            shown = gallery.show(wanted, GradioProgress(bar))
+            job = Job(model, recipe, bits, prompt, int(seed), int(steps), int(count))
+            result = gallery.run(job, GradioProgress(bar))
         except StepquantError as error:
             raise gradio.Error(str(error)) from None
-        return shown.full_precision, shown.quantized, [list(row) for row in shown.rows]
+        return result.full_precision, result.quantized, [list(row) for row in result.rows]
 
-    # Nothing is sent anywhere: no analytics, no share link.
+    # Nothing leaves this machine: no analytics, no share link.
     with gradio.Blocks(title="stepquant", analytics_enabled=False) as page:
-        gradio.Markdown("# stepquant\nFull precision beside quantized, from the same noise.")
+        gradio.Markdown("# stepquant\nFull-precision and quantized images from the same noise.")
         with gradio.Row():
             model = gradio.Dropdown(list(gallery.models), value=next(iter(gallery.models)), label="model")
             recipe = gradio.Dropdown(
-                list(RECIPES), value="minmax", label="recipe", info=f"minmax is quickest: {RECIPES['minmax'].summary()}"
+                list(RECIPES),
+                value="minmax",
+                label="recipe",
+                info=RECIPES["minmax"].summary(),
             )
             bits = gradio.Dropdown(
                 ["w8a8", "w6a6", "w4a8", "w4a4", "w4a16"], value="w4a8", label="bits", allow_custom_value=True
             )
-        prompt = gradio.Textbox(label="prompt", info="of a text-to-image model; empty: the model's own prompts")
+        prompt = gradio.Textbox(label="prompt", info="for a text-to-image model; default: the prompts of the model")
         with gradio.Row():
             seed = gradio.Number(0, label="seed", precision=0, minimum=0)
             steps = gradio.Slider(1, 100, value=20, step=1, label="denoising steps")
-            count = gradio.Slider(1, MOST_PICTURES, value=4, step=1, label="images")
-        button = gradio.Button("Draw", variant="primary")
+            count = gradio.Slider(1, MAX_IMAGES, value=4, step=1, label="images")
+        button = gradio.Button("Generate", variant="primary")
         with gradio.Row():
             full = gradio.Image(label="full precision", format="png")
             quantized = gradio.Image(label="quantized", format="png")
-        table = gradio.Dataframe(headers=HEADERS, label="what it costs, and what it changed")
+        table = gradio.Dataframe(headers=HEADERS, label="cost and fidelity")
         button.click(
-            generate, [model, recipe, bits, prompt, seed, steps, count], [full, quantized, table], api_name="draw"
+            generate, [model, recipe, bits, prompt, seed, steps, count], [full, quantized, table], api_name="generate"
         )
     return page
 
 
 def launch(gallery: Gallery, host: str, port: int, *, wait: bool = True) -> gradio.Blocks:
-    """Serve the page until interrupted, or return at once; raises `StepquantError` if the address cannot be had."""
+    """Serve the page until interrupted, or return immediately; raises `StepquantError` if the address is in use."""
     page = build(gallery)
     try:
         page.queue(default_concurrency_limit=1).launch(
@@ -97,5 +100,5 @@ def launch(gallery: Gallery, host: str, port: int, *, wait: bool = True) -> grad
             prevent_thread_lock=not wait,
         )
     except OSError as error:
-        raise StepquantError(f"cannot serve at {host}:{port}: {error}; choose another --port.") from None
+        raise StepquantError(f"cannot serve at {host}:{port}: {error}. Choose another `port`.") from None
     return page

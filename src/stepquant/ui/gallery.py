@@ -1,4 +1,4 @@
-"""What the gallery does: quantize what is asked for unless it is there, and draw with both models."""
+"""Quantize a model, unless it is cached, and generate images with both models."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from stepquant.images import grid
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.request import kind_of
 from stepquant.progress import Progress
-from stepquant.recipes import RECIPES, find_class
+from stepquant.recipes import RECIPES
 
 SAMPLES = 64
-"""Calibration samples: the gallery is for looking, not for figures."""
+"""Calibration samples: few, since the gallery is for quick comparisons."""
 ITERATIONS = 30
-MOST_PICTURES = 64
-MOST_STEPS = 1000
+MAX_IMAGES = 64
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One press of the button.
+class Job:
+    """The inputs of one comparison.
 
     Attributes:
         model: a name in `Gallery.models`.
-        prompt: for a model of text; "" takes the model's own prompts.
-        seed, steps, count: what is drawn; image i starts from the noise of seed + i.
+        prompt: for a text-to-image model; "" uses the prompts of the model.
+        seed, steps, count: of the images; image i starts from the noise of seed + i.
     """
 
     model: str
@@ -45,8 +45,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Images of both models, as grids, and the rows of a table: what, full precision, quantized."""
+class Result:
+    """Image grids of both models, and the rows of a table: name, full precision, quantized."""
 
     full_precision: Image.Image
     quantized: Image.Image
@@ -55,61 +55,63 @@ class Shown:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Quantized models are kept in `folder`, so that each is made once.
+    """Comparisons of full-precision and quantized models.
 
     Attributes:
-        models: name -> model as `stepquant.loading` takes it. No other can be asked for.
+        models: name -> model for `stepquant.loading`; the only models that a request can name.
+        folder: cache of quantized models.
     """
 
     models: dict[str, str]
     folder: Path
 
-    def show(self, wanted: Wanted, progress: Progress | None = None) -> Shown:
-        """Quantize if need be, draw, compare.
+    def run(self, job: Job, progress: Progress | None = None) -> Result:
+        """Quantize if necessary, generate and compare.
 
         Raises:
-            StepquantError: for anything that does not exist or is out of bounds.
+            StepquantError: for an unknown name, or a value out of bounds.
         """
         progress = progress or Progress()
-        if wanted.model not in self.models:
-            raise StepquantError(f"there is no model {wanted.model!r}: expected one of {', '.join(self.models)}.")
-        for name, value, most in (("count", wanted.count, MOST_PICTURES), ("steps", wanted.steps, MOST_STEPS)):
+        if job.model not in self.models:
+            raise StepquantError(f"model {job.model!r} does not exist; expected one of {', '.join(self.models)}.")
+        for name, value, most in (("count", job.count, MAX_IMAGES), ("steps", job.steps, MAX_STEPS)):
             if not 1 <= value <= most:
-                raise StepquantError(f"{name} is {value}: expected 1 to {most}.")
-        if wanted.seed < 0:
-            raise StepquantError(f"seed is {wanted.seed}: expected 0 or more.")
-        source = self.models[wanted.model]
-        folder = self.quantized(wanted, progress)
+                raise StepquantError(f"{name} is {value}; expected 1 to {most}.")
+        if job.seed < 0:
+            raise StepquantError(f"seed is {job.seed}; expected 0 or more.")
+        source = self.models[job.model]
+        folder = self.quantized(job, progress)
         text = kind_of(resolve_pipeline(source)) == "text"
         evaluated = evaluate(
             folder,
             source,
-            count=wanted.count,
-            steps=wanted.steps,
-            seed=wanted.seed,
-            prompts=[wanted.prompt] if text and wanted.prompt.strip() else None,
+            count=job.count,
+            steps=job.steps,
+            seed=job.seed,
+            prompts=[job.prompt] if text and job.prompt.strip() else None,
             progress=progress,
         )
-        return Shown(grid(evaluated.full_precision), grid(evaluated.quantized), _rows(evaluated.result))
+        return Result(grid(evaluated.full_precision), grid(evaluated.quantized), _rows(evaluated.result))
 
-    def quantized(self, wanted: Wanted, progress: Progress) -> Path:
-        """The folder of the quantized model, made if it is not there."""
-        find_class(wanted.recipe)
-        # From here on both are names that this package made up: nothing a browser sends becomes a path.
-        spec, recipe = QuantSpec.parse(wanted.bits.strip()), next(name for name in RECIPES if name == wanted.recipe)
-        folder = self.folder / f"{wanted.model}-{recipe}-{spec}-{wanted.steps}"
+    def quantized(self, job: Job, progress: Progress) -> Path:
+        """The folder of the quantized model, created if necessary."""
+        # Only names: a request must not reach other files or run a recipe from a file.
+        if job.recipe not in RECIPES:
+            raise StepquantError(f"recipe {job.recipe!r} does not exist; expected one of {', '.join(RECIPES)}.")
+        recipe, spec = RECIPES[job.recipe], QuantSpec.parse(job.bits.strip())
+        folder = self.folder / f"{job.model}-{recipe.name}-{spec}-{job.steps}"
         if not is_checkpoint(folder):
-            learned = {"iterations": ITERATIONS} if "iterations" in RECIPES[recipe].fields() else {}
-            made = stepquant.quantize(
-                resolve_pipeline(self.models[wanted.model]),
+            overrides = {"iterations": ITERATIONS} if "iterations" in recipe.fields() else {}
+            quantized = stepquant.quantize(
+                resolve_pipeline(self.models[job.model]),
                 spec,
                 recipe=recipe,
-                calibration=stepquant.Calibration(samples=SAMPLES, steps=wanted.steps),
+                calibration=stepquant.Calibration(samples=SAMPLES, steps=job.steps),
                 progress=progress,
-                source=self.models[wanted.model],
-                hyperparameters=learned,
+                source=self.models[job.model],
+                hyperparameters=overrides,
             )
-            stepquant.save(made, folder, overwrite=True)
+            stepquant.save(quantized, folder, overwrite=True)
         return folder
 
 
@@ -119,9 +121,9 @@ def _rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
         (f"PSNR to full precision, {result.count} images", "", f"{result.psnr_db:.2f} dB"),
         ("SSIM to full precision", "", f"{result.ssim:.4f}"),
         (
-            f"time of a step, batch of {result.batch_size}",
+            f"latency per step, batch of {result.batch_size}",
             f"{result.seconds_per_step_fp32 * 1e3:.1f} ms",
-            f"{result.seconds_per_step * 1e3:.1f} ms ({result.speedup:.2f}x as fast)",
+            f"{result.seconds_per_step * 1e3:.1f} ms ({result.speedup:.2f}x speed)",
         ),
         (
             "peak memory, whole process",
