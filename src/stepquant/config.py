@@ -1,4 +1,4 @@
-"""What to quantize, and to how many bits: parsed and checked once, at the door."""
+"""The quantization spec: which layers to quantize, and to how many bits."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from stepquant.errors import StepquantError
 
 FLOAT_BITS = 16
-"""Bits that mean "left in floating point"."""
+"""Number of bits that stands for floating point."""
 
 _BITS_PATTERN = re.compile(r"w(\d{1,2})a(\d{1,2})")
 
 
 class LayerBits(NamedTuple):
-    """Bit widths of one layer: its weight and the activation that enters it; 16 means floating point."""
+    """Bit widths of one layer: its weight and its input activation; 16 means floating point."""
 
     weight: int
     activation: int
 
     @classmethod
     def parse(cls, text: str) -> LayerBits:
-        """``"w4a8"`` -> ``LayerBits(4, 8)``; raises `StepquantError` for what no runtime could execute."""
+        """Parse ``"w4a8"`` to ``LayerBits(4, 8)``; raises `StepquantError` for widths that no runtime executes."""
         match = _BITS_PATTERN.fullmatch(text.strip().lower()) if isinstance(text, str) else None
         if match is None:
-            raise StepquantError(f"bits {text!r} are not understood: write them as w4a8, w8a8, w4a4 or w4a16.")
+            raise StepquantError(f"bits {text!r} cannot be parsed; expected a form such as w4a8, w8a8, w4a4 or w4a16.")
         bits = cls(int(match[1]), int(match[2]))
         for name, value in (("weight", bits.weight), ("activation", bits.activation)):
             if value != FLOAT_BITS and not 2 <= value <= 8:
                 raise StepquantError(
-                    f"{name} bits of {text!r} are {value}: expected 2 to 8, or {FLOAT_BITS} for floating point."
+                    f"bits {text!r} have {value} for the {name}; expected 2 to 8, or {FLOAT_BITS} for floating point."
                 )
         if bits.weight == FLOAT_BITS and bits.activation != FLOAT_BITS:
-            raise StepquantError(f"bits {text!r} quantize activations but not weights: no integer kernel runs that.")
+            raise StepquantError(
+                f"bits {text!r} quantize activations but not weights, which no kernel runs; expected quantized weights."
+            )
         return bits
 
     @property
@@ -51,19 +53,19 @@ def _checked_bits(text: str) -> str:
 
 
 class Checked(BaseModel):
-    """Settings that a user writes: however they are made, a wrong one is a `StepquantError` of one sentence.
+    """Base of settings that users write: an invalid value raises a `StepquantError` with a message of one line.
 
-    Checks of a subclass belong to its fields: one of the whole model would come after the sentence is made.
+    Subclasses validate fields; a validator of the whole model would run too late for that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     called: ClassVar[str]
-    """What the sentence begins with."""
+    """Beginning of the error message."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _say_it_in_one_sentence(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+    def _raise_stepquant_error(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return check(given)
         except ValidationError as error:
@@ -75,24 +77,24 @@ class Checked(BaseModel):
 
 
 class QuantSpec(Checked):
-    """What every layer of a denoiser becomes.
+    """Bit widths and other choices for every layer of a denoiser.
 
     Attributes:
-        bits: the default, as ``"w4a8"``.
-        overrides: regular expressions over module names -> bits, ``{"mid_block": "w8a8"}``; the first that is
-            found in a name (``re.search``) wins, and beats `first_last_bits`.
-        first_last_bits: least number of bits of the first and the last layer, weight and activation.
-        first_input_bits: bits of the first layer's activation, which is the sampler's own state x_t. It has 1 to 16
-            channels, so integers there save nothing, while 8 bits cost more quality than all other activations
-            together (``docs/quality.md``): floating point by default.
+        bits: default bit widths, as ``"w4a8"``.
+        overrides: regular expression over module names -> bits, as ``{"mid_block": "w8a8"}``. The first that matches
+            (``re.search``) wins, also over `first_last_bits`.
+        first_last_bits: minimum number of bits of the first and the last layer, weight and activation.
+        first_input_bits: bits of the first layer's input, which is the noisy sample x_t. Floating point by default: it
+            has 1 to 16 channels, so that integers save nothing there, while 8 bits cost more quality than all other
+            activations together (``docs/quality.md``).
         softmax_bits: bits of the attention probabilities (unsigned, zero point 0).
-        split_skips: quantize the two halves of a skip concatenation apart (Q-Diffusion, arXiv 2302.04304);
-            ``None`` leaves it to the recipe.
-        smoothing: move what differs between an activation's channels into the weight (`stepquant.calibration.smoothing`);
-            ``None`` leaves it to the recipe.
-        exact_time: leave the layers whose input depends on the timestep alone in floating point. They are few, and
-            their outputs are then those of full precision at every step.
-        group_size: input channels that share a weight scale; ``None`` means one scale an output channel.
+        split_skips: quantize both halves of a skip concatenation separately (Q-Diffusion, arXiv 2302.04304); ``None``
+            leaves it to the recipe.
+        smoothing: move differences between the channels of an activation into the weight (SmoothQuant, arXiv
+            2211.10438); ``None`` leaves it to the recipe.
+        exact_time: keep the layers whose input depends on the timestep alone in floating point. They are few, and their
+            outputs are then those of full precision at every step.
+        group_size: number of input channels that share a weight scale; ``None`` for one scale per output channel.
     """
 
     called = "quantization spec"
@@ -119,7 +121,7 @@ class QuantSpec(Checked):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepquantError(f"override {pattern!r} is no regular expression: {error}.") from None
+                raise StepquantError(f"override {pattern!r} is not a regular expression: {error}.") from None
         return {pattern: _checked_bits(bits) for pattern, bits in value.items()}
 
     @field_validator("first_last_bits", "first_input_bits", "softmax_bits")
@@ -146,12 +148,15 @@ class QuantSpec(Checked):
         return LayerBits.parse(self.bits)
 
     def check_quantizes(self) -> None:
-        """Raise `StepquantError` if no layer becomes integers."""
+        """Raise `StepquantError` if no layer is quantized."""
         if self.default_bits.is_float:
-            raise StepquantError(f"bits {self} leave every layer in floating point: there is nothing to quantize.")
+            raise StepquantError(
+                f"bits {self} leave every layer in floating point, so there is nothing to quantize; expected "
+                "bits such as w8a8."
+            )
 
     def layer_bits(self, name: str, *, first: bool = False, last: bool = False) -> LayerBits:
-        """Bits of the layer called `name` (its dotted module path in the denoiser)."""
+        """Return the bits of the layer called `name` (its dotted module path in the denoiser)."""
         for pattern, override in self.overrides.items():
             if re.search(pattern, name):
                 return LayerBits.parse(override)

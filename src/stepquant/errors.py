@@ -1,13 +1,14 @@
-"""The one exception a user is meant to read, and how it quotes others."""
+"""The exception that users are meant to read, and how its message quotes others."""
 
 
 class StepquantError(Exception):
-    """Something the user gave cannot be used; the message is one sentence: given, expected, what to do.
+    """A user's input cannot be used.
 
-    The command prints the message alone and exits with code 2.
+    The message has the form ``<what was given> <is wrong how>; expected <what>. <What to do>.`` and is one line. The
+    command prints it without a traceback and exits with code 2.
     """
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another exception's message, without its full stop, to be quoted in a sentence."""
+    """Return the first line of another exception's message without its full stop, to be quoted in a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")

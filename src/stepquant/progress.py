@@ -1,4 +1,4 @@
-"""How long work tells how far it is; the command draws it, a library call stays silent unless given a drawer."""
+"""Progress of long work: the command displays it; a library call is silent unless it is given a `Progress`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Silent base. Subclasses override `task` and `note`."""
+    """Base class without output. Subclasses override `task` and `note`."""
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A piece of work of `total` units; the yielded function says that n more are done."""
+        """Begin a task of `total` units; the yielded function reports that n more units are done."""
         yield lambda n: None
 
     def note(self, message: str) -> None:
-        """Something worth a line."""
+        """Report a message of one line."""
 
 
 class Stopwatch(Progress):
-    """Passes everything on, and adds up how long each piece of work takes.
+    """Forwards everything to another `Progress` and sums the duration of each task.
 
     Attributes:
-        clock: what tells the time, in seconds.
-        seconds: of every description.
+        clock: function that returns the time in seconds.
+        seconds: description of a task -> duration.
     """
 
     def __init__(self, inner: Progress | None = None, clock: Callable[[], float] = time.monotonic) -> None:

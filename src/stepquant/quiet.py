@@ -1,4 +1,4 @@
-"""Keep other libraries' notices and bars off standard error."""
+"""Suppress messages and progress bars of other libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import transformers
 
 
 def silence_libraries() -> None:
-    """For a process whose standard error is for people: the command's, and a study's workers."""
+    """Suppress them in this process: for the command line and the workers of a study."""
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

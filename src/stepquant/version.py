@@ -1,3 +1,3 @@
-"""The version, in one place that nothing else has to be imported for."""
+"""The version of the package, importable without anything else."""
 
 __version__ = "0.1.0"

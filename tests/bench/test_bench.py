@@ -132,7 +132,8 @@ def test_resident_memory():
         ),
         (
             ["arch:cifar-ddpm", "--bits", "w16a16"],
-            "bits w16a16 leave every layer in floating point: there is nothing to quantize.",
+            "bits w16a16 leave every layer in floating point, so there is nothing to quantize; expected bits such as "
+            "w8a8.",
         ),
     ],
 )

@@ -68,7 +68,7 @@ def test_every_extension_point_shows_its_example():
         r"<!-- code: (\S+) .*? -->\n```python\n(.*?)```", (pages.ROOT / "docs/extend.md").read_text(), re.S
     )
     assert [path for path, _ in parts] == [
-        "examples/best.py", "examples/custom_quantizer.py", "examples/own_family.py", "examples/own_runtime.py"
+        "examples/best.py", "examples/custom_quantizer.py", "examples/custom_family.py", "examples/custom_runtime.py"
     ]  # fmt: skip
     for path, shown in parts:
         source = ast.parse((pages.ROOT / path).read_text())

@@ -182,7 +182,7 @@ def test_what_has_no_structure_is_named():
         def forward(self, sample, timestep):
             return self.layer(sample)
 
-    with pytest.raises(StepquantError, match="Flat is of no known family"):
+    with pytest.raises(StepquantError, match="Flat is not of a known family"):
         describe(Flat())
     assert "timestep" in inspect.signature(Flat.forward).parameters
 

@@ -155,7 +155,7 @@ def insert_fake_quantizers(
     for name, attention in attentions.items():
         model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
     clock.attach(model)
-    time_layers = tuple(name for name in description.layers if name in description.time_layers)
+    time_layers = description.time_layers_in(description.layers)
     return CalibrationModel(model, clock, layers, attentions, time_layers)
 
 

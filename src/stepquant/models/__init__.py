@@ -1,4 +1,4 @@
-"""Model families. Supporting a new architecture is one file that describes it, and one entry here."""
+"""Model families. A new architecture takes one file that describes it, and one entry here."""
 
 from __future__ import annotations
 
@@ -21,49 +21,51 @@ FAMILIES: dict[str, Describer] = {
     "SD3Transformer2DModel": describe_sd3,
     "FluxTransformer2DModel": describe_flux,
 }
-"""Class name of a denoiser -> the function that describes it; any other is described by its structure."""
+"""Class name of a denoiser -> function that describes it; any other is described by its structure."""
 
 DENOISERS = ("unet", "transformer")
-"""Names under which diffusers pipelines hold their denoiser."""
+"""Names of the denoiser among the components of a diffusers pipeline."""
 
 
 def describe(model: nn.Module) -> ModelDescription:
-    """The description of a denoiser; raises `StepquantError` for one that has none and shows none by its structure."""
+    """Return the description of a denoiser; raises `StepquantError` if its class and structure are both unknown."""
     return FAMILIES.get(type(model).__name__, describe_generic)(model)
 
 
 def register(denoiser: type[nn.Module], describer: Describer) -> None:
-    """Describe denoisers of a class by `describer` from now on, in this process.
+    """Describe the denoisers of a class by `describer` in this process.
 
     Raises:
-        StepquantError: if another function describes the class already: a family has one description.
+        StepquantError: if another function already describes the class.
     """
     known = FAMILIES.setdefault(denoiser.__name__, describer)
     if known is not describer:
-        raise StepquantError(f"{denoiser.__name__} is described already, by {known.__name__} of {known.__module__}.")
+        raise StepquantError(
+            f"{denoiser.__name__} is already described by {known.__module__}.{known.__name__}; expected a new class."
+        )
 
 
 def denoiser_name(pipeline: object) -> str:
-    """Name of a diffusers pipeline's denoiser component, ``"unet"`` or ``"transformer"``."""
+    """Return the name of a pipeline's denoiser among its components, ``"unet"`` or ``"transformer"``."""
     for name in DENOISERS:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise StepquantError(
-        f"{type(pipeline).__name__} has no component named {' or '.join(DENOISERS)}: there is no denoiser to quantize."
+        f"{type(pipeline).__name__} has no denoiser; expected a component named {' or '.join(DENOISERS)}."
     )
 
 
 MOST_SAMPLES = 8
-"""Samples that pass through a denoiser at a time; on two cores twice as many were no faster."""
+"""Samples per call of the denoiser; on two cores, twice as many were no faster."""
 MOST_POSITIONS = 1 << 14
-"""Pixels or latent positions at a time: four samples at 64x64, one at 128x128."""
+"""Pixels or latent positions per call: four samples at 64x64, one at 128x128."""
 
 
 def chunk_size(denoiser: nn.Module) -> int:
-    """How many samples pass through a denoiser at a time while it is calibrated.
+    """Return the number of samples per call of the denoiser during calibration.
 
-    It follows from the model alone and is no setting: kernels add in an order that depends on the size of the batch, so
-    other batches would give other last bits, and in the end other integers.
+    It depends on the model alone and is not a setting: the order of additions in a kernel depends on the batch size, so
+    that other batches would give other rounding errors, and finally other integers.
     """
     size = getattr(denoiser, "config", {}).get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])

@@ -1,8 +1,8 @@
-"""What a family of denoisers is made of, in the words that calibration and reconstruction need."""
+"""Description of a denoiser for calibration and reconstruction: blocks, layers and their roles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,18 @@ class ModelDescription:
     """A denoiser, described by the dotted names of its modules.
 
     Attributes:
-        family: name of the family, for people.
-        blocks: the units of reconstruction in execution order: disjoint modules that together hold all of `layers`.
-        layers: every linear and convolution that can be quantized, block by block.
-        first, last: the layer that reads the noisy sample, and the one that writes the output.
+        family: display name of the family.
+        blocks: units of reconstruction in execution order: disjoint modules that together contain all `layers`.
+        layers: all linears and convolutions that can be quantized, block by block. Inside of a block they are in
+            registration order; `stepquant.models.tracing.execution_order` observes the order of execution.
+        first, last: layer that reads the noisy sample, and layer that writes the output.
         time_layers: layers whose input depends on the timestep alone.
-        attentions: modules of the `Attention` interface of diffusers whose operands can be quantized; others (linear
-            attention, masks of their own) keep diffusers' processor, and their operands stay in floating point.
-        middle: the module whose output, float [B, C, H, W] or [B, N, C], says most about what is being drawn.
-        skip_splits: layer behind a skip concatenation -> number of its input channels that come from the trunk; the
-            rest come from the skip.
-        time_unit: what the denoiser is given for one timestep of the scheduler: 1, or 1/1000 where it reads t / 1000.
+        attentions: modules with diffusers' `Attention` interface whose operands can be quantized. Others, such as
+            linear attention, keep their processor, and their operands stay in floating point.
+        middle: module whose output, float [B, C, H, W] or [B, N, C], represents the content of the image best.
+        skip_splits: layer after a skip concatenation -> number of its input channels that come from the trunk; the
+            others come from the skip.
+        time_unit: the denoiser's timestep per timestep of the scheduler: 1, or 1/1000 where it reads t / 1000.
     """
 
     family: str
@@ -45,13 +46,17 @@ class ModelDescription:
     time_unit: float = 1.0
 
     def quantized_bits(self, spec: QuantSpec) -> dict[str, LayerBits]:
-        """name -> bits of the layers that `spec` quantizes, in execution order."""
+        """Return name -> bits of the layers that `spec` quantizes, in the order of `layers`."""
         bits = {}
         for name in self.layers:
             layer = spec.layer_bits(name, first=name == self.first, last=name == self.last)
             if not layer.is_float and not (spec.exact_time and name in self.time_layers):
                 bits[name] = layer
         return bits
+
+    def time_layers_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those of `names`, in their order, that are `time_layers`."""
+        return tuple(name for name in names if name in self.time_layers)
 
 
 Describer = Callable[[nn.Module], ModelDescription]
@@ -69,11 +74,11 @@ def describe_blocks(
     skip_splits: dict[str, int] | None = None,
     time_unit: float = 1.0,
 ) -> ModelDescription:
-    """Complete a description from its blocks: list their layers and attentions, and check that it fits the model.
+    """Complete a description from its blocks: find their layers and attentions, and check that it fits the model.
 
     Raises:
-        StepquantError: if a layer lies outside every block (a variant of the family that its file does not know) or in
-            two, or something is named that the model does not have.
+        StepquantError: if a layer is outside of all blocks (an unknown variant of the family) or inside of two, or if
+            the model does not have a module that is named.
     """
     modules = dict(model.named_modules())
     _check_names(model, family, [*blocks, middle], modules, "module")
@@ -87,14 +92,14 @@ def describe_blocks(
     twice = sorted({name for name in layers if layers.count(name) > 1})
     if twice:
         raise StepquantError(
-            f"the {family} description of {type(model).__name__} has blocks that overlap: {twice[0]} is in two of them."
+            f"the {family} description of {type(model).__name__} has overlapping blocks: {twice[0]} is in two of them."
         )
     every = {name for name, module in modules.items() if can_quantize(module)}
     outside = sorted(every - set(layers))
     if outside:
         raise StepquantError(
-            f"{type(model).__name__} has layers that the {family} description does not place in a block: "
-            f"{', '.join(outside[:5])}; this variant of the model cannot be quantized yet."
+            f"{type(model).__name__} has layers outside of the blocks of the {family} description: "
+            f"{', '.join(outside[:5])}. This variant of the model is not supported yet."
         )
     _check_names(model, family, [first, last, *time_layers, *(skip_splits or {})], every, "linear or convolution")
     attentions = [name for name, module in modules.items() if can_quantize_attention(module)]
@@ -113,23 +118,28 @@ def describe_blocks(
 
 
 def _check_names(model: nn.Module, family: str, names: list[str], known: Container[str], what: str) -> None:
-    """Raise `StepquantError` for the first of `names` that the model has not."""
+    """Raise `StepquantError` for the first of `names` that the model does not have."""
     for name in names:
         if name not in known:
             raise StepquantError(
-                f"the {family} description names {name!r}, which is no {what} of this {type(model).__name__}."
+                f"the {family} description names {name!r}, which is not a {what} of this {type(model).__name__}."
             )
 
 
+def has_layers(module: nn.Module | None) -> bool:
+    """Return whether a module contains a layer that can be quantized."""
+    return module is not None and any(can_quantize(submodule) for submodule in module.modules())
+
+
 def numbered(model: nn.Module, name: str) -> list[str]:
-    """Dotted names of the members of a list of modules."""
+    """Return the dotted names of the members of a list of modules."""
     return [f"{name}.{index}" for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The tensor that a block's output stands for: itself, or the first of a tuple.
+    """Return the tensor that represents a block's output: the output itself, or the first of a tuple.
 
-    A joint block puts out text and image, both [B, tokens, C]: they are joined along the tokens.
+    A joint block outputs text and image, both [B, tokens, C]; they are concatenated along the tokens.
     """
     if isinstance(output, Tensor):
         return output

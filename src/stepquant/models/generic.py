@@ -1,4 +1,4 @@
-"""Denoisers without a description of their own: their blocks are found by structure."""
+"""Denoisers of unknown families: their blocks are found by structure."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from torch import nn
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import reads_timestep
 from stepquant.layers.quantized import can_quantize
-from stepquant.models.description import ModelDescription, describe_blocks
+from stepquant.models.description import ModelDescription, describe_blocks, has_layers
 
 TIME_LAYERS = re.compile(r"(^|\.)(time|timestep)_?(embed\w*|proj)\.")
-"""Names of the layers of a timestep's own embedding, as diffusers has them."""
+"""Names of the layers of the timestep embedding in diffusers."""
 
 
 def describe_generic(model: nn.Module) -> ModelDescription:
-    """Blocks: the members of every list of like modules, and each child of the model outside such lists.
+    """Blocks: the members of each list of modules of one class, and each child of the model outside of such lists.
 
-    They come in the order in which the model registers them, which is the order they run in for every denoiser that was
-    tried; the `family` says what was found. Nothing is known of skip concatenations, so none is split.
+    Blocks are in registration order, which was the execution order in all denoisers that were tried. The `family` lists
+    what was found. Skip concatenations are unknown, so none is split.
 
     Raises:
-        StepquantError: for a model that reads no timestep, or in which no block is repeated.
+        StepquantError: if the model reads no timestep, or repeats no block.
     """
     name = type(model).__name__
     if not reads_timestep(model):
-        raise StepquantError(f"{name} cannot be quantized step by step: its forward reads no timestep.")
+        raise StepquantError(f"{name} has no timestep; expected a denoiser whose forward has a parameter `timestep`.")
     lists = list(_repeated(model))
     if not lists:
-        raise StepquantError(f"{name} is of no known family, and repeats no block that could be found by structure.")
+        raise StepquantError(
+            f"{name} is not of a known family and repeats no block; expected a known family, or a list of modules "
+            "of one class."
+        )
     blocks = list(_blocks(model, ""))
     layers = [layer for layer, module in model.named_modules() if can_quantize(module)]
     found = ", ".join(f"{len(members)} {type(members[0]).__name__} in {path}" for path, members in lists)
@@ -48,26 +51,22 @@ def describe_generic(model: nn.Module) -> ModelDescription:
 
 
 def _repeated(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
-    """The outermost lists of two or more modules of one class that hold layers."""
+    """Yield the outermost lists of two or more modules of one class that contain layers."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         members = list(module) if isinstance(module, nn.ModuleList) else []
         alike = len(members) > 1 and len({type(member) for member in members}) == 1
-        if alike and _has_layers(members[0]) and not path.startswith(inside):
+        if alike and has_layers(members[0]) and not path.startswith(inside):
             inside = (*inside, f"{path}.")
             yield path, members
 
 
 def _blocks(model: nn.Module, prefix: str) -> Iterator[str]:
-    """Children that hold layers, in order; lists are opened."""
+    """Yield the children that contain layers, in registration order; of lists, their members."""
     for name, child in model.named_children():
-        if not _has_layers(child):
+        if not has_layers(child):
             continue
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _blocks(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(can_quantize(submodule) for submodule in module.modules())

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
-from stepquant.layers.quantized import can_quantize
-from stepquant.models.description import ModelDescription, describe_blocks
+from stepquant.models.description import ModelDescription, describe_blocks, has_layers
 
 
 def describe_unet(model: Any) -> ModelDescription:
@@ -16,7 +13,7 @@ def describe_unet(model: Any) -> ModelDescription:
     embeddings = [
         name
         for name in ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj", "time_embed_act")
-        if _has_layers(getattr(model, name, None))
+        if has_layers(getattr(model, name, None))
     ]
     blocks = [*embeddings, "conv_in"]
     for index, stage in enumerate(model.down_blocks):
@@ -49,7 +46,7 @@ def _stage_blocks(path: str, stage: Any) -> Iterator[str]:
             yield from _attention_blocks(f"{path}.attentions.{index}", attentions[index])
     for kind in ("downsamplers", "upsamplers"):
         for index, sampler in enumerate(getattr(stage, kind, None) or []):
-            if _has_layers(sampler):
+            if has_layers(sampler):
                 yield f"{path}.{kind}.{index}"
 
 
@@ -64,7 +61,7 @@ def _mid_blocks(path: str, stage: Any) -> Iterator[str]:
 
 
 def _attention_blocks(path: str, attention: Any) -> Iterator[str]:
-    """A bare attention is a block; of a transformer, its projections and each of its blocks are."""
+    """A bare attention is one block; a transformer is split into its projections and each of its blocks."""
     if not hasattr(attention, "transformer_blocks"):
         yield path
         return
@@ -75,7 +72,7 @@ def _attention_blocks(path: str, attention: Any) -> Iterator[str]:
 
 
 def _skip_splits(model: Any) -> dict[str, int]:
-    """Every up block's resnet reads ``cat([trunk, skip])``: its trunk part is what the module before it put out."""
+    """Every resnet of an up block reads ``cat([trunk, skip])``; the trunk is the output of the module before it."""
     splits: dict[str, int] = {}
     trunk = model.mid_block.resnets[-1].out_channels if model.mid_block is not None else _bottom_channels(model)
     for stage_index, stage in enumerate(model.up_blocks):
@@ -90,7 +87,3 @@ def _skip_splits(model: Any) -> dict[str, int]:
 
 def _bottom_channels(model: Any) -> int:
     return model.down_blocks[-1].resnets[-1].out_channels
-
-
-def _has_layers(module: nn.Module | None) -> bool:
-    return module is not None and any(can_quantize(submodule) for submodule in module.modules())

@@ -107,7 +107,7 @@ class Finetune(Finetuning, Stage):
 
 
 def _time_layers(context: Context, state: State) -> tuple[str, ...]:
-    return tuple(name for name in state.model.layers if name in context.description.time_layers)
+    return context.description.time_layers_in(state.model.layers)
 
 
 class Train(Training, Stage):

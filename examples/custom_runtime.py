@@ -1,6 +1,6 @@
-"""A runtime of your own: linears by torch's int8 matrix product, which accelerators have as well.
+"""A custom runtime: linear layers with torch's int8 matrix product, which accelerators have as well.
 
-python examples/own_runtime.py FOLDER
+python examples/custom_runtime.py FOLDER
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def int_matmul(module: QuantizedModule) -> Kernel | None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python examples/own_runtime.py FOLDER")
+        sys.exit("usage: python examples/custom_runtime.py FOLDER")
     pipe = stepquant.load(sys.argv[1], backend=int_matmul)
     kernels = [module.kernel for module in quantized_modules(getattr(pipe, denoiser_name(pipe))).values()]
-    print(f"{sum(isinstance(kernel, IntMatmul) for kernel in kernels)} of {len(kernels)} layers by int8 matmul")
-    print("drawn:", generate(pipe, make_request(pipe, 10), range(4), 0).shape)
+    print(
+        f"{sum(isinstance(kernel, IntMatmul) for kernel in kernels)} of {len(kernels)} layers use int8 products"
+    )
+    print("images:", generate(pipe, make_request(pipe, 10), range(4), 0).shape)

@@ -1,6 +1,6 @@
-"""A model family of your own: AuraFlow, text to image with joint and single transformer blocks.
+"""A custom model family: AuraFlow, text to image with joint and single transformer blocks.
 
-python examples/own_family.py fal/AuraFlow-v0.3 w4a8 out/auraflow
+python examples/custom_family.py fal/AuraFlow-v0.3 w4a8 out/auraflow
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def describe_auraflow(model: Any) -> ModelDescription:
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
-        sys.exit("usage: python examples/own_family.py MODEL BITS FOLDER")
+        sys.exit("usage: python examples/custom_family.py MODEL BITS FOLDER")
     source, bits, folder = sys.argv[1:]
     register(AuraFlowTransformer2DModel, describe_auraflow)
     # What is saved names its layers: whoever loads it needs no description.

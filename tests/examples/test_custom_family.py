@@ -12,7 +12,7 @@ from stepquant.errors import StepquantError
 from stepquant.user_code import load_function
 
 describe_auraflow = load_function(
-    f"{Path(__file__).parents[2] / 'examples' / 'own_family.py'}:describe_auraflow", "description"
+    f"{Path(__file__).parents[2] / 'examples' / 'custom_family.py'}:describe_auraflow", "description"
 )
 INPUTS = {"max_sequence_length": 8}
 
@@ -92,7 +92,9 @@ def test_the_family_is_quantized_and_loads_without_its_description(pipeline, tmp
 def test_a_family_has_one_description(pipeline):
     models.register(diffusers.AuraFlowTransformer2DModel, describe_auraflow)
     assert models.describe(pipeline.transformer).family == "AuraFlow"
-    with pytest.raises(StepquantError, match=r"UNet2DModel is described already, by describe_unet of stepquant"):
+    with pytest.raises(
+        StepquantError, match=r"UNet2DModel is already described by stepquant\.models\.unet\.describe_unet"
+    ):
         models.register(diffusers.UNet2DModel, describe_auraflow)
 
 
@@ -105,13 +107,13 @@ class Small(nn.Module):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"blocks": ["first", "body.0"]}, r"does not place in a block: body\.2"),
-        ({"blocks": ["first", "body", "body.0"]}, r"blocks that overlap: body\.0"),
-        ({"blocks": ["first", "bodies"]}, "'bodies', which is no module of this Small"),
-        ({"middle": "centre"}, "'centre', which is no module"),
-        ({"first": "body"}, "'body', which is no linear or convolution"),
-        ({"time_layers": ["body.1"]}, r"'body\.1', which is no linear or convolution"),
-        ({"skip_splits": {"skip": 1}}, "'skip', which is no linear or convolution"),
+        ({"blocks": ["first", "body.0"]}, r"outside of the blocks of the small description: body\.2"),
+        ({"blocks": ["first", "body", "body.0"]}, r"overlapping blocks: body\.0"),
+        ({"blocks": ["first", "bodies"]}, "'bodies', which is not a module of this Small"),
+        ({"middle": "centre"}, "'centre', which is not a module"),
+        ({"first": "body"}, "'body', which is not a linear or convolution"),
+        ({"time_layers": ["body.1"]}, r"'body\.1', which is not a linear or convolution"),
+        ({"skip_splits": {"skip": 1}}, "'skip', which is not a linear or convolution"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(changed, reason):

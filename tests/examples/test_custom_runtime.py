@@ -7,32 +7,36 @@ from diffusers import UNet2DModel
 from typer.testing import CliRunner
 
 import stepquant
-from stepquant.calibration.selection import uniform_steps
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import quantized_modules
+from stepquant.recipes import Recipe, Stage
+from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples
 from stepquant.runtime import fallbacks, prepare
 from stepquant.runtime.reference import ReferenceKernel
 from stepquant.user_code import load_function
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_runtime.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_runtime.py"
 int_matmul = load_function(f"{EXAMPLE}:int_matmul", "runtime")
 
 
-def per_step(job):
-    """A scale a step, so that the kernel reads its table row by row."""
-    samples = job.collect(uniform_steps(job.calibration.samples, job.request.steps, job.generator()))
-    model = job.instrument("minmax", timesteps=samples.tensors["timestep"].unique())
-    job.calibrate_ranges(model, samples, "minmax")
-    return model
+class PerStep(Recipe):
+    """Per-step scales, so that the kernel reads its table row by row."""
+
+    def stages(self) -> list[Stage]:
+        return [
+            CollectSamples(),
+            AddQuantizers(weight_range="minmax", rows="calibrated"),
+            CalibrateRanges(method="minmax"),
+        ]
 
 
 @pytest.fixture(scope="module")
 def quantized(unconditional_pipeline):
     calibration = stepquant.Calibration(samples=8, steps=4)
     return stepquant.quantize(
-        unconditional_pipeline, "w4a8", recipe=per_step, calibration=calibration, backend=int_matmul
+        unconditional_pipeline, "w4a8", recipe=PerStep(), calibration=calibration, backend=int_matmul
     )
 
 
