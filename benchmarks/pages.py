@@ -3,14 +3,16 @@
 ``python -m benchmarks.pages`` rewrites what lies between the markers of every page.
 
 A generated part starts with ``<!-- table: recipes w4a4 -->`` and ends with ``<!-- end -->``. ``table`` names a function
-of `benchmarks.tables` and its argument, ``code`` a file and what it defines (``examples/best.py best``), ``options`` a
-command of ``stepquant``.
+of `benchmarks.tables` and its argument, ``code`` a file and what it defines (``examples/best.py Best``), ``options`` a
+command of ``stepquant``, ``recipe`` a recipe.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import typer
 
 from benchmarks import tables
 from stepquant.cli.main import app
+from stepquant.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-PART = re.compile(r"(<!-- (table|code|options): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (table|code|options|recipe): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -59,11 +62,30 @@ def meaning(option: Any) -> str:
     return f"{text} Default: `{option.default}`."
 
 
+def recipe(name: str) -> str:
+    """What a recipe does, its hyperparameters, and how it differs from its paper: from its docstrings and fields."""
+    kind = RECIPES[name]
+    differences = (inspect.getdoc(inspect.getmodule(kind)) or "").partition("\n")[2].strip()
+    paper = kind.PRESETS.get("paper", {})
+    rows = [
+        [
+            f"`{field}`",
+            " ".join(help.description.split()),
+            f"`{help.default}`",
+            f"`{paper[field]}`" if field in paper else "",
+        ]
+        for field, help in kind.fields().items()
+    ]
+    head = ("hyperparameter", "meaning", "default", "paper")
+    parts = [inspect.getdoc(kind) or "", tables.table(head, rows) if rows else "", differences]
+    return "\n\n".join(part for part in parts if part)
+
+
 def generated(kind: str, words: list[str]) -> str:
     if kind == "table":
-        make = getattr(tables, words[0])
+        make: Callable[..., str] = getattr(tables, words[0])
         return make(*words[1:])
-    return code(*words) if kind == "code" else options(*words)
+    return {"code": code, "options": options, "recipe": recipe}[kind](*words)
 
 
 def up_to_date(text: str) -> str:
