@@ -23,7 +23,7 @@ BITS = (2, 3, 4, 5, 8)
 
 def held(module: QuantizedModule) -> int:
     """Bytes of weights that a layer and its kernel hold."""
-    kernel = sum(piece.weight.untyped_storage().nbytes() for piece in module.kernel.pieces)
+    kernel = sum(piece.weight.untyped_storage().nbytes() for piece in module.kernel.layer.pieces)
     return kernel + module.weight_packed.untyped_storage().nbytes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stepquant.core.qtensor import GridFormat
 from stepquant.errors import StepquantError
@@ -49,6 +50,41 @@ def test_attention(shape, masked, row, zero_point):
         error = (found - expected).abs()
         assert (error > 1e-5 * expected.abs().max()).float().mean() < 0.01
         assert error.max() <= 1.5 * step
+
+
+@pytest.mark.parametrize("hidden", ["boolean", "-inf", "smallest", "-1e4"])
+@pytest.mark.parametrize("shape", [(37, 45), (1, 45), (2, 1, 1, 45), (2, 1, 37, 45), (3, 37, 45), (2, 3, 37, 45)])
+def test_masks(shape, hidden):
+    """As torch attends with the quantized operands, to what rounding the probabilities to 8 bits can change."""
+    torch.manual_seed(0)
+    simulated = processor()
+    query, key, value = (torch.randn(2, 3, count, 8) for count in (37, 45, 45))
+    mask = torch.rand(shape) < 0.5
+    mask[..., 0] = True
+    mask[..., -1, :] = False  # a query that attends to nothing
+    if hidden != "boolean":
+        number = {"-inf": -torch.inf, "smallest": torch.finfo(torch.float32).min, "-1e4": -1e4}[hidden]
+        mask = torch.zeros(shape).masked_fill(~mask, number)
+    operands = [simulated.operand(name, x) for name, x in zip(OPERANDS, (query, key, value), strict=False)]
+    expected = F.scaled_dot_product_attention(*operands, attn_mask=mask)
+    found = NativeAttention(simulated)(query, key, value, mask, torch.tensor(0))
+    step = float(simulated.probability_scale[0]) * float(value.abs().max())
+    assert (found - expected).abs().max() <= 8 * step
+    if hidden in ("boolean", "-inf"):
+        assert bool((found[..., -1, :] == 0).all())
+
+
+def test_mask_of_another_shape():
+    query, key, value = torch.randn(3, 2, 2, 4, 8)
+    with pytest.raises(StepquantError, match=r"mask has shape \[3, 4\]; expected .* \[2, 2, 4, 4\]"):
+        NativeAttention(processor())(query, key, value, torch.zeros(3, 4), torch.tensor(0))
+
+
+def test_row_that_the_tables_do_not_have():
+    query, key, value = torch.randn(3, 2, 2, 4, 8)
+    for row in (torch.tensor(STEPS), torch.tensor([0, STEPS])):
+        with pytest.raises(StepquantError, match="the clock is at row 3; expected one of the 3 rows"):
+            NativeAttention(processor())(query, key, value, None, row)
 
 
 def test_operands_of_any_layout_and_dtype():
@@ -110,11 +146,3 @@ def test_wide_heads_do_not_fit():
     kernel = NativeAttention(processor())
     assert kernel.fits(torch.empty(1, 1, 1, 16_512), torch.empty(1, 1, 1, 16_512))
     assert not kernel.fits(torch.empty(1, 1, 1, 16_513), torch.empty(1, 1, 1, 16_513))
-
-
-def test_nan_has_the_smallest_code():
-    kernel, operands = NativeAttention(processor()), [torch.randn(2, 2, 4, 8) for _ in range(3)]
-    for operand in operands:
-        operand[1, 0, 2, 3] = torch.nan
-    lowest = [operand.nan_to_num(nan=-1e30) for operand in operands]
-    assert torch.equal(kernel(*operands, None, torch.tensor(0)), kernel(*lowest, None, torch.tensor(0)))

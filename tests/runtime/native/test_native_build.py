@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 
 import pytest
+from torch import nn
 
 from stepquant.errors import StepquantError
+from stepquant.runtime import prepare
 from stepquant.runtime.native import build
+from tests.runtime.test_runtimes import linear
 
 
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch, tmp_path):
     """Compile into a folder of each test, without emulation unless a test sets it, and cache nothing between tests."""
-    for function in (build.library, build._library_path, build.cpu_flags):
+    for function in (build._load_once, build._library_path, build.cpu_flags):
         monkeypatch.setattr(build, function.__name__, function.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -35,7 +39,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build.supported() == "no C++ compiler was found: install g++"
+    assert build.supported() == "there is no C++ compiler. Install g++"
 
 
 def test_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
@@ -46,6 +50,32 @@ def test_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(StepquantError, match=r"could not compile the native kernels: x\.cpp:1: error: no such thing"):
         build.library()
     assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_failing_compiler_runs_once(monkeypatch, tmp_path):
+    """However many layers ask for the kernels."""
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    count = f"[ $1 = --version ] || echo run >> {log}"
+    compiler.write_text(f"#!/bin/sh\n{count}\necho 'x.cpp: error: broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
+    monkeypatch.setattr(build, "_load_once", functools.cache(build._load_once))
+    with pytest.warns(UserWarning, match="x.cpp: error: broken"):
+        model = nn.Sequential(linear(), linear(), linear())
+        prepare(model)
+    reasons = [build.supported() for _ in range(3)]
+    assert set(reasons) == {f"{compiler} could not compile the native kernels: x.cpp: error: broken"}
+    assert log.read_text() == "run\n"
+
+
+def test_compiler_that_cannot_be_executed(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_bytes(b"\x7fELF of another machine")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(StepquantError, match="cannot be executed: Exec format error"):
+        build.library()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from stepquant.errors import StepquantError
 from stepquant.runtime.native import kernel as kernel_module
 from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
-from stepquant.runtime.native.norms import Norm, group_norm
+from stepquant.runtime.native.norms import Norm, group_norm, layer_norm
 from stepquant.runtime.reference import ReferenceKernel
 from tests.runtime.test_runtimes import convolution, linear
 
@@ -166,13 +166,6 @@ def test_nothing_to_do():
     assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
 
 
-def test_nan_has_the_smallest_code():
-    kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 7)
-    x[1, 2] = torch.nan
-    lowest = x.nan_to_num(nan=-1e30)
-    assert torch.equal(kernel(x, row), kernel(lowest, row))
-
-
 def test_values_beyond_every_code():
     module = linear(7, 5)
     x = torch.tensor([[1e30, -1e30, 3e9, -3e9, 0.0, 65504.0, -65504.0]])
@@ -182,9 +175,9 @@ def test_values_beyond_every_code():
 
 
 GIVEN = {
-    "few channels": (torch.randn(2, 4, 6, 6), "shape .2, 4, 6, 6.: expected 8 channels"),
-    "many channels": (torch.randn(2, 9, 6, 6), "shape .2, 9, 6, 6.: expected 8 channels"),
-    "no batch": (torch.randn(8, 6, 6), "shape .8, 6, 6.: expected"),
+    "few channels": (torch.randn(2, 4, 6, 6), "shape .2, 4, 6, 6.; expected 8 channels"),
+    "many channels": (torch.randn(2, 9, 6, 6), "shape .2, 9, 6, 6.; expected 8 channels"),
+    "no batch": (torch.randn(8, 6, 6), "shape .8, 6, 6.; expected"),
     "no memory": (torch.empty(2, 8, 6, 6, device="meta"), "an input on meta"),
 }
 
@@ -211,13 +204,69 @@ def test_tokens_that_are_not_for_the_layer(activation):
         NativeKernel(linear(7, 5))(torch.randn(7), torch.tensor([0, 2]))
 
 
+ARGUMENTS = {
+    "scale of a normalization": dict(norm=Norm(torch.ones(3, 6), torch.zeros(3, 6))),
+    "shift of a normalization": dict(norm=Norm(torch.ones(1, 7), torch.zeros(3, 7))),
+    "dtype of a normalization": dict(norm=Norm(torch.ones(3, 7).double(), torch.zeros(3, 7))),
+    "layout of a normalization": dict(norm=Norm(torch.ones(7, 3).t(), torch.zeros(3, 7))),
+    "device of a normalization": dict(norm=Norm(torch.ones(3, 7, device="meta"), torch.zeros(3, 7))),
+    "batch of added channels": dict(channel_add=torch.ones(2, 5)),
+    "channels of added channels": dict(channel_add=torch.ones(3, 4)),
+    "dtype of added channels": dict(channel_add=torch.ones(3, 5).half()),
+    "layout of added channels": dict(channel_add=torch.ones(5, 3).t()),
+    "channels of a gate": dict(gate=torch.ones(1, 6)),
+    "dimensions of a gate": dict(gate=torch.ones(5)),
+    "shape of a residual": dict(residual=torch.ones(3, 4, 4)),
+    "batch of a residual": dict(residual=torch.ones(1, 4, 5)),
+    "device of a residual": dict(residual=torch.ones(3, 4, 5, device="meta")),
+    "unknown activation": dict(activation="relu"),
+    "activation after a layer normalization": dict(
+        norm=Norm(torch.ones(1, 7), torch.zeros(1, 7), 1e-5), activation="silu"
+    ),
+    "gelu after a normalization": dict(norm=Norm(torch.ones(1, 7), torch.zeros(1, 7)), activation="gelu"),
+    "three times the size": dict(upsample=3),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_do_not_fit(name):
+    kernel, x = NativeKernel(linear(7, 5)), torch.randn(3, 4, 7)
+    with pytest.raises(StepquantError, match="expected"):
+        kernel.run(x, torch.tensor(1), **ARGUMENTS[name])
+
+
+def test_layer_normalization_of_channel_groups():
+    kernel = NativeKernel(linear(7, 5, split=((2, 5), (3, 4))))
+    with pytest.raises(StepquantError, match="expected one group"):
+        kernel.run(torch.randn(3, 7), torch.tensor(1), norm=Norm(torch.ones(1, 7), torch.zeros(1, 7), 1e-5))
+
+
+def test_image_smaller_than_the_window():
+    with pytest.raises(StepquantError, match=r"shape \[1, 4, 2, 9\]; expected one as large as its window"):
+        NativeKernel(convolution(4, 5, 3))(torch.randn(1, 4, 2, 9), torch.tensor(0))
+
+
+@pytest.mark.parametrize("change", ["weight", "bias"])
+def test_parameters_of_a_normalization_that_do_not_fit(change):
+    for norm in (nn.GroupNorm(2, 8), nn.LayerNorm(8)):
+        setattr(norm, change, nn.Parameter(torch.ones(6)))
+        with pytest.raises(StepquantError, match=rf"the {change} of a normalization is \[6\] on cpu; expected \[8\]"):
+            layer_norm(norm) if isinstance(norm, nn.LayerNorm) else group_norm(torch.randn(1, 8, 4, 4), norm)
+
+
+@pytest.mark.parametrize("row", [torch.tensor(3), torch.tensor([0, 1, 3]), torch.tensor(-1)])
+def test_row_that_the_table_does_not_have(row):
+    with pytest.raises(StepquantError, match=r"the clock is at row (3|-1); expected one of the 3 rows"):
+        NativeKernel(linear(7, 5))(torch.randn(3, 7), row)
+
+
 def test_what_is_of_one_sample_is_of_all():
     """A gate and an embedding [1, out] are those of every sample; a normalization of another batch is an error."""
     kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 4, 7)
     added, gate = torch.randn(1, 5), torch.randn(1, 5)
     expected = (kernel(x, row) + added[:, None]) * gate[:, None]
     torch.testing.assert_close(kernel.run(x, row, channel_add=added, gate=gate), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(StepquantError, match="a batch of 3 was given the normalizations of 2 samples"):
+    with pytest.raises(StepquantError, match=r"float32 \[2, 7\]; expected contiguous float32 \[3, 7\]"):
         kernel.run(x, row, norm=Norm(torch.ones(2, 7), torch.zeros(2, 7)))
 
 

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 import stepquant as sq
 from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
 from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
 from stepquant.models import describe
 from stepquant.runtime import prepare
 from stepquant.runtime.native import recording, replay
+from stepquant.runtime.native.arena import Memory, lay_out
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm
-from stepquant.runtime.native.recording import Memory, Recorder, Recording, lay_out
+from stepquant.runtime.native.recording import Recorder, Recording
 from stepquant.runtime.native.replay import step_by_step
 from tests.runtime.native.test_native_blocks import Twice
 from tests.runtime.test_runtimes import convolution, linear
@@ -33,11 +35,23 @@ pytestmark = pytest.mark.usefixtures("kernels")
 TIMES = (900, 500, 100)
 
 
-def build(request):
-    """A denoiser in native integers with a row of scales a step, and what it is given: (shape of x, conditions)."""
+def build(request, built):
+    """A denoiser in native integers with per-step scales, the shape of one sample, and conditions of two."""
+    if request.param not in built:
+        built[request.param] = quantized(request)
+    return built[request.param]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Name of a pipeline -> what `build` returns for it."""
+    return {}
+
+
+def quantized(request):
     pipeline = request.getfixturevalue(request.param)
     settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
-    quantized = sq.quantize(
+    result = sq.quantize(
         pipeline,
         "w8a8",
         recipe=sq.recipes.QuEST(**settings),
@@ -45,10 +59,10 @@ def build(request):
         backend="native",
     )
     if request.param == "class_pipeline":
-        return quantized.transformer, (4, 8, 8), {"class_labels": torch.tensor([1, 2])}
+        return result.transformer, (4, 8, 8), {"class_labels": torch.tensor([1, 2])}
     if request.param == "text_pipeline":
-        return quantized.unet, (4, 8, 8), {"encoder_hidden_states": torch.randn(2, 7, 16)}
-    return quantized.unet, (1, 16, 16), {}
+        return result.unet, (4, 8, 8), {"encoder_hidden_states": torch.randn(2, 7, 16)}
+    return result.unet, (1, 16, 16), {}
 
 
 UNETS = ["unconditional_pipeline", "text_pipeline"]
@@ -143,6 +157,9 @@ def test_a_recording_keeps_what_it_points_into():
     del recorder
     assert taps() is not None
     assert torch.equal(recording.replay([x], 1), expected)
+    for missing in (3, -1):
+        with pytest.raises(StepquantError, match=f"the clock is at row {missing}; expected one of the 3 rows"):
+            recording.replay([x], missing)
     del recording
     assert taps() is None
 

@@ -1,4 +1,4 @@
-"""Attention on quantized operands in integers: the products of query and key, and of probabilities and value."""
+"""Attention in integers: products of the codes of query and key, and of probabilities and value."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
-from stepquant.core.qtensor import Grid as OperandGrid
+from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError
-from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
+from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor, additive_mask
 from stepquant.layers.clock import of_samples
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import opaque
 from stepquant.runtime.native.build import has_amx, library
-from stepquant.runtime.native.library import TYPES, Attention, Grid, Heads
+from stepquant.runtime.native.library import TYPES, Attention, Heads, OperandGrid, no_memory
 from stepquant.runtime.native.recording import record
+from stepquant.runtime.native.tables import rows_of, table_row
 
 MOST_PRODUCTS = (1 << 31) // (255 * 255)
 """Products of two codes that an accumulator holds in the worst case."""
 
 
 class NativeAttention(AttentionKernel):
-    """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``; all float [B, heads, N, d].
+    """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``.
 
-    Key and value may also be [1, heads, N, d], of all samples.
-    The result has the layout [B, N, heads, d], seen as [B, heads, N, d]. NaN in an operand becomes the code 0.
+    An output row is NaN if a NaN is in its query, in a key or value of its head, or in its row of the mask.
 
-    Raises:
-        StepquantError: if the operands do not fit each other, or one is not in the processor's memory.
+    Args:
+        amx: use AMX instructions; by default where the CPU has them.
     """
 
     def __init__(self, processor: QuantizedAttentionProcessor, *, amx: bool | None = None) -> None:
@@ -37,33 +37,48 @@ class NativeAttention(AttentionKernel):
         self.library = library()
         self.amx = int(has_amx() if amx is None else amx)
         attention = processor.attention()
-        self.tables: list[OperandGrid] = [getattr(attention, name) for name in OPERANDS]
+        self.tables: list[Grid] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
         self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
-        """Whether no accumulator can overflow, nor the difference of two scores."""
+        """Whether neither an accumulator nor the difference of two scores can overflow."""
         return max(2 * query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
 
     @opaque
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            query: float [B, heads, N, d].
+            key, value: float [B or 1, heads, M, d].
+            mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
+            row: row of the activation tables, int64 [] or [B].
+
+        Returns:
+            float [B, heads, N, d], a view of [B, N, heads, d].
+
+        Raises:
+            StepquantError: if the operands do not fit each other, are not in main memory, or memory is not sufficient.
+        """
         batch, heads, length, size = query.shape
         fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == size and len(key) in (1, batch)
         if not fits or not all(x is None or x.is_cpu for x in (query, key, value, mask)):
             raise StepquantError(
-                f"attention was given {_told(query)}, {_told(key)} and {_told(value)}: expected query, key and value "
-                "of the same samples, heads and channels, on cpu like the mask."
+                f"attention was given {_described(query)}, {_described(key)} and {_described(value)}; expected query, "
+                "key and value of the same samples, heads and channels, on cpu like the mask."
             )
         if len(key) != batch:
             key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
         dtype = query.dtype
         query, key, value = (_adjacent(x) for x in (query, key, value))
         keep = [self._grid(index, row, batch) for index in range(4)]
-        grids = (Grid * 4)(*(grid for grid, _ in keep))
+        grids = (OperandGrid * 4)(*(grid for grid, _ in keep))
         y = torch.empty(batch, length, heads, size, dtype=query.dtype, device="cpu")
         strides = (0, 0, 0)
         if mask is not None:
-            mask = mask.float().expand(batch, heads, length, key.shape[2])
+            scores = (batch, heads, length, key.shape[2])
+            mask = additive_mask(mask, scores).float().expand(scores)
             mask = mask if mask.stride(3) == 1 else mask.contiguous()
             strides = (mask.stride(0), mask.stride(1), mask.stride(2))
         attention = Attention(
@@ -72,27 +87,29 @@ class NativeAttention(AttentionKernel):
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
             batch, heads, length, key.shape[2], size, size**-0.5, self.amx, torch.get_num_threads(),
         )  # fmt: skip
-        self.library.sq_attention(byref(attention))
+        if self.library.sq_attention(byref(attention)):
+            raise no_memory()
         record(attention)
         return y.to(dtype).transpose(1, 2)
 
-    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[Grid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
+    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""
         table, zero_point = self.tables[index], self.zero_points[index]
         top = largest_code(table.bits)
-        if table.scale.shape[0] == 1 or row.dim() == 0:
-            at = 0 if table.scale.shape[0] == 1 else int(row)
-            return Grid(table.scale.data_ptr() + 4 * at, zero_point.data_ptr() + 4 * at, 0, top), None
+        if table.rows == 1 or row.dim() == 0:
+            at = 4 * table_row(row, table.rows)
+            return OperandGrid(table.scale.data_ptr() + at, zero_point.data_ptr() + at, 0, top), None
         rows = of_samples(row, batch)
-        values = (table.scale[rows, 0, 0].contiguous(), zero_point[rows, 0, 0].contiguous())
-        return Grid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
+        values = (rows_of(table.scale, rows), rows_of(zero_point, rows))
+        return OperandGrid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
 
 
-def _told(x: Tensor) -> str:
+def _described(x: Tensor) -> str:
     return f"{list(x.shape)} on {x.device}"
 
 
 def _adjacent(x: Tensor) -> Tensor:
+    """x of a dtype that the kernels read, with the last dimension contiguous."""
     if x.dtype not in TYPES:
         x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()

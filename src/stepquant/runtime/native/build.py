@@ -51,13 +51,28 @@ def supported() -> str | None:
     return None
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """The compiled kernels. A failure is remembered: every layer asks, and a compiler takes seconds to fail.
 
     Raises:
-        StepquantError: if there is no compiler, it fails, or what it compiled can be kept or loaded nowhere.
+        StepquantError: if there is no compiler, it fails, or the library can neither be cached nor loaded.
     """
+    loaded = _load_once()
+    if isinstance(loaded, str):
+        raise StepquantError(loaded)
+    return loaded
+
+
+@functools.cache
+def _load_once() -> ctypes.CDLL | str:
+    """The library, or the message of the error."""
+    try:
+        return _load()
+    except StepquantError as error:
+        return str(error)
+
+
+def _load() -> ctypes.CDLL:
     path = _library_path()
     if path.is_file():
         _check_owned(path.parent)
@@ -65,14 +80,14 @@ def library() -> ctypes.CDLL:
         compile_to(path)
     try:
         return declare(ctypes.CDLL(str(path)))
-    except (OSError, AttributeError):  # of another system, say
+    except (OSError, AttributeError):  # for example, of another system
         path.unlink(missing_ok=True)
     compile_to(path)
     try:
         return declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise StepquantError(
-            f"the native kernels cannot be loaded from {path}: {first_line(error)}; let XDG_CACHE_HOME name a folder "
+            f"the native kernels cannot be loaded from {path}: {first_line(error)}. Set XDG_CACHE_HOME to a folder "
             "that programs may run from."
         ) from None
 
@@ -84,7 +99,7 @@ def has_amx() -> bool:
 
 
 def compile_to(path: Path) -> None:
-    """Compile the sources to the shared library `path`, whole or not at all. Raises `StepquantError`."""
+    """Compile the sources to the shared library `path`, atomically; raises `StepquantError`."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -98,8 +113,8 @@ def _check_owned(folder: Path) -> None:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise StepquantError(
-            f"other users can write into {folder}, and the native kernels in it would be executed: remove it, or let "
-            "XDG_CACHE_HOME name a folder of your own."
+            f"other users can write into {folder}, and the native kernels in it would be executed. Remove it, or set "
+            "XDG_CACHE_HOME to a folder that only you can write into."
         )
 
 
@@ -110,18 +125,23 @@ def _flags() -> tuple[str, ...]:
 def _compile(draft: Path) -> None:
     compiler = _compiler()
     sources = sorted(str(source) for source in SOURCE.glob("*.cpp"))
-    process = subprocess.run(
-        [compiler, *_flags(), *sources, "-o", str(draft)], capture_output=True, text=True, check=False
-    )
+    process = _run(compiler, *_flags(), *sources, "-o", str(draft))
     if process.returncode != 0:
         reason = next((line for line in process.stderr.splitlines() if "error" in line), "it gave no reason")
         raise StepquantError(f"{compiler} could not compile the native kernels: {reason.strip()}")
 
 
+def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise StepquantError(f"the C++ compiler {compiler} cannot be executed: {error.strerror}.") from None
+
+
 @functools.cache
 def _library_path() -> Path:
-    """Raises `StepquantError` where there is no compiler, or no folder to keep anything in."""
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    """Path of the cached library; raises `StepquantError` without a compiler or a folder for the cache."""
+    version = _run(_compiler(), "--version").stdout
     content = [version, *_flags(), *(path.read_text() for path in sorted(SOURCE.iterdir()) if path.is_file())]
     name = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     return _cache() / "stepquant" / "native" / f"{name}.so"
@@ -133,9 +153,9 @@ def _cache() -> Path:
         return Path(named)
     try:
         return Path.home() / ".cache"
-    except RuntimeError:  # a user that the system does not know, as containers have them
+    except RuntimeError:  # a user whom the system does not know, as in some containers
         raise StepquantError(
-            "there is no home folder to keep the compiled native kernels in: let XDG_CACHE_HOME name a folder."
+            "there is no home folder to cache the compiled native kernels in. Set XDG_CACHE_HOME to a folder."
         ) from None
 
 
@@ -145,7 +165,7 @@ def _compiler() -> str:
     for name in candidates:
         if (found := shutil.which(name)) is not None:
             return found
-    raise StepquantError("no C++ compiler was found: install g++.")
+    raise StepquantError("there is no C++ compiler. Install g++.")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Normalizations as a layer's pass over its input takes them."""
+"""Normalizations in the form that is fused into a layer: a scale and a shift of each channel."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.runtime.native.build import library
-from stepquant.runtime.native.library import TYPES, GroupNorm
+from stepquant.runtime.native.library import TYPES, GroupNorm, no_memory
 from stepquant.runtime.native.recording import record
 
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""What the kernels take, whatever torch's defaults are."""
+"""What the kernels read, independent of torch's defaults."""
 
 
 class Norm(NamedTuple):
-    """``x * multiply + add`` before a layer: float32 [B, C] each, or [1, C] for all samples.
+    """``x * multiply + add`` before a layer.
 
-    With an epsilon, each position's channels are first normalized (layer normalization); without, `multiply` and `add`
-    are all of a group normalization.
+    Attributes:
+        multiply, add: float32 [B, C], or [1, C] for all samples; contiguous.
+        epsilon: of a layer normalization, which normalizes the channels of each position first; 0 for a group
+            normalization.
     """
 
     multiply: Tensor
@@ -30,15 +32,18 @@ class Norm(NamedTuple):
 
 
 def dense(x: Tensor, *, image: bool) -> Tensor:
-    """x itself where the kernels can read it, else a copy: channels adjacent, a linear's rows one after the other.
+    """x if the kernels can read it, else a copy: channels adjacent, rows of a linear contiguous.
+
+    Args:
+        x: float [B, C, H, W] of an image, else [B, ..., C].
 
     Raises:
-        StepquantError: if x is not in the processor's memory, or no image where it should be one.
+        StepquantError: if x is not in main memory, or not an image where one is expected.
     """
     if not x.is_cpu:
-        raise StepquantError(f"a layer of the native runtime was given an input on {x.device}: expected it on cpu.")
+        raise StepquantError(f"a layer of the native runtime was given an input on {x.device}; expected cpu.")
     if image and x.dim() != 4:
-        raise StepquantError(f"a layer was given an input of shape {list(x.shape)}: expected [B, C, H, W].")
+        raise StepquantError(f"a layer was given an input of shape {list(x.shape)}; expected [B, C, H, W].")
     if x.dtype not in TYPES:
         x = x.float()
     if image:
@@ -51,13 +56,17 @@ def dense(x: Tensor, *, image: bool) -> Tensor:
 
 
 def check_channels(shape: torch.Size, given: int, expected: int) -> None:
-    """Raise `StepquantError` where an input of a shape has not as many channels as is expected."""
+    """Raise `StepquantError` if an input of shape `shape` has another number of channels than is expected."""
     if given != expected:
-        raise StepquantError(f"a layer was given an input of shape {list(shape)}: expected {expected} channels.")
+        raise StepquantError(f"a layer was given an input of shape {list(shape)}; expected {expected} channels.")
 
 
 def layer_norm(norm: nn.LayerNorm, multiply: Tensor | None = None, add: Tensor | None = None) -> Norm:
-    """A layer normalization over the last dimension, then ``* multiply + add``, float32 [B, C] each."""
+    """A layer normalization over the last dimension, followed by ``* multiply + add``.
+
+    Args:
+        multiply, add: float32 [B, C].
+    """
     weight, bias = _affine(norm, norm.normalized_shape[-1])
     weight, bias = weight[None], bias[None]
     if multiply is not None:
@@ -70,7 +79,14 @@ def layer_norm(norm: nn.LayerNorm, multiply: Tensor | None = None, add: Tensor |
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
-    """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
+    """The group normalization of x as a scale and a shift of each sample's channels.
+
+    Args:
+        x: float [B, C, H, W] or [B, N, C].
+
+    Raises:
+        StepquantError: if x does not fit the normalization, or memory is not sufficient.
+    """
     image = x.dim() == 4
     x = dense(x, image=image)
     if image and x.shape[2] > 1 and x.shape[3] > 1 and x.stride(2) != x.shape[3] * x.stride(3):
@@ -86,21 +102,29 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), multiply.data_ptr(), add.data_ptr(), TYPES[x.dtype], norm.eps,
         stride[0], pixel, batch, pixels, channels, norm.num_groups, torch.get_num_threads(),
     )  # fmt: skip
-    library().sq_group_norm(byref(call))
+    if library().sq_group_norm(byref(call)):
+        raise no_memory()
     record(call)
     return Norm(multiply, add)
 
 
 def _affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float32, as they are where they are."""
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    return (
-        torch.ones(channels, **_FLOAT) if weight is None else weight.detach().float(),
-        torch.zeros(channels, **_FLOAT) if bias is None else bias.detach().float(),
-    )
+    """Weight and bias of a normalization, float32 [channels]; not copied if they are contiguous float32."""
+    parts = []
+    for name, missing in (("weight", 1.0), ("bias", 0.0)):
+        part = norm._parameters[name]
+        if part is None:
+            parts.append(torch.full((channels,), missing, **_FLOAT))
+            continue
+        if part.numel() != channels or not part.is_cpu:
+            raise StepquantError(
+                f"the {name} of a normalization is {list(part.shape)} on {part.device}; expected [{channels}] on cpu."
+            )
+        parts.append(part.detach().float().contiguous())
+    return parts[0], parts[1]
 
 
 def is_present(norm: nn.Module) -> bool:
-    """Whether its parameters are there to be read: offloaded, they come back only while the norm itself runs."""
+    """Whether the parameters of a normalization can be read: offloaded ones return only while the module runs."""
     weight = norm._parameters["weight"]
     return weight is None or not weight.is_meta

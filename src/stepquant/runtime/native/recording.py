@@ -1,14 +1,14 @@
-"""A block's kernel calls, written down once and made again by one call.
+"""Record the kernel calls of a block once, and replay them with one call into C++.
 
-What a block of a denoiser asks of the kernels is the same at every step, but for the addresses of its inputs and
-outputs and the row of the tables. So the calls of one step are kept as the structures that the kernels take, with a
-list of the fields that change; `Recording.replay` fills those in and makes all calls without Python between them. What
-lies between two kernels gets a place in memory that is used again as soon as nothing reads it any more.
+The kernel calls of a block are the same at every step, except for the addresses of its inputs and outputs and the row
+of the activation tables. A recording stores the structures of the calls of one step and a list of the fields that
+change; `Recording.replay` sets these fields and makes all calls without Python between them. Intermediate tensors get
+offsets in one arena, whose memory is reused as soon as nothing reads it any more.
 
-A `Recorder` sees every tensor operation of a block. Views and fresh memory need nothing at replay, and two images
-joined along their channels are a call of their own; after anything else, or after looking at a value, the block cannot
-be recorded. Nor can it where a kernel reads from memory that is not the block's own and not known to stay: what is
-computed aside and given to a kernel may be gone at replay.
+A `Recorder` sees every tensor operation of a block. Views and allocations need nothing at replay, and concatenating two
+images along their channels is a kernel call; after any other operation, or after reading a value, the block cannot be
+recorded. Nor can it if a kernel reads memory that may be gone at replay: that of a tensor which is neither the block's
+nor known to last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from ctypes import byref, c_void_p, sizeof
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,19 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepquant.runtime.native.arena import ARENA, CODES, FIRST, NOWHERE, Memory, lay_out
 from stepquant.runtime.native.build import library
-from stepquant.runtime.native.library import TYPES, Attention, Call, GroupNorm, Join, Pointer, Step
+from stepquant.runtime.native.library import TYPES, Attention, Call, GroupNorm, Join, Pointer, Step, no_memory
 from stepquant.runtime.native.memory import scratch
+from stepquant.runtime.native.tables import check_row
 
 MOST_BYTES = 1 << 28
-"""What a block may allocate while it is recorded, since all of it is held: beyond that Python is a small part."""
+"""Bytes that a block may allocate while it is recorded: all are held, and in larger blocks Python takes little time."""
 
 KINDS = (Call, GroupNorm, Attention, Join)
-"""As ``replay.cpp`` numbers them."""
-
-NOWHERE, CODES, ARENA, FIRST = 0, 1, 2, 3
-"""Slots of memory: absolute addresses, of what the recording keeps alive; codes of one layer; what lies between
-kernels; then inputs and outputs."""
+"""In the order of `Kind` in ``call.h``."""
 
 _ACTIVE = threading.local()
 _ATEN = torch.ops.aten
@@ -47,14 +44,14 @@ _FRESH = (
     _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
 )
-_LOOKS = (_ATEN._local_scalar_dense.default, _ATEN.item.default)
+_READS = (_ATEN._local_scalar_dense.default, _ATEN.item.default)
 
 
 def record(structure: ctypes.Structure, codes: int = 0) -> None:
-    """Note that a kernel was just called with `structure`, where this thread is recording.
+    """Add the kernel call that was just made with `structure` to this thread's recording, if there is one.
 
     Args:
-        codes: bytes that a layer's codes take.
+        codes: bytes of a layer's codes.
     """
     recorder: Recorder | None = getattr(_ACTIVE, "recorder", None)
     if recorder is not None:
@@ -62,25 +59,12 @@ def record(structure: ctypes.Structure, codes: int = 0) -> None:
 
 
 def is_recording() -> bool:
-    """Whether this thread is inside of a `Recorder`."""
+    """Whether this thread is recording."""
     return getattr(_ACTIVE, "recorder", None) is not None
 
 
-@dataclass
-class Memory:
-    """Bytes [start, stop) that the block allocated: born before step `born`, last used by step `last`."""
-
-    start: int
-    stop: int
-    tensor: Tensor
-    born: int
-    last: int = -1
-    slot: int = ARENA
-    offset: int = 0
-
-
 class Output(NamedTuple):
-    """A tensor that a block returns: as it is to be allocated, or the input that it is."""
+    """A tensor that a block returns: how to allocate it, or the index of the input that it is."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -92,11 +76,14 @@ class Recording:
     """The calls of a block for inputs of one layout.
 
     Args:
-        structures: one after the other; `steps` and `pointers`, of the structures of these names, say what to do
-            with them.
-        outputs: in order; `template` is what the block returns, with their indices in their place.
+        structures: of the calls, one after the other.
+        steps, pointers: structures `Step` and `Pointer`: which calls to make, and which fields to set before.
+        outputs: the tensors that the block returns.
+        template: the value that the block returns, with indices of `outputs` in the place of tensors.
         kept: tensors that absolute addresses point into.
+        inputs: number of input tensors.
         arena, codes: bytes.
+        rows: rows of the shortest activation table with more than one; None if there is none.
     """
 
     def __init__(
@@ -111,16 +98,23 @@ class Recording:
         inputs: int,
         arena: int,
         codes: int,
+        rows: int | None,
     ) -> None:
         self.structures = ctypes.create_string_buffer(structures, len(structures))
         self.steps, self.pointers = (Step * len(steps))(*steps), (Pointer * len(pointers))(*pointers)
         self.outputs, self.template, self.kept = outputs, template, kept
         self.slots = (c_void_p * (FIRST + inputs + len(outputs)))()
-        self.arena, self.codes = arena, codes
+        self.arena, self.codes, self.rows = arena, codes, rows
         self.lock = threading.Lock()
 
     def replay(self, inputs: list[Tensor], row: int) -> Any:
-        """What the block returns for `inputs` at a row of the tables; not from two threads at a time."""
+        """What the block returns for `inputs` at a row of the tables. Not for two threads at the same time.
+
+        Raises:
+            StepquantError: if a table has no such row, or memory is not sufficient.
+        """
+        if self.rows is not None:
+            check_row(row, self.rows)
         tensors = [
             inputs[output.of_input]
             if output.of_input is not None
@@ -131,24 +125,25 @@ class Recording:
         slots[CODES], slots[ARENA] = scratch("codes", self.codes), scratch("arena", self.arena)
         for index, tensor in enumerate((*inputs, *tensors), FIRST):
             slots[index] = tensor.data_ptr()
-        library().sq_replay(
+        if library().sq_replay(
             self.structures, byref(self.steps), len(self.steps), byref(self.pointers), len(self.pointers),
             byref(slots), row,
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise no_memory()
         return _filled(self.template, tensors)
 
 
 class Recorder(TorchDispatchMode):
-    """Runs a block's code as it is, and writes its calls down.
+    """Runs a block's code unchanged and records its kernel calls.
 
     Args:
         inputs: every tensor that the block is given.
-        row: the clock's; its value is `row_value`.
-        tables: tensors [R, G] of which kernels read one row.
-        lasting: tensors that stay where they are while the recording is used: those of kernels, and parameters.
+        row: the clock's row, int64 []; `row_value` is its value.
+        tables: [R, ...] tensors of which kernels read one row.
+        lasting: tensors whose memory stays valid while the recording is used: those of kernels, and parameters.
 
     Attributes:
-        obstacle: what keeps the block from being recorded, or None.
+        obstacle: why the block cannot be recorded, or None.
     """
 
     def __init__(
@@ -157,6 +152,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.inputs, self.row, self.row_value = inputs, row, row_value
         by_row = [(x, x.stride(0) * x.element_size()) for x in tables if len(x) > 1]
+        self.rows = min((len(x) for x, _ in by_row), default=None)
         self.lasting = [(*_extent(x), x, step) for x, step in (*by_row, *((x, 0) for x in lasting))]
         self.kept: dict[int, Tensor] = {}
         self.memory: list[Memory] = []
@@ -184,12 +180,12 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _FRESH:
             self._allocate(result)
-        elif not (func.is_view and _is_within(result, args[0])) and not (func in _LOOKS and self._is_row(args[0])):
+        elif not (func.is_view and _is_within(result, args[0])) and not (func in _READS and self._is_row(args[0])):
             self.obstacle = self.obstacle or str(func)
         return result
 
     def add(self, structure: ctypes.Structure, codes: int = 0) -> None:
-        """Append a call."""
+        """Append a call with `structure`; `codes` as for `record`."""
         base = len(self.structures)
         self.codes = max(self.codes, codes)
         self.steps.append(Step(KINDS.index(type(structure)), base))
@@ -204,9 +200,9 @@ class Recorder(TorchDispatchMode):
                 self.pointers.append((base + at, *self._find(address)))
 
     def finish(self, result: Any) -> Recording | None:
-        """The recording of a block that returned `result`; None if there is an obstacle."""
+        """The recording of a block that returned `result`; None if there was an obstacle."""
         tensors: list[Tensor] = []
-        template = self._taken_apart(result, tensors)
+        template = self._template(result, tensors)
         outputs = [self._output(index, x) for index, x in enumerate(tensors)]
         if self.obstacle is not None:
             return None
@@ -219,7 +215,7 @@ class Recorder(TorchDispatchMode):
         ]
         return Recording(
             bytes(self.structures), self.steps, pointers, outputs, template, list(self.kept.values()),
-            inputs=len(self.inputs), arena=arena, codes=self.codes,
+            inputs=len(self.inputs), arena=arena, codes=self.codes, rows=self.rows,
         )  # fmt: skip
 
     def _allocate(self, x: Tensor) -> None:
@@ -230,13 +226,13 @@ class Recorder(TorchDispatchMode):
         self.memory.append(Memory(start, start + size, x, len(self.steps)))
         self.held += size
         if self.held > MOST_BYTES:
-            self.obstacle = self.obstacle or "much memory"
+            self.obstacle = self.obstacle or "too much memory"
 
     def _is_row(self, x: Tensor) -> bool:
         return x.data_ptr() == self.row.data_ptr()
 
     def _join(self, tensors: list[Tensor], dim: int = 0) -> Tensor | None:
-        """``torch.cat`` of two images along their channels, if these are them."""
+        """``torch.cat`` of two channels-last images along their channels; None for any other arguments."""
         if len(tensors) != 2 or dim != 1 or any(x.dim() != 4 or x.dtype not in TYPES for x in tensors):
             return None
         first, second = tensors
@@ -257,12 +253,13 @@ class Recorder(TorchDispatchMode):
             (ctypes.c_int64 * 2)(channels * size, second.shape[1] * size), batch * height * width,
             torch.get_num_threads(),
         )  # fmt: skip
-        library().sq_join(byref(call))
+        if library().sq_join(byref(call)):
+            raise no_memory()
         self.add(call)
         return y
 
     def _find(self, address: int) -> tuple[Memory | int, int, int]:
-        """What `address` points into, how far from its beginning, and how much more it is for each row."""
+        """The memory or slot that `address` points into, the offset in it, and the bytes to add for each row."""
         for memory in reversed(self.memory):
             if memory.start <= address < memory.stop:
                 memory.last = len(self.steps) - 1
@@ -275,16 +272,16 @@ class Recorder(TorchDispatchMode):
             if start <= address < stop:
                 self.kept[start] = x
                 return NOWHERE, address - self.row_value * by_row, by_row
-        self.obstacle = self.obstacle or "memory that is not known to stay"
+        self.obstacle = self.obstacle or "memory that may be gone at replay"
         return NOWHERE, address, 0
 
-    def _taken_apart(self, result: Any, tensors: list[Tensor]) -> Any:
+    def _template(self, result: Any, tensors: list[Tensor]) -> Any:
         if isinstance(result, Tensor):
             if not any(x is result for x in tensors):
                 tensors.append(result)
             return next(index for index, x in enumerate(tensors) if x is result)
         if isinstance(result, tuple):
-            return tuple(self._taken_apart(part, tensors) for part in result)
+            return tuple(self._template(part, tensors) for part in result)
         self.obstacle = self.obstacle or f"a result of type {type(result).__name__}"
         return None
 
@@ -308,19 +305,19 @@ def _filled(template: Any, tensors: list[Tensor]) -> Any:
 
 
 def _is_within(result: Any, x: Tensor) -> bool:
-    """Whether what an operation made of x is a view: in inference mode some are called views that copy if they must."""
+    """Whether `result` shares the memory of x: in inference mode some view operations copy if they must."""
     parts = result if isinstance(result, (list, tuple)) else [result]
     return all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in parts)
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of x, and of the one behind its last."""
+    """Addresses of the first byte of x and of the byte after its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _pointer_fields(structure: Any) -> list[int]:
-    """Byte offsets of the addresses in a structure, those in structures and arrays inside it among them."""
+    """Byte offsets of all pointers in a structure, including those in nested structures and arrays."""
     if structure is c_void_p:
         return [0]
     if issubclass(structure, ctypes.Array):
@@ -330,19 +327,3 @@ def _pointer_fields(structure: Any) -> list[int]:
         return []
     fields = [(getattr(structure, name).offset, kind) for name, kind in structure._fields_]
     return [offset + at for offset, kind in fields for at in _pointer_fields(kind)]
-
-
-def lay_out(memories: list[Memory]) -> int:
-    """Give each a place where no other is in use at the same time, first fit in order of birth; the bytes of all."""
-    total, live = 0, list[Memory]()
-    for memory in sorted(memories, key=lambda memory: memory.born):
-        live = [other for other in live if other.last >= memory.born]
-        size, offset = memory.stop - memory.start, 0
-        for other in sorted(live, key=lambda other: other.offset):
-            if offset + size <= other.offset:
-                break
-            offset = max(offset, (other.offset + other.stop - other.start + 63) // 64 * 64)
-        memory.offset = offset
-        live.append(memory)
-        total = max(total, offset + size)
-    return total

@@ -1,8 +1,10 @@
 // Attention in integers: codes of query and key, softmax in float32, codes of the probabilities, times codes of value.
 //
-// Keys and values hold their codes less 128, as signed weights; zero points are taken out of the sums exactly:
+// Keys and values are stored as signed weights, code - 128. Zero points are subtracted from the sums exactly:
 //   sum (q - zq)(k - zk) = sum q k - zq sum (k - zk) - zk sum q,
-// the last of which is the same for all keys and leaves the softmax as it is.
+// where the last term is the same for all keys and does not change the softmax.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -18,12 +20,14 @@ Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
   return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
 }
 
-// Codes of one row of `size` values.
-void code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
+// Writes the codes of one row of `size` values; returns whether a value is NaN.
+bool code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
+  __m512i seen = _mm512_setzero_si512();
   for (int64_t c = 0; c < size; c += 16) {
     const __mmask16 mask = first(size - c);
-    _mm_mask_storeu_epi8(out + c, mask, q(load16(h.x, h.type, at + c, mask)));
+    store_codes(out + c, mask, q(load16(h.x, h.type, at + c, mask)), seen);
   }
+  return any_nan(seen);
 }
 
 int32_t sum_of(const uint8_t* codes, int64_t size) {
@@ -35,8 +39,8 @@ int32_t sum_of(const uint8_t* codes, int64_t size) {
   return (int32_t)_mm512_reduce_add_epi64(sum);
 }
 
-// Codes to columns, less 128 each: values of a row are four products of one column (transposed: keys), or a row of
-// products (values).
+// From codes to packed columns of code - 128. The channels of a key are the products of one column; the channels of a
+// value are one product each of as many columns.
 void pack_keys(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
   const __m512i down = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(64));
   const __m512i middle = _mm512_set1_epi8((char)128);
@@ -82,22 +86,23 @@ int32_t largest(const int32_t* row, int64_t length) {
   return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(top[0], top[1]), _mm512_max_epi32(top[2], top[3])));
 }
 
-// A row of sums as floats, in place: factor * (sum - top), and to that what is added to the scores. The largest is
-// returned. The row is as long as whole vectors of 16.
-float masked_scores(int32_t* row, int64_t length, int32_t top, __m512 factor, const float* added) {
+// Replaces a row of sums by the floats factor * (sum - top) + mask and returns the largest; NaN if one of them is NaN.
+// The row is padded to whole vectors.
+float masked_scores(int32_t* row, int64_t length, int32_t top, float factor, const float* added) {
   __m512 most = _mm512_set1_ps(-INFINITY);
+  uint32_t nan = 0;
   for (int64_t c = 0; c < length; c += 16) {
     const __mmask16 mask = first(length - c);
     const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(row + c), _mm512_set1_epi32(top)));
-    const __m512 more = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, added + c), _mm512_set1_ps(LOG2E));
-    const __m512 score = _mm512_fmadd_ps(sum, factor, more);
+    const __m512 score = _mm512_fmadd_ps(sum, _mm512_set1_ps(factor), _mm512_maskz_loadu_ps(mask, added + c));
+    nan |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q) & mask;
     most = _mm512_mask_max_ps(most, mask, most, score);
     _mm512_storeu_ps((float*)(row + c), score);
   }
-  return _mm512_reduce_max_ps(most);
+  return nan ? NAN : _mm512_reduce_max_ps(most);
 }
 
-// 2^score of a row in place, and their sum.
+// Replaces a row by 2^score(row) and returns the sum.
 template <typename Score>
 float powers(int32_t* row, int64_t length, Score score) {
   __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -117,7 +122,7 @@ float powers(int32_t* row, int64_t length, Score score) {
   return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
 }
 
-// Codes of share * row, none of which is negative, in pieces of 64 that lie `step` bytes apart, and their sum.
+// Writes the codes of share * row, which is not negative, in pieces of 64 that are `step` bytes apart; returns their sum.
 int32_t probability_codes(const float* row, int64_t length, float share, const Quantizer& q, uint8_t* out, int64_t step) {
   const __m512 factor = _mm512_set1_ps(share / q.scale);
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
@@ -129,7 +134,7 @@ int32_t probability_codes(const float* row, int64_t length, float share, const Q
       const __m512 steps = _mm512_min_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + c + i * 16), factor), q.high);
       four[i] = _mm512_maskz_add_epi32(mask, _mm512_cvtps_epi32(steps), q.zero);
     }
-    // To bytes, a quarter of each vector at a time, and the quarters in order.
+    // To bytes, by quarters of each vector, and then the quarters in order.
     const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(four[0], four[1]), _mm512_packs_epi32(four[2], four[3]));
     const __m512i codes = _mm512_permutexvar_epi32(order, bytes);
     sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, _mm512_setzero_si512()));
@@ -138,30 +143,31 @@ int32_t probability_codes(const float* row, int64_t length, float share, const Q
   return (int32_t)_mm512_reduce_add_epi64(sum);
 }
 
-}  // namespace
-
-extern "C" void sq_attention(const Attention* given) {
-  const Attention a = *given;
+void attend(const Attention a) {
   const int64_t pieces = (a.size + 63) / 64, deep = pieces * 64;                    // of a query
   const int64_t key_tiles = (a.key_length + 31) / 32 * 2, wide = key_tiles * 16;    // keys, rounded up
   const int64_t key_pieces = (a.key_length + 63) / 64;                              // of a row of probabilities
-  // From a row to the next: not a power of two, or the rows of a tile would push each other out of the cache.
+  // Not a power of two, or the rows of a tile would evict each other from the cache.
   const int64_t scores_stride = wide + 16;
   const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
   const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
   const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
   const int64_t pair_bytes = key_bytes + value_bytes, code_bytes = std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64));
-  static thread_local Scratch shared;
-  int32_t* const starts = (int32_t*)shared.of(pairs * ((wide + channels) * 4 + pair_bytes));
-  int8_t* const base = (int8_t*)(starts + pairs * (wide + channels));
+  const int64_t starts_bytes = pairs * (wide + channels) * 4, scores_bytes = 32 * scores_stride * 4;
+  const int64_t thread_bytes = aligned(scores_bytes + code_bytes + 64);
+  static thread_local Scratch scratch;
+  char* const memory = scratch.of(starts_bytes + pairs * pair_bytes + aligned(pairs) + a.threads * thread_bytes);
+  int32_t* const starts = (int32_t*)memory;
+  int8_t* const base = (int8_t*)(memory + starts_bytes);
+  bool* const nan_of_pair = (bool*)(base + pairs * pair_bytes);  // whether a key or value is NaN
+  char* const thread_memory = (char*)nan_of_pair + aligned(pairs);
   const Product product = product_for(a.amx);
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
   {
     begin_products(a.amx);
-    static thread_local Scratch own;
-    int32_t* const scores = (int32_t*)own.of(32 * scores_stride * 4 + code_bytes + 64);
-    uint8_t* const codes = (uint8_t*)(scores + 32 * scores_stride);
+    int32_t* const scores = (int32_t*)(thread_memory + omp_get_thread_num() * thread_bytes);
+    uint8_t* const codes = (uint8_t*)scores + scores_bytes;
     alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
@@ -172,19 +178,21 @@ extern "C" void sq_attention(const Attention* given) {
       int32_t *key_start = starts + pair * (wide + channels), *value_start = key_start + wide;
       memset(key_start, 0, (wide + channels) * 4);
       memset(keys, 0, pair_bytes);
+      bool nan = false;
       for (int64_t i = 0; i < a.key_length; i++) {
         uint8_t* row = codes + i * a.size;
-        code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, row);
+        nan |= code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, row);
         key_start[i] = -q.zero_point * (sum_of(row, a.size) - (int32_t)a.size * k.zero_point);
       }
       pack_keys(codes, a.size, a.key_length, a.size, pieces, keys);
       for (int64_t i = 0; i < a.key_length; i++) {
         uint8_t* row = codes + i * a.size;
-        code_row(a.value, b * a.value.image + i * a.value.row + h * a.value.head, a.size, v, row);
+        nan |= code_row(a.value, b * a.value.image + i * a.value.row + h * a.value.head, a.size, v, row);
         if (!p.zero_point) continue;
         for (int64_t c = 0; c < a.size; c++) value_start[c] -= p.zero_point * ((int32_t)row[c] - v.zero_point);
       }
       pack_values(codes, a.size, a.key_length, a.size, key_pieces, values);
+      nan_of_pair[pair] = nan;
     }
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < pairs * blocks; block++) {
@@ -196,9 +204,11 @@ extern "C" void sq_attention(const Attention* given) {
       const int32_t *key_start = starts + pair * (wide + channels), *value_start = key_start + wide;
       uint8_t *queries = codes, *probabilities = queries + 32 * deep;
       memset(queries, 0, 32 * deep);
+      float scale[32];  // of a row of the output; NaN if the row depends on a NaN
       for (int64_t i = 0; i < many; i++) {
         const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
-        code_row(a.query, at, a.size, q, queries + i * deep);
+        const bool nan = code_row(a.query, at, a.size, q, queries + i * deep) || nan_of_pair[pair];
+        scale[i] = nan ? NAN : p.scale * v.scale;
       }
       Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
@@ -206,30 +216,35 @@ extern "C" void sq_attention(const Attention* given) {
         product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
                 {scores + n * 16, scores_stride, 16, 16 * scores_stride});
       }
-      const __m512 factor = _mm512_set1_ps(q.scale * k.scale * a.factor * LOG2E);  // so that e^x is 2^score
+      const float factor = q.scale * k.scale * a.factor;
       int32_t code_sum[32] = {};
       for (int64_t i = 0; i < many; i++) {
         int32_t* row = scores + i * scores_stride;
-        // The zero point of keys adds the same to all scores of a row, which probabilities do not depend on.
+        // The zero point of keys adds the same to all scores of a row, which does not change the probabilities.
         const int32_t top = largest(row, a.key_length);
-        float total;
+        float share;  // what turns a power into a probability
         if (a.mask) {
           const float* added = a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row;
-          const __m512 most = _mm512_set1_ps(masked_scores(row, a.key_length, top, factor, added));
-          total = powers(row, a.key_length, [&](__m512i x) { return _mm512_sub_ps(_mm512_castsi512_ps(x), most); });
+          const float most = masked_scores(row, a.key_length, top, factor, added);
+          const __m512 down = _mm512_set1_ps(most), unit = _mm512_set1_ps(LOG2E);
+          share = 1.0f / powers(row, a.key_length, [&](__m512i x) {
+            return _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(x), down), unit);
+          });
+          if (most == -INFINITY) share = 0;  // every key is masked
+          if (!(most < INFINITY)) scale[i] = NAN;
         } else {
           const __m512i most = _mm512_set1_epi32(top);
-          total = powers(row, a.key_length, [&](__m512i x) {
-            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, most)), factor);
+          const __m512 unit = _mm512_set1_ps(factor * LOG2E);
+          share = 1.0f / powers(row, a.key_length, [&](__m512i x) {
+            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, most)), unit);
           });
         }
         const int32_t sum =
-            probability_codes((const float*)row, a.key_length, 1.0f / total, p, probabilities + i * 64, 32 * 64);
+            probability_codes((const float*)row, a.key_length, share, p, probabilities + i * 64, 32 * 64);
         code_sum[i] = -(v.zero_point - 128) * sum;
       }
-      // What is left of rows that are none is finite, and what comes of them is not stored.
+      // Rows from `many` on hold leftovers, which are finite; their results are not stored.
       operand = {{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
-      const __m512 scale = _mm512_set1_ps(p.scale * v.scale);
       for (int64_t n = 0; n < value_tiles; n += 2) {
         const int32_t *left = value_start + n * 16, *right = left + 16;
         product(operand,
@@ -242,7 +257,7 @@ extern "C" void sq_attention(const Attention* given) {
             const int64_t row = t / 2 * 16 + i;
             const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * 256 + i * 16), _mm512_set1_epi32(code_sum[row]));
             store16(a.y, a.y_type, b * a.y_image + (start + row) * a.y_row + h * a.y_head + c, first(a.size - c),
-                    _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale[row])));
           }
         }
       }
@@ -250,3 +265,7 @@ extern "C" void sq_attention(const Attention* given) {
     end_products(a.amx);
   }
 }
+
+}  // namespace
+
+extern "C" int32_t sq_attention(const Attention* call) { return guarded([=] { attend(*call); }); }

@@ -1,18 +1,19 @@
 // From activations to codes in one pass: normalization, SiLU or GELU, upsampling, quantization, the border of the image.
 //
-// Codes of an image lie row by row, a pixel's channels together. Between two rows is a gap that serves as the right
-// border of the one and the left border of the other, so that a convolution reads every window without a condition.
+// Codes of an image are stored row by row, with a pixel's channels adjacent. The gap between two rows is the right border
+// of the first and the left border of the second, so that a convolution reads every window without a condition.
 #include <algorithm>
 #include <vector>
 
 #include "call.h"
+#include "scratch.h"
 #include "vectors.h"
 
 namespace {
 
 enum Normalization : int32_t { AFFINE = 1, LAYER = 2 };
 
-// Mean and reciprocal deviation of a pixel's channels.
+// Mean and reciprocal standard deviation of a pixel's channels.
 template <int32_t TYPE>
 void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m512& mean, __m512& inverse) {
   __m512 sum = _mm512_setzero_ps();
@@ -27,11 +28,13 @@ void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m
   inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / s.channels + epsilon));
 }
 
-// Codes of a row of pixels. `multiply` and `add` are [channels]; so is `inverse`, 1 / (scale * smoothing), or null.
+// Writes the codes of a row of pixels; returns whether a value is NaN. `multiply`, `add` and `inverse` are [channels];
+// `inverse` is 1 / (scale * smoothing), or null without smoothing.
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
-void code_row(const void* x, const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
+bool code_row(const void* x, const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
               const float* inverse, const Quantizer& quantizer, uint8_t* out) {
   __m512 mean, deviation;
+  __m512i seen = _mm512_setzero_si512();
   for (int64_t column = 0; column < s.width; column += s.scale) {
     if (NORM == LAYER) statistics<TYPE>(x, s, from, epsilon, mean, deviation);
     for (int64_t c = 0; c < s.channels; c += 16) {
@@ -43,8 +46,7 @@ void code_row(const void* x, const Source& s, int64_t from, const float* multipl
       if (ACTIVATION == GELU) v = gelu(v);
       if (ACTIVATION == GELU_TANH) v = gelu_tanh(v);
       if (ACTIVATION == GEGLU) v = _mm512_mul_ps(v, gelu(load16(x, TYPE, from + s.gate + c, mask)));
-      const __m128i codes = inverse ? quantizer(v, _mm512_maskz_loadu_ps(mask, inverse + c)) : quantizer(v);
-      _mm_mask_storeu_epi8(out + c, mask, codes);
+      store_codes(out + c, mask, inverse ? quantizer(v, _mm512_maskz_loadu_ps(mask, inverse + c)) : quantizer(v), seen);
     }
     out += s.channels;
     if (s.scale == 2) {
@@ -53,12 +55,13 @@ void code_row(const void* x, const Source& s, int64_t from, const float* multipl
     }
     from += s.pixel;
   }
+  return any_nan(seen);
 }
 
-using CodeRow = void (*)(const void*, const Source&, int64_t, const float*, const float*, float, const float*,
+using CodeRow = bool (*)(const void*, const Source&, int64_t, const float*, const float*, float, const float*,
                          const Quantizer&, uint8_t*);
 
-// Only what denoisers have: an activation that stands behind a linear has no normalization before it.
+// Only the combinations that denoisers have: an activation after a linear has no normalization before it.
 template <int32_t TYPE>
 CodeRow code_row_of(const Call& call) {
   const int32_t activation = call.activation;
@@ -73,10 +76,7 @@ CodeRow code_row_of(const Call& call) {
   }
 }
 
-}  // namespace
-
-extern "C" void sq_codes(const Call* given) {
-  const Call call = *given;
+void make_codes(const Call call) {
   const Source& s = call.source;
   const Plane& p = call.plane;
   const int64_t rows = p.top + s.height + p.bottom;
@@ -88,6 +88,8 @@ extern "C" void sq_codes(const Call* given) {
   for (int64_t i = 0; i < (int64_t)inverse.size(); i++) {
     inverse[i] = 1.0f / (call.scale[i / s.channels] * call.smoothing[i % s.channels]);
   }
+  uint8_t* const nan = call.codes + p.nan;
+  memset(nan, 0, s.batch);
 #pragma omp parallel for collapse(2) num_threads(call.threads) schedule(static)
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t r = 0; r < rows; r++) {
@@ -102,16 +104,19 @@ extern "C" void sq_codes(const Call* given) {
       }
       const float* own = call.smoothing ? inverse.data() + (call.per_sample ? b * s.channels : 0) : nullptr;
       const int64_t norm = b * call.norm_image;
-      make(call.x, s, b * s.image + y / s.scale * s.row, call.multiply + norm, call.add + norm, call.epsilon, own,
-           quantizer, out);
+      const bool found = make(call.x, s, b * s.image + y / s.scale * s.row, call.multiply + norm, call.add + norm,
+                              call.epsilon, own, quantizer, out);
+      if (found) {
+#pragma omp atomic write
+        nan[b] = 1;
+      }
       memset(out + s.width * s.channels, zero, (p.row_pixels - s.width) * s.channels);
     }
   }
 }
 
-extern "C" void sq_group_norm(const GroupNorm* given) {
-  const GroupNorm n = *given;
-  constexpr int64_t CHUNK = 64;  // pixels summed in float32; chunks are summed in double
+void group_norm(const GroupNorm n) {
+  constexpr int64_t CHUNK = 64;  // pixels that are summed in float32; their sums are added in double
   const int64_t chunks = (n.pixels + CHUNK - 1) / CHUNK, wide = (n.channels + 15) / 16 * 16;
   std::vector<float> partial(n.batch * chunks * 2 * wide);
 #pragma omp parallel for collapse(2) num_threads(n.threads) schedule(static)
@@ -144,7 +149,8 @@ extern "C" void sq_group_norm(const GroupNorm* given) {
         for (int64_t c = 0; c < members; c++) sum += values[c], square += values[wide + c];
       }
       const double count = (double)(n.pixels * members), mean = sum / count;
-      const double deviation = std::max(0.0, square / count - mean * mean);
+      double deviation = square / count - mean * mean;
+      if (deviation < 0) deviation = 0;  // NaN stays
       const float inverse = (float)(1.0 / __builtin_sqrt(deviation + n.epsilon));
       for (int64_t c = g * members; c < (g + 1) * members; c++) {
         n.multiply[b * n.channels + c] = n.weight[c] * inverse;
@@ -154,8 +160,7 @@ extern "C" void sq_group_norm(const GroupNorm* given) {
   }
 }
 
-extern "C" void sq_join(const Join* given) {
-  const Join j = *given;
+void join(const Join j) {
   const int64_t wide = j.bytes[0] + j.bytes[1];
 #pragma omp parallel for num_threads(j.threads) schedule(static)
   for (int64_t i = 0; i < j.pixels; i++) {
@@ -164,3 +169,9 @@ extern "C" void sq_join(const Join* given) {
     memcpy(out + j.bytes[0], (const char*)j.x[1] + i * j.bytes[1], j.bytes[1]);
   }
 }
+
+}  // namespace
+
+extern "C" int32_t sq_codes(const Call* call) { return guarded([=] { make_codes(*call); }); }
+extern "C" int32_t sq_group_norm(const GroupNorm* call) { return guarded([=] { group_norm(*call); }); }
+extern "C" int32_t sq_join(const Join* call) { return guarded([=] { join(*call); }); }

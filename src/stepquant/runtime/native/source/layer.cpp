@@ -1,17 +1,23 @@
 // Convolution and linear on codes: y = (sum of code * weight - zero_point * sum of weight) * scale + bias (+ more).
 //
-// A convolution is a product whose rows are windows: along a row of the image a window's bytes are contiguous, and
-// the next pixel's window starts `stride` bytes further, so that nothing is copied.
+// A convolution is a product whose rows are windows: along a row of the image a window's bytes are contiguous, and the
+// window of the next pixel starts `stride` bytes further, so that nothing is copied.
+#include <omp.h>
+
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "call.h"
 #include "product.h"
+#include "scratch.h"
 
-// Rows of 64 weights of a tile from their codes: byte i of 32 holds those of i (low) and of i + 32 (high).
-static void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point, int8_t* out) {
+namespace {
+
+// Unpacks rows of 64 weights of a tile: byte i of 32 holds the codes of weights i (low) and i + 32 (high).
+void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point, int8_t* out) {
   const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zero_point));
-  const __m512i zero = _mm512_mullo_epi32(column, _mm512_set1_epi32(0x01010101));  // four weights of a column adjoin
+  const __m512i zero = _mm512_mullo_epi32(column, _mm512_set1_epi32(0x01010101));  // four weights of a column are adjacent
   const __m256i nibble = _mm256_set1_epi8(0xF);
   for (int64_t i = 0; i < rows; i++) {
     const __m256i both = _mm256_loadu_si256((const __m256i*)(codes + i * 32));
@@ -21,12 +27,13 @@ static void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point
   }
 }
 
-extern "C" void sq_layer(const Call* given) {
-  const Call call = *given;
+void multiply(const Call call) {
   const Layer& l = call.layer;
   const Positions& p = call.positions;
   const int64_t wide = (l.outputs + 31) / 32 * 32, column_blocks = wide / 32;
-  const bool per_sample = call.per_sample || call.channel_add || call.gate;
+  const uint8_t* const nan = call.codes + call.plane.nan;
+  const bool any_nan = std::any_of(nan, nan + p.batch, [](uint8_t flag) { return flag != 0; });
+  const bool per_sample = call.per_sample || call.channel_add || call.gate || any_nan;
   const int64_t samples = per_sample ? p.batch : 1;
   std::vector<int32_t> initial(samples * wide);
   std::vector<float> scale(samples * wide), offset(samples * wide);
@@ -37,18 +44,20 @@ extern "C" void sq_layer(const Call* given) {
       const float factor = call.gate && o < l.outputs ? call.gate[b * l.outputs + o] * call.factor : call.factor;
       scale[b * wide + o] = call.scale[at] * l.weight_scale[o] * factor;
       const float added = (l.bias ? l.bias[o] : 0) + (call.channel_add && o < l.outputs ? call.channel_add[b * l.outputs + o] : 0);
-      offset[b * wide + o] = added * factor;
+      offset[b * wide + o] = any_nan && nan[b] ? NAN : added * factor;
     }
   }
   const int64_t row_tiles = p.flat ? 0 : (p.width + 15) / 16;
   const int64_t image_tiles = p.flat ? (p.height * p.flat + 15) / 16 : p.height * row_tiles;
   const int64_t tiles = p.batch * image_tiles, row_blocks = (tiles + 1) / 2;
   const int64_t column_bytes = 2 * l.tap_count * l.pieces * TILE;
-  // All rows times as many columns as stay in the second-level cache, then times the next; columns that have to be
-  // unpacked are taken alone.
+  // All rows times as many columns as fit into the second-level cache, then times the next ones. Columns that have to be
+  // unpacked are processed one block at a time.
   const int64_t together = l.zero_point ? 1 : std::clamp<int64_t>((1 << 20) / column_bytes, 1, column_blocks);
   const int64_t blocks = row_blocks * column_blocks;
   const Product product = product_for(call.amx);
+  static thread_local Scratch scratch;
+  int8_t* const unpacked_columns = l.zero_point ? (int8_t*)scratch.of(call.threads * column_bytes) : nullptr;
 #pragma omp parallel num_threads(call.threads)
   {
     begin_products(call.amx);
@@ -56,8 +65,7 @@ extern "C" void sq_layer(const Call* given) {
     int64_t pixel[2][16], image[2];
     Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, 64};
     int64_t ready = -1, unpacked = -1;
-    static thread_local std::vector<int8_t> columns_of_block;  // kept: fresh memory would cost a fault a page
-    if (l.zero_point && (int64_t)columns_of_block.size() < column_bytes) columns_of_block.resize(column_bytes);
+    int8_t* const columns_of_block = unpacked_columns + (l.zero_point ? omp_get_thread_num() * column_bytes : 0);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t group = block / (row_blocks * together), inside = block % (row_blocks * together);
@@ -87,10 +95,10 @@ extern "C" void sq_layer(const Call* given) {
         unpacked = cb;
         for (int64_t n = 0; n < 2; n++) {
           const uint8_t* packed = (const uint8_t*)l.weight + (cb * 2 + n) * tile_bytes / 2;
-          unpack(packed, tile_bytes / 64, l.zero_point + cb * 32 + n * 16, columns_of_block.data() + n * tile_bytes);
+          unpack(packed, tile_bytes / 64, l.zero_point + cb * 32 + n * 16, columns_of_block + n * tile_bytes);
         }
       }
-      const int8_t* first_column = l.zero_point ? columns_of_block.data() : l.weight + cb * column_bytes;
+      const int8_t* first_column = l.zero_point ? columns_of_block : l.weight + cb * column_bytes;
       Columns columns;
       for (int n = 0; n < 2; n++) {
         columns.tiles[n] = first_column + n * tile_bytes;
@@ -122,3 +130,7 @@ extern "C" void sq_layer(const Call* given) {
     end_products(call.amx);
   }
 }
+
+}  // namespace
+
+extern "C" int32_t sq_layer(const Call* call) { return guarded([=] { multiply(*call); }); }

@@ -39,7 +39,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Not a local: gcc's intrinsic does not say that it reads all 64 bytes, and the stores to a local would be dropped.
+// Not a local variable: gcc's intrinsic does not declare that it reads all 64 bytes, so stores to a local are dropped.
 static const TileConfig CONFIG;
 
 AMX static void configure() { _tile_loadconfig(&CONFIG); }
@@ -53,7 +53,7 @@ static void release() {}
 #endif
 
 static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
-  for (int half = 0; half < 4; half++) {  // eight rows at a time: sixteen accumulators
+  for (int half = 0; half < 4; half++) {  // eight rows at a time, with sixteen accumulators
     const int tile = half / 2;
     const uint8_t* rows = a.rows[tile] + (half % 2) * 8 * a.stride;
     __m512i left[8], right[8];
@@ -94,7 +94,7 @@ void end_products(bool amx) {
   if (amx) release();
 }
 
-// Linux lets a process use the tile registers once it has asked. 1 if it may.
+// Linux lets a process use the tile registers after it has requested them. Returns 1 if it may.
 extern "C" int32_t sq_request_amx() {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;

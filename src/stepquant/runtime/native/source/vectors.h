@@ -1,4 +1,4 @@
-// Sixteen floats at a time from and to float32, float16 and bfloat16, and the exponential.
+// Sixteen floats at a time: load and store float32, float16 and bfloat16, the exponential, activations, quantization.
 #pragma once
 #include "intrinsics.h"
 
@@ -27,7 +27,7 @@ static inline void store16(void* x, int32_t type, int64_t index, __mmask16 mask,
   __m256i half;
   if (type == FLOAT16) {
     half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {  // round to nearest even by hand: not every processor with VNNI has the instruction
+  } else {  // round to nearest even in integers: not every CPU with VNNI has the instruction
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
@@ -51,7 +51,7 @@ static inline __m512 exp2_16_below(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// The same, x clamped to [-126, 126].
+// The same; x is clamped to [-126, 126].
 static inline __m512 exp2_16(__m512 x) { return exp2_16_below(_mm512_min_ps(x, _mm512_set1_ps(126.0f))); }
 
 static inline __m512 reciprocal(__m512 x) {  // one Newton step takes 14 bits to 28
@@ -64,7 +64,7 @@ static inline __m512 silu(__m512 x) {
   return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 
-// x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): what GELU's approximation by tanh comes to.
+// GELU's approximation by tanh: x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 static inline __m512 gelu_tanh(__m512 x) {
   const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
   const __m512 u = _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(-2.0f * 0.797884561f * 1.44269504f));
@@ -86,7 +86,8 @@ static inline __m512 gelu(__m512 x) {
   return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, (__mmask16)~negative, _mm512_set1_ps(1.0f), tail));
 }
 
-// The grid of one sample: codes are clamp(round(x * (1 / scale)) + zero_point, 0, top).
+// The grid of one sample. A code is clamp(round(x * (1 / scale)) + zero_point, 0, top), in an int32 lane; that of NaN is
+// negative, and its lowest byte is the zero point.
 struct Quantizer {
   __m512 inverse, low, high;
   __m512i zero;
@@ -100,13 +101,21 @@ struct Quantizer {
     zero = _mm512_set1_epi32(zero_point);
   }
 
-  // Clamped before it is rounded, since the bounds are integers: so no value is too large for an int32.
-  // The maximum of NaN and a bound is the bound, if that stands second: NaN has the code 0.
-  __m128i operator()(__m512 x) const { return (*this)(x, inverse); }
+  __m512i operator()(__m512 x) const { return (*this)(x, inverse); }
 
-  // With a reciprocal of its own for each lane.
-  __m128i operator()(__m512 x, __m512 reciprocals) const {
-    const __m512 steps = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, reciprocals), low), high);
-    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(steps), zero));
+  // With a separate reciprocal for each lane. Clamped before it is rounded, which the integer bounds allow, so that no
+  // value is too large for an int32. Of two operands the maximum and minimum return the second if one is NaN, so NaN
+  // passes, and converts to INT32_MIN.
+  __m512i operator()(__m512 x, __m512 reciprocals) const {
+    const __m512 steps = _mm512_min_ps(high, _mm512_max_ps(low, _mm512_mul_ps(x, reciprocals)));
+    return _mm512_add_epi32(_mm512_cvtps_epi32(steps), zero);
   }
 };
+
+// Codes are stored, and combined in `seen`, where `any_nan` finds the negative ones.
+static inline void store_codes(uint8_t* to, __mmask16 mask, __m512i codes, __m512i& seen) {
+  seen = _mm512_mask_or_epi32(seen, mask, seen, codes);
+  _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(codes));
+}
+
+static inline bool any_nan(__m512i seen) { return _mm512_test_epi32_mask(seen, _mm512_set1_epi32(INT32_MIN)) != 0; }

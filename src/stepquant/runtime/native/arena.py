@@ -1,0 +1,40 @@
+"""Where the addresses of a recording point, and offsets for its intermediate tensors in one arena."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NOWHERE, CODES, ARENA, FIRST = 0, 1, 2, 3
+"""Slots of memory: absolute addresses, in tensors that the recording keeps alive; codes of one layer; intermediate
+tensors; then inputs and outputs."""
+
+
+@dataclass
+class Memory:
+    """Bytes [start, stop) that the block allocated before step `born` and that step `last` is the last to use."""
+
+    start: int
+    stop: int
+    tensor: Tensor
+    born: int
+    last: int = -1
+    slot: int = ARENA
+    offset: int = 0
+
+
+def lay_out(memories: list[Memory]) -> int:
+    """Assign offsets, first fit in order of birth, so that no two overlap that are in use together; the total bytes."""
+    total, live = 0, list[Memory]()
+    for memory in sorted(memories, key=lambda memory: memory.born):
+        live = [other for other in live if other.last >= memory.born]
+        size, offset = memory.stop - memory.start, 0
+        for other in sorted(live, key=lambda other: other.offset):
+            if offset + size <= other.offset:
+                break
+            offset = max(offset, (other.offset + other.stop - other.start + 63) // 64 * 64)
+        memory.offset = offset
+        live.append(memory)
+        total = max(total, offset + size)
+    return total
