@@ -86,7 +86,7 @@ class QuantSpec(Checked):
         first_last_bits: minimum number of bits of the first and the last layer, weight and activation.
         first_input_bits: bits of the first layer's input, which is the noisy sample x_t. Floating point by default: it
             has 1 to 16 channels, so that integers save nothing there, while 8 bits cost more quality than all other
-            activations together (``docs/quality.md``).
+            activations together (``docs/results/defaults.md``).
         softmax_bits: bits of the attention probabilities (unsigned, zero point 0).
         split_skips: quantize both halves of a skip concatenation separately (Q-Diffusion, arXiv 2302.04304); ``None``
             leaves it to the recipe.

@@ -25,7 +25,7 @@ in time and their second in memory: minutes and 20 GB for the 23,040 of Stable D
 
 RIDGE = 1.0
 """How strongly an aligned weight is drawn to the original one, as a share of the mean second moment: with a hundred
-samples, 0.01 fits their noise (``docs/quality.md``)."""
+samples, 0.01 fits their noise (``docs/results/defaults.md``)."""
 
 
 def gptq_weight(weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

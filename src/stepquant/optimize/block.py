@@ -18,7 +18,7 @@ from stepquant.optimize.replay import BlockInputs
 
 LEARN_ROUNDING_BELOW = 8
 """Bits. At 8, rounding to nearest leaves so little error that GPTQ or learning adds more than it removes in any budget
-tried (``docs/quality.md``); the weights of such layers are only rounded to nearest."""
+tried (``docs/results/defaults.md``); the weights of such layers are only rounded to nearest."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class WeightPoint(nn.Module):
         group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
         method: of the range search, or a function, see `find_range`. At 8 bits the range is always min-max: the least
             error there clips the largest weights, which shrinks a layer's gain at every step alike and costs more than
-            it saves (``docs/quality.md``).
+            it saves (``docs/results/defaults.md``).
         rounding: the quantizer to start with: `RoundToNearest`, or a class with its interface.
 
     Attributes:
