@@ -18,7 +18,8 @@ from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import kind_of, make_request
-from stepquant.runtime import fallbacks
+from stepquant.runtime import fallbacks, native, prepare
+from tests.emulation import emulated_if_needed
 
 HERE = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
 
@@ -85,8 +86,13 @@ def test_sample(pipeline, quantized):
 
 
 def test_int8_runtime(pipeline, quantized):
-    """Every layer but the first, whose input stays in floating point."""
-    assert fallbacks(denoiser_of(quantized)) == [describe(denoiser_of(pipeline)).first]
+    """Every layer but the first, whose input stays in floating point, has a native kernel."""
+    denoiser = copy.deepcopy(denoiser_of(quantized))
+    with emulated_if_needed():
+        if (reason := native.supported()) is not None:
+            pytest.skip(reason)
+        prepare(denoiser, "native")
+    assert fallbacks(denoiser) == [describe(denoiser_of(pipeline)).first]
 
 
 def test_lora(pipeline, quantized, tmp_path):

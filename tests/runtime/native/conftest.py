@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from stepquant.runtime import native
-from stepquant.runtime.native import build
-
-SIMDE = Path("/usr/include/simde/x86/avx512.h")
+from tests.emulation import emulated_if_needed
 
 
 @pytest.fixture(scope="module", autouse=True)
 def emulation():
-    """Emulate AVX-512 through SIMDe in this module, if the CPU lacks it and SIMDe is installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        if SIMDE.is_file() and not set(build.INSTRUCTIONS) <= build.cpu_flags():
-            patch.setenv("STEPQUANT_NATIVE_EMULATE", "1")
+    """Emulate AVX-512 in this module, if the CPU lacks it."""
+    with emulated_if_needed():
         yield
 
 
