@@ -61,7 +61,5 @@ if __name__ == "__main__":
         sys.exit("usage: python examples/custom_runtime.py FOLDER")
     pipe = stepquant.load(sys.argv[1], backend=int_matmul)
     kernels = [module.kernel for module in quantized_modules(getattr(pipe, denoiser_name(pipe))).values()]
-    print(
-        f"{sum(isinstance(kernel, IntMatmul) for kernel in kernels)} of {len(kernels)} layers use int8 products"
-    )
+    print(f"{sum(isinstance(kernel, IntMatmul) for kernel in kernels)} of {len(kernels)} layers use int8 products")
     print("images:", generate(pipe, make_request(pipe, 10), range(4), 0).shape)

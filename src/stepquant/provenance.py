@@ -11,28 +11,33 @@ from typing import Any
 import diffusers
 import torch
 
-from stepquant.errors import StepquantError
+from stepquant.config import QuantSpec
 from stepquant.files import fingerprint
-from stepquant.recipes import RECIPES, Context, Recipe, find_recipe
+from stepquant.recipes import QAT, RECIPES, Context, Recipe, find_recipe
 from stepquant.settings import Settings
 from stepquant.user_code import is_custom, source_digest, source_file
 from stepquant.version import __version__
 
+SPEC_OPTIONS = ("bits", "overrides", "exact_time", "smoothing")
+"""Attributes of a spec that the command line has options for."""
+DEFAULTS = {"preset": "fast", "effort": "standard", "dtype": "float32", "seed": 0}
+"""Of options that need not be written."""
+
 
 def record(context: Context, recipe: Recipe, source: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What determined a quantization, JSON-able.
+    """What determined a quantization, JSON-able; without what was left out.
 
     Args:
         source: what the model is called.
         given: of the call: preset, effort, budget, correction, the requested spec, and the prompts.
     """
-    kind = type(recipe)
-    custom = {"file": source_file(kind), "sha256": source_digest(kind)} if is_custom(kind) else None
+    kind, images = type(recipe), context.images
+    custom = {"name": kind.__qualname__, "file": source_file(kind), "sha256": source_digest(kind)}
     spec, requested = context.spec.model_dump(mode="json"), given["requested"].model_dump(mode="json")
-    return {
+    entries = {
         "source": source,
         "recipe": recipe.called(),
-        "custom_recipe": custom,
+        "custom_recipe": custom if is_custom(kind) else None,
         "preset": given["preset"],
         "effort": given["effort"],
         "hyperparameters": plain(recipe),
@@ -41,16 +46,17 @@ def record(context: Context, recipe: Recipe, source: str, given: dict[str, Any])
         "budget": given["budget"],
         "correction": given["correction"],
         "calibration": context.calibration.model_dump(mode="json"),
-        "data": None if context.images is None else {"folder": context.images.folder.name, "key": context.images.key()},
+        "data": None if images is None else {"folder": images.folder.name, "key": images.key()},
         "conditions": list(context.request.conditions),
         "prompts_given": given["prompts"] is not None,
         "guidance": context.request.guidance,
-        "inputs": fingerprint(context.request.inputs),
+        "inputs": {name: fingerprint(value) for name, value in context.request.inputs.items()},
         "dtype": str(next(context.denoiser.parameters()).dtype).removeprefix("torch."),
         "device": None if context.device is None else str(context.device),
         "seed": context.seed,
         "versions": versions(),
     }
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def versions() -> dict[str, str]:
@@ -77,15 +83,10 @@ def plain(value: Any) -> Any:
 
 
 def command(provenance: dict[str, Any]) -> str:
-    """The command that makes a quantized model again; or one sentence on what it needs that no command has."""
-    if "hyperparameters" not in provenance:
-        return "The provenance was written by an older version of stepquant, and does not hold all that is needed."
-    if provenance["inputs"]:
-        names = ", ".join(provenance["inputs"])
-        return f"Made in Python with inputs of the pipeline's call ({names}), which no command has."
-    custom = provenance["custom_recipe"]
-    if custom is not None and custom["file"] is None:
-        return f"Made in Python by the recipe {provenance['recipe']}, which was not defined in a file."
+    """The shell command that makes a quantized model again; one sentence if it was made with what no option has."""
+    reason = _python_only(provenance)
+    if reason:
+        return f"No command makes this model again: {reason}."
     lines = [" ".join(map(shlex.quote, ["stepquant", *_words(provenance), "--out", "OUT"]))]
     if provenance["prompts_given"]:
         prompts = " ".join(shlex.quote(str(prompt)) for prompt in provenance["conditions"])
@@ -93,55 +94,71 @@ def command(provenance: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _python_only(provenance: dict[str, Any]) -> str:
+    """What an option cannot say; "" if there is nothing."""
+    if "hyperparameters" not in provenance:
+        return "its provenance was written by an older version of stepquant, or by another way of quantizing"
+    if provenance.get("custom_recipe", {"file": ""})["file"] is None:
+        return f"the recipe {provenance['recipe']} is not at the top level of a file"
+    if provenance["inputs"]:
+        return f"it was calibrated with inputs of the pipeline's call ({', '.join(provenance['inputs'])})"
+    if provenance["calibration"]["trajectories"] is not None:
+        return "it was calibrated with a number of trajectories"
+    for spec in (_requested_spec(provenance), *provenance.get("also", {}).values()):
+        defaults = QuantSpec.parse(spec["bits"]).model_dump(mode="json")
+        for name, value in spec.items():
+            if name not in SPEC_OPTIONS and value != defaults[name]:
+                return f"its spec sets {name}"
+    return ""
+
+
+def _requested_spec(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The spec before a budget added overrides."""
+    spec: dict[str, Any] = provenance.get("requested_spec", provenance["spec"])
+    return spec
+
+
 def _words(provenance: dict[str, Any]) -> Iterator[str]:
-    recipe, custom, training = provenance["recipe"], provenance["custom_recipe"], provenance["recipe"] == "qat"
-    spec = provenance["requested_spec"] or provenance["spec"]
-    calibration = provenance["calibration"]
-    yield from ("train" if training else "quantize", provenance["source"])
-    values = dict(provenance["hyperparameters"])
-    if training:
-        if provenance["data"] is not None:
+    """The arguments of ``stepquant``; those that have their default values are left out."""
+    recipe, custom, spec = provenance["recipe"], provenance.get("custom_recipe"), _requested_spec(provenance)
+    values = {name: value for name, value in provenance["hyperparameters"].items() if value != _usual(provenance, name)}
+    if recipe == QAT.name:
+        yield from ("train", provenance["source"])
+        if "data" in provenance:
             yield from ("--data", provenance["data"]["folder"])
-        if values.pop("distill"):
-            yield "--distill"
+        yield from ("--distill",) if values.pop("distill", False) else ()
     else:
-        yield from ("--recipe", recipe if custom is None else f"{custom['file']}:{recipe}")
-        if provenance["preset"] not in (None, "fast"):
-            yield from ("--preset", provenance["preset"])
-    yield from ("--bits", spec["bits"], "--effort", provenance["effort"])
-    for name, value in (calibration | {"trajectories": None}).items():
-        if value is not None:
+        yield from ("quantize", provenance["source"])
+        yield from ("--recipe", recipe if custom is None else f"{custom['file']}:{custom['name']}")
+    options = {
+        "bits": spec["bits"],
+        "preset": provenance.get("preset"),
+        "effort": provenance["effort"],
+        **{name: provenance["calibration"][name] for name in ("samples", "steps", "size")},
+        **{name: provenance.get(name) for name in ("budget", "guidance", "device", "dtype")},
+        "prompts": "prompts.txt" if provenance["prompts_given"] else None,
+        "seed": provenance["seed"],
+    }
+    for name, value in options.items():
+        if value not in (None, DEFAULTS.get(name)):
             yield from (f"--{name}", str(value))
-    for name, value in values.items():
-        if name not in (defaults := _defaults(provenance)) or value != defaults[name]:
-            yield from ("--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}")
-    for pattern, bits in spec["overrides"].items():
-        yield from ("--override", f"{pattern}={bits}")
-    if spec["exact_time"]:
-        yield "--exact-time"
+    for option, pairs in (
+        ("--set", {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}),
+        ("--override", spec["overrides"]),
+        ("--also", {name: other["bits"] for name, other in provenance.get("also", {}).items()}),
+    ):
+        for name, value in pairs.items():
+            yield from (option, f"{name}={value}")
+    yield from ("--exact-time",) if spec["exact_time"] else ()
+    yield from ("--correct",) if provenance["correction"] else ()
     if spec["smoothing"] is not None:
         yield "--smoothing" if spec["smoothing"] else "--no-smoothing"
-    if provenance["budget"] is not None:
-        yield from ("--budget", f"{provenance['budget']:g}bits")
-    if provenance["correction"]:
-        yield "--correct"
-    for name in ("guidance", "device"):
-        if provenance[name] is not None:
-            yield from (f"--{name}", str(provenance[name]))
-    if provenance["dtype"] != "float32":
-        yield from ("--dtype", provenance["dtype"])
-    for name, other in provenance.get("also", {}).items():
-        yield from ("--also", f"{name}={other['bits']}")
-    if provenance["prompts_given"]:
-        yield from ("--prompts", "prompts.txt")
-    yield from ("--seed", str(provenance["seed"]))
 
 
-def _defaults(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that preset and effort give; none of a recipe that is not known here."""
-    if provenance["recipe"] not in RECIPES:
-        return {}
-    try:
-        return plain(find_recipe(provenance["recipe"], provenance["preset"], None, provenance["effort"]))
-    except StepquantError:
-        return {}
+def _usual(provenance: dict[str, Any], name: str) -> Any:
+    """A hyperparameter as preset and effort give it; of a custom recipe, which is not at hand, an object of its own."""
+    recipes: dict[str, type[Recipe]] = {QAT.name: QAT, **RECIPES}
+    recipe = recipes.get(provenance["recipe"])
+    if recipe is None or "custom_recipe" in provenance:
+        return object()
+    return plain(getattr(find_recipe(recipe, provenance.get("preset"), None, provenance["effort"]), name, None))

@@ -68,7 +68,9 @@ def _run(path: Path, what: str) -> ModuleType:
 
 
 def source_file(thing: Any) -> str | None:
-    """Name of the file that defines a function or class, without its folder; None for one typed at a prompt."""
+    """Name of the file that has a function or class at its top level, without the folder; None if none has."""
+    if "." in thing.__qualname__:
+        return None
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
     return None if file is None else Path(file).name
 

@@ -25,7 +25,7 @@ class Recipe(Settings):
 
     kind: ClassVar[str] = "recipe"
     name: ClassVar[str] = ""
-    """Where recipes are named; "" for the name of the class."""
+    """Where recipes are named; a class without one goes by its own name."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {}}
 
     @classmethod
@@ -35,7 +35,7 @@ class Recipe(Settings):
     @classmethod
     def called(cls) -> str:
         """The recipe's name."""
-        return cls.name or cls.__name__
+        return str(cls.__dict__.get("name") or cls.__name__)
 
     @classmethod
     def summary(cls) -> str:
