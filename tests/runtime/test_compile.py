@@ -37,7 +37,7 @@ def method(pipeline):
 @pytest.mark.parametrize(
     "bits, arguments, compiled, kernels",
     [
-        ("w8a8", {"recipe": stepquant.recipes.TDQ(iterations=1)}, function, True),  # a table row for each of 1,000 timesteps
+        ("w8a8", {"recipe": stepquant.recipes.TDQ(iterations=1)}, function, True),  # a row per timestep
         ("w8a16", {"recipe": "minmax"}, method, False),
     ],
 )
