@@ -36,12 +36,13 @@ from stepquant.workspace import Workspace
 KILLS_A_TRIAL = 3
 """At most; after that a run is left alone."""
 SMALL = ["--samples", "8", "--steps", "3"]
+FEW = ["--iterations", "3", "--set", "rounding_iterations=3", "--set", "time_iterations=3"]
 GROWING = ("network-", "train-", "sensitivity-")
 """States of an optimizer and rankings, which are kept again and again as they grow; everything else is kept once."""
 RUNS: dict[str, list[str]] = {
     "minmax": ["quantize", "--recipe", "minmax", "--bits", "w8a8", *SMALL],
     "q-diffusion": ["quantize", "--recipe", "q-diffusion", "--bits", "w4a8", "--iterations", "3", *SMALL],
-    "quest": ["quantize", "--recipe", "quest", "--bits", "w4a4", "--iterations", "3", *SMALL],
+    "quest": ["quantize", "--recipe", "quest", "--bits", "w4a4", *FEW, *SMALL],
     "training": ["train", "--distill", "--bits", "w4a4", "--iterations", "120", "--batch-size", "2", "--steps", "3"],
 }
 """Name -> arguments of ``stepquant``, without model and folder."""

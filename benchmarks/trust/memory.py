@@ -24,6 +24,7 @@ from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.quiet import silence_libraries
+from stepquant.recipes import MinMax, QDiffusion, Recipe
 
 
 def own_bytes() -> int:
@@ -51,12 +52,12 @@ def peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def quantizing(model: str, samples: int, recipe: str, **arguments: int) -> int:
+def quantizing(model: str, samples: int, recipe: Recipe) -> int:
     """Peak bytes of quantizing `model` with so many samples."""
     pipeline = resolve_pipeline(model)
     calibration = stepquant.Calibration(samples=samples, steps=4, trajectories=16)
     with tempfile.TemporaryDirectory() as workspace, peak() as highest:
-        stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, workspace=workspace, **arguments)
+        stepquant.quantize(pipeline, "w4a8", recipe=recipe, calibration=calibration, workspace=workspace)
     return highest[0]
 
 
@@ -85,12 +86,10 @@ def main() -> None:
     arguments = parser.parse_args()
     silence_libraries()
     few, many = arguments.samples, 4 * arguments.samples
-    quantizing(arguments.model, 8, "minmax")  # what libraries keep after their first use is not counted
+    quantizing(arguments.model, 8, MinMax())  # what libraries keep after their first use is not counted
     result: dict[str, object] = {"model": arguments.model, "torch": torch.__version__.partition("+")[0]}
-    for name, settings in {"minmax": {}, "q-diffusion": {"iterations": 4}}.items():
-        result[f"{name}_peak_bytes"] = {
-            count: quantizing(arguments.model, count, name, **settings) for count in (few, many)
-        }
+    for name, recipe in {"minmax": MinMax(), "q-diffusion": QDiffusion(iterations=4)}.items():
+        result[f"{name}_peak_bytes"] = {count: quantizing(arguments.model, count, recipe) for count in (few, many)}
     half = arguments.steps // 2
     result["bytes_held_after_steps"] = dict(zip((half, 2 * half), sampling(arguments.model, half), strict=True))
     text = json.dumps(result, indent=2) + "\n"

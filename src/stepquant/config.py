@@ -27,7 +27,7 @@ class LayerBits(NamedTuple):
         """Parse ``"w4a8"`` to ``LayerBits(4, 8)``; raises `StepquantError` for widths that no runtime executes."""
         match = _BITS_PATTERN.fullmatch(text.strip().lower()) if isinstance(text, str) else None
         if match is None:
-            raise StepquantError(f"bits {text!r} cannot be parsed; expected a form such as w4a8, w8a8, w4a4 or w4a16.")
+            raise StepquantError(f"bits {text!r} are not understood; expected for example w4a8, w8a8, w4a4 or w4a16.")
         bits = cls(int(match[1]), int(match[2]))
         for name, value in (("weight", bits.weight), ("activation", bits.activation)):
             if value != FLOAT_BITS and not 2 <= value <= 8:

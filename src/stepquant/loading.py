@@ -1,4 +1,4 @@
-"""From what a user calls a model to a pipeline in memory: a folder, a hub id, ``zoo:NAME``, or a quantized folder."""
+"""Load the pipeline that a user names: a folder, a hub id, ``zoo:NAME``, or a quantized folder."""
 
 from __future__ import annotations
 
@@ -20,59 +20,56 @@ from stepquant.models import denoiser_name
 from stepquant.runtime import Backend, prepare
 
 ZOO_PREFIX = "zoo:"
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_pipeline(
     model: str, backend: Backend = "auto", memory: str = "unpacked", *, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The pipeline that `model` names: full precision, or quantized with its kernels installed.
+    """Return the pipeline that `model` names: in full precision, or quantized with its kernels installed.
 
     Args:
         model: a diffusers folder, a folder written by stepquant, ``zoo:NAME``, or the id of a model on the hub.
-        backend, memory: the runtime of a quantized model, and how it holds weights, see `stepquant.runtime.prepare`.
-        dtype: of the models of one in full precision.
+        backend, memory: runtime of a quantized model, and how it stores weights; see `stepquant.runtime.prepare`.
+        dtype: dtype of the models of a full-precision pipeline.
 
     Raises:
-        StepquantError: if there is no such model, it is damaged, needs code of its own, or has weights that are not
-            finite.
+        StepquantError: if the model does not exist, is damaged, needs custom code, or has weights that are not finite.
     """
     folder = locate(model)
     if is_checkpoint(folder):
         return load_pipeline(folder, backend, memory)[0]
     check_index(folder)
     try:
-        # Weights in another format than safetensors are never read: they may hold code.
+        # Weights in another format than safetensors are never read: they may contain code.
         pipeline = DiffusionPipeline.from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except StepquantError:
         raise
-    except Exception as error:  # from_pretrained documents none of what a damaged folder makes it raise
+    except Exception as error:  # a damaged folder makes from_pretrained raise exceptions of many classes
         raise StepquantError(f"pipeline {model} cannot be loaded: {first_line(error)}.") from None
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     check_finite(denoiser, model)
-    if quantized_modules(denoiser):  # by stepquant, and saved again by diffusers, which writes no manifest
+    if quantized_modules(denoiser):  # saved by diffusers, which writes no manifest
         prepare(denoiser, backend, memory)
     return pipeline
 
 
 def locate(model: str) -> Path:
-    """The local folder of a model; one on the hub is downloaded. Raises `StepquantError` if there is none."""
+    """Return the folder of a model, downloaded from the hub if needed; raises `StepquantError` if there is none."""
     if model.startswith(ZOO_PREFIX):
         return zoo.path(model.removeprefix(ZOO_PREFIX))
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise StepquantError(f"{model} is no diffusers pipeline: the folder has no model_index.json.")
+            raise StepquantError(f"{model} is not a diffusers pipeline: the folder has no model_index.json.")
         return folder
     if folder.exists():
-        raise StepquantError(f"{model} is a file: expected the folder of a diffusers pipeline.")
+        raise StepquantError(f"{model} is a file; expected the folder of a diffusers pipeline.")
     if model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"):
         raise StepquantError(
-            f"there is no model {model!r}: expected a diffusers folder, a hub id such as owner/name, "
+            f"there is no model {model!r}; expected a diffusers folder, a hub id such as owner/name, "
             f"or one of {', '.join(ZOO_PREFIX + name for name in zoo.names())}."
         )
     try:
@@ -82,12 +79,12 @@ def locate(model: str) -> Path:
         return downloaded
     except Exception as error:  # network, hub and file errors come in many classes
         raise StepquantError(
-            f"{model!r} is no folder here, and could not be fetched from the hub: {first_line(error)}."
+            f"{model!r} is not a local folder, and cannot be downloaded from the hub: {first_line(error)}."
         ) from None
 
 
 def check_finite(denoiser: nn.Module, model: str) -> None:
-    """Raise `StepquantError` naming the first weight of the denoiser that holds NaN or infinity."""
+    """Raise `StepquantError` for the first weight of the denoiser that contains NaN or infinity."""
     for name, tensor in denoiser.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise StepquantError(f"weight {name} of {model} holds NaN or infinity: get an undamaged copy of the model.")
+            raise StepquantError(f"weight {name} of {model} contains NaN or infinity. Download the model again.")

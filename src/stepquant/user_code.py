@@ -1,4 +1,4 @@
-"""A user's own functions and classes: loaded from ``path.py:name``, and known by their source."""
+"""Custom functions and classes of users: loaded from ``path.py:name``, and identified by their source."""
 
 from __future__ import annotations
 
@@ -16,59 +16,60 @@ from stepquant.errors import StepquantError, first_line
 from stepquant.files import digest, fingerprint
 
 _SOURCE = "__stepquant_source__"
-"""Attribute of a module that `load_function` ran: the text it was run from, which the file may no longer hold."""
+"""Attribute of a module that `load_function` executed: its source, which the file may no longer contain."""
 
 
 def load_function(name: str, what: str, arguments: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function or class called `name` in a file, which is run as a module.
+    """Return the function or class that ``path.py:name`` names; the file is executed as a module.
 
     Args:
-        what: it is, for the sentence that says what is wrong.
-        arguments: what it will be called with, in words; it must take as many, and need no others.
+        what: what it is, for error messages.
+        arguments: descriptions of the positional arguments of its call, which its signature must accept.
 
     Raises:
-        StepquantError: if there is no such file or function, the file cannot be run, or the function takes something
-            else.
+        StepquantError: if there is no such file or function, the file fails, or the function takes other arguments.
     """
     file, _, function = name.rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
-        raise StepquantError(f"there is no {what} file {file!r}: write a {what} of your own as path.py:function.")
+        raise StepquantError(f"there is no {what} file {file!r}; expected a custom {what} as path.py:name.")
     found = getattr(_run(path, what), function, None)
     if not callable(found):
-        raise StepquantError(f"{what} file {file} has no function {function!r}.")
+        raise StepquantError(
+            f"{what} file {file} has no function {function!r}; expected the name of one that it defines."
+        )
     try:
         if arguments:
             inspect.signature(found).bind(*arguments)
     except TypeError as error:
         raise StepquantError(
-            f"{what} {function} of {file} is called with {' and '.join(arguments)} alone, "
-            f"which it does not take: {first_line(error)}."
+            f"{what} {function} of {file} does not accept {' and '.join(arguments)} alone ({first_line(error)}); "
+            f"expected a function of {len(arguments)} positional arguments."
         ) from None
-    except ValueError:  # a callable without a signature shows only in the call what it takes
+    except ValueError:  # callables without a signature are checked by their call only
         pass
     return found
 
 
 def _run(path: Path, what: str) -> ModuleType:
-    """Run a file as a module of a name of its own: pydantic and pickle look for modules in `sys.modules`."""
+    """Execute a file as a module with a unique name: pydantic and pickle look for modules in `sys.modules`."""
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         setattr(module, _SOURCE, source)
         exec(compile(source, path, "exec"), module.__dict__)
-    except Exception as error:  # whatever the file does
+    except Exception as error:  # raised by the code of the file
         del sys.modules[name]
         raise StepquantError(f"{what} file {path} cannot be run: {first_line(error)}.") from None
     return module
 
 
 def source_file(thing: Any) -> str | None:
-    """Name of the file that has a function or class at its top level, without the folder; None if none has."""
+    """Return the name of the file that defines a function or class at its top level; None if there is none."""
     if "." in thing.__qualname__:
         return None
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
@@ -76,16 +77,16 @@ def source_file(thing: Any) -> str | None:
 
 
 def is_custom(thing: Any) -> bool:
-    """Whether a function or class is a user's, and not of stepquant, Python or a library of ours."""
+    """Return whether a function or class is a user's, and not of stepquant, Python or a dependency."""
     package = getattr(thing, "__module__", "builtins").partition(".")[0]
     return package not in ("stepquant", "pydantic", "torch") and package not in sys.stdlib_module_names - {"__main__"}
 
 
 def source_digest(thing: Any) -> str:
-    """SHA-256 that changes when a user's function or class does, or anything else in the files that define it.
+    """Return a SHA-256 that changes with the files that define a custom function or class.
 
-    Of a class the files of its base classes count as well; of a function also the values it closes over. What is
-    stepquant's own counts as unchanged: the version of the package stands for it.
+    For a class this includes the files of its base classes, for a function the values of its closure. Code of stepquant
+    is excluded: the package version represents it.
     """
     parts: list[Any] = []
     for part in filter(is_custom, inspect.getmro(thing) if isinstance(thing, type) else (thing,)):
@@ -97,7 +98,7 @@ def source_digest(thing: Any) -> str:
 
 
 def identity(value: Any) -> Any:
-    """Stands for a setting in a cache key, JSON-able: of functions and classes the source counts, not the place."""
+    """Return a JSON-able stand-in for a setting in a cache key; source code identifies functions and classes."""
     if isinstance(value, partial):
         return [identity(value.func), fingerprint(value.args), fingerprint(value.keywords)]
     if isinstance(value, type | FunctionType):
@@ -108,7 +109,7 @@ def identity(value: Any) -> Any:
 
 
 def _module_source(thing: Any) -> str | None:
-    """The text of the file, as it was run if stepquant ran it; None for what was typed at a prompt."""
+    """Return the text of the file, as executed if `load_function` executed it; None for interactive code."""
     module = sys.modules.get(thing.__module__)
     if module is None or hasattr(module, _SOURCE):
         return getattr(module, _SOURCE, None)

@@ -1,10 +1,10 @@
-"""Samplers that add noise of their own, and the less of it the more quantization has added (PTQD, section 3.3).
+"""Stochastic samplers that reduce their noise by the noise of quantization (PTQD, arXiv 2305.10657, section 3.3).
 
     sigma'^2 = max(0, sigma^2 - c^2 v)
 
-with sigma^2 the variance of the noise that the sampler adds at a step, c the factor that the predicted noise enters the
-next sample with, and v the variance of the residual after the output's correction. Guidance mixes two predictions and
-makes their residual larger than v: what is taken off is then less than what could be.
+with sigma^2 the variance of the noise that the sampler adds in a step, c the coefficient of the predicted noise in the
+next sample, and v the variance of the residual after the output correction. Guidance combines two predictions, so that
+their residual is larger than v and the reduction smaller than it could be.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from stepquant.layers.correction import OutputCorrection, correction_of
 
 
 def correct_sampler(pipeline: Any, denoiser: nn.Module) -> None:
-    """Give `pipeline` a sampler that makes room for its denoiser's residual, if that carries a correction."""
+    """Replace the sampler of `pipeline` by one that accounts for the residual, if its denoiser has a correction."""
     correction = correction_of(denoiser)
     if correction is not None:
         pipeline.register_modules(scheduler=with_less_noise(pipeline.scheduler, correction))
 
 
 def with_less_noise(scheduler: Any, correction: OutputCorrection) -> Any:
-    """A copy of a sampler that adds less noise: DDPM of fixed variance and DDIM where eta > 0, both predicting noise.
+    """Return a copy of a sampler that adds less noise: DDPM of fixed variance, or DDIM, which matters with eta > 0.
 
-    Any other sampler is returned as it is. The copy saves and loads as the class it was made from.
+    Any other sampler, or prediction than epsilon, is returned unchanged. The copy saves and loads as its base class.
     """
     if type(scheduler) not in _QUIETER or scheduler.config.prediction_type != "epsilon":
         return scheduler
@@ -37,7 +37,7 @@ def with_less_noise(scheduler: Any, correction: OutputCorrection) -> Any:
         return scheduler
     base = type(scheduler)
     copied = base.from_config(scheduler.config)
-    # Under the name of its origin, which is what is written into the index of a saved pipeline.
+    # Named after its base class, which is what the index of a saved pipeline contains.
     copied.__class__ = type(base.__name__, (_QUIETER[base], base), {"__module__": base.__module__})
     copied.correction = correction
     return copied
@@ -87,7 +87,7 @@ _QUIETER: dict[type, type] = {DDPMScheduler: _QuieterDDPM, DDIMScheduler: _Quiet
 
 
 def _alphas(cumulative: Tensor, final: Tensor, timestep: Any, earlier: Any) -> tuple[Tensor, Tensor]:
-    """Cumulative products of alpha at a timestep and at the one that the sampler goes to."""
+    """Return the cumulative products of alpha at a timestep and at the next one of the sampler."""
     return cumulative[timestep], cumulative[earlier] if earlier >= 0 else final
 
 

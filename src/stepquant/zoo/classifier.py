@@ -1,4 +1,4 @@
-"""The Fashion-MNIST classifier whose features stand in for Inception's where there is no network."""
+"""A Fashion-MNIST classifier whose features replace Inception's where there is no network access."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class FashionClassifier(nn.Module):
         self.head = nn.Linear(2 * width, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features, float [B, 2 * width], not negative."""
+        """Return the penultimate features, float [B, 2 * width], not negative."""
         hidden = F.relu(self.stem(images))
         for index, stage in enumerate(self.stages):
             hidden = stage(F.max_pool2d(hidden, 2) if index else hidden)
         return F.relu(self.project(hidden.mean(dim=(2, 3))))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of the ten classes, float [B, 10]."""
+        """Return the logits of the ten classes, float [B, 10]."""
         return self.head(self.features(images))
 
     def save_pretrained(self, folder: Path) -> None:
@@ -49,25 +49,25 @@ class FashionClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> FashionClassifier:
-        """Read what `save_pretrained` wrote, in float32 and evaluation mode.
+        """Load what `save_pretrained` wrote, in float32 and evaluation mode.
 
         Raises:
-            StepquantError: where `folder` holds no classifier.
+            StepquantError: if `folder` does not contain a classifier.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise StepquantError(
-                f"{folder} holds no classifier: config.json and model.safetensors are expected; "
-                "give the folder of zoo model fashion-classifier."
+                f"{folder} does not contain a classifier; expected config.json and model.safetensors. Pass the folder "
+                "of the zoo model fashion-classifier."
             )
         model = cls(**json.loads((folder / "config.json").read_text()))
         tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-        model.load_state_dict(tensors)  # batch normalisation fills in its count of batches, which is not stored
+        model.load_state_dict(tensors)  # the batch count of batch normalization is not stored
         return model.eval()
 
 
 class _Stage(nn.Module):
-    """A convolution that changes the width, then a residual one; float [B, C, H, W], same height and width."""
+    """A convolution that changes the channels, then a residual one; float [B, C, H, W], same height and width."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
