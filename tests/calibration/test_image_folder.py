@@ -14,7 +14,7 @@ def image(path, mode="RGB", size=(16, 16), colour=0):
     Image.new(mode, size, colour).save(path)
 
 
-def test_images_are_scaled_cut_to_the_middle_and_brought_to_the_models_channels(unconditional_pipeline, tmp_path):
+def test_images_are_scaled_center_cropped_and_converted(unconditional_pipeline, tmp_path):
     wide = Image.new("RGB", (64, 32), "black")
     wide.paste("white", (16, 0, 48, 32))  # the middle square
     wide.save(tmp_path / "a.png")
@@ -36,7 +36,7 @@ def test_classes_are_subfolders_by_name_or_number(class_pipeline, tmp_path):
     assert labels == {"a.png": 3, "b.png": 7}
     assert images.size == (16, 16) and images.channels == 3, "of the decoded image, not of the latent"
     image(tmp_path / "loose.png")
-    with pytest.raises(StepquantError, match=r"loose\.png has no class: put the images of each class"):
+    with pytest.raises(StepquantError, match=r"loose\.png has no class; expected a subfolder"):
         open_images(tmp_path, class_pipeline)
     (tmp_path / "loose.png").unlink()
     image(tmp_path / "10" / "c.png")
@@ -59,10 +59,10 @@ def test_captions_come_from_the_metadata_file(name, text_pipeline, tmp_path):
     assert [path.name for path in images.paths] == ["a.png", "b.png"]
 
 
-def test_what_cannot_be_trained_on_is_refused(unconditional_pipeline, text_pipeline, tmp_path):
-    with pytest.raises(StepquantError, match="no folder"):
+def test_invalid_folders(unconditional_pipeline, text_pipeline, tmp_path):
+    with pytest.raises(StepquantError, match="is not a folder"):
         open_images(tmp_path / "nowhere", unconditional_pipeline)
-    with pytest.raises(StepquantError, match=r"no captions: expected a metadata\.jsonl"):
+    with pytest.raises(StepquantError, match=r"no captions; expected a metadata\.jsonl"):
         open_images(tmp_path, text_pipeline)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(StepquantError, match="expected the fields file_name and text"):

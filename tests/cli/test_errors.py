@@ -56,7 +56,7 @@ def test_quantize(arguments, message, tmp_path):
     ("arguments", "message"),
     [
         ([], "expected --data FOLDER, --distill, or both"),
-        (["--data", "/no/such/folder"], "is no folder"),
+        (["--data", "/no/such/folder"], "is not a folder"),
         (["--distill", "--intervals", "magic"], "expected one of generator, static, table"),
         (["--distill", "--iterations", "0"], "'--iterations'"),
         (["--distill", "--batch-size", "0"], "'--batch-size'"),

@@ -1,4 +1,9 @@
-"""A folder of images to train on, with labels by subfolder or captions for a model that has conditions."""
+"""A folder of images to train on, with labels from subfolders or captions from a metadata file.
+
+Written by hand because no library fits: ``torchvision.datasets.ImageFolder`` numbers classes by sorted folder names
+instead of the model's labels and reads no captions, and every torchvision release is bound to one torch release;
+``datasets`` has the metadata file but requires pyarrow and pandas. Decoding, scaling and cropping are Pillow's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stepquant.errors import StepquantError
@@ -21,17 +26,18 @@ from stepquant.pipelines.request import kind_of
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.jsonl", "metadata.csv")
-"""Files with the fields ``file_name`` and ``text``, as the image folders of Hugging Face datasets have them."""
+"""Files with the fields ``file_name`` and ``text``, the format of image folders in Hugging Face datasets."""
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images that fit a pipeline, read when they are needed.
+    """Images for one pipeline, read on demand.
 
     Attributes:
-        paths: of the files.
-        conditions: a label or a caption for each; empty for an unconditional model.
-        size: height and width that images are brought to: scaled, and cut to the middle.
+        folder: that was searched.
+        paths: of the image files.
+        conditions: label or caption of each image; empty for an unconditional model.
+        size: height and width that images are scaled and center-cropped to.
         channels: 1 or 3.
     """
 
@@ -45,11 +51,11 @@ class ImageFolder:
         return len(self.paths)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """float32 [N, C, H, W] in [-1, 1]; raises `StepquantError` naming a file that is no image."""
+        """Read images: float32 [B, C, H, W] in [-1, 1]; raises `StepquantError` for a file that is not an image."""
         return torch.stack([self._read(self.paths[index]) for index in indices])
 
     def key(self) -> str:
-        """Stands for names, sizes and ages of the files, what they are conditioned on, and how they are read."""
+        """Digest of the names, sizes and modification times of the files, their conditions, and the image size."""
         files = []
         for path in self.paths:
             stat = path.stat()
@@ -62,29 +68,24 @@ class ImageFolder:
             with Image.open(path) as file:
                 image = file.convert("L" if self.channels == 1 else "RGB")
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise StepquantError(f"image {path} cannot be read ({error}): replace or remove it.") from None
-        factor = max(height / image.height, width / image.width)
-        if (image.height, image.width) != (height, width):
-            scaled = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-            left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-            image = image.resize(scaled, Image.Resampling.LANCZOS)
-            image = image.crop((left, top, left + width, top + height))
+            raise StepquantError(f"image {path} cannot be read ({error}). Replace or remove it.") from None
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, self.channels)
         return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 def open_images(folder: Path | str, pipeline: Any) -> ImageFolder:
-    """The images in `folder`, for training `pipeline`.
+    """List the images in `folder` and its subfolders for training `pipeline`.
 
-    Subfolders are searched too. For a model of classes, each class has a subfolder with its name or number; for a model
-    of text, a `METADATA` file gives a caption for each image.
+    A class-conditional model needs a subfolder for each class, called by the name or number of the class. A
+    text-conditional model needs a `METADATA` file with a caption for each image.
 
     Raises:
-        StepquantError: if there is no image, one of no class that the model knows, or no caption.
+        StepquantError: without images, for an image without a known class, and without captions.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise StepquantError(f"data {folder} is no folder: give one that holds images.")
+        raise StepquantError(f"data {folder} is not a folder; expected a folder of images.")
     kind = kind_of(pipeline)
     if kind == "text":
         described = _captions(folder)
@@ -92,11 +93,11 @@ def open_images(folder: Path | str, pipeline: Any) -> ImageFolder:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
         described = dict.fromkeys(paths) if kind == "unconditional" else _labels(folder, paths, pipeline)
     if not described:
-        raise StepquantError(f"data {folder} holds no images: expected files that end in {', '.join(ENDINGS)}.")
+        raise StepquantError(f"data {folder} holds no images; expected files that end in {', '.join(ENDINGS)}.")
     conditions = () if kind == "unconditional" else tuple(described.values())
     size, channels = _shape(pipeline)
     if channels not in (1, 3):
-        raise StepquantError(f"the model draws {channels} channels, which are no images: train it by distillation.")
+        raise StepquantError(f"the model has {channels} channels; expected 1 or 3 to train on images. Use distill=True.")
     return ImageFolder(folder, tuple(described), conditions, size, channels)
 
 
@@ -108,10 +109,10 @@ def _labels(folder: Path, paths: list[Path], pipeline: Any) -> dict[Path, Any]:
         name = path.relative_to(folder).parts[0]
         label = named.get(name, int(name) if name.isdecimal() else None)
         if label not in known or path.parent == folder:
-            expected = ", ".join([f"{name!r}" for name in list(named)[:3]] or ["0"])
+            examples = ", ".join([f"{name!r}" for name in list(named)[:3]] or ["0"])
             raise StepquantError(
-                f"image {path} has no class: put the images of each class in a subfolder of {folder} "
-                f"that is called as the class is, {expected} and so on, or as its number."
+                f"image {path} has no class; expected a subfolder of {folder} with the name or number of the class, "
+                f"such as {examples}. Move it there."
             )
         labels[path] = label
     return labels
@@ -121,7 +122,7 @@ def _captions(folder: Path) -> dict[Path, Any]:
     source = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if source is None:
         raise StepquantError(
-            f"data {folder} has no captions: expected a {METADATA[0]} in it, "
+            f"data {folder} has no captions; expected a {METADATA[0]} in it, "
             "each line an object with file_name and text."
         )
     captions: dict[Path, Any] = {}
@@ -132,12 +133,12 @@ def _captions(folder: Path) -> dict[Path, Any]:
             captions[folder / row["file_name"]] = str(row["text"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StepquantError(
-            f"captions {source} cannot be read ({type(error).__name__}: {error}): "
+            f"captions {source} cannot be read ({type(error).__name__}: {error}); "
             "expected the fields file_name and text for each image."
         ) from None
     for path in captions:
         if not path.is_file():
-            raise StepquantError(f"captions {source} name {path}, which does not exist: remove or correct the line.")
+            raise StepquantError(f"captions {source} name {path}, which does not exist. Remove or correct the line.")
     return captions
 
 
@@ -146,7 +147,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 
 def _shape(pipeline: Any) -> tuple[tuple[int, int], int]:
-    """Height and width, and channels, of the images that a pipeline draws."""
+    """Height and width, and channels, of the images that a pipeline generates."""
     config = getattr(pipeline, denoiser_name(pipeline)).config
     sample = config.sample_size
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
