@@ -24,11 +24,11 @@ def _sensitivity(errors, sizes, bits=None):
 
 
 def _kept(measured, budget):
-    """Layer patterns that a w4a8 model spares."""
+    """Patterns of the layers of a w4a8 model that keep 8 bits."""
     return within_budget(QuantSpec.parse("w4a8"), measured, budget).overrides
 
 
-def test_a_budget_takes_the_most_sensitive_layers_by_weight_first():
+def test_layers_are_chosen_by_error_per_weight():
     # Errors a weight: 0.05, 0.01, 0.04, 0.02.
     measured = _sensitivity([5.0, 4.0, 4.0, 2.0], [100, 400, 100, 100])
     names = {budget: list(_kept(measured, budget)) for budget in (4, 4.6, 5.2, 6, 8)}
@@ -43,7 +43,7 @@ def test_a_budget_takes_the_most_sensitive_layers_by_weight_first():
     assert _kept(measured, 4.6) == {first: "w8a8"}
 
 
-def test_a_budget_is_never_exceeded_and_no_layer_that_fits_is_left_out():
+def test_the_budget_is_used_up_and_never_exceeded():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         sizes = torch.randint(1, 1000, (12,), generator=generator).tolist()
@@ -58,7 +58,7 @@ def test_a_budget_is_never_exceeded_and_no_layer_that_fits_is_left_out():
         assert smallest is None or mean + 4 * smallest / sum(sizes) > budget - 1e-9
 
 
-def test_layers_of_other_bits_are_counted_and_harmless_ones_left_alone():
+def test_layers_with_other_bits_count_and_layers_without_error_are_skipped():
     measured = _sensitivity([9.0, 1.0, -1.0], [100, 100, 100], ["w8a8", "w4a8", "w4a8"])
     assert list(_kept(measured, 8)) == [r"^layer\.1$"]
     assert _kept(measured, 6) == {}
@@ -69,7 +69,7 @@ def test_layers_of_other_bits_are_counted_and_harmless_ones_left_alone():
 
 @pytest.mark.parametrize("budget", [3.9, 8.1, 0.0])
 def test_budgets_that_cannot_be_met(budget):
-    with pytest.raises(StepquantError, match=rf"budget of {budget:g} bits cannot be met: expected 4, .* to 8"):
+    with pytest.raises(StepquantError, match=rf"budget of {budget:g} bits cannot be met; expected 4, .* to 8"):
         _kept(_sensitivity([1.0], [10]), budget)
 
 

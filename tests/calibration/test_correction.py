@@ -19,7 +19,7 @@ CALIBRATION = stepquant.Calibration(samples=16, steps=4)
 
 
 class Distorted(torch.nn.Module):
-    """A denoiser whose output grows by a factor a step, and carries noise."""
+    """A denoiser with a gain per step and added noise."""
 
     def __init__(self, model, factors, noise):
         super().__init__()
@@ -40,7 +40,7 @@ def samples():
     return CalibrationSet(tensors, (times == 1).long())
 
 
-def test_gain_and_variance_are_found(unconditional_pipeline, samples):
+def test_gain_and_variance_are_estimated(unconditional_pipeline, samples):
     unet = unconditional_pipeline.unet
     calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w8a16"))
     distorted = copy.copy(calibrated)
@@ -56,7 +56,7 @@ def _quantized(pipeline, bits="w4a4", recipe="minmax", **arguments):
     return stepquant.quantize(pipeline, bits, recipe=recipe, calibration=CALIBRATION, correction=True, **arguments)
 
 
-def test_it_undoes_what_it_found_and_survives_saving(unconditional_pipeline, tmp_path):
+def test_the_correction_removes_the_gain_and_survives_saving(unconditional_pipeline, tmp_path):
     quantized = _quantized(unconditional_pipeline)
     quantized.save_pretrained(tmp_path / "out")
     loaded = stepquant.load(tmp_path / "out")
@@ -85,7 +85,7 @@ def test_conditional_models(kind, request):
     assert correction_of(quantized.transformer if kind == "class_pipeline" else quantized.unet) is not None
 
 
-def test_variances_behind_the_prediction_stay(class_pipeline):
+def test_predicted_variances_are_not_corrected(class_pipeline):
     config = dict(class_pipeline.transformer.config) | {"out_channels": 8}
     pipeline = copy.copy(class_pipeline)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_variances_behind_the_prediction_stay(class_pipeline):
 @pytest.mark.parametrize(
     "name, value", [("gain", -1.0), ("gain", float("nan")), ("variance", -1.0), ("timesteps", float("inf"))]
 )
-def test_a_damaged_table_is_refused(name, value):
+def test_invalid_corrections(name, value):
     tables = {"timesteps": torch.tensor([1.0, 2.0]), "gain": torch.ones(2), "variance": torch.zeros(2)}
     Correction(**tables).check()
     tables[name] = tables[name].clone()

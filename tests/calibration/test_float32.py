@@ -47,7 +47,7 @@ def images(pipeline):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_computes_what_the_same_weights_in_float32_do(pipeline, dtype):
+def test_the_output_equals_that_of_float32_weights(pipeline, dtype):
     half = denoiser_of(in_type(pipeline, dtype))
     wide = computing_in_float32(half)
     seen: dict[str, tuple] = {}
@@ -61,7 +61,7 @@ def test_it_computes_what_the_same_weights_in_float32_do(pipeline, dtype):
     assert computing_in_float32(denoiser_of(pipeline)) is denoiser_of(pipeline), "in float32 nothing is to be done"
 
 
-def test_weights_stay_as_they_are_and_are_not_copied(pipeline):
+def test_weights_are_shared_and_unchanged(pipeline):
     half = denoiser_of(in_type(pipeline, torch.bfloat16))
     calibrated = insert_fake_quantizers(computing_in_float32(half), describe(half), QuantSpec.parse("w4a8"))
     first = next(half.parameters())
@@ -75,7 +75,7 @@ def test_weights_stay_as_they_are_and_are_not_copied(pipeline):
 
 
 @pytest.mark.parametrize("recipe", ["pqd", "quest", "tfmq"])
-def test_a_pipeline_in_half_precision_is_quantized_and_stays_so(recipe, text_pipeline, tmp_path):
+def test_a_half_precision_pipeline_keeps_its_dtype(recipe, text_pipeline, tmp_path):
     half = in_type(text_pipeline, torch.bfloat16)
     few = {"iterations": 2} | {"quest": {"time_iterations": 2, "rounding_iterations": 2}}.get(recipe, {})
     quantized = stepquant.quantize(half, "w4a8", recipe=recipe, calibration=SMALL, hyperparameters=few)
@@ -93,7 +93,7 @@ def test_a_pipeline_in_half_precision_is_quantized_and_stays_so(recipe, text_pip
         assert torch.equal(layer.weight_packed, layers[name].weight_packed)
 
 
-def test_training_moves_weights_of_its_own(text_pipeline):
+def test_training_does_not_change_the_original_weights(text_pipeline):
     half = in_type(text_pipeline, torch.bfloat16)
     before = copy.deepcopy(half.unet.state_dict())
     calibration = stepquant.Calibration(samples=4, steps=2, trajectories=2)
@@ -103,7 +103,7 @@ def test_training_moves_weights_of_its_own(text_pipeline):
     assert all(torch.equal(tensor, before[name]) for name, tensor in half.unet.state_dict().items())
 
 
-def test_codes_are_those_of_the_same_weights_in_float32(text_pipeline):
+def test_codes_equal_those_of_float32_weights(text_pipeline):
     half = in_type(text_pipeline, torch.float16)
     wide = copy.copy(half)
     wide.register_modules(unet=copy.deepcopy(half.unet).float(), text_encoder=text_pipeline.text_encoder)
@@ -126,7 +126,7 @@ def test_the_command(text_folder, tmp_path):
     assert torch.equal(norm, norm.bfloat16().float())
 
 
-def test_pipelines_that_diffusers_cannot_draw_with_in_bfloat16(unconditional_pipeline):
+def test_pipelines_that_diffusers_cannot_run_in_bfloat16(unconditional_pipeline):
     half = in_type(unconditional_pipeline, torch.bfloat16)
     with pytest.raises(StepquantError, match=r"DDIMPipeline .* have no bfloat16: load it in float32 or float16"):
         stepquant.quantize(half, "w4a8", recipe="minmax", calibration=SMALL)

@@ -1,4 +1,4 @@
-"""Balances: found where channels differ, and the network they are put into stays the same function."""
+"""Smoothing: chosen where channels differ, and the network keeps its function."""
 
 import copy
 
@@ -24,7 +24,7 @@ def error_of(layer, x):
     return float((layer(x) - layer.inner(x)).detach().norm() / layer.inner(x).norm())
 
 
-def test_channels_of_different_size_are_balanced_and_the_layer_errs_less():
+def test_smoothing_reduces_the_error_of_unequal_channels():
     torch.manual_seed(0)
     for inner, x in (
         (nn.Linear(16, 32), torch.randn(200, 16) * torch.logspace(-1.5, 1, 16)),
@@ -40,7 +40,7 @@ def test_channels_of_different_size_are_balanced_and_the_layer_errs_less():
         assert error_of(layer, x) < 0.8 * before
 
 
-def test_channels_that_are_alike_are_left_alone():
+def test_equal_channels_are_not_smoothed():
     torch.manual_seed(0)
     layer = wrap(nn.Linear(8, 64), 4, 4, StepClock())
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_channels_that_are_alike_are_left_alone():
     assert best_smoothing(layer, x.contiguous()) is None
 
 
-def test_a_network_is_observed_in_full_precision_and_left_as_it_was(unconditional_pipeline):
+def test_the_search_observes_full_precision_and_changes_nothing(unconditional_pipeline):
     unet = copy.deepcopy(unconditional_pipeline.unet)
     with torch.no_grad():
         for resnet in (module for module in unet.modules() if hasattr(module, "norm2")):
@@ -72,14 +72,14 @@ def smoothed(pipeline):
     return [name for name, module in quantized_modules(pipeline.unet).items() if module.format.transforms]
 
 
-def test_any_recipe_balances_where_the_spec_asks_for_it(unconditional_pipeline):
+def test_every_recipe_smooths_if_the_spec_requests_it(unconditional_pipeline):
     for recipe, arguments in (("minmax", {}), ("q-diffusion", {"iterations": 0})):
         for asked in (True, False, None):
             spec = {"bits": "w4a4", "smoothing": asked}
             assert bool(smoothed(quantized(unconditional_pipeline, spec, recipe, **arguments))) == bool(asked)
 
 
-def test_quest_balances_below_8_bits_and_the_checkpoint_keeps_it(unconditional_pipeline, tmp_path):
+def test_quest_smooths_below_8_bits_and_the_checkpoint_stores_it(unconditional_pipeline, tmp_path):
     short = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 1}
     assert not smoothed(quantized(unconditional_pipeline, "w4a8", "quest", **short))
     made = quantized(unconditional_pipeline, "w4a4", "quest", **short)

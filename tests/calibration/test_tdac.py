@@ -6,7 +6,7 @@ import tiny
 import torch
 
 import stepquant
-from stepquant.calibration.tdac import dense_and_diverse_steps, density, diversity, share_out, step_features
+from stepquant.calibration.tdac import dense_and_diverse_steps, density, distribute, diversity, step_features
 from stepquant.errors import StepquantError
 from stepquant.models import describe
 from stepquant.pipelines.generate import generate
@@ -59,15 +59,15 @@ def test_density_counts_neighbours_and_diversity_sums_cosine_distances():
 
 
 @pytest.mark.parametrize("samples", [12, 13, 100, 1024])
-def test_shares_sum_to_the_samples_and_stay_within_one(samples):
+def test_distributed_samples_sum_up_and_are_within_one_of_their_share(samples):
     weights = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    counts = share_out(weights, samples)
+    counts = distribute(weights, samples)
     assert int(counts.sum()) == samples
     assert float((counts - weights / weights.sum() * samples).abs().max()) < 1
-    assert int(share_out(torch.zeros(5), 7).sum()) == 7
+    assert int(distribute(torch.zeros(5), 7).sum()) == 7
 
 
-def test_more_weight_on_diversity_takes_more_of_the_odd_steps():
+def test_a_larger_diversity_weight_selects_more_unusual_steps():
     def of(weight):
         steps = dense_and_diverse_steps(features(), 240, torch.Generator().manual_seed(0), weight)
         assert len(steps) == 240
@@ -76,13 +76,13 @@ def test_more_weight_on_diversity_takes_more_of_the_odd_steps():
     assert of(5.0) > of(0.2)
 
 
-def test_too_few_samples_are_refused():
-    with pytest.raises(StepquantError, match="at least one sample a step"):
+def test_too_few_samples():
+    with pytest.raises(StepquantError, match="at least one sample per step"):
         dense_and_diverse_steps(features(), 5, torch.Generator())
 
 
 @pytest.mark.parametrize("name", MORE_CALLS)
-def test_the_calls_of_a_step_are_one_step(name, text_pipeline):
+def test_several_calls_at_one_timestep_are_one_step(name, text_pipeline):
     """The features of a step are the mean over its calls, which are those at one timestep."""
     scheduler, calls = MORE_CALLS[name]
     pipeline = with_scheduler(text_pipeline, scheduler)
@@ -95,7 +95,7 @@ def test_the_calls_of_a_step_are_one_step(name, text_pipeline):
         torch.testing.assert_close(found[step], sum(together) / len(together))
 
 
-def test_halves_of_guidance_that_are_apart_are_one_step(text_pipeline):
+def test_separate_guidance_passes_are_one_step(text_pipeline):
     request = make_request(text_pipeline, 4, guidance=5.0)
     together, _ = features_of(text_pipeline, text_pipeline.unet, request)
     pipeline = copy.copy(text_pipeline)
@@ -105,13 +105,13 @@ def test_halves_of_guidance_that_are_apart_are_one_step(text_pipeline):
     torch.testing.assert_close(apart, together.unflatten(1, (2, 2)).mean(dim=1))
 
 
-def test_a_step_of_one_call_is_as_it_was(text_pipeline):
+def test_one_call_per_step(text_pipeline):
     found, seen = features_of(text_pipeline, text_pipeline.unet, make_request(text_pipeline, 4))
     assert torch.equal(found, torch.stack(seen))
 
 
 @pytest.mark.parametrize("name", MORE_CALLS)
-def test_eda_dm_selects_with_samplers_of_more_calls(name, text_pipeline):
+def test_eda_dm_with_samplers_of_several_calls(name, text_pipeline):
     pipeline = with_scheduler(text_pipeline, MORE_CALLS[name][0])
     calibration = stepquant.Calibration(samples=8, steps=4)
     quantized = stepquant.quantize(

@@ -20,7 +20,7 @@ laplace_range = load_function(f"{EXAMPLE}:laplace_range", "quantizer")
 SMALL = stepquant.Calibration(samples=8, steps=2)
 
 
-def test_it_ships_like_any_other(unconditional_pipeline, tmp_path):
+def test_a_custom_quantizer_is_saved_and_loaded(unconditional_pipeline, tmp_path):
     """Other scales than those of the baseline, less squared error in every weight below 8 bits, and a checkpoint."""
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe=ClosedForm, calibration=SMALL)
     baseline = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
@@ -53,7 +53,7 @@ def test_smoothed_and_grouped_weights_gain_as_well(groups):
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
-def test_on_laplaces_distribution_no_other_reach_is_better(bits):
+def test_the_laplace_range_is_optimal_for_laplace_values(bits):
     values = torch.distributions.Laplace(0.5, 2.0).icdf((torch.arange(200_000) + 0.5)[None] / 200_000)
     ends = laplace_range(values, bits, values.amin(1), values.amax(1))
 
@@ -94,7 +94,7 @@ def endless_range(values, bits, low, high):
         (RoundToNearest, None, "an activation was not calibrated"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(rounding, activation_range, reason, unconditional_pipeline):
+def test_invalid_grids(rounding, activation_range, reason, unconditional_pipeline):
     class Broken(Recipe):
         def stages(self):
             stages = [CollectSamples(), AddQuantizers(weight_range="minmax", rounding=rounding)]

@@ -1,9 +1,9 @@
-"""Estimate, step by step, how the quantization error follows the denoiser's output (PTQD, arXiv 2305.10657).
+"""Estimate the part of the quantization error that is correlated with the denoiser's output (PTQD, arXiv 2305.10657).
 
     eps~ = (1 + k_t) eps + residual,    k_t = <eps~ - eps, eps> / <eps, eps>
 
-The correlated part is undone by dividing by ``1 + k_t``. What is left is noise of a variance that is measured here, and
-that a sampler which adds noise of its own can add the less of.
+for each step t. Dividing by ``1 + k_t`` removes the correlated part. The residual is noise; its variance is measured
+here, so that a stochastic sampler can add that much less noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepquant.models.description import main_tensor
 from stepquant.progress import Progress
 
 SMALLEST_GAIN, LARGEST_GAIN = 0.5, 2.0
-"""Beyond these the output is no prediction any more, and no factor makes it one."""
+"""Bounds of the gain: beyond them the output is no longer a prediction that a factor could correct."""
 
 
 @torch.no_grad()
@@ -29,27 +29,31 @@ def estimate_correction(
     batch_size: int,
     progress: Progress,
 ) -> Correction:
-    """The correction of a finished quantization, from samples that it was not fitted to.
+    """Estimate the correction of a quantized model.
 
     Args:
         full_precision: the original denoiser.
-        calibrated: its quantized copy, settled.
-        samples: some of every step.
+        calibrated: its copy, calibrated and frozen.
+        samples: of every step, and not those that the copy was calibrated on.
+        batch_size: samples per pass.
+
+    Returns:
+        Gain ``1 / (1 + k_t)`` and variance of the residual, float32 [T] each.
     """
     timesteps, step = samples.tensors["timestep"].float().unique(return_inverse=True)
     products, powers, quantized_powers, values = (torch.zeros(len(timesteps), dtype=torch.float64) for _ in range(4))
-    with progress.task("Estimating the output's correction", len(samples)) as advance:
+    with progress.task("Estimating the output correction", len(samples)) as advance:
         for chosen in samples.batches(batch_size):
             arguments = samples.arguments(chosen)
-            exact, found = (
+            exact, quantized = (
                 main_tensor(model(**arguments, return_dict=False)) for model in (full_precision, calibrated.model)
             )
             channels = predicted_channels(full_precision, exact)
-            exact, found = (output[:, :channels].double().flatten(1).cpu() for output in (exact, found))
+            exact, quantized = (out[:, :channels].double().flatten(1).cpu() for out in (exact, quantized))
             for sums, addend in (
-                (products, (found * exact).sum(dim=1)),
+                (products, (quantized * exact).sum(dim=1)),
                 (powers, exact.square().sum(dim=1)),
-                (quantized_powers, found.square().sum(dim=1)),
+                (quantized_powers, quantized.square().sum(dim=1)),
                 (values, torch.full((len(exact),), float(exact.shape[1]), dtype=torch.float64)),
             ):
                 sums.index_add_(0, step[chosen], addend)

@@ -97,7 +97,9 @@ def open_images(folder: Path | str, pipeline: Any) -> ImageFolder:
     conditions = () if kind == "unconditional" else tuple(described.values())
     size, channels = _shape(pipeline)
     if channels not in (1, 3):
-        raise StepquantError(f"the model has {channels} channels; expected 1 or 3 to train on images. Use distill=True.")
+        raise StepquantError(
+            f"the model has {channels} channels; expected 1 or 3 to train on images. Use distill=True."
+        )
     return ImageFolder(folder, tuple(described), conditions, size, channels)
 
 

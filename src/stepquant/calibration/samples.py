@@ -1,4 +1,4 @@
-"""Calibration samples: what the denoiser is fed while the full-precision pipeline draws images."""
+"""Calibration samples: the denoiser's inputs while the full-precision pipeline generates images."""
 
 from __future__ import annotations
 
@@ -27,29 +27,28 @@ from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
 NOISE_OFFSET = 1_000_000_000
-"""Added to the seed of calibration images, so that none starts from the noise of an image that is evaluated."""
+"""Added to the seed of calibration images, so that none starts from the noise of an evaluated image."""
 
 COLLECTING = "Collecting calibration samples"
-"""What `collect` calls itself in front of a `Progress`."""
+"""Description of the progress of `collect`."""
 
 OUTPUT = "-> output"
-"""What the denoiser answered, among its recorded arguments: no argument can have that name."""
-
+"""Name of the denoiser's output among its recorded arguments; not a valid argument name."""
 
 INDEX = "index"
-"""Name under which the numbers of some samples, int64 [n], lie beside their tensors; no denoiser has that argument."""
+"""Name of the sample numbers, int64 [n], among recorded arguments; no denoiser has an argument of this name."""
 SHARED = "shared:"
-"""Marks there the arguments that all samples have in common."""
+"""Prefix of the names of arguments that all samples share."""
 
 
 class Calibration(Checked):
     """How calibration samples are collected.
 
     Attributes:
-        samples: inputs of the denoiser to keep.
-        steps: denoising steps of the trajectories they come from.
-        trajectories: images drawn for it; None means up to 64, and never more than samples.
-        size: height and width of the images in pixels; None means the model's own.
+        samples: number of denoiser inputs.
+        steps: denoising steps of the trajectories.
+        trajectories: number of images generated; None means up to 64, and never more than samples.
+        size: height and width of the images in pixels; None means the model's default.
     """
 
     called = "calibration"
@@ -64,7 +63,7 @@ class Calibration(Checked):
         """Accept a `Calibration`, a dictionary of the attributes above, or None for the defaults.
 
         Raises:
-            StepquantError: for an attribute that there is not, or a value that it cannot have.
+            StepquantError: for an unknown attribute or an invalid value.
         """
         return cls.model_validate({} if calibration is None else calibration)
 
@@ -75,15 +74,15 @@ class Calibration(Checked):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Inputs of the denoiser, one a sample.
+    """Inputs of the denoiser, one per sample.
 
     Attributes:
         tensors: argument name -> [N, ...]; ``timestep`` is among them; a dotted name is an entry of a dictionary
-            argument (``added_cond_kwargs.time_ids``) or, with a number, of a list. Arguments that are no tensors stay
-            at their defaults.
+            argument (``added_cond_kwargs.time_ids``) or, with a number, of a list. Arguments other than tensors
+            keep their defaults.
         steps: int64 [N], the sampler's step that each sample was seen at.
-        shared: argument name -> a tensor that all samples have in common, such as the positions of tokens.
-        outputs: float [N, ...], what the denoiser answered, if that was collected.
+        shared: argument name -> a tensor that all samples share, such as the positions of tokens.
+        outputs: float [N, ...], of the denoiser, if they were collected.
     """
 
     tensors: dict[str, Tensor]
@@ -95,9 +94,10 @@ class CalibrationSet:
         return self.steps.shape[0]
 
     def first(self, count: int) -> CalibrationSet:
-        """The first `count` samples, or all if there are no more."""
+        """The first `count` samples, at most all."""
         tensors = {name: tensor[:count] for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, steps=self.steps[:count])
+        outputs = None if self.outputs is None else self.outputs[:count]
+        return replace(self, tensors=tensors, steps=self.steps[:count], outputs=outputs)
 
     def arguments(self, chosen: slice | Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser for some of the samples."""
@@ -123,31 +123,31 @@ def collect(
     cache: Workspace | None = None,
     stage: str = "samples",
 ) -> CalibrationSet:
-    """Run the pipeline and keep what the denoiser sees at the wanted steps.
+    """Run the pipeline and record the denoiser's inputs at the given steps.
 
-    Sample i comes from trajectory ``i mod images`` at its step. Where the pipeline runs conditional and
-    unconditional halves in one batch, or calls the denoiser once for each, samples alternate between the two. Which
-    steps a trajectory gets is left to chance: a pair of step and trajectory may come up more than once.
+    Sample i comes from trajectory ``i mod images`` at its step. With guidance, in one
+    batch or in two calls, samples alternate between the conditional and the unconditional pass. A pair of step and
+    trajectory may occur more than once.
 
     Args:
-        steps: int64 [N], the wanted step of each sample, from `calibration.selection`.
-        outputs: keep what the denoiser answers, too.
-        workspace: keeps the samples of every few trajectories as they are finished, shares the trajectories among its
-            processes, and holds the whole set in files mapped into memory; None: all stays in memory.
-        cache: keeps the finished samples in place of the workspace.
-        stage: name of what is kept.
+        steps: int64 [N], the step of each sample, from `calibration.selection`.
+        outputs: record the denoiser's outputs, too.
+        workspace: stores the samples of every few finished trajectories, shares the trajectories among its processes,
+            and holds the whole set in memory-mapped files; None: everything stays in memory.
+        cache: stores the finished samples instead of the workspace.
+        stage: name of the stored samples.
 
     Raises:
-        StepquantError: if the sampler takes fewer calls than the steps asked for.
+        StepquantError: if the sampler takes fewer steps than requested.
     """
     images = calibration.images
     parts = batches(images, chunk_size(denoiser))
     memory: dict[str, Tensor] = {}
     shared: dict[str, Tensor] = {}
     scratch = None if workspace is None else workspace.scratch(stage)
-    kept = cache or workspace
+    store = cache or workspace
 
-    def seen_in(indices: range) -> dict[str, Tensor]:
+    def recorded(indices: range) -> dict[str, Tensor]:
         recorder = _Recorder(denoiser, steps, indices, images)
         try:
             on_step = partial(advance, len(indices))
@@ -175,19 +175,19 @@ def collect(
     with progress.task(COLLECTING, images * request.steps) as advance:
         missing = []
         for indices in parts:
-            stored = None if kept is None else kept.load(name_of(indices))
+            stored = None if store is None else store.load(name_of(indices))
             if stored is None:
                 missing.append(indices)
             else:
                 keep(stored)
                 advance(len(indices) * request.steps)
         ranks = Ranks() if workspace is None else workspace.ranks
-        for indices, samples in zip(missing, ranks.map(seen_in, missing), strict=True):
-            if kept is not None:
-                kept.save(name_of(indices), samples)
+        for indices, samples in zip(missing, ranks.map(recorded, missing), strict=True):
+            if store is not None:
+                store.save(name_of(indices), samples)
             keep(samples)
-    answered = memory.pop(OUTPUT, None)
-    return CalibrationSet(memory, steps, shared, answered)
+    collected = memory.pop(OUTPUT, None)
+    return CalibrationSet(memory, steps, shared, collected)
 
 
 def collect_all(
@@ -198,13 +198,13 @@ def collect_all(
     seed: int,
     progress: Progress,
 ) -> CalibrationSet:
-    """Every input and output of the denoiser along whole trajectories, for distillation.
+    """Record every input and output of the denoiser along whole trajectories, for distillation.
 
-    The sampler's timesteps depend on how many steps it takes, so each batch of trajectories takes another number, from
-    half to twice those of `request`: together they visit far more timesteps than one of them.
+    The sampler's timesteps depend on the number of steps, so each batch of trajectories takes a random number, from half
+    to twice that of `request`: together they visit many more timesteps.
 
     Args:
-        calibration: `images` are drawn.
+        calibration: its `images` is the number of trajectories.
     """
     count, most = calibration.images, int(pipeline.scheduler.config.num_train_timesteps)
     chunk = chunk_size(denoiser)
@@ -213,7 +213,7 @@ def collect_all(
     choose = torch.Generator().manual_seed(seed)
     numbers = torch.randint(fewest, min(2 * request.steps, most) + 1, (len(starts),), generator=choose).tolist()
     parts = []
-    with progress.task("Drawing trajectories", count) as advance:
+    with progress.task("Generating trajectories", count) as advance:
         for start, number in zip(starts, numbers, strict=True):
             images = min(chunk, count - start)
             steps = torch.arange(number).repeat_interleave(images)
@@ -228,7 +228,7 @@ def collect_all(
 
 
 class _Recorder:
-    """A hook on the denoiser that copies the wanted rows of its arguments and its output."""
+    """A hook on the denoiser that copies the requested rows of its arguments and its output."""
 
     def __init__(self, denoiser: nn.Module, steps: Tensor, indices: range, images: int) -> None:
         self.signature = inspect.signature(denoiser.forward)
@@ -243,13 +243,13 @@ class _Recorder:
         self.remove = denoiser.register_forward_hook(self._read, with_kwargs=True).remove
 
     def samples(self, steps: int) -> dict[str, Tensor]:
-        """What was copied, argument name -> [n, ...]; what all have in common, marked `SHARED`; and the `INDEX`."""
+        """The recorded rows, argument name -> [n, ...]; shared arguments, prefixed by `SHARED`; and the `INDEX`."""
         wanted = sorted(sample for samples in self.wanted.values() for sample in samples)
         missing = [sample for sample in wanted if sample not in self.rows]
         if missing:
             raise StepquantError(
-                f"{len(missing)} calibration samples were never seen: the sampler took fewer than {steps} steps; "
-                "ask for fewer steps."
+                f"{len(missing)} calibration samples were not recorded: the sampler took fewer than {steps} steps. "
+                "Use fewer calibration steps."
             )
         names = self.rows[wanted[0]] if wanted else ()
         rows = {name: _widened(torch.stack([self.rows[sample][name] for sample in wanted]).cpu()) for name in names}
@@ -283,5 +283,5 @@ class _Recorder:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """What a pipeline in half precision draws is calibrated on in float32."""
+    """Samples of a pipeline in half precision are converted to float32."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

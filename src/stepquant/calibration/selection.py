@@ -1,4 +1,4 @@
-"""Which denoising steps the calibration samples come from. Step 0 is the first the sampler takes, at pure noise."""
+"""Choose the denoising steps that calibration samples come from. Step 0 is the sampler's first, at pure noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stepquant.errors import StepquantError
 
 
 def uniform_steps(samples: int, steps: int, generator: torch.Generator) -> Tensor:
-    """As many samples from every step as from any other (Q-Diffusion, arXiv 2302.04304): int64 [samples], shuffled."""
+    """Equally many samples from every step (Q-Diffusion, arXiv 2302.04304): int64 [samples], shuffled."""
     _check(samples, steps)
     spread = torch.arange(samples) % steps
     if samples < steps:
@@ -22,7 +22,10 @@ def normal_steps(
 ) -> Tensor:
     """Steps at normally distributed timesteps, ``t ~ N(mean T, (deviation T)^2)`` clamped to [0, T] (PTQ4DM, PQD).
 
-    Small timesteps are near the image, that is at the *last* steps of the sampler. Returns int64 [samples].
+    Small timesteps are the *last* steps of the sampler, near the image.
+
+    Returns:
+        int64 [samples].
     """
     _check(samples, steps)
     time = (mean + deviation * torch.randn(samples, generator=generator)).clamp(0, 1)
@@ -31,4 +34,4 @@ def normal_steps(
 
 def _check(samples: int, steps: int) -> None:
     if samples < 1 or steps < 1:
-        raise StepquantError(f"calibration with {samples} samples over {steps} steps: both must be at least 1.")
+        raise StepquantError(f"calibration has {samples} samples over {steps} steps; expected at least 1 of each.")

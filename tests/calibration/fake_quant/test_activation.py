@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.activation_quantizers import QDrop
 from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.calibration.fake_quant.observer import SEARCHED_VALUES
 from stepquant.core.affine import fake_quantize
+from stepquant.core.noise import SampleNoise
+from stepquant.core.qtensor import InvalidGrid
 from stepquant.layers.clock import StepClock
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.format import LayerFormat
@@ -15,50 +18,50 @@ from stepquant.layers.linear import QuantizedLinear
 from stepquant.runtime.reference import ReferenceKernel
 
 
-def test_a_static_table_spans_all_that_was_observed():
-    quantizer = ActivationPoint(8, StepClock())
-    quantizer.observe()
+def test_a_static_grid_spans_all_observations():
+    point = ActivationPoint(8, StepClock())
+    point.observe()
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(quantizer(x), x), "passes through until it has a range"
-    quantizer(2 * x)
-    quantizer.calibrate("minmax")
-    table = quantizer.grid()
+    assert torch.equal(point(x), x), "passes through until it has a range"
+    point(2 * x)
+    point.calibrate("minmax")
+    table = point.grid()
     table.check()
     scale, zero_point = table.scale.item(), table.zero_point.item()
     assert abs(-zero_point * scale - 2 * x.min()) <= scale
     assert abs((255 - zero_point) * scale - 2 * x.max()) <= scale
-    assert torch.equal(quantizer(x), fake_quantize(x, table.scale[0], table.zero_point[0].float(), 8))
+    assert torch.equal(point(x), fake_quantize(x, table.scale[0], table.zero_point[0].float(), 8))
 
 
-def test_each_step_has_its_own_row_and_unseen_steps_take_the_nearest():
+def test_unobserved_steps_take_the_nearest_row():
     clock = StepClock(torch.tensor([0.0, 10.0, 20.0]))
-    quantizer = ActivationPoint(8, clock, rows=3)
-    quantizer.observe()
+    point = ActivationPoint(8, clock, rows=3)
+    point.observe()
     clock.set(torch.tensor([0, 10]))
     x = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-4, 4, 50)])
-    quantizer(x)
-    quantizer.calibrate("minmax")
-    scale = quantizer.grid().scale[:, 0, 0]
+    point(x)
+    point.calibrate("minmax")
+    scale = point.grid().scale[:, 0, 0]
     assert torch.allclose(scale, torch.tensor([2 / 255, 8 / 255, 8 / 255]))
-    mixed = quantizer(x)
+    mixed = point(x)
     for time, row in ((0, 0), (10, 1)):
         clock.set(time)
-        assert torch.equal(quantizer(x[row : row + 1]), mixed[row : row + 1])
+        assert torch.equal(point(x[row : row + 1]), mixed[row : row + 1])
 
 
 @pytest.mark.parametrize("method", ["minmax", "least-error"])
-def test_neighbours_have_a_say_in_the_range_of_a_step(method):
+def test_ranges_include_neighbouring_steps(method):
     clock = StepClock(torch.arange(5.0) * 10)
-    quantizer = ActivationPoint(4, clock, rows=5)
+    point = ActivationPoint(4, clock, rows=5)
     x = torch.randn(4, 500, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 4.0, 2.0, 9.0])[:, None]
     steps = torch.tensor([0, 10, 30, 40])  # nothing is seen at 20: neighbours are those that were
 
     def grids(neighbours):
         clock.set(steps)
-        quantizer.observe()
-        quantizer(x)
-        quantizer.calibrate(method, neighbours=neighbours)
-        return quantizer.scale[:, 0], quantizer.zero_point[:, 0]
+        point.observe()
+        point(x)
+        point.calibrate(method, neighbours=neighbours)
+        return point.scale[:, 0], point.zero_point[:, 0]
 
     def alone(rows):
         single = ActivationPoint(4, StepClock())
@@ -76,56 +79,56 @@ def test_neighbours_have_a_say_in_the_range_of_a_step(method):
 
 
 @pytest.mark.parametrize("observations", [17, 40, 100])
-def test_a_range_search_meets_the_ends_of_observations_as_often_as_other_values(observations):
+def test_thinning_keeps_extremes_as_often_as_other_values(observations):
     """However many were observed: a stride in step with their length would meet all of their maxima, or none."""
-    quantizer = ActivationPoint(4, StepClock())
-    quantizer.observe()
+    point = ActivationPoint(4, StepClock())
+    point.observe()
     for _ in range(observations):
-        quantizer(torch.tensor([[0.0] * 99 + [-1.0, 1.0]]))
-    observed = quantizer.observer.observations.values()
-    seen = quantizer.observer._thinned(observed)
+        point(torch.tensor([[0.0] * 99 + [-1.0, 1.0]]))
+    observed = point.observer.observations.values()
+    seen = point.observer._thinned(observed)
     assert seen.shape[1] <= 1.1 * SEARCHED_VALUES
     for end in (-1, 1):
         share = (seen == end).sum() / (observed == end).sum()
         assert share == pytest.approx(seen.shape[1] / observed.shape[1], rel=0.5)
 
 
-def test_channel_groups_are_quantized_apart():
-    quantizer = ActivationPoint(4, StepClock(), channel_dim=1, group_sizes=(2, 3))
-    quantizer.observe()
+def test_channel_groups_have_separate_grids():
+    point = ActivationPoint(4, StepClock(), channel_dim=1, group_sizes=(2, 3))
+    point.observe()
     sizes = torch.tensor([1, 1, 9, 9, 9.0]).view(1, 5, 1, 1)
     x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1)) * sizes
-    quantizer(x)
-    quantizer.calibrate("minmax")
-    table = quantizer.grid()
+    point(x)
+    point.calibrate("minmax")
+    table = point.grid()
     assert table.group_sizes == (2, 3) and table.scale.shape == (1, 2, 1)
     for group, channels in enumerate((slice(0, 2), slice(2, 5))):
         expected = fake_quantize(x[:, channels], table.scale[0, group], table.zero_point[0, group].float(), 4)
-        assert torch.equal(quantizer(x)[:, channels], expected)
+        assert torch.equal(point(x)[:, channels], expected)
 
 
-def test_learning_a_scale_moves_it_and_settles_there():
-    quantizer = ActivationPoint(2, StepClock())
-    quantizer.observe()
+def test_a_learned_scale_is_kept_when_frozen():
+    point = ActivationPoint(2, StepClock())
+    point.observe()
     x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2))
-    quantizer(x)
-    quantizer.calibrate("minmax")
-    optimizer = torch.optim.Adam(quantizer.learn_table(), lr=0.02)
+    point(x)
+    point.calibrate("minmax")
+    optimizer = torch.optim.Adam(point.learn_table(), lr=0.02)
     errors = []
     for _ in range(100):
-        error = (quantizer(x) - x).square().mean()
+        error = (point(x) - x).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
         errors.append(error.item())
-    before = quantizer(x).detach()
-    quantizer.freeze()
+    before = point(x).detach()
+    point.freeze()
     assert errors[-1] < 0.7 * errors[0]
-    assert torch.allclose(quantizer(x), before)
+    assert torch.allclose(point(x), before)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_a_balanced_layer_is_finer_where_channels_differ_and_ships_as_it_was_simulated(kind):
+def test_a_smoothed_layer_has_less_error_and_is_stored_as_simulated(kind):
     torch.manual_seed(4)
     sizes = torch.tensor([0.1, 0.1, 10, 1, 1, 1])
     plain = nn.Linear(6, 5) if kind == "linear" else nn.Conv2d(6, 5, 3, padding=1)
@@ -146,3 +149,28 @@ def test_a_balanced_layer_is_finer_where_channels_differ_and_ships_as_it_was_sim
     shipped.fill(frozen)
     assert torch.equal(shipped.layer().smoothing, sizes.sqrt())
     torch.testing.assert_close(ReferenceKernel(shipped)(x, clock.row), layer(x))
+
+
+def test_points_pass_through_while_bypassed_and_qdrop_needs_gradients():
+    point = ActivationPoint(2, StepClock())
+    point.set_grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    x = torch.linspace(-1, 0.5, 64).reshape(1, 64)
+    quantized = point(x)
+    assert set(quantized.flatten().tolist()) == {-1.0, -0.5, 0.0, 0.5}
+    point.dropout = QDrop(0.5, SampleNoise(0, 0, range(1)))
+    mixed = point(x)
+    kept = mixed == x
+    assert torch.equal(mixed[~kept], quantized[~kept]) and 16 < int(kept.sum()) < 56
+    with torch.no_grad():
+        assert torch.equal(point(x), quantized)
+    point.bypassed = True
+    assert torch.equal(point(x), x)
+
+
+def test_points_refuse_what_they_have_no_grid_for():
+    point = ActivationPoint(8, StepClock())
+    with pytest.raises(InvalidGrid, match="was not calibrated"):
+        point.grid()
+    point.observe()
+    with pytest.raises(RuntimeError, match="never observed"):
+        point.calibrate("minmax")

@@ -1,4 +1,4 @@
-"""How the scale of an activation may depend on the denoising step: a free gain a table row, or a function of time."""
+"""Gains on a scale: learned for each table row, or generated from the timestep."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LONGEST_PERIOD = 10_000.0
 """t_max of the Fourier features (TDQ, section 3.3)."""
 
 TURNS = 4.0
-"""Turns of the fastest feature over the table. The paper's turns every six timesteps: trained on every timestep (QAT)
-its network learns to ignore that, trained on the twenty or fifty steps of a sampler it puts noise between them."""
+"""Periods of the fastest feature over the table. The paper's has one per six timesteps: a network trained on every
+timestep (QAT) learns to ignore it, but one trained on the 20 or 50 steps of a sampler puts noise between them."""
 
 DROPOUT = 0.2
-"""Of the last hidden layer, while learning (TDQ, public code)."""
+"""Probability, of the last hidden layer, in training (TDQ, public code)."""
 
 
 def time_features(timesteps: Tensor, dimensions: int = 128) -> Tensor:
@@ -35,7 +35,7 @@ def time_features(timesteps: Tensor, dimensions: int = 128) -> Tensor:
 
 
 class TableGain(nn.Module):
-    """A gain for every table row, each learned on its own; as its logarithm, so steps are relative to its size."""
+    """An independent gain per table row, learned as its logarithm, so that steps are relative to its size."""
 
     def __init__(self, rows: int, groups: int) -> None:
         super().__init__()
@@ -49,16 +49,15 @@ class TableGain(nn.Module):
 class IntervalGenerator(nn.Module):
     """TDQ's network from the timestep to the gain of one activation's interval (arXiv 2306.02316, section 3.3).
 
-    ``gain(t) = softplus(MLP(features(t)) + softplus^-1(1))``. Times the static scale it is the paper's interval; the
-    gain form makes learning rates independent of the activation's size. The last layer starts at zero, so learning
-    starts exactly at the static scale, unless `fit` gives it a better start. Evaluated at every table row when it
-    settles, and then dropped.
+    ``gain(t) = softplus(MLP(features(t)) + softplus^-1(1))``. The gain times the static scale is the paper's interval;
+    with a gain, learning rates do not depend on the activation's size. The last layer starts at zero, so the gain starts
+    at 1 unless `fit` is called. After training it is evaluated at every table row and discarded.
 
     Args:
         timesteps: float [R], of the table rows.
-        groups: scales it puts out.
-        width: of the two hidden layers between the first and the last.
-        turns: of the fastest feature over the table; None for the paper's features, of one radian a timestep.
+        groups: number of gains.
+        width: of the three hidden layers.
+        turns: periods of the fastest feature over the table; None for the paper's features, one radian per timestep.
     """
 
     features: Tensor
@@ -83,25 +82,25 @@ class IntervalGenerator(nn.Module):
 
     @torch.no_grad()
     def fit(self, rows: Tensor, gains: Tensor, ridge: float = 0.1) -> None:
-        """Start near given gains: ridge regression of the last layer on what the hidden layers make of every row.
+        """Start near given gains, by ridge regression of the last layer on the hidden features of every row.
 
-        Rows between the given ones count as well, with gains interpolated linearly: the fastest features take any
-        value between two calibrated steps, and would put noise there.
+        Rows in between count as well, with linearly interpolated gains: the fastest features take any value between
+        two calibrated steps and would put noise there.
 
         Args:
             rows: int64 [K], ascending.
             gains: float [K, groups], positive.
-            ridge: added to the diagonal; draws the gain to its mean over the rows.
+            ridge: added to the diagonal; pulls the gain towards its mean over the rows.
         """
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         hidden = self.layers[:-2](self.features)
         target = torch.log(torch.expm1(_interpolated(rows, gains, len(hidden))))
-        middle, level = hidden.mean(dim=0), target.mean(dim=0)
-        centred = hidden - middle
-        normal = centred.t() @ centred + ridge * torch.eye(hidden.shape[1], device=hidden.device)
-        last.weight.copy_(torch.linalg.solve(normal, centred.t() @ (target - level)).t())
-        last.bias.copy_(level - last.weight @ middle)
+        center, level = hidden.mean(dim=0), target.mean(dim=0)
+        centered = hidden - center
+        normal = centered.t() @ centered + ridge * torch.eye(hidden.shape[1], device=hidden.device)
+        last.weight.copy_(torch.linalg.solve(normal, centered.t() @ (target - level)).t())
+        last.bias.copy_(level - last.weight @ center)
 
     def forward(self, row: Tensor) -> Tensor:
         """float32 [groups] or [B, groups] at rows int64 [] or [B]."""

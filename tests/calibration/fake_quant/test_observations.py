@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepquant.calibration.fake_quant import observations
-from stepquant.calibration.fake_quant.observations import MOST_VALUES, VALUES_A_SAMPLE, Observations
+from stepquant.calibration.fake_quant.observations import MOST_VALUES, VALUES_PER_SAMPLE, Observations
 
 
 def observed(x: torch.Tensor, rows: torch.Tensor, cuts: list[int], table_rows: int) -> Observations:
@@ -17,7 +17,7 @@ def observed(x: torch.Tensor, rows: torch.Tensor, cuts: list[int], table_rows: i
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.sampled_from([1, 3]), st.sampled_from([7, 300, 5000]))
 @settings(max_examples=30, deadline=None)
-def test_the_split_into_batches_does_not_matter(cuts, rows, size):
+def test_batching_does_not_matter(cuts, rows, size):
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(40, 2, size, generator=generator)
     row = torch.randint(0, rows, (40,), generator=generator)
@@ -29,7 +29,7 @@ def test_the_split_into_batches_does_not_matter(cuts, rows, size):
 
 @given(st.integers(1, 5))
 @settings(max_examples=10, deadline=None)
-def test_merged_parts_are_what_one_would_have_seen(processes):
+def test_merged_observations_equal_those_of_one_process(processes):
     x = torch.randn(40, 2, 5000, generator=torch.Generator().manual_seed(processes))
     rows = torch.arange(40) % 3
     parts = [observed(part, row, [], 3) for part, row in zip(x.chunk(processes), rows.chunk(processes), strict=True)]
@@ -40,7 +40,7 @@ def test_merged_parts_are_what_one_would_have_seen(processes):
     assert all(torch.equal(whole.values(row), merged.values(row)) for row in (None, 0, 1, 2))
 
 
-def test_memory_is_bounded_and_the_ends_are_exact():
+def test_memory_is_bounded_and_the_range_exact():
     seen = Observations(1, 1)
     for start in range(0, 400, 8):
         seen.add(torch.zeros(8, dtype=torch.long), [torch.arange(start * 100.0, (start + 8) * 100).reshape(8, 100)])
@@ -52,12 +52,12 @@ def test_memory_is_bounded_and_the_ends_are_exact():
     assert MOST_VALUES // 2 < many.values().numel() <= MOST_VALUES
 
 
-def test_values_kept_are_spread_over_the_sample():
+def test_recorded_values_are_spread_over_the_sample():
     """Not a regular grid, which would meet the same pixel of every row of an image."""
     seen = Observations(1, 1)
     seen.add(torch.zeros(1, dtype=torch.long), [torch.arange(64 * 1024.0)[None]])
     places = seen.values()[0].long()
-    assert len(places.unique()) == VALUES_A_SAMPLE
+    assert len(places.unique()) == VALUES_PER_SAMPLE
     columns = torch.bincount(places % 32, minlength=32)
     assert columns.min() > 0.6 * columns.max()
 
