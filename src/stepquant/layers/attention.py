@@ -1,9 +1,9 @@
-"""Attention with quantized operands, as a processor for the `Attention` of diffusers.
+"""Attention with quantized operands, as an attention processor of diffusers.
 
     scores = Q(query) Q(key)^T / sqrt(d);   output = Q(softmax(scores)) Q(value)
 
-The flow around that (norms, projections, reshapes, residual) is the same while calibrating and when deployed;
-subclasses only say what happens to the four operands.
+The operations around it (norms, projections, reshapes, residual) are the same in calibration and in inference;
+subclasses define what happens to the four operands.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import Kernel
 
 MOST_SCORES = 1 << 26
-"""Scores of an attention that are held at a time: 256 MB in float32."""
+"""Scores of an attention that are in memory at the same time: 256 MB in float32."""
 
 REPRODUCED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "FluxAttnProcessor")
-"""Processors of diffusers whose flow `AttentionProcessor` has."""
+"""Attention processors of diffusers that `AttentionProcessor` computes the same as."""
 
 
 def can_quantize_attention(module: nn.Module) -> bool:
-    """Whether `module` is an attention whose operands can be quantized: one of a flow that is reproduced here."""
+    """Whether `module` is an attention whose operands can be quantized: its processor is reproduced here."""
     processor = getattr(module, "processor", None)
     known = type(processor).__name__ in REPRODUCED or isinstance(processor, AttentionProcessor)
     return known and hasattr(module, "set_processor") and hasattr(module, "to_q")
 
 
 class AttentionProcessor(nn.Module):
-    """Base: full-precision attention; `operand` is the place to quantize.
+    """Full-precision attention, the base class; subclasses quantize in `operand`.
 
-    hidden_states: float [B, N, C] or [B, C, H, W]; encoder_hidden_states: float [B, M, D] or None for self-attention;
-    attention_mask: additive, broadcastable to [B, heads, N, M]; image_rotary_emb: rotary position embedding of joint
-    attentions, two tensors [M + N, d].
+    Joint attentions (SD3, Flux) attend over text and image together, with separate projections for the text, and return
+    both.
 
-    Joint attentions (SD3, Flux) attend over text and image together, with projections of their own for the text, and
-    return both.
+    Args:
+        hidden_states: float [B, N, C] or [B, C, H, W].
+        encoder_hidden_states: float [B, M, D], or None for self-attention.
+        attention_mask: boolean (True: attend) or additive; see `_prepared_mask` for shapes.
+        image_rotary_emb: rotary position embedding of joint attentions, two tensors [M + N, d].
     """
 
     def operand(self, name: str, x: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ class AttentionProcessor(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         temb: Tensor | None = None,
     ) -> Any:
-        # `Attention` passes a processor only those arguments that it finds in this signature. Not by way of Module's
-        # own call: there offloading would take the attention for an input, and move it with all it holds.
+        # `Attention` passes only the arguments in this signature. Not through `Module.__call__`: there offloading would
+        # take the attention for an input and move it with all its parameters.
         return type(self).forward(
             self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, temb
         )
@@ -231,8 +233,8 @@ def _project(attn: Any, x: Tensor, layer: Any, norm: Any = None) -> Tensor:
 def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
     """The mask of diffusers' `Attention`, in a shape that broadcasts to [B, heads, N, M].
 
-    To diffusers the first dimension of [B, M] and [B, 1 or N, M] is the batch, that of [B * heads, 1 or N, M] the batch
-    and heads. Any other mask broadcasts as it is.
+    In diffusers the first dimension of [B, M] and [B, 1 or N, M] is the batch, that of [B * heads, 1 or N, M] the batch
+    and heads. Any other mask is not changed.
     """
     if mask.dim() not in (2, 3) or len(mask) not in (batch, batch * attn.heads):
         return mask
@@ -241,7 +243,7 @@ def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
 
 
 class AttentionKernel(Kernel):
-    """Executes an attention: ``forward(query, key, value, mask, row)``, what `AttentionProcessor.attend` returns."""
+    """Executes an attention: ``forward(query, key, value, mask, row)`` returns what `AttentionProcessor.attend` does."""
 
     @staticmethod
     def supports(processor: Any) -> bool:
@@ -249,15 +251,14 @@ class AttentionKernel(Kernel):
         return set(processor.formats) == set(OPERANDS)
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
-        """Whether it can take operands of these shapes; others run as without a kernel."""
+        """Whether the kernel takes operands of these shapes; others run without a kernel."""
         return True
 
 
 class QuantizedAttentionProcessor(AttentionProcessor):
-    """The deployed processor: grids as buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1, 1].
+    """The processor of inference: grids are buffers ``query_scale``, ``query_zero_point``, ... of shape [R, 1, 1].
 
-    Made without arguments, as an IP-Adapter does for every attention beside its own, it leaves all operands in floating
-    point.
+    Without arguments, as an IP-Adapter creates it for every attention but its own, all operands stay in floating point.
 
     Args:
         formats: operand -> shape of its grid.
@@ -294,7 +295,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # Kernels of attention are for processors.
+        # Attention kernels exist only for the CPU.
         if self.kernel is None or query.device.type != "cpu" or not self.kernel.fits(query, key):
             return super().attend(query, key, value, mask)
         return self.kernel(query, key, value, mask, self.clock.row)
@@ -309,7 +310,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
 
 
 def is_joint(attn: Any) -> bool:
-    """Whether an attention is one over text and image together, or of a model made of those."""
+    """Whether an attention attends over text and image together, or belongs to a model of such attentions."""
     return getattr(attn, "add_q_proj", None) is not None or not hasattr(attn, "group_norm")
 
 

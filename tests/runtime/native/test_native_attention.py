@@ -36,7 +36,7 @@ def processor(zero_of_probability: int = 0) -> QuantizedAttentionProcessor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(1, 64, 64, 32), (3, 5, 7, 9), (2, 33, 65, 40), (2, 70, 77, 160), (1, 1, 1, 1)])
 def test_attention(shape, masked, row, zero_point):
-    """Equal to float rounding, but for a probability at a tie, which moves the result by one code of it."""
+    """Equal to float rounding, except where a probability at a tie differs by one code."""
     torch.manual_seed(0)
     heads, length, keys, size = shape
     simulated = processor(zero_point)
@@ -131,7 +131,7 @@ def test_other_defaults_of_torch():
 @torch.no_grad()
 @pytest.mark.parametrize("keys", [33_025, 40_000])
 def test_sums_that_a_kernel_cannot_hold(keys):
-    """Every probability and value has the largest code, so that the sum of their products does not fit above 33,025."""
+    """All probabilities and values have the largest code: with more than 33,025 keys the sum of products overflows."""
     simulated = processor()
     simulated.probability_scale.fill_(1 / keys / 255)
     simulated.value_scale.fill_(1 / 255)

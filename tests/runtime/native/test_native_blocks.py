@@ -42,7 +42,7 @@ def unet(unconditional_pipeline):
 
 
 class Twice(torch.nn.Module):
-    """Stands in a layer's place, as an adapter does."""
+    """Wraps a layer, as an adapter does."""
 
     def __init__(self, layer):
         super().__init__()
@@ -59,7 +59,7 @@ def signal_to_noise(found, expected) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [500, torch.tensor([900, 500, 100])], ids=["one step", "mixed steps"])
 def test_unet(unet, timestep):
-    """Most samples agree to float rounding; one code at a tie changes a few others behind it, and shows in decibels."""
+    """Most samples agree to float rounding; a code at a tie changes a few later ones."""
     models = {name: copy.deepcopy(unet) for name in ("reference", "native")}
     for name, model in models.items():
         prepare(model, name)
@@ -75,7 +75,7 @@ def test_unet(unet, timestep):
 
 @torch.no_grad()
 def test_blocks_are_fused(unet):
-    """Only the normalization before the last layer runs by itself, until another runtime takes over."""
+    """Only the normalization before the last layer runs unfused, until another runtime is installed."""
     model = copy.deepcopy(unet)
     seen = []
     for name, module in model.named_modules():
@@ -91,8 +91,8 @@ def test_blocks_are_fused(unet):
 
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["resnets.0.conv1", "attentions.0.to_q", "upsamplers.0.conv"])
-def test_a_layer_wrapped_later_is_called(unet, place):
-    """As an adapter does: what stands in a layer's place is not passed over."""
+def test_layer_wrapped_later_is_called(unet, place):
+    """As by an adapter: the wrapper is not bypassed."""
     models = {}
     for backend in ("reference", "native"):
         model = models[backend] = copy.deepcopy(unet)
@@ -104,7 +104,7 @@ def test_a_layer_wrapped_later_is_called(unet, place):
 
 
 @torch.no_grad()
-def test_copies_have_their_own_clock(unet):
+def test_copies_have_separate_clocks(unet):
     models = [copy.deepcopy(unet)]
     prepare(models[0], "native")
     models.append(copy.deepcopy(models[0]))

@@ -1,4 +1,4 @@
-"""Compiling the kernels, and refusing to where they cannot run."""
+"""Compile the kernels, and say why where they cannot run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     assert build.supported() == "there is no C++ compiler. Install g++"
 
 
-def test_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
+def test_failing_compiler_leaves_no_file(monkeypatch, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -88,7 +88,7 @@ def once(kernels, tmp_path_factory):
 
 @pytest.fixture
 def compiled(once, monkeypatch, tmp_path):
-    """The library's file in the cache; to compile it again copies it."""
+    """The library's file in the cache; compiling it again copies it."""
     monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
     if build.supported() is not None:
         pytest.skip(build.supported())
@@ -111,7 +111,7 @@ def _has_compiler() -> bool:
     return True
 
 
-def test_a_library_that_does_not_load_is_compiled_again(once, monkeypatch):
+def test_library_that_does_not_load_is_compiled_again(once, monkeypatch):
     monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
     path, whole = build._library_path(), once.read_bytes()
     path.parent.mkdir(mode=0o700, parents=True)
@@ -120,15 +120,15 @@ def test_a_library_that_does_not_load_is_compiled_again(once, monkeypatch):
     assert path.read_bytes() == whole
 
 
-def test_a_library_that_never_loads_is_one_sentence(monkeypatch):
+def test_library_that_never_loads(monkeypatch):
     monkeypatch.setattr(build, "_compile", lambda draft: draft.write_bytes(b"no library"))
     with pytest.raises(StepquantError, match=r"cannot be loaded from .*XDG_CACHE_HOME"):
         build.library()
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_folder_that_others_can_write_into_is_not_loaded_from(mode, compiled):
-    """Neither is anything compiled into it."""
+def test_folder_that_others_can_write_into_is_not_loaded_from(mode, compiled):
+    """Nor is anything compiled into it."""
     compiled.parent.chmod(mode)
     assert build.supported().startswith(f"other users can write into {compiled.parent}")
     compiled.unlink()
@@ -136,7 +136,7 @@ def test_a_folder_that_others_can_write_into_is_not_loaded_from(mode, compiled):
     assert not compiled.exists()
 
 
-def test_nobody_else_can_write_what_is_kept(monkeypatch, compiled):
+def test_cache_is_private(monkeypatch, compiled):
     before = os.umask(0)
     try:
         shutil.rmtree(compiled.parent)
@@ -146,7 +146,7 @@ def test_nobody_else_can_write_what_is_kept(monkeypatch, compiled):
     assert compiled.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_user_without_a_home(monkeypatch):
+def test_user_without_a_home(monkeypatch):
     monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)

@@ -1,4 +1,4 @@
-"""What is fused with a layer, against the same in torch; layers alone are in ``test_runtimes.py``."""
+"""Layers and the operations fused into them, against torch and against integer arithmetic."""
 
 from __future__ import annotations
 
@@ -13,16 +13,36 @@ from stepquant.runtime.native.build import has_amx
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm, group_norm, layer_norm
 from stepquant.runtime.reference import ReferenceKernel
-from tests.runtime.test_runtimes import convolution, linear
+from tests.runtime.test_runtimes import CONVOLUTIONS, SPLITS, check, convolution, linear
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def assert_same_up_to_ties(found, expected, *, step):
-    """Equal to float rounding, but for codes at a tie: few, and off by what one code is worth."""
+    """Equal to float rounding, except for a few codes at ties, which differ by one code."""
     error = (found - expected).abs()
     assert (error > 1e-4 * expected.abs().max()).float().mean() < 0.01
     assert error.max() <= step
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    module = convolution(**CONVOLUTIONS[name])
+    check(module, torch.randn(4, module.in_channels, 9, 7), torch.tensor([0, 2, 1, 2]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_split_channels(split):
+    check(convolution(7, 6, 3, padding=1, split=SPLITS[split]), torch.randn(3, 7, 6, 5), torch.tensor([1, 0, 1]))
+    check(linear(split=SPLITS[split], smoothed=True), torch.randn(4, 5, 7), torch.tensor([2, 2, 0, 1]))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_weights(bits):
+    module, row, x = linear(50, 70, bits=(bits, 8)), torch.tensor([1, 0]), torch.randn(2, 9, 50)
+    packed = NativeKernel(module, packed=True)
+    assert torch.equal(packed(x, row), NativeKernel(module)(x, row))
+    assert torch.equal(packed.integers(), module.layer().weight.integers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -70,7 +90,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("image", [False, True])
-def test_a_residual_of_any_layout(layout, image):
+def test_residual_of_any_layout(layout, image):
     module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
     x, residual = (
         (torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)) if image else (torch.randn(2, 9, 7), torch.randn(2, 9, 6))
@@ -84,7 +104,7 @@ def test_a_residual_of_any_layout(layout, image):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_group_norm_of_any_layout(layout):
-    """Of the rows of an image, too, which may lie apart in memory."""
+    """Including images whose rows are not adjacent in memory."""
     norm = nn.GroupNorm(2, 8)
     x = torch.randn(2, 8, 6, 10).to(memory_format=torch.channels_last)
     for image in (LAYOUTS[layout](x), x[:, :, ::2], x[..., ::2], x[..., 1:4], x[:, :, :1], x[..., :1]):
@@ -102,7 +122,7 @@ def test_padding_of_a_downsampler(size):
 
 
 def test_pieces_with_everything():
-    """Channel groups are summed in float32 before anything is added."""
+    """The products of channel groups are summed in float32 before anything else is added."""
     module = convolution(7, 6, 3, padding=1, split=((2, 5), (3, 4)))
     x, row, added = torch.randn(2, 7, 5, 5), torch.tensor([0, 2]), torch.randn(2, 6)
     norm = Norm(torch.rand(2, 7) + 0.5, torch.randn(2, 7))
@@ -162,7 +182,7 @@ def test_other_defaults_of_torch(default):
         assert torch.equal(one, wanted)
 
 
-def test_nothing_to_do():
+def test_empty_batch():
     assert NativeKernel(linear(7, 5))(torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
 
 
@@ -184,10 +204,10 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("normalized", [False, True])
-def test_a_image_that_is_not_for_the_layer(given, normalized):
-    x, told = GIVEN[given]
+def test_image_that_does_not_fit(given, normalized):
+    x, message = GIVEN[given]
     kernel = NativeKernel(convolution(8, 5, 3, padding=1))
-    with pytest.raises(StepquantError, match=told):
+    with pytest.raises(StepquantError, match=message):
         if normalized:
             group_norm(x, nn.GroupNorm(4, 8))
         else:
@@ -195,7 +215,7 @@ def test_a_image_that_is_not_for_the_layer(given, normalized):
 
 
 @pytest.mark.parametrize("activation", [None, "geglu"])
-def test_tokens_that_are_not_for_the_layer(activation):
+def test_tokens_that_do_not_fit(activation):
     with pytest.raises(StepquantError, match=f"expected {7 if activation is None else 14} channels"):
         NativeKernel(linear(7, 5)).run(torch.randn(2, 3, 10), torch.tensor(1), activation=activation)
     with pytest.raises(StepquantError, match="an input on meta"):
@@ -260,8 +280,8 @@ def test_row_that_the_table_does_not_have(row):
         NativeKernel(linear(7, 5))(torch.randn(3, 7), row)
 
 
-def test_what_is_of_one_sample_is_of_all():
-    """A gate and an embedding [1, out] are those of every sample; a normalization of another batch is an error."""
+def test_vectors_of_one_sample_apply_to_all():
+    """A gate and an added tensor [1, out] apply to every sample; a normalization of another batch is an error."""
     kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(3, 4, 7)
     added, gate = torch.randn(1, 5), torch.randn(1, 5)
     expected = (kernel(x, row) + added[:, None]) * gate[:, None]
@@ -271,7 +291,7 @@ def test_what_is_of_one_sample_is_of_all():
 
 
 @pytest.mark.parametrize("image", [False, True])
-def test_a_residual_in_float64(image):
+def test_residual_in_float64(image):
     module, row = (convolution(4, 6, 1), torch.tensor(1)) if image else (linear(7, 6), torch.tensor(1))
     x = torch.randn(2, 4, 3, 5) if image else torch.randn(2, 9, 7)
     y = NativeKernel(module)(x, row)
@@ -280,7 +300,7 @@ def test_a_residual_in_float64(image):
     torch.testing.assert_close(found.float(), y + 1, atol=1e-5, rtol=1e-5)
 
 
-def test_plans_are_not_kept_without_end(monkeypatch):
+def test_number_of_plans_is_limited(monkeypatch):
     monkeypatch.setattr(kernel_module, "MOST_PLANS", 6)
     kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
     images = [torch.randn(batch, 4, 5, 5) for batch in range(1, 9)]

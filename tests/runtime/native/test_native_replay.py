@@ -1,4 +1,4 @@
-"""Blocks by their recording against the same blocks kernel by kernel, bit for bit."""
+"""Recorded blocks against the same blocks run kernel by kernel, bit for bit."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ unet_case = pytest.fixture(build, scope="module", params=UNETS, name="unet_case"
 
 @pytest.fixture(scope="module")
 def static_unet(unconditional_pipeline):
-    """One grid for all steps, so that no kernel looks at the step."""
+    """One grid for all steps, so that no kernel reads the step."""
     full = unconditional_pipeline.unet
     calibrated = insert_fake_quantizers(full, describe(full), QuantSpec.parse("w8a8"), weight_range="minmax")
     for quantizer in calibrated.activation_points():
@@ -99,12 +99,12 @@ def runs(model, shape, conditions, times=TIMES, *, plain=False, seed=0, mode=tor
 
 
 def recorded(model) -> list:
-    """What every block has for the layouts that it was given."""
+    """The recordings of all blocks, for every layout."""
     blocks = [module.__dict__["_recordings"] for module in model.modules() if "_recordings" in module.__dict__]
     return [one for block in blocks for one in block.by_layout.values()]
 
 
-def test_a_recording_does_what_the_kernels_do(case):
+def test_recording_equals_kernels(case):
     model, shape, conditions = case
     model = copy.deepcopy(model)
     expected = runs(model, shape, conditions, TIMES * 2, plain=True)
@@ -113,14 +113,14 @@ def test_a_recording_does_what_the_kernels_do(case):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert recorded(model)
     assert any(isinstance(one, Recording) for one in recorded(model))
-    # Steps have scales of their own, so this would show a recording that keeps those of the step it was made in.
+    # Scales differ between steps: this detects a recording that keeps those of its own step.
     assert not torch.equal(*(runs(model, shape, conditions, [time])[0] for time in (900, 100)))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_types_and_modes(static_unet, dtype, mode):
-    """In half precision kernels read copies of the normalizations' parameters, which are gone after a call."""
+    """In half precision kernels read converted copies of the normalizations' parameters, which are freed after a call."""
     model = copy.deepcopy(static_unet).to(dtype)
     expected = runs(model, (1, 16, 16), {}, TIMES * 2, plain=True, mode=mode)
     found = runs(model, (1, 16, 16), {}, TIMES * 2, mode=mode)
@@ -130,7 +130,7 @@ def test_types_and_modes(static_unet, dtype, mode):
     assert {type(one) for one in recorded(model)} == kinds.get(dtype, {bool})
 
 
-def test_memory_that_may_go_is_an_obstacle():
+def test_temporary_memory_is_an_obstacle():
     kernel, row, x = NativeKernel(linear(7, 5)), torch.tensor(1), torch.randn(2, 3, 7)
     norm = Norm(torch.rand(1, 7) + 0.5, torch.randn(1, 7), 1e-5)
     expected = kernel.run(x, row, norm=norm)
@@ -144,8 +144,8 @@ def test_memory_that_may_go_is_an_obstacle():
     assert torch.equal(recording([*kernel.lasting, norm.multiply, norm.add]).replay([x], 1), expected)
 
 
-def test_a_recording_keeps_what_it_points_into():
-    """A layer may forget the plan that it was recorded with."""
+def test_recording_keeps_tensors_that_it_points_into():
+    """A layer may drop the plan that was recorded."""
     kernel, row = NativeKernel(convolution(4, 6, 3, padding=1)), torch.tensor(1)
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     expected = kernel(x, row)
@@ -175,8 +175,8 @@ def test_every_block_of_a_unet_is_recorded(unet_case, mode):
         assert [type(one) for one in block.__dict__["_recordings"].by_layout.values()] == [Recording]
 
 
-def test_nothing_is_computed_in_python(unet_case, monkeypatch):
-    """No kernel of a recorded UNet is called one by one, but for those outside of its blocks."""
+def test_no_kernel_is_called_from_python(unet_case, monkeypatch):
+    """Only the kernels outside of a recorded UNet's blocks are called one by one."""
     model, shape, conditions = unet_case
     model = copy.deepcopy(model)
     runs(model, shape, conditions)
@@ -237,7 +237,7 @@ def test_changes_are_noticed(change, unet_case):
     before = runs(model, shape, conditions)
     change(model)
     expected = runs(model, shape, conditions, plain=True)
-    # FreeU is for models that are given text; the same attention by another processor comes to the same.
+    # FreeU is for text models; another attention processor computes the same.
     if change is not _processor and (conditions or change is not _free_u):
         assert not torch.equal(before[0], expected[0])
     for _ in range(2):
@@ -245,20 +245,20 @@ def test_changes_are_noticed(change, unet_case):
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_listener_inside_hears_every_step(unet_case):
+def test_hook_inside_is_called_at_every_step(unet_case):
     model, shape, conditions = unet_case
     model = copy.deepcopy(model)
     expected = runs(model, shape, conditions)
-    heard = []
-    handle = model.up_blocks[0].resnets[0].register_forward_hook(lambda *_: heard.append(1))
+    calls = []
+    handle = model.up_blocks[0].resnets[0].register_forward_hook(lambda *_: calls.append(1))
     assert all(torch.equal(*pair) for pair in zip(runs(model, shape, conditions), expected, strict=True))
-    assert len(heard) == len(TIMES)
+    assert len(calls) == len(TIMES)
     handle.remove()
     runs(model, shape, conditions)
-    assert len(heard) == len(TIMES)
+    assert len(calls) == len(TIMES)
 
 
-def test_another_backend_has_no_recordings(case):
+def test_other_backend_has_no_recordings(case):
     model, shape, conditions = case
     model = copy.deepcopy(model)
     runs(model, shape, conditions)
@@ -268,7 +268,7 @@ def test_another_backend_has_no_recordings(case):
     assert all(torch.equal(*pair) for pair in zip(runs(model, shape, conditions), expected, strict=True))
 
 
-def test_copies_record_for_themselves(case):
+def test_copies_have_separate_recordings(case):
     model, shape, conditions = case
     first = copy.deepcopy(model)
     expected = runs(first, shape, conditions)
@@ -279,7 +279,7 @@ def test_copies_record_for_themselves(case):
 
 
 def test_two_threads_on_one_model(case):
-    """Which is not promised for its clock; at one timestep the kernels themselves must not mix the two up."""
+    """The clock does not support it; at one timestep the kernels must not confuse the two threads."""
     model, shape, conditions = case
     model = copy.deepcopy(model)
     times = [500] * 6
@@ -291,7 +291,7 @@ def test_two_threads_on_one_model(case):
                 assert all(torch.equal(*pair) for pair in zip(some, others, strict=True))
 
 
-def test_what_cannot_be_recorded_runs_all_the_same(case, monkeypatch):
+def test_block_that_cannot_be_recorded_runs(case, monkeypatch):
     model, shape, conditions = case
     model = copy.deepcopy(model)
     monkeypatch.setattr(recording, "MOST_BYTES", 0)
@@ -301,7 +301,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(case, monkeypatch):
     assert set(recorded(model)) == {False}
 
 
-def test_layouts_are_not_kept_without_end(case, monkeypatch):
+def test_number_of_recordings_is_limited(case, monkeypatch):
     model, shape, conditions = case
     model = copy.deepcopy(model)
     monkeypatch.setattr(replay, "MOST_LAYOUTS", 2)
@@ -318,7 +318,7 @@ LIVES = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(
 
 
 @given(LIVES)
-def test_memory_in_use_is_nobody_elses(lives):
+def test_memory_in_use_is_not_shared(lives):
     memories = [Memory(0, size, torch.empty(0), min(born, last), max(born, last)) for size, born, last in lives]
     total = lay_out(memories)
     assert total <= sum((memory.stop + 63) // 64 * 64 for memory in memories)

@@ -119,7 +119,7 @@ def test_denoisers(case):
 
 
 @pytest.mark.parametrize("place", ["attn1.to_k", "attn1.to_out.0", "ff.net.2"])
-def test_a_layer_wrapped_later_is_called(case, place):
+def test_layer_wrapped_later_is_called(case, place):
     class Twice(nn.Module):
         def __init__(self, layer):
             super().__init__()

@@ -1,4 +1,4 @@
-"""int8 on the CPU with kernels of our own: C++ in ``source/``, compiled once by the machine's compiler and kept."""
+"""The native runtime: int8 kernels in C++ (``source/``) for the CPU, compiled once by the machine's compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepquant.runtime.native.kernel import NativeKernel
 
 
 def finish(model: nn.Module) -> None:
-    """Put attention in integers, fuse blocks and record them, once every layer of `model` has its kernel."""
+    """Install integer attention, fusion and recordings, after every layer of `model` has its kernel."""
     for processor in _processors(model):
         if attention.NativeAttention.supports(processor):
             processor.kernel = attention.NativeAttention(processor)
@@ -21,7 +21,7 @@ def finish(model: nn.Module) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Undo `finish`, and give layers their codes back: another runtime takes the layers over."""
+    """Undo `finish` and give layers their codes back, before another runtime is installed."""
     for module in quantized_modules(model).values():
         module.restore()
     replay.remove(model)

@@ -1,16 +1,16 @@
-"""Blocks of diffusers whose float operations are fused into the integer layers beside them.
+"""Fuse the float operations of diffusers' blocks into the integer layers next to them.
 
-    residual block   group normalization, SiLU and quantization in one pass; time embedding, residual and scale as
+    residual block   group normalization, SiLU and quantization in one pass; time embedding, residual and scale when
                      results are stored
-    attention        group normalization and quantization in one pass; residual and scale as results are stored
-    samplers         nearest-neighbour upsampling and padding while codes are made
+    attention        group normalization and quantization in one pass; residual and scale when results are stored
+    samplers         nearest-neighbor upsampling and padding in the pass that makes codes
     transformers     see `transformer`
 
-Residual blocks and samplers are fused with the kernels for GPUs, too.
+Residual blocks and samplers are fused with the GPU kernels, too.
 
-What is fused keeps its modules and parameters: only `forward` is another. Between blocks activations stay float32: in
-float16 a step takes about a seventh less, but so many codes round otherwise that the result is as far from the
-simulation as that is from full precision.
+A fused block keeps its modules and parameters; only `forward` is replaced. Activations between blocks stay float32. In
+float16 a step is about a seventh faster, but so many codes round differently that the result is as far from the
+simulation as the simulation is from full precision.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse every block of `model` that can be; call it when all layers have their kernels."""
+    """Fuse every supported block of `model`; call it after all layers have their kernels."""
     for module in model.modules():
         for kind, fits, forward in FUSED:
             if isinstance(module, kind) and fits(module):
@@ -50,7 +50,7 @@ def separate(model: nn.Module) -> None:
 
 
 def _fuses(module: Any) -> bool:
-    """Whether `module` is a convolution whose kernel takes what is before and after it."""
+    """Whether `module` is a convolution whose kernel fuses the operations before and after it."""
     return _has_kernel(module) and module.kernel.fuses
 
 
@@ -112,7 +112,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *_a
 
 
 def _fits_attention(block: Attention) -> bool:
-    """Self-attention over an image, as `UNet2DModel` has it."""
+    """Whether a block is self-attention over an image, as in `UNet2DModel`."""
     return (
         transformer.is_plain(block)
         and block.processor.kernel is not None
@@ -126,7 +126,7 @@ def _fits_attention(block: Attention) -> bool:
 def _attention(
     block: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """``Attention.forward``; hidden_states: [B, C, H, W] is fused, anything else runs as it is."""
+    """``Attention.forward``; hidden_states [B, C, H, W] is fused, any other runs unfused."""
     masked = args or kwargs.get("attention_mask") is not None
     if hidden_states.dim() != 4 or encoder_hidden_states is not None or masked or not is_unchanged(block):
         return type(block).forward(block, hidden_states, encoder_hidden_states, *args, **kwargs)
@@ -149,7 +149,7 @@ def _fits_upsample(block: Upsample2D) -> bool:
 
 @opaque
 def _upsample(block: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
-    """``Upsample2D.forward``; output_size is given where the image has not twice the size."""
+    """``Upsample2D.forward``; `output_size` is given if the output is not exactly twice the input."""
     height, width = hidden_states.shape[2:]
     other_size = output_size is not None and tuple(output_size) != (2 * height, 2 * width)
     if other_size or not is_unchanged(block):
@@ -163,7 +163,7 @@ def _fits_downsample(block: Downsample2D) -> bool:
 
 @opaque
 def _downsample(block: Downsample2D, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """``Downsample2D.forward``, which pads by one pixel below and to the right where its layer does not pad."""
+    """``Downsample2D.forward``, which pads by one pixel below and to the right if its layer does not pad."""
     if not is_unchanged(block):
         return Downsample2D.forward(block, hidden_states)
     return block.conv.kernel.run(hidden_states, block.conv.clock.row, extra=1 if block.padding == 0 else 0)
@@ -177,4 +177,4 @@ FUSED: tuple[tuple[type, Callable[[Any], bool], Callable[..., Any]], ...] = (
     (BasicTransformerBlock, transformer.fits_block, transformer.block_forward),
     (Transformer2DModel, transformer.fits_image, transformer.image_forward),
 )
-"""Class of a block, whether one of them can be fused, and its `forward` then."""
+"""Class of a block, whether a block of it can be fused, and its fused `forward`."""

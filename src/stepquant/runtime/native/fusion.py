@@ -1,4 +1,4 @@
-"""Give a block another `forward` while its layers are those that it was made for."""
+"""Replace the `forward` of a block, for as long as its modules stay the same."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LAYERS = "_fused_layers"
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let ``block(...)`` call ``forward(block, ...)``, and remember every module inside the block."""
+    """Make ``block(...)`` call ``forward(block, ...)``, and remember every module inside the block."""
     children = children_of(block)
-    # In the block's own dictionary, so that a copy of the model remembers the copy's modules.
+    # In the block's dictionary, so that a copy of the model remembers the modules of the copy.
     block.__dict__[_LAYERS] = children, [child for _, _, child in children if _has_parameters(child)]
     block.forward = MethodType(forward, block)
 
 
 def children_of(block: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Every module inside a block, with the dictionary that it stands in and its name there."""
+    """Every module inside a block, with the dictionary that holds it and its name there."""
     return [
         (parent._modules, name, child)
         for parent in block.modules()
@@ -33,26 +33,26 @@ def children_of(block: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]
 
 
 def restore_forward(block: nn.Module) -> None:
-    """Undo `replace_forward`, if it was done."""
+    """Undo `replace_forward`, if it was called."""
     if block.__dict__.pop(_LAYERS, None) is not None:
         del block.forward
 
 
 def is_fused(block: nn.Module) -> bool:
-    """Whether a block has another `forward`."""
+    """Whether the `forward` of a block is replaced."""
     return _LAYERS in block.__dict__
 
 
 def is_unchanged(block: nn.Module) -> bool:
-    """Whether every module inside the block stands where it stood, and norms have their parameters at hand.
+    """Whether every module inside the block is still in its place, and norms have their parameters.
 
-    It is not where an adapter was put beside a layer since, or a processor exchanged. Looked at in every call, so in a
-    few microseconds.
+    False after an adapter wrapped a layer or an attention processor was replaced. Called in every forward pass, so it
+    takes a few microseconds.
     """
     children, norms = block.__dict__[_LAYERS]
     for modules, name, child in children:
         present = modules.get(name)
-        # A kernel made anew, of weights loaded since, is as good.
+        # A kernel that was renewed, for weights that were loaded since, does as well.
         if present is not child and not (isinstance(child, Kernel) and type(present) is type(child)):
             return False
     return all(is_present(norm) for norm in norms)

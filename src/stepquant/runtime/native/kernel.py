@@ -49,7 +49,7 @@ class NativeKernel(Kernel):
         self.scale, self.zero_point = grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()
         self.rows, self.groups = self.scale.shape
         self.by_row = [self.scale, self.zero_point]
-        self.plans: dict[Request, Plan] = {}
+        self.plans: dict[tuple[Any, ...], Plan] = {}
 
     @property
     def whole(self) -> bool:
@@ -109,33 +109,37 @@ class NativeKernel(Kernel):
             residual = residual.float()
         x = dense(x, image=self.layer.window is not None)
         per_step = row.dim() == 1 and self.rows > 1
+        pieces = self.layer.pieces
         multiply, add, epsilon = norm or (None, None, None)
-        request = Request(
-            x.shape, x.stride(), x.dtype, dtype, per_step, form(multiply), form(add), epsilon, form(channel_add),
-            form(gate), form(residual), activation, upsample, extra, factor, torch.get_num_threads(),
+        request = (
+            x.shape, x.stride(), x.dtype, dtype, per_step,
+            None if multiply is None else form(multiply), None if add is None else form(add), epsilon,
+            None if channel_add is None else form(channel_add), None if gate is None else form(gate),
+            None if residual is None else form(residual), activation, upsample, extra, factor, torch.get_num_threads(),
         )  # fmt: skip
-        plan = self.plans.get(request) or self._plan(request)
+        plan = self.plans.get(request) or self._plan(Request(*request))
         if residual is not None:
             residual = residual.contiguous(memory_format=plan.memory_format)
-        channel_add, gate = _of_each(channel_add, plan.batch), _of_each(gate, plan.batch)
         y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
-        sums = y if self.whole or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+        sums = y if len(pieces) == 1 or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
         scale, zero_point, step, keep = self._grid(row, plan.batch, per_step)
-        for index, piece in enumerate(self.layer.pieces):
+        for index, piece in enumerate(pieces):
             call = Call.from_buffer_copy(plan.calls[index])
             call.x = x.data_ptr() + plan.offsets[index]
             call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
             call.codes = scratch("codes", plan.geometries[index].bytes)
-            call.y = (y if index == len(self.layer.pieces) - 1 else sums).data_ptr()
+            call.y = (y if index == len(pieces) - 1 else sums).data_ptr()
             if multiply is not None and add is not None:
                 call.multiply = multiply.data_ptr() + 4 * piece.start
                 call.add = add.data_ptr() + 4 * piece.start
             if gate is not None:
+                gate = _of_each(gate, plan.batch)
                 call.gate = gate.data_ptr()
             if index > 0:
                 call.residual = sums.data_ptr()
             else:
                 if channel_add is not None:
+                    channel_add = _of_each(channel_add, plan.batch)
                     call.channel_add = channel_add.data_ptr()
                 if residual is not None:
                     call.residual = residual.data_ptr()
@@ -163,9 +167,9 @@ class NativeKernel(Kernel):
         return tables[0].data_ptr(), tables[1].data_ptr(), 4 * batch, tables
 
 
-def _of_each(values: Tensor | None, batch: int) -> Tensor | None:
+def _of_each(values: Tensor, batch: int) -> Tensor:
     """[B, C] or [1, C] -> [B, C]."""
-    return values if values is None or len(values) == batch else values.expand(batch, -1).contiguous()
+    return values if len(values) == batch else values.expand(batch, -1).contiguous()
 
 
 def is_native(module: Any) -> bool:

@@ -16,9 +16,9 @@ Form = tuple[torch.Size, torch.dtype, bool, bool]
 """Shape and dtype of a tensor, whether it is contiguous, and whether it is in main memory."""
 
 
-def form(x: Tensor | None) -> Form | None:
-    """The form of an optional tensor."""
-    return None if x is None else (x.shape, x.dtype, x.is_contiguous(), x.is_cpu)
+def form(x: Tensor) -> Form:
+    """The form of a tensor."""
+    return x.shape, x.dtype, x.is_contiguous(), x.is_cpu
 
 
 class Request(NamedTuple):

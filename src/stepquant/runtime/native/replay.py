@@ -1,4 +1,4 @@
-"""Blocks that run by their recording, wherever nothing has changed since it was made."""
+"""Run blocks by their recordings, as long as nothing has changed since those were made."""
 
 from __future__ import annotations
 
@@ -30,28 +30,27 @@ RECORDED = (
     unet_2d_blocks.AttnUpBlock2D,
     unet_2d_blocks.CrossAttnUpBlock2D,
 )
-"""Classes of the blocks that are recorded, with all that is in them; and of other fused blocks what they say."""
+"""Classes whose whole forward pass is recorded. Other fused blocks call `replayed` for the part that can be."""
 
 MOST_LAYOUTS = 8
-"""Recordings that a block keeps, of inputs of different shapes."""
+"""Recordings that a block keeps, for inputs of different layouts."""
 
 SETTINGS = ("s1", "s2", "b1", "b2", "_chunk_size")
-"""Attributes by which a user changes what a block of diffusers computes: FreeU, and chunks of a feed-forward."""
+"""Attributes that change what a block of diffusers computes: FreeU, and chunks of a feed-forward."""
 
 _NAME = "_recordings"
 _OFF = threading.local()
 
 
 class _Impossible(Exception):
-    """Arguments that a recording cannot be found by."""
+    """An argument that cannot be part of a layout."""
 
 
 class Recordings:
-    """What a block remembers, nothing at first; copies of the block begin anew.
+    """The recordings of a block, empty at first and in copies of the block.
 
     Attributes:
-        by_layout: a layout of the arguments -> its recording; True where the block ran once, False where it cannot
-            be recorded.
+        by_layout: layout of the arguments -> the recording; True after the first run, False if it cannot be recorded.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class Recordings:
         return Recordings()
 
     def renew(self, block: nn.Module) -> None:
-        """Forget every recording, and take the block as it is now."""
+        """Delete all recordings and remember the current state of the block."""
         self.by_layout.clear()
         self.children = [
             (modules, name, child, child.__dict__, child.__dict__.get("forward"))
@@ -84,7 +83,7 @@ class Recordings:
         self.clock = next(module.clock for module in block.modules() if isinstance(module, QuantizedModule))
 
     def hold(self) -> bool:
-        """Whether the block is as it was: the same modules, parameters and settings. A few microseconds."""
+        """Whether modules, parameters and settings are unchanged; takes a few microseconds."""
         if self.clock is None:
             return False
         for modules, name, child, own, forward in self.children:
@@ -96,12 +95,12 @@ class Recordings:
         return all(own.get(name) == value for own, name, value in self.settings)
 
     def hooked(self) -> bool:
-        """Whether somebody listens inside of the block, whom a recording would pass over."""
+        """Whether a module inside the block has hooks, which a recording would not call."""
         return any(child._forward_hooks or child._forward_pre_hooks for _, _, child, _, _ in self.children)
 
 
 def install(model: nn.Module) -> None:
-    """Let every block of `model` that has native kernels be recorded."""
+    """Record every block of `model` that has native kernels, from its second call on."""
     for block in model.modules():
         whole = isinstance(block, RECORDED)
         if (whole or is_fused(block)) and any(is_native(module) for module in block.modules()):
@@ -119,7 +118,7 @@ def remove(model: nn.Module) -> None:
 
 @contextmanager
 def step_by_step() -> Iterator[None]:
-    """Run this thread's blocks kernel by kernel, as if they had no recording."""
+    """Run the blocks kernel by kernel in this thread, without recordings."""
     _OFF.value = True
     try:
         yield
@@ -133,39 +132,39 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def replayed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(block, *args, **kwargs)``, always the same function for one block; by its recording if there is one.
+    """``function(block, *args, **kwargs)``, by a recording if there is one; a block is always given the same function.
 
-    The first call with arguments of a layout runs as it is, so that kernels make their plans; the second is recorded.
+    The first call with a layout of arguments runs normally, so that kernels make their plans; the second is recorded.
     """
-    known: Recordings | None = block.__dict__.get(_NAME)
-    if known is None or is_recording() or getattr(_OFF, "value", False):
+    recordings: Recordings | None = block.__dict__.get(_NAME)
+    if recordings is None or is_recording() or getattr(_OFF, "value", False):
         return function(block, *args, **kwargs)
-    if not known.hold():
-        known.renew(block)
-    if known.hooked():
+    if not recordings.hold():
+        recordings.renew(block)
+    if recordings.hooked():
         return function(block, *args, **kwargs)
-    assert known.clock is not None
-    row = known.clock.row
+    assert recordings.clock is not None
+    row = recordings.clock.row
     tensors: list[Tensor] = []
     try:
         layout = (_layout(args, tensors), _layout(kwargs, tensors), torch.get_num_threads())
     except _Impossible:
         return function(block, *args, **kwargs)
-    recording = known.by_layout.get(layout)
+    recording = recordings.by_layout.get(layout)
     if row.dim() > 0 or recording is False:
         return function(block, *args, **kwargs)
     if recording is None:
-        if len(known.by_layout) >= MOST_LAYOUTS:
-            known.by_layout.clear()
-        known.by_layout[layout] = True
+        if len(recordings.by_layout) >= MOST_LAYOUTS:
+            recordings.by_layout.clear()
+        recordings.by_layout[layout] = True
         return function(block, *args, **kwargs)
     if recording is True:
         tables = [table for module in block.modules() for table in getattr(module, "by_row", ())]
         lasting = [x for module in block.modules() for x in getattr(module, "lasting", ())]
-        lasting += [parameter for _, _, parameter, _ in known.parameters]
+        lasting += [parameter for _, _, parameter, _ in recordings.parameters]
         with Recorder(tensors, row, int(row), tables, lasting) as recorder:
             result = function(block, *args, **kwargs)
-        known.by_layout[layout] = recorder.finish(result) or False
+        recordings.by_layout[layout] = recorder.finish(result) or False
         return result
     if not recording.lock.acquire(blocking=False):
         return function(block, *args, **kwargs)
@@ -176,7 +175,7 @@ def replayed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwarg
 
 
 def _layout(value: Any, tensors: list[Tensor]) -> Any:
-    """Equal for arguments that a block treats alike; the tensors among them are appended to `tensors`."""
+    """A hashable layout, equal for arguments that one recording serves; appends their tensors to `tensors`."""
     if type(value) in (Tensor, nn.Parameter):
         if value.device.type != "cpu" or value.dtype not in TYPES:
             raise _Impossible

@@ -13,7 +13,7 @@ def table_row(row: Tensor, rows: int) -> int:
     Raises:
         StepquantError: if the table has fewer rows.
     """
-    return check_row(0 if rows == 1 else int(row), rows)
+    return 0 if rows == 1 else check_row(int(row), rows)
 
 
 def check_row(row: int, rows: int) -> int:

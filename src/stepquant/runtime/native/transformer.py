@@ -1,10 +1,11 @@
-"""Transformer blocks of diffusers with their float operations fused into the integer layers beside them.
+"""Fuse the float operations of diffusers' transformer blocks into the integer layers next to them.
 
-    attention      layer normalization, modulation and quantization in one pass; gate and residual as results are stored
-    feed-forward   the same, and GELU or GEGLU with the quantization behind it
-    around them    group normalization with the projection in, the residual with the projection out
+    attention      layer normalization, modulation and quantization in one pass; gate and residual when results are
+                   stored
+    feed-forward   the same; GELU or GEGLU in the pass of the second quantization
+    around them    group normalization in the input projection, the residual in the output projection
 
-As in `blocks`, only `forward` is another.
+As in `blocks`, only `forward` is replaced.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from stepquant.runtime.native.norms import Norm, dense, group_norm, is_present, 
 from stepquant.runtime.native.replay import replayed
 
 NORMS = ("layer_norm", "ada_norm_zero")
-"""Normalizations of a `BasicTransformerBlock` that are fused: those of Stable Diffusion and of DiT."""
+"""Normalizations of a `BasicTransformerBlock` that are fused: those of Stable Diffusion and DiT."""
 
 
 def fits_block(block: BasicTransformerBlock) -> bool:
-    """Whether every layer of a block is where `block_forward` expects it."""
+    """Whether every layer of a block is of the kind that `block_forward` expects."""
     if block.norm_type not in NORMS:
         return False
     norms = [block.norm1 if block.norm_type == "layer_norm" else block.norm1.norm, block.norm3]
@@ -93,7 +94,7 @@ def _layers(
     norms: list[Norm],
     gates: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """A block with what time and class ask of it: the normalizations before attention, feed-forward and context."""
+    """A block with its normalizations (attention, feed-forward, cross-attention) and gates computed."""
     x = _attend(block.attn1, x, None, norms[0], gates[0])
     if block.attn2 is not None:
         x = _attend(block.attn2, x, context, norms[2], None)
@@ -101,9 +102,9 @@ def _layers(
 
 
 def mixed_heads(block: Attention, x: Tensor, context: Tensor | None, norm: Norm) -> Tensor:
-    """What ``attention(norm(x), context)`` has before its last layer: [B, N, C]; without a context, of x to itself.
+    """The input of the last layer of ``attention(norm(x), context)``, or of self-attention without a context.
 
-    x: [B, N, C].
+    x: float [B, N, C]; returns the same shape.
     """
     row = block.to_q.clock.row
 
@@ -136,7 +137,7 @@ def _feed_forward(block: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None
 
 
 def fits_image(model: Transformer2DModel) -> bool:
-    """Whether a transformer stands between two projections of an image, as in a UNet, and both have kernels."""
+    """Whether a transformer has an input and an output projection of an image, as in a UNet, both with kernels."""
     return (
         getattr(model, "is_input_continuous", False)
         and isinstance(model.norm, nn.GroupNorm)
@@ -192,7 +193,7 @@ def image_forward(
 
 
 def is_plain(block: Attention) -> bool:
-    """Whether an attention's four layers have kernels, with nothing between them but the products."""
+    """Whether an attention's four layers have kernels, without normalizations between them."""
     return (
         isinstance(block.processor, QuantizedAttentionProcessor)
         and block.spatial_norm is None
@@ -215,7 +216,7 @@ def _fits_attention(block: Any) -> bool:
 
 
 def _activation(block: Any) -> str | None:
-    """The activation of a feed-forward whose two layers have kernels; None where it is another."""
+    """The activation of a feed-forward whose two layers have kernels, or None."""
     if not isinstance(block, FeedForward) or not (
         is_native(getattr(block.net[0], "proj", None)) and is_native(block.net[2])
     ):
