@@ -243,7 +243,7 @@ def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
 
 
 class AttentionKernel(Kernel):
-    """Executes an attention: ``forward(query, key, value, mask, row)`` returns what `AttentionProcessor.attend` does."""
+    """Executes an attention: ``forward(query, key, value, mask, row)`` computes `AttentionProcessor.attend`."""
 
     @staticmethod
     def supports(processor: Any) -> bool:
