@@ -1,4 +1,4 @@
-# make demo: quantize the smallest reference model, draw with it, and compare.   make test, make lint: for changing it.
+# make demo: quantize the smallest reference model, generate images and compare.   make test, make lint: for development.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO := out/demo
 
 install: $(VENV)/installed
 
-# torch goes first and alone: everything after it is resolved around the build that is already there.
+# torch is installed first, so that the other packages are resolved around the build that is already there.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,31 +22,31 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/stepquant quantize zoo:fashion-ddpm --recipe q-diffusion --bits w4a8 --out $(DEMO)/fashion-ddpm-w4a8 \
-		--samples 128 --steps 50 --iterations 60 --overwrite
+		--samples 128 --steps 50 --set iterations=60 --overwrite
 	$(BIN)/stepquant evaluate $(DEMO)/fashion-ddpm-w4a8 --against zoo:fashion-ddpm --json $(DEMO)/figures.json --grid $(DEMO)/grid.png
 
-# Models under test run on one thread each, so two processes use two cores.
+# Models under test run on one thread each, so that two processes use two cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Hours on two cores; can be stopped and started again. Each job is a process with one thread.
+# Takes hours on two cores and can be stopped and continued. Each job is a process with one thread.
 STUDIES := papers ablations
 study: $(VENV)/installed-dev
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --jobs $$(nproc); done
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --table \
 		--figure out/$$study.png; done
 
-# An hour or so; DATA is the folder that training/README.md describes, without it nothing learns from images.
+# Takes about an hour. DATA is the folder that training/README.md describes; without it nothing learns from images.
 study-qat: $(VENV)/installed
 	$(BIN)/python -m benchmarks.qat $(if $(DATA),--data $(DATA))
 	$(BIN)/python -m benchmarks.qat --table
 
-# The reports in docs/reports: minutes a model on two quiet cores.
+# The reports in docs/reports: minutes per model on two idle cores.
 REPORTS := out/reports
 reports: $(VENV)/installed
 	set -e; for entry in fashion-ddpm:q-diffusion fashion-class:tdq emoji-ldm:q-diffusion; do \
 		model=$${entry%%:*}; recipe=$${entry##*:}; \
-		$(BIN)/stepquant quantize zoo:$$model --recipe $$recipe --bits w4a8 --samples 128 --steps 20 --iterations 50 \
+		$(BIN)/stepquant quantize zoo:$$model --recipe $$recipe --bits w4a8 --samples 128 --steps 20 --set iterations=50 \
 			--out $(REPORTS)/$$model-w4a8 --overwrite --times $(REPORTS)/$$model-times.json; \
 		$(BIN)/stepquant sensitivity zoo:$$model --bits w4a8 --samples 16 --steps 20 --out $(REPORTS)/$$model-sensitivity; \
 		$(BIN)/stepquant report $(REPORTS)/$$model-w4a8 --steps 20 \
@@ -58,7 +58,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests training benchmarks examples
 	$(BIN)/mypy
 
-# What docs/reliability.md promises, measured: minutes each.
+# Measurements behind docs/reliability.md: minutes each.
 trust-interruption: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/trust/interruption.py --trials 100 --json benchmarks/results/trust-interruption.json
 
@@ -73,12 +73,12 @@ fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
 	PYTHONPATH=.:src $(BIN)/python benchmarks/trust/fuzz_reader.py -max_total_time=$(SECONDS)
 
-# --strict: a package that the database does not know is a failure, not a pass.
+# --strict: a package that is not in the database is a failure.
 audit: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
 	$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
-# Wheel and sdist, each in an empty environment: installed, quantizing, drawing.
+# Wheel and sdist, each installed in an empty environment, where they quantize a model and generate images.
 package: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -c constraints.txt '.[trust]'
 	rm -rf dist && $(BIN)/python -m build

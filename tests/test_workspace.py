@@ -112,7 +112,7 @@ def test_a_replaced_folder_survives_a_kill_between_the_two_renames(unconditional
 def test_sigint_ends_a_run_with_130_and_a_sentence(unconditional_folder, tmp_path):
     """The real thing: a process, a signal, and the same command again."""
     command = [sys.executable, "-m", "stepquant.cli.main", "quantize", str(unconditional_folder), "--out"]
-    command += [str(tmp_path / "out"), "--samples", "8", "--steps", "4", "--iterations", "400", "--bits", "w4a8"]
+    command += [str(tmp_path / "out"), "--samples", "8", "--steps", "4", "--set", "iterations=400", "--bits", "w4a8"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
     while not list(tmp_path.glob(".out.work/block-*")) and time.monotonic() - began < 200:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from stepquant.cli import evaluate, quantize, train
+from stepquant.cli import checkpoint, evaluate
 from stepquant.cli.main import app
 from stepquant.evaluation import compare
 from stepquant.progress import Progress
@@ -37,13 +37,14 @@ KILLS_A_TRIAL = 3
 """At most; after that a run is left alone."""
 SMALL = ["--samples", "8", "--steps", "3"]
 FEW = ["--iterations", "3", "--set", "rounding_iterations=3", "--set", "time_iterations=3"]
+TRAINING = ["--set", "iterations=120", "--set", "batch_size=2"]
 GROWING = ("network-", "train-", "sensitivity-")
 """States of an optimizer and rankings, which are kept again and again as they grow; everything else is kept once."""
 RUNS: dict[str, list[str]] = {
     "minmax": ["quantize", "--recipe", "minmax", "--bits", "w8a8", *SMALL],
-    "q-diffusion": ["quantize", "--recipe", "q-diffusion", "--bits", "w4a8", "--iterations", "3", *SMALL],
+    "q-diffusion": ["quantize", "--recipe", "q-diffusion", "--bits", "w4a8", "--set", "iterations=3", *SMALL],
     "quest": ["quantize", "--recipe", "quest", "--bits", "w4a4", *FEW, *SMALL],
-    "training": ["train", "--distill", "--bits", "w4a4", "--iterations", "120", "--batch-size", "2", "--steps", "3"],
+    "training": ["train", "--distill", "--bits", "w4a4", *TRAINING, "--steps", "3"],
 }
 """Name -> arguments of ``stepquant``, without model and folder."""
 
@@ -108,7 +109,7 @@ def start(arguments: list[str], log: Log) -> int:
 
     Workspace.save = logged  # type: ignore[method-assign]
     compare.peak_memory_bytes = lambda *_: 0  # a process of its own for each: seconds, and nothing to lose
-    quantize.progress = train.progress = evaluate.progress = lambda: Logged(log)  # type: ignore[assignment]
+    checkpoint.progress = evaluate.progress = lambda: Logged(log)  # type: ignore[assignment]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     code = 1

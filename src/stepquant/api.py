@@ -32,6 +32,7 @@ from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.pipelines.generate import check_dtype
 from stepquant.pipelines.request import make_request
+from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
 from stepquant.recipes.recipe import run_recipe
@@ -275,6 +276,7 @@ def _quantize(
     most = parse_budget(budget) if isinstance(budget, str) else budget
     others = check_components(pipeline, also or {})
     with _opened(pipeline, wanted, most, calibration, seed, images=images, **conditions) as context:
+        context.progress.plan(lambda: make_plan(pipeline, context.request, calibration, recipe))
         if most is not None:
             context = dataclasses.replace(context, spec=spec_within_budget(context, most))
         model = run_recipe(recipe, context)

@@ -19,6 +19,9 @@ class Progress:
     def note(self, message: str) -> None:
         """Report a message of one line."""
 
+    def plan(self, make: Callable[[], object]) -> None:
+        """The plan of the work, made by calling `make`, which runs the denoiser: only if it is shown."""
+
 
 class Stopwatch(Progress):
     """Forwards everything to another `Progress` and sums the duration of each task.
@@ -41,3 +44,6 @@ class Stopwatch(Progress):
 
     def note(self, message: str) -> None:
         self.inner.note(message)
+
+    def plan(self, make: Callable[[], object]) -> None:
+        self.inner.plan(make)

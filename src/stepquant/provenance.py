@@ -12,6 +12,7 @@ import diffusers
 import torch
 
 from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
 from stepquant.files import fingerprint
 from stepquant.recipes import QAT, RECIPES, Context, Recipe, find_recipe
 from stepquant.settings import Settings
@@ -83,10 +84,10 @@ def plain(value: Any) -> Any:
 
 
 def command(provenance: dict[str, Any]) -> str:
-    """The shell command that makes a quantized model again; one sentence if it was made with what no option has."""
+    """The shell command that makes a quantized model again; raises `StepquantError` if the options cannot express it."""
     reason = _python_only(provenance)
     if reason:
-        return f"No command makes this model again: {reason}."
+        raise StepquantError(f"no command makes this model again: {reason}.")
     lines = [" ".join(map(shlex.quote, ["stepquant", *_words(provenance), "--out", "OUT"]))]
     if provenance["prompts_given"]:
         prompts = " ".join(shlex.quote(str(prompt)) for prompt in provenance["conditions"])
@@ -102,8 +103,6 @@ def _python_only(provenance: dict[str, Any]) -> str:
         return f"the recipe {provenance['recipe']} is not at the top level of a file"
     if provenance["inputs"]:
         return f"it was calibrated with inputs of the pipeline's call ({', '.join(provenance['inputs'])})"
-    if provenance["calibration"]["trajectories"] is not None:
-        return "it was calibrated with a number of trajectories"
     for spec in (_requested_spec(provenance), *provenance.get("also", {}).values()):
         defaults = QuantSpec.parse(spec["bits"]).model_dump(mode="json")
         for name, value in spec.items():
@@ -134,7 +133,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
         "bits": spec["bits"],
         "preset": provenance.get("preset"),
         "effort": provenance["effort"],
-        **{name: provenance["calibration"][name] for name in ("samples", "steps", "size")},
+        **{name: provenance["calibration"][name] for name in ("samples", "steps", "trajectories", "size")},
         **{name: provenance.get(name) for name in ("budget", "guidance", "device", "dtype")},
         "prompts": "prompts.txt" if provenance["prompts_given"] else None,
         "seed": provenance["seed"],

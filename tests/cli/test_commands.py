@@ -61,7 +61,7 @@ def test_inspect_shows_spec_and_bits(quantized):
 
 def test_train_writes_what_quantize_writes(unconditional_folder, tmp_path):
     out = tmp_path / "trained"
-    run = ("--bits", "w4a8", "--distill", "--iterations", 2, "--batch-size", 2, "--steps", 2)
+    run = ("--bits", "w4a8", "--distill", "--set", "iterations=2", "--set", "batch_size=2", "--steps", 2)
     output = _run("train", unconditional_folder, *run, "--out", out)
     assert str(out) in output
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
@@ -173,7 +173,7 @@ def test_a_run_killed_after_writing_its_result_is_completed_by_the_same_command(
 ):
     more = {
         "quantize": ["--recipe", "minmax", "--samples", 4, "--steps", 2],
-        "train": ["--distill", "--iterations", 1, "--batch-size", 2, "--steps", 2],
+        "train": ["--distill", "--set", "iterations=1", "--set", "batch_size=2", "--steps", 2],
     }
     command = [verb, unconditional_folder, *more[verb]]
     rmtree, calls = shutil.rmtree, []

@@ -16,6 +16,7 @@ from stepquant.errors import StepquantError
         ("give another `out`, or `overwrite=True`.", "give another --out, or --overwrite."),
         ("give overwrite=True or smoothing=False.", "give --overwrite or --no-smoothing."),
         ("no `correction` with batch_size=8, `batch_size=...`", "no --correct with --batch-size 8, --batch-size ..."),
+        ('use out="auto" or `out="x"`', "use --out auto or --out x"),
         ("the steps are few; use `unknown=True`.", "the steps are few; use `unknown=True`."),
         ("`model` is the argument itself", "`model` is the argument itself"),
     ],

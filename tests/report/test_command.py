@@ -44,7 +44,7 @@ def test_times_are_shown_of_the_run_they_are_about(quantized_folder, uncondition
     given = (quantized_folder, "--against", unconditional_folder, "--count", 1, "--steps", 1, "--out", page)
     out = tmp_path / quantized_folder.name
     command = ["quantize", str(unconditional_folder), "--bits", "w8a8", "--samples", "2", "--steps", "2"]
-    result = CliRunner().invoke(app, [*command, "--iterations", "1", "--out", str(out), "--times", str(file)])
+    result = CliRunner().invoke(app, [*command, "--set", "iterations=1", "--out", str(out), "--times", str(file)])
     assert result.exit_code == 0, result.output
     took = json.loads(file.read_text())
     assert took["stages"]["Reconstructing blocks"] > 0

@@ -50,7 +50,7 @@ def bench(
     device: Annotated[BenchDevice, typer.Option(help="Device to run on.")] = BenchDevice.cpu,
     json: Json = None,
 ) -> None:
-    """Time one step of a model in full precision and in integers, on random data."""
+    """Time one step of a model in floats and in integers."""
     import torch
 
     from stepquant.bench.peers import PEERS

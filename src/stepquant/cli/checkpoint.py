@@ -10,61 +10,109 @@ from typing import Any
 
 import typer
 
-from stepquant.cli.output import check_space, check_writable_folder, workspace_of
+from stepquant.cli.options import calibration_from, pairs_from, prompts_from, settings_from
+from stepquant.cli.output import (
+    check_space,
+    check_writable_file,
+    check_writable_folder,
+    progress,
+    workspace_of,
+    write_json,
+)
+from stepquant.progress import Stopwatch
 
 MARK = "finished"
 """File in a workspace, written just before the result: a digest of the command's arguments and the provenance."""
 
 
 def write_checkpoint(
-    quantize: Callable[[Any, Path], Any],
-    model: str,
-    out: Path,
+    quantize: Callable[..., Any],
+    settings: Any,
+    options: dict[str, Any],
     *,
-    arguments: dict[str, str],
-    overwrite: bool,
-    done: str,
-    dtype: str = "float32",
     disk_factor: int = 1,
-) -> float | None:
-    """Load `model`, quantize it and write it to `out`; returns the seconds it took, None if it was done before.
+    move_to: str | None = None,
+    **keywords: Any,
+) -> None:
+    """Load a model, quantize it and write the result.
 
     Args:
-        quantize: called with the pipeline and the folder where finished stages are kept; returns the quantized one.
-        arguments: of the command: a result of the same arguments is not made again.
-        done: the message at the end.
+        quantize: `stepquant.quantize` or `stepquant.train`.
+        settings: the recipe's class, whose fields ``--set`` names.
+        options: name -> value of the command's options.
         disk_factor: free space needed, relative to all weights.
+        move_to: device of the whole pipeline.
+        keywords: of `quantize`, beside those that both functions take.
     """
-    import torch
-
+    from stepquant.api import check_device
     from stepquant.checkpoint import check_out
     from stepquant.loading import resolve_pipeline
     from stepquant.planning import duration
     from stepquant.saving import save
 
-    workspace, seconds = workspace_of(out), None
+    model, out, overwrite, times = (options[name] for name in ("model", "out", "overwrite", "times"))
+    arguments = {name: str(value) for name, value in options.items() if name not in ("overwrite", "times")}
+    keywords |= _keywords(options, settings)
+    done = f"{model} quantized to {keywords['spec']} with {settings.called()}"
+    workspace = workspace_of(out)
     if not is_finished(workspace, out, arguments):
         check_out(out, overwrite=overwrite)
         check_writable_folder(out.parent)
-        pipeline = resolve_pipeline(model, dtype=getattr(torch, dtype))
+        check_writable_file(times)
+        pipeline = resolve_pipeline(model, dtype=options["dtype"].torch)
         # The weights as loaded take more than the checkpoint and the finished stages together.
-        check_space(out.parent, disk_factor * parameter_bytes(pipeline))
-        start = time.perf_counter()
-        quantized = quantize(pipeline, workspace)
+        check_space(out.parent, disk_factor * _parameter_bytes(pipeline))
+        if move_to is not None:
+            pipeline.to(check_device(move_to))
+        start, stopwatch = time.perf_counter(), Stopwatch(progress())
+        quantized = quantize(pipeline, workspace=workspace, progress=stopwatch, **keywords)
         mark_finished(workspace, arguments, quantized)
         save(quantized, out, overwrite=overwrite)
         seconds = time.perf_counter() - start
+        if times is not None:
+            _write_times(times, out, seconds, stopwatch)
+        # Durations are not in the checkpoint, whose bytes depend on the arguments alone.
         done += f" in {duration(seconds)}"
-    # The time is printed and never in the checkpoint, whose bytes depend on the arguments alone.
     typer.echo(f"{done}: {out}")
     clear(workspace)
-    return seconds
 
 
-def parameter_bytes(pipeline: Any) -> int:
-    """Bytes of all weights of a pipeline."""
+def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """Arguments that `stepquant.quantize` and `stepquant.train` share."""
+    from stepquant.config import QuantSpec
+
+    overrides = pairs_from(options["override"], "REGEX=BITS, such as mid_block=w8a8")
+    spec = {name: options[name] for name in ("bits", "exact_time", "smoothing")} | {"overrides": overrides}
+    return {
+        "spec": QuantSpec.parse(spec),
+        "hyperparameters": settings_from(options["set_"], settings),
+        "effort": options["effort"].value,
+        "calibration": calibration_from(options),
+        "prompts": prompts_from(options["prompts"]),
+        "guidance": options["guidance"],
+        "budget": options["budget"],
+        "correction": options["correct"],
+        "also": pairs_from(options["also"], "NAME=BITS, such as text_encoder=w8a16"),
+        "seed": options["seed"],
+        "source": options["model"],
+    }
+
+
+def _parameter_bytes(pipeline: Any) -> int:
     models = [part for part in pipeline.components.values() if hasattr(part, "parameters")]
     return sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())
+
+
+def _write_times(path: Path, out: Path, seconds: float, stopwatch: Stopwatch) -> None:
+    import torch
+
+    from stepquant.distributed import Ranks
+    from stepquant.report.times import Times
+
+    if Ranks.current().is_main:
+        stages = {name: round(value, 1) for name, value in stopwatch.seconds.items()}
+        threads = torch.get_num_threads()
+        write_json(path, Times(out=out.resolve().name, seconds=round(seconds, 1), stages=stages, threads=threads))
 
 
 def mark_finished(workspace: Path, arguments: dict[str, str], pipeline: Any) -> None:
@@ -72,11 +120,11 @@ def mark_finished(workspace: Path, arguments: dict[str, str], pipeline: Any) -> 
     from stepquant.distributed import Ranks
     from stepquant.files import digest, write_atomic
     from stepquant.models import denoiser_name
+    from stepquant.saving import provenance_of
 
-    if not Ranks.current().is_main:
-        return
-    provenance = getattr(pipeline, denoiser_name(pipeline)).config["quantization_config"]["provenance"]
-    write_atomic(workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance])))
+    if Ranks.current().is_main:
+        provenance = provenance_of(getattr(pipeline, denoiser_name(pipeline)))
+        write_atomic(workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance])))
 
 
 def is_finished(workspace: Path, out: Path, arguments: dict[str, str]) -> bool:

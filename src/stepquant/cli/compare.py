@@ -24,7 +24,10 @@ def compare(
     seed: Seed = 0,
     guidance: Guidance = None,
 ) -> None:
-    """Compare quantized models of one full-precision model: a table, and a page with a Pareto plot and images."""
+    """Compare quantized models with their full-precision model.
+
+    It prints a table and writes a page with a Pareto plot and images.
+    """
     from stepquant.report import comparison as reports
     from stepquant.report import origin_of
 

@@ -58,8 +58,8 @@ def name_options(message: str, parameters: list[Any]) -> str:
         if parameter.param_type_name == "option":
             name, flag = LIBRARY_NAMES.get(parameter.name, parameter.name), parameter.opts[0]
             values = {"True": flag, "False": (*parameter.secondary_opts, flag)[0]}
-            for value in re.findall(rf"\b{name}=(\w+|\.\.\.)", message):
-                message = re.sub(rf"`?\b{name}={value}`?", values.get(value, f"{flag} {value}"), message)
+            for given, value in re.findall(rf'(`?\b{name}="?(\w+|\.\.\.)"?`?)', message):
+                message = message.replace(given, values.get(value, f"{flag} {value}"))
             message = re.sub(rf"`{name}`|^{name}(?= (?:is|are) )", flag, message)
     return message
 

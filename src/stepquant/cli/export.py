@@ -20,7 +20,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="Format: openvino or onnx.")],
     out: Annotated[Path, typer.Option(help="Folder to write the network to.")],
 ) -> None:
-    """Export a quantized denoiser, with its per-step scales, as a network of another runtime."""
+    """Export a quantized denoiser to another runtime."""
     from stepquant.export.network import example_arguments
     from stepquant.export.onnx import export_onnx
     from stepquant.export.openvino import export_openvino

@@ -13,7 +13,7 @@ from stepquant.cli.output import print_table
 
 
 def inspect(model: AnyModel) -> None:
-    """Show the layers of a model: shapes, bits, table rows, blocks, sizes."""
+    """Show the layers of a model and how it was quantized."""
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.layers.correction import correction_of
     from stepquant.layers.quantized import quantized_modules

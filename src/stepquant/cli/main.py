@@ -13,7 +13,7 @@ from stepquant.cli.errors import Command
 from stepquant.cli.evaluate import evaluate
 from stepquant.cli.export import export
 from stepquant.cli.inspect import inspect
-from stepquant.cli.lists import recipes, zoo
+from stepquant.cli.lists import recipes, reproduce, zoo
 from stepquant.cli.quantize import quantize
 from stepquant.cli.report import report
 from stepquant.cli.sample import sample
@@ -24,7 +24,8 @@ from stepquant.cli.ui import ui
 from stepquant.quiet import silence_libraries
 
 COMMANDS = (
-    quantize, train, sample, evaluate, bench, export, compare, report, inspect, sensitivity, study, ui, recipes, zoo,
+    quantize, train, sample, evaluate, bench, export, compare, report, inspect, sensitivity, reproduce, study, ui,
+    recipes, zoo,
 )  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

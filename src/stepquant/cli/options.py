@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,21 @@ class FloatType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+    @property
+    def torch(self) -> Any:
+        """The type in torch."""
+        import torch
+
+        return getattr(torch, self.value)
+
+
+class EffortName(StrEnum):
+    """Efforts of `stepquant.recipes.EFFORTS`."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
@@ -35,10 +51,36 @@ Override = Annotated[
 ExactTime = Annotated[
     bool, typer.Option("--exact-time", help="Keep layers that depend on the timestep alone in floating point.")
 ]
+Smoothing = Annotated[
+    bool | None,
+    typer.Option(
+        "--smoothing/--no-smoothing", help="Move outlier channels into the weights; default: depends on the recipe."
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(metavar="BITS", help="Mean bits per weight, such as 4.5bits; the most sensitive layers keep 8 bits."),
 ]
+Correct = Annotated[
+    bool, typer.Option("--correct", help="Correct, per step, the error that is proportional to the output (PTQD).")
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=BITS", help="Round another model's weights, such as vae=w8a16; can be repeated."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter of the recipe; can be repeated."),
+]
+Effort = Annotated[EffortName, typer.Option(help="Scales calibration samples, their steps and all iterations.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples; default: depends on --effort.", min=1)]
+CalibrationSteps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps while calibrating; default: depends on --effort.", min=1)
+]
+Trajectories = Annotated[
+    int | None, typer.Option(help="Images generated for calibration; default: as many as --samples, up to 64.", min=1)
+]
+Times = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the duration of each stage to this file.")]
 Count = Annotated[int, typer.Option(help="Number of images.", min=1)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
@@ -75,3 +117,36 @@ def pairs_from(options: Sequence[str] | None, form: str) -> dict[str, str]:
             raise StepquantError(f"{text!r} cannot be parsed; expected {form}.")
         pairs[name] = value
     return pairs
+
+
+def settings_from(options: Sequence[str] | None, settings: Any) -> dict[str, Any]:
+    """``["iterations=60"]`` -> ``{"iterations": 60}``, in the types of the fields of `settings`.
+
+    Raises:
+        StepquantError: for a name that is not a field, or a value that the field does not take.
+    """
+    values = {}
+    for name, text in pairs_from(options, "NAME=VALUE, such as iterations=60").items():
+        field = settings.model_fields.get(name)
+        values[name] = text if field is not None and field.annotation is str else _json_or_text(text)
+    checked = settings(**values)
+    return {name: getattr(checked, name) for name in values}
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def calibration_from(options: dict[str, Any]) -> dict[str, int]:
+    """The attributes of a `Calibration` that are given."""
+    return {name: options[name] for name in ("samples", "steps", "trajectories", "size") if options[name] is not None}
+
+
+def prompts_from(path: Path | None) -> list[str] | None:
+    """The prompts in a file, None for no file."""
+    from stepquant.pipelines.request import read_prompts
+
+    return None if path is None else read_prompts(path)

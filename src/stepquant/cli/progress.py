@@ -34,7 +34,10 @@ class RichProgress(Progress):
                     self._bars = None
 
     def note(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def plan(self, make: Callable[[], object]) -> None:
+        self.note(str(make()))
 
     def _new_bars(self) -> Bars:
         return Bars(

@@ -25,7 +25,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Also show what stepquant quantize --times wrote.")
     ] = None,
 ) -> None:
-    """Write a page about a quantized model: how it was made, what it costs, how its images differ."""
+    """Write a page about a quantized model."""
     from stepquant import report as page
 
     check_page(out, [folder])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import Bits, Budget, Model, Prompts, Seed, Steps
-from stepquant.cli.output import check_writable_folder, print_table, progress, table_of, write_json
+from stepquant.cli import options as o
+from stepquant.cli.output import print_table, progress, table_of, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,19 +30,23 @@ DECADES = 4
 
 
 def sensitivity(
-    model: Model,
-    bits: Bits = "w4a8",
+    model: o.Model,
+    bits: o.Bits = "w4a8",
     method: Annotated[
         str, typer.Option(metavar="one-at-a-time|leave-one-out", help="Quantize one layer, or all layers but one.")
     ] = "one-at-a-time",
-    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
-    steps: Steps = 50,
-    budget: Budget = None,
+    budget: o.Budget = None,
     out: Annotated[Path, typer.Option(help="Folder for sensitivity.json and sensitivity.png.")] = Path("sensitivity"),
-    seed: Seed = 0,
-    prompts: Prompts = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.", min=1)] = 64,
+    steps: o.Steps = 50,
+    size: o.Size = None,
+    prompts: o.Prompts = None,
+    guidance: o.Guidance = None,
+    seed: o.Seed = 0,
+    dtype: o.DType = o.FloatType.float32,
+    device: o.Device = None,
 ) -> None:
-    """Rank the layers and steps of a model by the error that quantizing them causes.
+    """Rank layers and steps by their quantization error.
 
     After an interruption the same command continues; another budget reuses the finished ranking.
     """
@@ -53,26 +57,25 @@ def sensitivity(
     from stepquant.config import LayerBits, QuantSpec
     from stepquant.files import write_atomic
     from stepquant.loading import resolve_pipeline
-    from stepquant.pipelines.request import read_prompts
     from stepquant.recipes.sensitivity import RANKING
 
-    checked = check_method(method)
     spec = QuantSpec.parse(bits)
     budget_bits = None if budget is None else parse_budget(budget)
-    lines = read_prompts(prompts) if prompts else None
-    pipeline = resolve_pipeline(model)
-    check_quantizable(pipeline, spec, budget_bits)
-    check_writable_folder(out)
-
+    lines = o.prompts_from(prompts)
+    pipeline = resolve_pipeline(model, dtype=dtype.torch)
+    if budget_bits is not None:
+        check_quantizable(pipeline, spec, budget_bits)  # the ranking does not depend on it
     measured = stepquant.sensitivity(
         pipeline,
         spec,
-        workspace=out / ".work",
-        method=checked,
-        calibration=RANKING.model_copy(update={"samples": samples, "steps": steps}),
+        method=check_method(method),
+        calibration=RANKING.model_copy(update={"samples": samples, "steps": steps, "size": size}),
         prompts=lines,
+        guidance=guidance,
         seed=seed,
+        workspace=out / ".work",
         progress=progress(),
+        device=device,
     )
     overrides = {} if budget_bits is None else within_budget(spec, measured, budget_bits).overrides
     layers = measured.bits.items()

@@ -21,7 +21,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 7860,
     folder: Annotated[Path, typer.Option(help="Folder for the quantized models.")] = Path("out/ui"),
 ) -> None:
-    """Serve a page that quantizes models and shows their images side by side."""
+    """Serve a page that quantizes models and shows images."""
     from stepquant import zoo
     from stepquant.loading import ZOO_PREFIX, locate
     from stepquant.ui.gallery import Gallery
