@@ -84,7 +84,7 @@ def plain(value: Any) -> Any:
 
 
 def command(provenance: dict[str, Any]) -> str:
-    """The shell command that makes a quantized model again; raises `StepquantError` if the options cannot express it."""
+    """The shell command that makes a quantized model again; raises `StepquantError` if no options express it."""
     reason = _python_only(provenance)
     if reason:
         raise StepquantError(f"no command makes this model again: {reason}.")
