@@ -36,7 +36,7 @@ from stepquant.workspace import Workspace
 KILLS_A_TRIAL = 3
 """At most; after that a run is left alone."""
 SMALL = ["--samples", "8", "--steps", "3"]
-FEW = ["--iterations", "3", "--set", "rounding_iterations=3", "--set", "time_iterations=3"]
+FEW = ["--set", "iterations=3", "--set", "rounding_iterations=3", "--set", "time_iterations=3"]
 TRAINING = ["--set", "iterations=120", "--set", "batch_size=2"]
 GROWING = ("network-", "train-", "sensitivity-")
 """States of an optimizer and rankings, which are kept again and again as they grow; everything else is kept once."""
