@@ -102,7 +102,7 @@ def test_a_replaced_folder_survives_a_kill_between_the_two_renames(unconditional
     )
     stepquant.save(quantized, tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.previous")  # where the kill leaves it
-    with pytest.raises(StepquantError, match="--overwrite"):
+    with pytest.raises(StepquantError, match="overwrite=True"):
         stepquant.save(quantized, tmp_path / "out")
     stepquant.load(tmp_path / "out")
     stepquant.save(quantized, tmp_path / "out", overwrite=True)

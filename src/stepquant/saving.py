@@ -53,14 +53,14 @@ def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpack
     """The quantized pipeline in `folder`, every file verified, and ready to run.
 
     Args:
-        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function (``KernelFactory``).
         memory: ``"unpacked"``, or ``"packed"``: weights of up to 4 bits stay two to a byte. Results are the same.
 
     ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component. It loads from
     the hub, too, by a model's id; `load` takes folders only.
 
     Raises:
-        StepquantError: for what is no folder, or one that is foreign, damaged, or of a newer format.
+        StepquantError: for a folder that is missing, foreign, damaged, or of a newer format.
     """
     return load_pipeline(folder, backend, memory)[0]
 

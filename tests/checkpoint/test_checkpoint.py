@@ -148,7 +148,7 @@ def json_equal(good: bytes, bad: bytes) -> bool:
 
 
 def test_missing_foreign_and_newer_are_told_apart(copied, tmp_path):
-    with pytest.raises(StepquantError, match="no folder"):
+    with pytest.raises(StepquantError, match="not a folder"):
         stepquant.load(tmp_path / "nothing")
     with pytest.raises(StepquantError, match="not written by stepquant"):
         stepquant.load(tmp_path)
@@ -247,7 +247,7 @@ def test_no_code_of_the_folder_is_run(copied):
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps(index | {"unet": ["evil_module", "Model"]}))
     reseal(copied)
-    with pytest.raises(StepquantError, match="code of its own"):
+    with pytest.raises(StepquantError, match="custom code"):
         stepquant.load(copied)
 
 
@@ -256,15 +256,15 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     for folder in (foreign, copied):
-        with pytest.raises(StepquantError, match="--overwrite"):
+        with pytest.raises(StepquantError, match="overwrite=True"):
             quantized.save_pretrained(folder)
-    with pytest.raises(StepquantError, match=r"give --overwrite \(in Python overwrite=True\)"):
+    with pytest.raises(StepquantError, match="give overwrite=True to replace it"):
         quantized.save_pretrained(copied)
-    with pytest.raises(StepquantError, match="holds no model"):
+    with pytest.raises(StepquantError, match="does not contain a model"):
         quantized.save_pretrained(foreign, overwrite=True)
     assert (foreign / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("")
-    with pytest.raises(StepquantError, match="no folder"):
+    with pytest.raises(StepquantError, match="not a folder"):
         quantized.save_pretrained(tmp_path / "file", overwrite=True)
 
     def full(*_args, **_kwargs):
@@ -284,7 +284,7 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["owner/name", "zoo:fashion-ddpm"])
 def test_what_is_no_folder_is_told_what_loads_from_the_hub(name):
-    with pytest.raises(StepquantError, match=f"^{name} is no folder: .*hub .*DiffusionPipeline.from_pretrained"):
+    with pytest.raises(StepquantError, match=f"^{name} is not a folder; .*hub .*DiffusionPipeline.from_pretrained"):
         stepquant.load(name)
 
 

@@ -133,5 +133,5 @@ def test_pipeline(unconditional_pipeline, tmp_path):
 def test_bad_input():
     with pytest.raises(StepquantError, match="memory is 'folded': expected unpacked or packed"):
         prepare(nn.Sequential(), "reference", "folded")
-    with pytest.raises(StepquantError, match="a runtime of your own holds weights as it likes: leave memory out"):
+    with pytest.raises(StepquantError, match="a custom runtime takes no `memory`"):
         prepare(nn.Sequential(), lambda module: None, "packed")

@@ -1,4 +1,4 @@
-"""What a folder may ask for before it is believed: configurations are numbers that anybody can have written.
+"""Bounds on what the configurations in a folder may demand, since anybody can have written them.
 
 A few bytes of JSON can name a model of a million layers, or tables that fill the memory. Nothing that a configuration
 describes is much larger than the weights that lie beside it, so these are the bound.
@@ -42,7 +42,7 @@ def check_configurations(folder: Path) -> None:
             continue
         config = read_json(path)
         if "auto_map" in config:
-            raise StepquantError(f"{path} brings code of its own: it is not run.")
+            raise StepquantError(f"{path} contains custom code, which is not run.")
         check_numbers(path, config)
 
 

@@ -1,4 +1,4 @@
-"""What a quantized pipeline looks like on disk: the diffusers folder layout, and ``stepquant.json`` at its root.
+"""The layout of a quantized pipeline on disk: a diffusers folder with ``stepquant.json`` at its root.
 
     model_index.json, scheduler/, vae/, ...            as diffusers writes them
     unet/ or transformer/
@@ -43,7 +43,7 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Where a quantized pipeline comes from, and what its files must be.
+    """Provenance of a quantized pipeline, and size and hash of its files.
 
     Attributes:
         format_version: of this layout; a reader refuses a newer one.
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise StepquantError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from None
     if not isinstance(value, dict):
-        raise StepquantError(f"{path} holds no JSON object: the checkpoint is damaged.")
+        raise StepquantError(f"{path} is not a JSON object. The checkpoint is damaged.")
     return value
 
 
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         StepquantError: if there is none, it is malformed, or it was written by a newer format.
     """
     if not is_checkpoint(folder):
-        raise StepquantError(f"{folder} holds no {MANIFEST}: it was not written by stepquant.")
+        raise StepquantError(f"{folder} has no {MANIFEST}; it was not written by stepquant.")
     raw = read_json(folder / MANIFEST)
     check_version(raw.get("format_version"), str(folder))
     try:

@@ -28,11 +28,11 @@ def check_index(folder: Path) -> None:
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise StepquantError(
             f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks; "
-            "code of its own is not run."
+            "custom code is not run."
         )
     for component, library in libraries.items():
         known = library in (None, "diffusers", "transformers") or isinstance(
             getattr(diffusers.pipelines, str(library), None), ModuleType
         )
         if not known or any((folder / component).glob("*.py")):
-            raise StepquantError(f"component {component} of {folder} brings code of its own: it is not run.")
+            raise StepquantError(f"component {component} of {folder} contains custom code, which is not run.")

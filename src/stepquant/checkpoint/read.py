@@ -36,7 +36,7 @@ from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
 
 PIECE = 64
-"""Tensors that are read while the file is open once."""
+"""Tensors that are read before the file is closed and opened again."""
 
 
 def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "unpacked") -> tuple[Any, Manifest]:
@@ -50,7 +50,7 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "
     given, folder = folder, Path(folder)
     if not folder.is_dir():
         raise StepquantError(
-            f"{given} is no folder: give one that `stepquant quantize` wrote; a model on the hub is loaded by "
+            f"{given} is not a folder; expected one that `stepquant quantize` wrote. A model on the hub is loaded by "
             "DiffusionPipeline.from_pretrained of diffusers."
         )
     manifest = read_manifest(folder)
@@ -84,7 +84,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     quantization = config.pop("quantization_config", None)
     name = config.get("_class_name")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise StepquantError(f"{folder}/config.json says nothing of stepquant: the checkpoint is damaged.")
+        raise StepquantError(f"{folder}/config.json has no stepquant configuration. The checkpoint is damaged.")
     cls: Any = getattr(diffusers, str(name), None)
     if not _is_model(cls):
         raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
@@ -117,11 +117,11 @@ def verify_component(files: list[Path]) -> None:
     has one.
 
     Raises:
-        StepquantError: if a file is no safetensors file, is a link to elsewhere, or is damaged.
+        StepquantError: if a file is not a safetensors file, is a link to elsewhere, or is damaged.
     """
     for path in files:
         if path.suffix != ".safetensors":
-            raise StepquantError(f"{path} is no safetensors file: a component quantized by stepquant has nothing else.")
+            raise StepquantError(f"{path} is not a safetensors file; expected only those in a quantized component.")
     folder = files[0].parent
     root = folder.parent
     if is_checkpoint(root):
@@ -178,12 +178,14 @@ def check_names(path: Path, names: set[str], expected: set[str]) -> None:
 def check_tensor(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the dtype of `like`; raises `StepquantError` unless shape, kind and values are as they must be."""
     if tensor.shape != like.shape:
-        raise StepquantError(f"{path}: tensor {name!r} has another shape than the model: damaged.")
+        raise StepquantError(f"{path}: tensor {name!r} has another shape than the model. The checkpoint is damaged.")
     # Floats are widened; other integers would be cut to fit, and become other numbers.
     is_float = like.dtype.is_floating_point and tensor.dtype.is_floating_point
     if not is_float and tensor.dtype != like.dtype:
-        raise StepquantError(f"{path}: tensor {name!r} is {tensor.dtype}, expected {like.dtype}: damaged.")
+        raise StepquantError(
+            f"{path}: tensor {name!r} is {tensor.dtype}, expected {like.dtype}. The checkpoint is damaged."
+        )
     tensor = tensor.to(like.dtype)
     if like.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-        raise StepquantError(f"{path}: tensor {name!r} holds a value that is no finite number: damaged.")
+        raise StepquantError(f"{path}: tensor {name!r} has a value that is not finite. The checkpoint is damaged.")
     return tensor

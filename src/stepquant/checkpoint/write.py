@@ -1,4 +1,4 @@
-"""Write a quantized pipeline: whole, or not at all."""
+"""Write a quantized pipeline atomically."""
 
 from __future__ import annotations
 
@@ -101,21 +101,21 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
     for parent in out.resolve().parents:
         if is_checkpoint(parent):
             raise StepquantError(
-                f"{out} lies inside the checkpoint {parent}, which must stay as it is: choose another."
+                f"{out} lies inside the checkpoint {parent}, which must stay as it is. Choose another folder."
             )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise StepquantError(f"{out} exists and is no folder: choose another name for the output.")
+        raise StepquantError(f"{out} exists and is not a folder. Choose another name for the output.")
     if not out.exists() or not any(out.iterdir()):
         return
     if not is_checkpoint(out) and not (out / "model_index.json").is_file():
         raise StepquantError(
-            f"{out} holds no model, and --overwrite replaces nothing else: choose another folder, or empty this one."
+            f"{out} does not contain a model, and overwrite=True replaces only models. Choose another folder, or empty this one."
         )
     if not overwrite:
-        whose = "already holds a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
-        raise StepquantError(
-            f"{out} {whose}: choose another folder, or give --overwrite (in Python overwrite=True) to replace it."
+        whose = (
+            "already contains a quantized model" if is_checkpoint(out) else "exists and was not written by stepquant"
         )
+        raise StepquantError(f"{out} {whose}. Choose another folder, or give overwrite=True to replace it.")
 
 
 def _complete(pipeline: Any, folder: Path) -> None:
@@ -142,7 +142,7 @@ def _forget_origin(folder: Path) -> None:
 
 
 def _load_alike(folder: Path) -> None:
-    """Let a pipeline in half precision load in one type where none is asked for: float32.
+    """Let a pipeline in half precision load in float32 by default.
 
     diffusers loads its models so, but transformers in the type that their configuration names, and a pipeline that has
     a text encoder in bfloat16 and a denoiser in float32 does not run.

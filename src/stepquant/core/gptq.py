@@ -1,4 +1,4 @@
-"""Rounding with compensation: what rounding one input channel breaks, the channels not rounded yet make good."""
+"""GPTQ: the error of rounding one input channel is compensated by the channels that are not rounded yet."""
 
 from __future__ import annotations
 

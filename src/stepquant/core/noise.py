@@ -1,4 +1,4 @@
-"""Random numbers that belong to samples, so that they do not depend on how a minibatch is divided."""
+"""Random numbers per sample, independent of how a minibatch is divided among processes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ PRIME = 1_000_003
 
 
 class SampleNoise:
-    """Uniform random numbers for the samples of a minibatch, from a generator of its own for each sample.
+    """Uniform random numbers for the samples of a minibatch, from one generator per sample.
 
-    Whichever process works on a sample, and beside whichever others, it sees the same numbers.
+    A sample gets the same numbers in every process and beside any other samples.
 
     Args:
         seed: of the stage.
         iteration: of the optimizer.
-        places: of the samples in the whole minibatch.
+        places: indices of the samples in the whole minibatch.
     """
 
     def __init__(self, seed: int, iteration: int, places: range) -> None:

@@ -1,6 +1,6 @@
-"""Codes to bytes and back: 8-bit codes one to a byte, codes of up to 4 bits two to a byte.
+"""Pack codes into bytes: codes of up to 4 bits two per byte, others one per byte.
 
-Codes of 5 to 7 bits take a byte each: a kernel reads them as they are.
+Codes of 5 to 7 bits take a byte each, so that kernels read them directly.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def least_error_range(
     if low is None or high is None:
         low, high = minmax_range(values)
     rows = max(1, AT_ONCE // values.shape[1])
-    if rows < len(values):  # rows are independent of each other, and few of them stay in the processor's cache
+    if rows < len(values):  # rows are independent of each other, and few of them stay in the CPU's cache
         parts = [
             least_error_range(some, bits, symmetric=symmetric, low=bottom, high=top, candidates=candidates, power=power)
             for some, bottom, top in zip(values.split(rows), low.split(rows), high.split(rows), strict=True)

@@ -1,4 +1,4 @@
-"""Rounding that can be learned: AdaRound for weights, straight-through estimates and LSQ gradients for activations."""
+"""Learned rounding: AdaRound for weights, straight-through estimates and LSQ gradients for activations."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Traceable(nn.Module):
     def __init__(self, denoiser: Any, names: list[str], kernel_of: KernelFactory) -> None:
         super().__init__()
         if not quantized_modules(denoiser):
-            raise StepquantError("the denoiser is not quantized: give a folder that `stepquant quantize` wrote.")
+            raise StepquantError("the denoiser is not quantized: expected one that `stepquant quantize` wrote.")
         self.names, self.clock = names, _Time()
         model = copy.deepcopy(denoiser)
         prepare(model, kernel_of)

@@ -3,7 +3,7 @@
     codes = QuantizeLinear(x * (1 / s_t), 1, z_t)              s_t, z_t: the step's row of the layer's tables
     y = MatMulInteger(codes, w, z_t) * (s_t * s_w) + bias      one kernel of onnxruntime, scales in its epilogue
 
-Codes are those of `numerics.affine` and sums are exact. A convolution is the product of its windows, taken from the
+Codes are those of `core.affine` and sums are exact. A convolution is the product of its windows, taken from the
 codes with channels last. In ONNX's other form, floating point between QuantizeLinear and DequantizeLinear, onnxruntime
 runs a convolution in integers only where its output is rounded to 8 bits as well, which here none is; and its
 ConvInteger has no kernel for signed weights that is faster than floating point.
@@ -73,7 +73,7 @@ def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 def _within(grid: Grid, row: Tensor) -> Tensor:
     """The clock's row, or 0 in a static table, which is looked up like any other: onnxruntime puts a product's scale
-    into its kernel only where it is no constant."""
+    into its kernel only where it is not a constant."""
     return row.clamp(max=grid.rows - 1)
 
 
@@ -83,7 +83,7 @@ bits, and its uint8 x uint8 products are exact everywhere."""
 
 
 class OnnxKernel(Kernel):
-    """A linear or convolution; a segment of channels with a scale of its own is a product of its own.
+    """A linear or convolution; each run of channels with its own scale is a separate product.
 
     All samples share the step: row is int64 [].
     """
@@ -136,7 +136,7 @@ class OnnxKernel(Kernel):
     def _windows(self, x: Tensor, inverse: Tensor, zero_point: Tensor, *geometry: tuple[int, ...]) -> Tensor:
         """uint8 [B, H', W', products of an output], the codes of each output's window."""
         (ph, pw), (sh, sw), (dh, dw), (kh, kw) = geometry
-        x = F.pad(x, (pw, pw, ph, ph))  # zero has a code of its own
+        x = F.pad(x, (pw, pw, ph, ph))  # zero is on the grid
         codes = _codes(x, inverse, zero_point, self.grid.bits).permute(0, 2, 3, 1)
         height, width = (int(size) for size in codes.shape[1:3])
         down = height - dh * (kh - 1)
@@ -256,7 +256,7 @@ class OnnxDenoiser(ExportedDenoiser):
         runtime = _import("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Sums are exact on processors without VNNI, too, whose fastest instructions saturate.
+        # Sums are exact on CPUs without VNNI, too, whose fastest instructions saturate.
         options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

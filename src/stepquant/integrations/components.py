@@ -26,7 +26,7 @@ def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
     """What each of the named components is to become.
 
     Raises:
-        StepquantError: for a name that is no model beside the denoiser, a model that is quantized already, or bits that
+        StepquantError: for a name that is not a model beside the denoiser, a model that is quantized already, or bits that
             need samples.
     """
     models = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
@@ -38,7 +38,7 @@ def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
                 f"expected {' or '.join(others) or 'none, since it has no other'}."
             )
         if quantized_modules(getattr(pipeline, name)):
-            raise StepquantError(f"{name} is quantized already: give the full-precision one.")
+            raise StepquantError(f"{name} is quantized already; expected a full-precision model.")
     return {name: StepquantConfig(spec=QuantSpec.parse(spec)) for name, spec in also.items()}
 
 

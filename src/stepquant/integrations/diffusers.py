@@ -59,13 +59,13 @@ class _Method(StrEnum):
 
 
 class StepquantConfig(QuantizationConfigMixin):
-    """What diffusers is told about a component quantized by stepquant, or to be quantized while it is loaded.
+    """Configuration of a component that stepquant has quantized, or quantizes while it is loaded.
 
     Args:
         bits: of weights, with activations in floating point: ``"w8a16"``, ``"w4a16"``. What activations need is found
             on samples, which `stepquant.quantize` draws.
         spec: a `QuantSpec` or its dictionary instead of `bits`, for overrides and groups.
-        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own.
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function.
         structure, format_version, provenance: of a component that is quantized already, as its ``config.json`` has
             them.
 
@@ -98,8 +98,8 @@ class StepquantConfig(QuantizationConfigMixin):
         self.backend, self.structure, self.provenance = backend, given["structure"], given["provenance"]
         if structure is None and (self.spec.default_bits.activation != FLOAT_BITS or self.spec.default_bits.is_float):
             raise StepquantError(
-                f"bits {self.spec} cannot be had while loading: activations need samples to be calibrated on; "
-                "give w8a16 or w4a16, or quantize the pipeline with stepquant.quantize."
+                f"bits {self.spec} are not available while loading: activations need samples to be calibrated on. "
+                "Give w8a16 or w4a16, or quantize the pipeline with stepquant.quantize."
             )
 
     def to_dict(self) -> dict[str, Any]:

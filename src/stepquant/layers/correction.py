@@ -1,4 +1,4 @@
-"""Undo the part of the quantization error that follows the denoiser's output (PTQD, arXiv 2305.10657)."""
+"""Correction of the quantization error that is correlated with the denoiser's output (PTQD, arXiv 2305.10657)."""
 
 from __future__ import annotations
 

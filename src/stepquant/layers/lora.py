@@ -1,8 +1,8 @@
-"""LoRA on a quantized model: a full-precision branch beside each quantized layer, switched and weighted as ever.
+"""LoRA on a quantized model: a full-precision branch beside each quantized layer, switched and weighted by diffusers' methods.
 
     y = quantized(x) + scaling * B(A(x))
 
-The quantized weight is not touched, so adapters can be loaded, mixed, switched off and taken away again by the usual
+The quantized weight is not touched, so adapters can be loaded, mixed, switched off and removed by the usual
 methods of diffusers. An adapter to be merged into the weights is fused into the full-precision model, before that is
 quantized. Needs peft, as LoRA in diffusers does.
 """
@@ -35,7 +35,7 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     """`load_lora_adapter` of the model's class, on a quantized model.
 
     Raises:
-        StepquantError: if the adapter names no layer of this model, or has another shape, or peft is not installed.
+        StepquantError: if peft is not installed, or the adapter names no layer that the model has, or another shape.
     """
     if find_spec("peft") is None:
         raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
@@ -96,12 +96,12 @@ def _classes() -> tuple[Any, Any]:
     from peft.tuners.lora.layer import Conv2d, Linear
 
     class Unmerged:
-        """What both share: an adapter of its own only later, and no merging."""
+        """What both share: the adapter is added later, and merging is refused."""
 
         def merge(self, *_args: Any, **_kwargs: Any) -> None:
             raise StepquantError(
                 "a LoRA cannot be fused into weights that are quantized already: fuse it into the full-precision "
-                "pipeline, then quantize that; or leave it unfused, as a branch of its own."
+                "pipeline, then quantize that; or leave it unfused, as a separate branch."
             )
 
         def _get_in_out_features(self, module: Any) -> Any:

@@ -39,7 +39,7 @@ class QuantizedModule(nn.Module):
 
     Buffers:
         weight_packed: uint8, the weight's codes as `core.packing.pack` lays them out. They stay in CPU memory when the
-            module moves to an accelerator: kernels there hold the weight in a layout of their own.
+            module moves to an accelerator: kernels there hold the weight in another layout.
         weight_scale: float32 [1, G, out]; weight_zero_point: uint8 [1, G, out].
         bias: float32 [out], or None.
         input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent when the activation is not quantized.
@@ -114,7 +114,7 @@ class QuantizedModule(nn.Module):
         return list(self.transforms)  # type: ignore[arg-type]
 
     def release(self, integers: Callable[[], Tensor]) -> None:
-        """Drop the codes, since a kernel holds them in an order of its own: no weight is in memory twice.
+        """Drop the codes, since a kernel holds them in another order, so that no weight is in memory twice.
 
         The state dict and `layer` have them as before. Their place is taken by a tensor of the same shape, dtype and
         device that takes one byte.

@@ -1,4 +1,4 @@
-"""What depends on the timestep alone is computed once a timestep, and then looked up (arXiv 2311.16503, section 4)."""
+"""Cache of outputs that depend on the timestep alone (TFMQ-DM, arXiv 2311.16503, section 4)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from stepquant.layers.clock import StepClock
 
 MOST_TIMESTEPS = 1_000
-"""Timesteps whose outputs one layer remembers; the first is forgotten for the next."""
+"""Timesteps whose outputs one layer caches; the oldest is dropped for the next."""
 PROBED = 64
-"""Weights that are looked at to see whether a layer has changed."""
+"""Weights that are compared to see whether a layer has changed."""
 
 
 class TimeCache:
     """The outputs of one layer at the timesteps seen so far.
 
-    An output is given only for exactly the input it was computed from, by exactly the layer that computed it; anything
-    else (a class in the embedding, steps that differ within a batch, merged adapters, another dtype) is computed. So
-    it is always right, and it is worth something where all samples of a batch get the same embedding at each step.
+    An output is reused only for exactly the same input and layer. Anything else (a class in the embedding, steps that
+    differ within a batch, merged adapters, another dtype) is computed. So the result is always exact, and the cache
+    helps where all samples of a batch have the same embedding at each step.
 
-    Processors only: on an accelerator comparing would cost more than a small linear.
+    CPU only: on an accelerator the comparison would cost more than a small linear.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class TimeCache:
         return TimeCache()
 
     def __call__(self, x: Tensor, time: Tensor, layer: object, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """``compute(x)``, or what it was.
+        """``compute(x)``, or its cached result.
 
         Args:
             x: float [B, in].
@@ -60,14 +60,14 @@ def _all_are(x: Tensor, row: Tensor) -> bool:
 
 
 class TimeLinear(nn.Linear):
-    """A linear in floating point that remembers its outputs by timestep; without a `time_cache` it computes them."""
+    """A linear in floating point that caches its outputs by timestep, unless `time_cache` is None."""
 
     time_cache: TimeCache | None
     clock: StepClock
 
     @classmethod
     def like(cls, module: nn.Linear, clock: StepClock) -> TimeLinear:
-        """Of the same parameters as `module`, not copied."""
+        """A linear that shares the parameters of `module`."""
         linear = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
         linear.weight, linear.bias = module.weight, module.bias
         linear.time_cache, linear.clock = TimeCache(), clock

@@ -40,22 +40,22 @@ MEMORY = ("unpacked", "packed")
 """How weights of up to 4 bits are held: a byte each, or two to a byte, unpacked piece by piece as they are used."""
 
 KernelFactory = Callable[[QuantizedModule], Kernel | None]
-"""A runtime of one's own: the kernel of a layer whose activation is quantized, or None to run it as the reference."""
+"""A custom runtime: the kernel of a layer whose activation is quantized, or None to run it as the reference."""
 Backend = str | KernelFactory
 
 
 def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked") -> str:
     """Give every quantized layer of `model` a kernel; returns the name of the backend.
 
-    ``"auto"`` takes the fastest that runs on the device the model lies on: on a processor our own int8 kernels
+    ``"auto"`` takes the fastest that runs on the device the model lies on: on a CPU the int8 kernels
     (``native``), else those of oneDNN that ship with torch; on a GPU Triton's (``cuda``); else the reference. A model
     that is moved to another device later gets what `backend` means there, and the reference where that has no kernels.
-    A layer without an integer kernel (its activation is not quantized, or on a processor it is a grouped convolution)
+    A layer without an integer kernel (its activation is not quantized, or on a CPU it is a grouped convolution)
     runs as the reference does; `fallbacks` lists those, and `summary` says what runs where. The model is laid out
     channels-last, which the convolutions want. A warning says what was expected in integers and is not.
 
     Args:
-        backend: one of `BACKENDS`, or a function of your own that gives layers their kernels.
+        backend: one of `BACKENDS`, or a function that returns the kernel of a layer.
         memory: one of `MEMORY`. Results are the same; packed, the native runtime takes a little longer, and layers that
             run in another one much longer, since they are made ready for each call.
 
@@ -66,17 +66,17 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
     check_memory(memory)
     if callable(backend):
         if memory != "unpacked":
-            raise StepquantError("a runtime of your own holds weights as it likes: leave memory out.")
+            raise StepquantError("a custom runtime takes no `memory`. Leave it out.")
         name = getattr(backend, "__name__", type(backend).__name__)
     else:
         check_backend(backend)
         if backend in INTEGER and (reason := INTEGER[backend]()) is not None:
-            raise StepquantError(f"backend {backend} cannot run here: {reason}; use --backend auto.")
+            raise StepquantError(f"backend {backend} cannot run here: {reason}. Set `backend` to 'auto'.")
         name = _resolve(backend, _device_of(model))
     native.undo(model)
     for layer_name, module in quantized_modules(model).items():
         if callable(backend):
-            module.use(partial(_own_kernel, layer_name, backend))
+            module.use(partial(_custom_kernel, layer_name, backend))
         else:
             module.use(partial(_kernel, backend, memory == "packed"))
     if name == "native":
@@ -90,7 +90,7 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
 
 
 def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
-    """Why `model` runs slower than it could, a sentence each."""
+    """Reasons why `model` runs slower than it could."""
     problems = []
     if backend == "auto" and (left_out := _left_out(_device_of(model))):
         reasons = "; ".join(f"{other}: {reason}" for other, reason in left_out)
@@ -124,9 +124,9 @@ def summary(model: nn.Module) -> str:
     ]
     attentions = [module for module in model.modules() if isinstance(module, QuantizedAttentionProcessor)]
     simulated = sum(bool(attention.formats) and attention.kernel is None for attention in attentions)
-    told = [f"layers: {', '.join(parts)}"] + ([f"attentions: {simulated} floating point"] if simulated else [])
+    runtimes = [f"layers: {', '.join(parts)}"] + ([f"attentions: {simulated} floating point"] if simulated else [])
     return "; ".join(
-        told + [f"no {name}: {reason}" for name, reason in _left_out(_device_of(model)) if name not in layers]
+        runtimes + [f"no {name}: {reason}" for name, reason in _left_out(_device_of(model)) if name not in layers]
     )
 
 
@@ -196,8 +196,8 @@ class PassingKernel(Kernel):
         return y
 
 
-def _own_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> Kernel:
-    """The kernel that a runtime of one's own has for layer `name`."""
+def _custom_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> Kernel:
+    """The kernel of layer `name` in a custom runtime."""
     if module.format.input is None:
         return WeightOnlyKernel(module)
     kernel = make(module)

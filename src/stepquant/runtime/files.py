@@ -1,4 +1,4 @@
-"""A runtime of one's own, named as ``path.py:function`` where a backend's name is expected on the command line."""
+"""A custom runtime, named as ``path.py:function`` in place of a backend's name."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def supported() -> str | None:
         exact = _probe()
     except RuntimeError as error:
         return f"oneDNN refused an int8 product ({str(error).splitlines()[0]})"
-    return None if exact else "the processor has no VNNI instructions, without which int8 products saturate"
+    return None if exact else "the CPU has no VNNI instructions, without which int8 products saturate"
 
 
 def _probe() -> bool:
@@ -44,7 +44,7 @@ def _probe() -> bool:
 
 
 class OneDnnKernel(Kernel):
-    """One linear or convolution; a segment of channels with a scale of its own is a call of its own."""
+    """One linear or convolution; each run of channels with its own scale is a separate call."""
 
     inverse: Tensor
     scale: Tensor
@@ -95,7 +95,7 @@ class OneDnnKernel(Kernel):
         return y
 
     def codes(self, x: Tensor, row: int, group: int, smoothing: Tensor | None = None) -> Tensor:
-        """uint8 codes of x, as `numerics.affine.quantize` defines them; smoothing: float32 [channels of x]."""
+        """uint8 codes of x, as `core.affine.quantize` defines them; smoothing: float32 [channels of x]."""
         inverse = self.inverse[row, group]
         if smoothing is not None:
             inverse = along_channels((self.scale[row, group] * smoothing).reciprocal(), self.dim, x.dim())

@@ -45,13 +45,13 @@ def test_reasons(no_interpreter, monkeypatch):
     assert cuda.supported() == "triton is not installed (pip install 'stepquant[cuda]', on Linux)"
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.supported() == "there is no GPU here, or this build of torch is for processors only"
+    assert cuda.supported() == "there is no GPU here, or this build of torch is for CPUs only"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     expected = "Tesla T4 has compute capability 7.5, and Triton's integer products begin with 8.0"
     assert cuda.supported() == expected
-    with pytest.raises(StepquantError, match=f"backend cuda cannot run here: {expected}; use --backend auto"):
+    with pytest.raises(StepquantError, match=f"backend cuda cannot run here: {expected}. Set `backend` to 'auto'"):
         prepare(nn.Sequential(), "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert cuda.supported() is None
@@ -72,8 +72,8 @@ except StepquantError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == (
-        "backend cuda cannot run here: triton is not installed (pip install 'stepquant[cuda]', on Linux); "
-        "use --backend auto.\n"
+        "backend cuda cannot run here: triton is not installed (pip install 'stepquant[cuda]', on Linux). "
+        "Set `backend` to 'auto'.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""int8 and int4 on a GPU: Triton kernels of our own, imported once a layer needs them."""
+"""int8 and int4 on a GPU: Triton kernels, imported when a layer needs them."""
 
 from __future__ import annotations
 

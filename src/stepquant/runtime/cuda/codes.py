@@ -41,7 +41,7 @@ def quantize_kernel(
     size = tl.load(scale + step)[:, None]
     if smoothing is not None:
         size = size * tl.load(smoothing + channels, mask=known, other=1.0)[None, :]
-    # Division rounds to nearest, as it does on a processor; what lies beyond any code is brought near before rounding.
+    # Division rounds to nearest, as it does on a CPU; values beyond any code are clamped before rounding.
     steps = tl.minimum(tl.maximum(values * tl.div_rn(1.0, size), -1024.0), 1024.0)
     found = ((steps + ROUNDER) - ROUNDER).to(tl.int32) + tl.load(zero_point + step)[:, None]
     found = tl.minimum(tl.maximum(found, -128), TOP - 128)
