@@ -100,5 +100,5 @@ def test_invalid_grids(rounding, activation_range, reason, unconditional_pipelin
             stages = [CollectSamples(), AddQuantizers(weight_range="minmax", rounding=rounding)]
             return stages if activation_range is None else [*stages, CalibrateRanges(method=activation_range)]
 
-    with pytest.raises(StepquantError, match=f"quantizers of .*: {reason}"):
+    with pytest.raises(StepquantError, match=f"layer .* cannot be stored: {reason}"):
         stepquant.quantize(unconditional_pipeline, "w4a8", recipe=Broken(), calibration=SMALL)

@@ -87,7 +87,9 @@ def _quantized(name: str, part: Any) -> Any:
         quantized = part.to_quantized()
         quantized.check()
     except InvalidGrid as error:
-        raise StepquantError(f"the quantizers of {name} have found what cannot be stored: {error.what}.") from None
+        raise StepquantError(
+            f"layer {name} cannot be stored: {error.what}. Correct the recipe or custom quantizer."
+        ) from None
     return quantized
 
 

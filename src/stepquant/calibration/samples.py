@@ -200,8 +200,8 @@ def collect_all(
 ) -> CalibrationSet:
     """Record every input and output of the denoiser along whole trajectories, for distillation.
 
-    The sampler's timesteps depend on the number of steps, so each batch of trajectories takes a random number, from half
-    to twice that of `request`: together they visit many more timesteps.
+    The sampler's timesteps depend on the number of steps, so each batch of trajectories takes a random number, from
+    half to twice that of `request`: together they visit many more timesteps.
 
     Args:
         calibration: its `images` is the number of trajectories.
