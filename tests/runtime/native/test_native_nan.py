@@ -149,7 +149,7 @@ def test_watcher_of_a_recorded_denoiser(static_unet):  # noqa: F811
     finally:
         weight[0] = before
     x[1, 0, 3, 3] = torch.nan
-    with pytest.raises(StepquantError, match="NaN already reaches it as input"), watched(static_unet):
+    with pytest.raises(StepquantError, match="its input already contains NaN"), watched(static_unet):
         static_unet(x, 500)
 
 
