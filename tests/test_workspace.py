@@ -121,7 +121,7 @@ def test_sigint_ends_a_run_with_130_and_a_sentence(unconditional_folder, tmp_pat
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.strip().splitlines()[-1].startswith("stepquant: interrupted")
-    assert "run the same command again" in said and "Traceback" not in said
+    assert "Run the same command again" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
     with Workspace(tmp_path / ".out.work") as kept:
         assert all(kept.load(path.stem) is not None for path in kept.folder.glob("block-*"))

@@ -244,7 +244,7 @@ def _opened(
     )
     ranks = Ranks.current()
     with (
-        tempfile.TemporaryDirectory(prefix="stepquant-") as temporary,
+        tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary,  # mapped on Windows
         Workspace(Path(workspace or temporary), ranks) as kept,
         placed(denoiser, describe(denoiser).blocks, where),
     ):
