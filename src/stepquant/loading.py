@@ -20,7 +20,6 @@ from stepquant.models import denoiser_name
 from stepquant.runtime import Backend, prepare
 
 ZOO_PREFIX = "zoo:"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_pipeline(
