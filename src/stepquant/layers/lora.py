@@ -35,7 +35,7 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     """`load_lora_adapter` of the model's class, on a quantized model.
 
     Raises:
-        StepquantError: if peft is not installed, or the adapter names no layer that the model has, or another shape.
+        StepquantError: if peft is not installed, or the adapter is for other layers or shapes than the model has.
     """
     if find_spec("peft") is None:
         raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
