@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepquant.report.figures import drawn_rows, line_chart, pareto, range_map, scatter, sensitivity_map
+from stepquant.report.figures import line_chart, pareto, range_map, scatter, selected_rows, sensitivity_map
 from stepquant.report.sensitivity import LayerSensitivity, SensitivityFile
 from stepquant.report.structure import ActivationRange
 
@@ -153,5 +153,5 @@ def test_long_tables_are_drawn_in_evenly_spaced_rows():
     assert len(long) == len(static) == 200
     assert (long[0], long[-1]) == (BRIGHTEST, DARKEST)
     assert drawn.columns[3] == "498", "the middle of seven parts"
-    assert drawn_rows(3) == [2, 1, 0]
-    assert drawn_rows(1) == [0]
+    assert selected_rows(3) == [2, 1, 0]
+    assert selected_rows(1) == [0]

@@ -168,21 +168,21 @@ def range_map(activations: list[ActivationRange], timesteps: Tensor) -> HeatMap:
 
     Colored by the range, logarithmic; where ranges change over time, also relative to the mean of the row.
     """
-    drawn = drawn_rows(max(len(activation.scale) for activation in activations))
-    width = torch.stack([activation.width.expand(drawn[0] + 1)[drawn] for activation in activations])
+    rows = selected_rows(max(len(activation.scale) for activation in activations))
+    width = torch.stack([activation.width.expand(rows[0] + 1)[rows] for activation in activations])
     smallest, largest = float(width.min()), float(width.max())
     colorings = [_coloring("ranges", "range", width, "magma", smallest, max(largest, smallest * 1.01))]
-    if len(drawn) > 1:
+    if len(rows) > 1:
         change = width / width.mean(dim=1, keepdim=True)
         colorings.append(_coloring("changes", "range over its mean", change, "RdBu_r", 0.5, 2.0))
     extremes = zip(width.amin(1).tolist(), width.amax(1).tolist(), strict=True)
     return HeatMap(
-        alt=f"Range of {len(activations)} activations at {len(drawn)} timesteps, from {smallest:.3g} to {largest:.3g}",
+        alt=f"Range of {len(activations)} activations at {len(rows)} timesteps, from {smallest:.3g} to {largest:.3g}",
         colorings=colorings,
         labels=[activation.name for activation in activations],
         notes=[f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in extremes],
-        columns=_column_labels([f"{timestep:g}" for timestep in timesteps[drawn].tolist()]) if len(drawn) > 1 else [],
-        x_label="timestep: noise left, image right" if len(drawn) > 1 else "all steps",
+        columns=_column_labels([f"{timestep:g}" for timestep in timesteps[rows].tolist()]) if len(rows) > 1 else [],
+        x_label="timestep: noise left, image right" if len(rows) > 1 else "all steps",
     )
 
 
@@ -204,7 +204,7 @@ def sensitivity_map(measured: SensitivityFile) -> HeatMap:
     )
 
 
-def drawn_rows(rows: int) -> list[int]:
+def selected_rows(rows: int) -> list[int]:
     """Indices of the table rows in a figure, in the order of sampling: the last first."""
     return torch.linspace(rows - 1, 0, min(rows, MAX_COLUMNS)).round().long().tolist()
 

@@ -18,7 +18,7 @@ from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
 from stepquant.recipes import RECIPES
 from stepquant.report.content import Report
-from stepquant.report.figures import drawn_rows, line_chart, png_uri, range_map, sensitivity_map
+from stepquant.report.figures import line_chart, png_uri, range_map, selected_rows, sensitivity_map
 from stepquant.report.sensitivity import MEANING
 from stepquant.report.structure import ActivationRange, weights_by_bits
 
@@ -103,8 +103,8 @@ def source_of(templates: Environment, name: str) -> str:
 
 
 def _curve(activation: ActivationRange, report: Report) -> tuple[str, Markup]:
-    drawn = drawn_rows(len(activation.scale))
-    scale, timesteps = activation.scale[drawn].tolist(), report.timesteps[drawn].tolist()
+    rows = selected_rows(len(activation.scale))
+    scale, timesteps = activation.scale[rows].tolist(), report.timesteps[rows].tolist()
     alt = (
         f"Scale of {activation.name} over the timestep: {scale[0]:.3g} at {timesteps[0]:g}, "
         f"{scale[-1]:.3g} at {timesteps[-1]:g}, between {min(scale):.3g} and {max(scale):.3g}."

@@ -65,13 +65,13 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
     }
     proxy = ClassifierProxy.for_model(cell.source)
     if proxy is not None:
-        for suffix, drawn in (("", images), ("_fp32", full.images)):
-            distance = proxy.frechet(drawn)
+        for suffix, generated in (("", images), ("_fp32", full.images)):
+            distance = proxy.frechet(generated)
             if distance is not None:
                 figures[f"frechet_classifier{suffix}"] = round(distance, 3)
             if kind_of(pipeline) == "class":
-                labels = [int(request.condition(index)) for index in range(len(drawn))]
-                figures[f"class_agreement{suffix}"] = round(proxy.agreement(drawn, labels), 4)
+                labels = [int(request.condition(index)) for index in range(len(generated))]
+                figures[f"class_agreement{suffix}"] = round(proxy.agreement(generated, labels), 4)
     return cell.model_dump(mode="json") | {
         **figures,
         "quantize_seconds": round(seconds, 1),
