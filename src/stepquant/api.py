@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,24 +11,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from stepquant import provenance
+from stepquant.assembly import assemble
 from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
 from stepquant.calibration.image_folder import ImageFolder, open_images
 from stepquant.calibration.model import check_overrides
-from stepquant.calibration.placement import device_of, placed
+from stepquant.calibration.placement import placed
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import Method, Sensitivity, check_method
-from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
 from stepquant.integrations.components import Also, check_components, quantize_component
-from stepquant.layers.install import Quantization, install
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.pipelines.generate import check_dtype
 from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
@@ -37,7 +33,7 @@ from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
 from stepquant.recipes.recipe import run_recipe
 from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
-from stepquant.runtime import Backend, prepare
+from stepquant.runtime import Backend
 from stepquant.workspace import Workspace
 
 
@@ -317,7 +313,7 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
 
 
 def check_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that was asked for, with its number; raises `StepquantError` if it is none, or not here."""
+    """The requested device, with its number; raises `StepquantError` if there is none of that name here."""
     if device is None:
         return None
     try:
@@ -329,42 +325,6 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             "that torch has."
         ) from None
     return found
-
-
-def assemble(
-    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: Backend = "auto"
-) -> Any:
-    """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
-    component = denoiser_name(pipeline)
-    original = getattr(pipeline, component)
-    # What is replaced anyway is not copied: the copy gets layers without memory in those places.
-    replaced = (original.get_submodule(name) for name in quantization.layers)
-    denoiser = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
-    denoiser.eval().requires_grad_(False)
-    install(denoiser, quantization)
-    if device_of(original).type not in ("cpu", "meta"):
-        denoiser.to(device_of(original))
-    denoiser.register_to_config(
-        quantization_config={
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "spec": spec.model_dump(mode="json"),
-            "structure": quantization.structure(),
-            "provenance": provenance,
-        }
-    )
-    prepare(denoiser, backend)
-    quantized = copy.copy(pipeline)
-    # A scheduler knows how far it is, a tokenizer how it was last asked to pad and cut: with its own, the pipeline may
-    # run beside the original.
-    own = {
-        name: copy.deepcopy(part)
-        for name, part in pipeline.components.items()
-        if name == "scheduler" or isinstance(part, PreTrainedTokenizerBase)
-    }
-    quantized.register_modules(**own | {component: denoiser})
-    correct_sampler(quantized, denoiser)
-    return quantized
 
 
 def _source_of(pipeline: Any) -> str:

@@ -155,7 +155,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
 
 
 def _usual(provenance: dict[str, Any], name: str) -> Any:
-    """A hyperparameter as preset and effort give it; of a custom recipe, which is not at hand, an object of its own."""
+    """A hyperparameter as preset and effort give it; of a custom recipe, whose class is not at hand, no value at all."""
     recipes: dict[str, type[Recipe]] = {QAT.name: QAT, **RECIPES}
     recipe = recipes.get(provenance["recipe"])
     if recipe is None or "custom_recipe" in provenance:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
 import stepquant
-from stepquant.api import assemble
+from stepquant.assembly import assemble
 from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.checkpoint.card import CARD
 from stepquant.checkpoint.format import MANIFEST, WEIGHTS, Manifest, read_manifest, record

@@ -1,4 +1,4 @@
-"""Compensate a block's weights for rounding, and for what quantization did to their inputs, in closed form."""
+"""GPTQ of a block's weights, which also corrects what quantization did to their inputs, in closed form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sum is the same however many processes there are. More parts would mean more to 
 
 @torch.no_grad()
 def gptq(block: Block, layers: dict[str, CalibratedLayer]) -> None:
-    """Decide the codes of a block's weights so that its layers do what full precision does on its own inputs.
+    """Decide the codes of a block's weights so that its layers match full precision on full-precision inputs.
 
     Layer after layer, in the order given: the least-squares weight from the layer's quantized input to its
     full-precision output, then GPTQ's greedy rounding of that; some inputs at a time where they are many. Depthwise and

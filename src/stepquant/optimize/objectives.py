@@ -1,4 +1,4 @@
-"""What a block's reconstruction minimises."""
+"""The loss of block reconstruction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """What a block put out, and what layers inside it did.
+    """Outputs of a block and of layers inside it.
 
     Attributes:
         block: float [B, ...], channels second (images) or last (tokens).
@@ -28,7 +28,7 @@ class LayerOutputs:
     @staticmethod
     @contextmanager
     def recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-        """Collects what `layers` put out while the context lasts, under their names."""
+        """Collect the outputs of `layers` by name while the context lasts."""
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:

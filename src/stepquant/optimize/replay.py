@@ -117,7 +117,7 @@ class Replay:
 
         batches = list(self.samples.batches(self.batch_size))
         with answering({module: answer(name) for name, module in stubs.items()} | {target: stop}):
-            # The last batch may be smaller: with the first it tells which arguments have a row a sample.
+            # The last batch may be smaller: with the first it tells which arguments have a row per sample.
             first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
             joined = [
                 self._allocate(f"inputs-{index}", leaf)

@@ -4,7 +4,7 @@ What differs from the authors' public settings in `fast`, and why: they learn ro
 per block. In minutes on two cores that hardly differs from rounding to nearest, so weights are rounded in closed form
 (GPTQ) and then learn through the rounding (``docs/results/defaults.md``). Scales learn relative to their size.
 
-Missing in `paper`: weights are reconstructed before activations, each with iterations of its own; 8-bit weights are
+Missing in `paper`: weights are reconstructed before activations, each with its own iterations; 8-bit weights are
 reconstructed too; the regularizer is weighted 0.01 in units of the error's own size.
 """
 

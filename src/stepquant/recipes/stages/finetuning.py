@@ -116,7 +116,7 @@ class Train(Training, Stage):
     distill: bool = False
     """Learn full precision's answers on the images; without images they are learned anyway, on trajectories."""
     refresh: int = 500
-    """Iterations after which other trajectories are drawn; 0 keeps the first."""
+    """Iterations after which other trajectories are generated; 0 keeps the first."""
 
     def check(self, context: Context) -> None:
         context.check_whole("training")

@@ -1,0 +1,51 @@
+"""Put a quantization into a copy of its pipeline."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from stepquant.calibration.placement import device_of
+from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
+from stepquant.config import QuantSpec
+from stepquant.layers.install import Quantization, install
+from stepquant.models import denoiser_name
+from stepquant.pipelines.corrected_scheduler import correct_sampler
+from stepquant.runtime import Backend, prepare
+
+
+def assemble(
+    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: Backend = "auto"
+) -> Any:
+    """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
+    component = denoiser_name(pipeline)
+    original = getattr(pipeline, component)
+    # What is replaced anyway is not copied: the copy gets layers without memory in those places.
+    replaced = (original.get_submodule(name) for name in quantization.layers)
+    denoiser = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
+    denoiser.eval().requires_grad_(False)
+    install(denoiser, quantization)
+    if device_of(original).type not in ("cpu", "meta"):
+        denoiser.to(device_of(original))
+    denoiser.register_to_config(
+        quantization_config={
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "spec": spec.model_dump(mode="json"),
+            "structure": quantization.structure(),
+            "provenance": provenance,
+        }
+    )
+    prepare(denoiser, backend)
+    quantized = copy.copy(pipeline)
+    # Schedulers and tokenizers have state: with copies of them the pipeline can run beside the original.
+    own = {
+        name: copy.deepcopy(part)
+        for name, part in pipeline.components.items()
+        if name == "scheduler" or isinstance(part, PreTrainedTokenizerBase)
+    }
+    quantized.register_modules(**own | {component: denoiser})
+    correct_sampler(quantized, denoiser)
+    return quantized
