@@ -4,7 +4,7 @@
 
 A generated part starts with ``<!-- table: recipes w4a4 -->`` and ends with ``<!-- end -->``. ``table`` names a function
 of `benchmarks.tables` and its argument, ``code`` a file and what it defines (``examples/best.py Best``), ``options`` a
-command of ``stepquant``, ``recipe`` a recipe.
+command of ``stepquant``, ``recipe`` a recipe or ``train``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer
 
 from benchmarks import tables
 from stepquant.cli.main import app
-from stepquant.recipes import RECIPES
+from stepquant.recipes import QAT, RECIPES
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- (table|code|options|recipe): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -64,7 +64,7 @@ def meaning(option: Any) -> str:
 
 def recipe(name: str) -> str:
     """What a recipe does, its hyperparameters, and how it differs from its paper: from its docstrings and fields."""
-    kind = RECIPES[name]
+    kind = QAT if name == "train" else RECIPES[name]
     differences = (inspect.getdoc(inspect.getmodule(kind)) or "").partition("\n")[2].strip()
     paper = kind.PRESETS.get("paper", {})
     rows = [
