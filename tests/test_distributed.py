@@ -252,7 +252,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_can_be_continued(
 
     codes = run(work, tmp_path / "run")
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
-    assert "Start the same command again" in (tmp_path / "run" / f"error-{1 - victim}").read_text()
+    assert "Run the same command again" in (tmp_path / "run" / f"error-{1 - victim}").read_text()
     kept = {path.name for path in (tmp_path / "killed").glob("block-*")}
     assert len(kept) >= 4, "finished blocks are kept"
     continued = quantize(unconditional_pipeline, tmp_path / "killed", **settings).unet.state_dict()

@@ -168,5 +168,5 @@ def _reporting_lost_processes() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         raise StepquantError(
             f"the connection between the processes of this run is lost ({first_line(error)}). "
-            "Start the same command again; it continues from the finished stages."
+            "Run the same command again; it continues from the finished stages."
         ) from None

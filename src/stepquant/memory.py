@@ -19,7 +19,7 @@ def peak_resident_bytes() -> int:
     """Highest resident memory so far."""
     # Not getrusage on Linux: its maximum survives exec, so that a child would report its parent's memory.
     if STATUS.is_file():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows

@@ -23,6 +23,13 @@ def _fails(*arguments: object) -> str:
     return lines[0]
 
 
+def test_an_unknown_command_is_answered_with_the_commands():
+    line = _fails("nonsense")
+    assert line.startswith("stepquant: there is no command 'nonsense'; expected one of quantize, train, ")
+    assert all(f" {name}" in line for name in ("sample", "evaluate", "bench", "export", "inspect", "zoo"))
+    assert _fails("--nonsense") == "stepquant: No such option: --nonsense. See: stepquant --help"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -83,7 +83,7 @@ def main(folder: str, batch: str, threads: str, memory: str) -> None:
 
 
 def _load_and_run(folder: Path, batch: int, memory: str) -> nn.Module:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model: Any
     if "quantization_config" in config:
         model = load_denoiser(folder)

@@ -129,7 +129,7 @@ def _captions(folder: Path) -> dict[Path, Any]:
         )
     captions: dict[Path, Any] = {}
     try:
-        text = source.read_text()
+        text = source.read_text(encoding="utf-8")
         rows = list(csv.DictReader(text.splitlines())) if source.suffix == ".csv" else list(_objects(text))
         for row in rows:
             captions[folder / row["file_name"]] = str(row["text"])

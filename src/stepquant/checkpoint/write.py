@@ -70,11 +70,11 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
             path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
         }
         stored = files[f"{component}/{WEIGHTS}"].bytes
-        (draft / CARD).write_text(model_card(pipeline, component, provenance, stored))
+        (draft / CARD).write_text(model_card(pipeline, component, provenance, stored), encoding="utf-8")
         manifest = Manifest(
             format_version=FORMAT_VERSION, component=component, provenance=provenance, files=files
         ).sealed()
-        (draft / MANIFEST).write_text(manifest.to_json())
+        (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for path in draft.rglob("*"):
             sync(path)
         sync(draft)
@@ -122,12 +122,12 @@ def _complete(pipeline: Any, folder: Path) -> None:
     """Add what diffusers reads but does not write: the names of classes. And a model's example prompts."""
     labels = getattr(pipeline, "labels", None)
     if labels:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         names: dict[int, list[str]] = {}
         for name, label in labels.items():
             names.setdefault(label, []).append(name)
         index["id2label"] = {str(label): ", ".join(names[label]) for label in sorted(names)}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     prompts = Path(str(pipeline.config.get("_name_or_path", ""))) / "prompts.txt"
     if prompts.is_file():
         shutil.copyfile(prompts, folder / "prompts.txt")
@@ -136,9 +136,9 @@ def _complete(pipeline: Any, folder: Path) -> None:
 def _forget_origin(folder: Path) -> None:
     """Take out of the configurations where a model was loaded from: a path of one machine, and different each time."""
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_alike(folder: Path) -> None:
@@ -148,9 +148,9 @@ def _load_alike(folder: Path) -> None:
     a text encoder in bfloat16 and a denoiser in float32 does not run.
     """
     for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("dtype") in ("bfloat16", "float16"):
-            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[str, Tensor]:

@@ -124,7 +124,9 @@ def mark_finished(workspace: Path, arguments: dict[str, str], pipeline: Any) -> 
 
     if Ranks.current().is_main:
         provenance = provenance_of(getattr(pipeline, denoiser_name(pipeline)))
-        write_atomic(workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance])))
+        write_atomic(
+            workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance]), encoding="utf-8")
+        )
 
 
 def is_finished(workspace: Path, out: Path, arguments: dict[str, str]) -> bool:
@@ -133,7 +135,7 @@ def is_finished(workspace: Path, out: Path, arguments: dict[str, str]) -> bool:
     from stepquant.files import digest
 
     try:
-        mark = (workspace / MARK).read_text()
+        mark = (workspace / MARK).read_text(encoding="utf-8")
     except OSError:
         return False
     return is_checkpoint(out) and mark == digest([arguments, read_manifest(out).provenance])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from stepquant.cli.output import only_main_prints
 from stepquant.distributed import joined
@@ -43,6 +43,23 @@ class Command(TyperCommand):
             _fail(f"{error.format_message().rstrip('.')}. See: stepquant {self.name} --help", USAGE_ERROR)
         except KeyboardInterrupt:
             _fail("interrupted; finished stages are kept. Run the same command again to continue.", INTERRUPTED)
+
+
+class Commands(TyperGroup):
+    """The commands of ``stepquant``; an unknown command or option is reported in one line as well."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        try:
+            return super().make_context(info_name, args, *rest, **extra)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            _fail(f"{error.format_message().rstrip('.')}. See: stepquant --help", USAGE_ERROR)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            _fail(f"there is no command {args[0]!r}; expected one of {', '.join(self.commands)}.", USAGE_ERROR)
+        return super().resolve_command(ctx, args)
 
 
 def name_options(message: str, parameters: list[Any]) -> str:

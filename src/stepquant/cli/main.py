@@ -9,7 +9,7 @@ import typer
 from stepquant import __version__
 from stepquant.cli.bench import bench
 from stepquant.cli.compare import compare
-from stepquant.cli.errors import Command
+from stepquant.cli.errors import Command, Commands
 from stepquant.cli.evaluate import evaluate
 from stepquant.cli.export import export
 from stepquant.cli.inspect import inspect
@@ -28,7 +28,9 @@ COMMANDS = (
     recipes, zoo,
 )  # fmt: skip
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 for command in COMMANDS:
     app.command(cls=Command)(command)
 

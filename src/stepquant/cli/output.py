@@ -35,7 +35,7 @@ def only_main_prints(ranks: Ranks) -> Iterator[None]:
     if ranks.is_main:
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - not a file
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - not a file
         yield
 
 
@@ -58,7 +58,7 @@ def table_of(title: str, names: Sequence[str], numbers: Sequence[str] = ()) -> T
 def write_json(path: Path, figures: BaseModel | dict[str, Any]) -> None:
     """Write figures to a JSON file, whole or not at all."""
     text = figures.model_dump_json(indent=2) if isinstance(figures, BaseModel) else json.dumps(figures, indent=2)
-    write_atomic(path, lambda draft: draft.write_text(text + "\n"))
+    write_atomic(path, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
 def workspace_of(out: Path) -> Path:

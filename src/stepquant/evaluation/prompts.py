@@ -33,7 +33,7 @@ def prompt_set(name: str) -> list[str]:
 
 def _coco_captions(path: Path) -> list[str]:
     try:
-        annotations = json.loads(path.read_text())["annotations"]
+        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
         first: dict[int, str] = {}
         for annotation in annotations:
             first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))

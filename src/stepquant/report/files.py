@@ -23,7 +23,7 @@ def read_file(path: Path, kind: type[ModelT], what: str, expected: str) -> Model
         StepquantError: if it cannot be read or is not valid.
     """
     try:
-        return kind.model_validate_json(path.read_text())
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise StepquantError(f"{what} {path} cannot be read: {error}.") from None
     except ValidationError:

@@ -111,7 +111,7 @@ def read_lines(results: Path) -> list[Line]:
     if not results.exists():
         return []
     try:
-        texts = results.read_text().splitlines()
+        texts = results.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise StepquantError(f"results {results} cannot be read: {error}.") from None
     lines = []

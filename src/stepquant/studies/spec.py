@@ -215,7 +215,7 @@ class Study(Checked):
 def read_study(path: Path) -> Study:
     """Read a study; raises `StepquantError` for an invalid file."""
     try:
-        return Study.model_validate(tomllib.loads(path.read_text()))
+        return Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StepquantError(f"study {path} cannot be read: {first_line(error)}.") from None
     except StepquantError as error:

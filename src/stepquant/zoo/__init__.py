@@ -31,7 +31,7 @@ def path(name: str) -> Path:
 
 def card(name: str) -> str:
     """Return the model card, Markdown without its YAML header; raises `StepquantError` for an unknown name."""
-    text = (path(name) / "README.md").read_text()
+    text = (path(name) / "README.md").read_text(encoding="utf-8")
     if text.startswith("---\n"):
         text = text.split("\n---\n", 1)[1]
     return text.strip()

@@ -43,7 +43,7 @@ class FashionClassifier(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write ``config.json`` and fp16 ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n")
+        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n", encoding="utf-8")
         tensors = {name: tensor for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
         save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
@@ -60,7 +60,7 @@ class FashionClassifier(nn.Module):
                 f"{folder} does not contain a classifier; expected config.json and model.safetensors. Pass the folder "
                 "of the zoo model fashion-classifier."
             )
-        model = cls(**json.loads((folder / "config.json").read_text()))
+        model = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
         model.load_state_dict(tensors)  # the batch count of batch normalization is not stored
         return model.eval()

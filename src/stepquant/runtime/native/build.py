@@ -142,7 +142,11 @@ def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def _library_path() -> Path:
     """Path of the cached library; raises `StepquantError` without a compiler or a folder for the cache."""
     version = _run(_compiler(), "--version").stdout
-    content = [version, *_flags(), *(path.read_text() for path in sorted(SOURCE.iterdir()) if path.is_file())]
+    content = [
+        version,
+        *_flags(),
+        *(path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()) if path.is_file()),
+    ]
     name = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     return _cache() / "stepquant" / "native" / f"{name}.so"
 
@@ -170,5 +174,5 @@ def _compiler() -> str:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())

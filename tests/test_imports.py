@@ -1,4 +1,4 @@
-"""Loading, running, saving and exporting a checkpoint imports nothing that calibrates or evaluates."""
+"""What an import, inference and export of a checkpoint load; in a new process, as this one has imported everything."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ config = stepquant.StepquantConfig("w8a16")
 UNet2DModel.from_pretrained(plain, subfolder="unet", quantization_config=config)
 """,
     "run": "pipeline(num_inference_steps=2, output_type='np')",
+    "generate": """
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
+generate(pipeline, make_request(pipeline, 2), range(1), seed=0)
+""",
     "save": "pipeline.save_pretrained(out + '/saved')",
     "export": """
 from stepquant.export.network import example_arguments
@@ -53,12 +58,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"version 1": VERSION_1, "version 2": current}
 
 
+def run(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
 @pytest.mark.parametrize("version", ["version 1", "version 2"])
-def test_inference_imports_no_calibration(version, folders, unconditional_folder, tmp_path):
+def test_inference_and_export_import_no_calibration(version, folders, unconditional_folder, tmp_path):
     code = HEAD + "".join(f"{step}\ncheck({name!r})\n" for name, step in STEPS.items())
     installed = [str(find_spec(name) is not None) for name in ("onnx", "openvino")]
-    arguments = [str(folders[version]), str(unconditional_folder), str(tmp_path), *installed]
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    run(code, str(folders[version]), str(unconditional_folder), str(tmp_path), *installed)
+
+
+def test_lazily_imported_names_are_listed_and_available():
+    assert set(stepquant.__all__) <= set(dir(stepquant))
+    names = ("quantize", "train", "sensitivity", "Calibration")
+    program = f"import stepquant as sq; print(*(callable(getattr(sq, name)) for name in {names}), sq.recipes.__name__)"
+    assert run(program).split() == ["True"] * 4 + ["stepquant.recipes"]
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        stepquant.quantise  # noqa: B018
