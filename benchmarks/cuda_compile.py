@@ -25,7 +25,7 @@ TYPES = {
     "codes": "*i8", "weight": "*i8", "weight_zero_point": "*i8", "weight_sum": "*i32", "weight_scale": "*fp32",
     "bias": "*fp32", "row": "*i64", "scale": "*fp32", "zero_point": "*i32", "channel_add": "*fp32",
     "residual": "*bf16", "y": "*bf16", "x": "*bf16", "multiply": "*fp32", "add": "*fp32", "smoothing": "*fp32",
-    "factor": "fp32", "eps": "fp32",
+    "factor": "fp32", "eps": "fp32", "invalid": "*fp32",
 }  # fmt: skip
 ALIGNED = {"M", "N", "C", "K", "RUN", "BUCKET", "x_sample", "x_pixel", "norm_sample"}
 """Sizes that, like pointers, are multiples of 16 in common networks, for which Triton compiles separately."""

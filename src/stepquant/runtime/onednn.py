@@ -94,23 +94,29 @@ class OneDnnKernel(Kernel):
         assert y is not None
         return y
 
-    def codes(self, x: Tensor, row: int, group: int, smoothing: Tensor | None = None) -> Tensor:
-        """uint8 codes of x, as `core.affine.quantize` defines them; smoothing: float32 [channels of x]."""
+    def codes(self, x: Tensor, row: int, group: int, smoothing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """uint8 codes of x, as `core.affine.quantize` defines them, and a sum per sample of x, NaN where x has NaN.
+
+        Args:
+            smoothing: float32 [channels of x].
+        """
         inverse = self.inverse[row, group]
         if smoothing is not None:
             inverse = along_channels((self.scale[row, group] * smoothing).reciprocal(), self.dim, x.dim())
         steps = x * inverse
         steps = steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top)
         # torch converts float to uint8 one element at a time; by way of int16 both conversions run in vectors.
-        return steps.to(torch.int16).to(torch.uint8)
+        return steps.to(torch.int16).to(torch.uint8), steps.sum(tuple(range(1, x.dim())))
 
     def _run(self, x: Tensor, row: int) -> Tensor:
         dtype, x = x.dtype, x.float()
         y: Tensor | None = None
         for (start, stop, group), weight in zip(self.spans, self.weights, strict=True):
             part = x if len(self.spans) == 1 else x.narrow(self.dim, start, stop - start)
-            codes = self.codes(part, row, group, None if self.smoothing is None else self.smoothing[start:stop])
+            codes, sums = self.codes(part, row, group, None if self.smoothing is None else self.smoothing[start:stop])
             product = self._multiply(codes, row, group, weight, self.bias if y is None else None)
+            if bool(sums.isnan().any()):
+                product[sums.isnan()] = torch.nan  # codes have none
             y = product if y is None else y.add_(product)
         assert y is not None
         return y.to(dtype)

@@ -111,10 +111,10 @@ def test_codes_are_those_of_the_definition(bits):
     for step in range(STEPS):
         expected = quantize(x, module.input_scale[step, 0, 0], module.input_zero_point[step, 0, 0], bits)
         row = torch.tensor([step], device=GPU)
-        found = torch.ops.stepquant.quantize(
+        found, invalid = torch.ops.stepquant.quantize(
             x[None, None].to(GPU), row, kernel.scale, kernel.zero_point, 0, bits, None, None, None, False
         )
-        assert torch.equal(found[0, 0].cpu().float() + MIDDLE, expected)
+        assert torch.equal(found[0, 0].cpu().float() + MIDDLE, expected) and invalid.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

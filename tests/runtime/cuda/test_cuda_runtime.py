@@ -112,6 +112,7 @@ def test_a_gpu_gets_its_kernels(monkeypatch):
     monkeypatch.setattr(type(model[0]), "device", torch.device("cuda", 0))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_args, **_more: self)
     monkeypatch.setattr("stepquant.runtime.CudaKernel", Claimed)
+    monkeypatch.setitem(sys.modules["stepquant.runtime"].KERNELS, "cuda", Claimed)
     chosen = {}
     for reason in ("no such GPU", None):
         monkeypatch.setitem(sys.modules["stepquant.runtime"].INTEGER, "cuda", lambda reason=reason: reason)
@@ -214,7 +215,7 @@ def test_operators_are_what_they_claim():
     torch.library.opcheck(torch.ops.stepquant.quantize.default, quantize, test_utils=checked)
     weight, bias = torch.randn(6, device=GPU), torch.randn(6, device=GPU)
     torch.library.opcheck(torch.ops.stepquant.group_norm.default, (x, weight, bias, 3, 1e-5), test_utils=checked)
-    codes = torch.ops.stepquant.quantize(*quantize)
+    codes, invalid = torch.ops.stepquant.quantize(*quantize)
 
     def common(kernel):
         piece = kernel.pieces[0]
@@ -222,12 +223,20 @@ def test_operators_are_what_they_claim():
         return (*shared, kernel.scale, kernel.zero_point, 0)
 
     image = (
-        codes.view(2, 4, 3, 6), kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1], [1, 1],
+        codes.view(2, 4, 3, 6), invalid, kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1], [1, 1],
         1, 1, [4, 3], torch.float16,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.stepquant.convolution.default, image, test_utils=checked)
     codes = torch.zeros(4, 7, dtype=torch.int8, device=GPU)
-    product = (codes, flat.pieces[0].weight.flatten(1), *common(flat), None, 2.0, torch.float16)
+    product = (
+        codes,
+        torch.zeros(2, device=GPU),
+        flat.pieces[0].weight.flatten(1),
+        *common(flat),
+        None,
+        2.0,
+        torch.float16,
+    )
     torch.library.opcheck(torch.ops.stepquant.matmul.default, product, test_utils=checked)
 
 

@@ -15,13 +15,14 @@ ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
 
 @triton.jit
 def quantize_kernel(
-    x, multiply, add, smoothing, row, scale, zero_point, codes,
+    x, multiply, add, smoothing, row, scale, zero_point, codes, invalid,
     M, C, x_sample, x_pixel, norm_sample, per_sample, per_row,
     GROUPS: tl.constexpr, TOP: tl.constexpr, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``code = clamp(round(silu(x * multiply + add) * (1 / (scale * smoothing))) + zero_point)``.
 
     x: float [B, pixels, C], strides of samples and pixels given; multiply, add: float32 [B, C]; codes: int8 [M, C].
+    invalid: float32 [B], set to NaN for a sample with NaN in it: codes have none.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -37,6 +38,8 @@ def quantize_kernel(
         values += tl.load(add + of_norm, mask=valid, other=0.0)
     if SILU:
         values = values * tl.sigmoid(values)
+    has_nan = tl.max((values != values).to(tl.int32), 1) > 0
+    tl.store(invalid + sample, float("nan"), mask=has_nan)
     step = tl.load(row + rows // per_row) * GROUPS
     size = tl.load(scale + step)[:, None]
     if smoothing is not None:

@@ -144,7 +144,7 @@ class CudaKernel(Kernel):
         y: Tensor | None = None
         for index, piece in enumerate(self._pieces()):
             span = slice(None) if len(self.pieces) == 1 else slice(piece.start, piece.start + piece.channels)
-            codes = torch.ops.stepquant.quantize(
+            codes, invalid = torch.ops.stepquant.quantize(
                 pixels[..., span], row, self.scale, self.zero_point, piece.group, self.bits,
                 None if self.smoothing is None else self.smoothing[span],
                 *((None, None) if norm is None else (values[:, span] for values in (norm.multiply, norm.add))),
@@ -159,13 +159,13 @@ class CudaKernel(Kernel):
             if self.geometry is None:
                 other = y if y is not None or residual is None else residual.reshape(-1, self.outputs).contiguous()
                 y = torch.ops.stepquant.matmul(
-                    codes.flatten(0, 1), piece.weight.flatten(1), piece.weight_zero_point, *scaling, other, *ending
-                )
+                    codes.flatten(0, 1), invalid, piece.weight.flatten(1), piece.weight_zero_point, *scaling, other, *ending,
+                )  # fmt: skip
                 continue
             other = y if y is not None or residual is None else residual.permute(0, 2, 3, 1).contiguous()
             y = self.geometry.convolve(
-                codes.unflatten(1, x.shape[2:]), piece, scaling, channel_add if y is None else None, other, ending,
-                upsample, extra,
+                codes.unflatten(1, x.shape[2:]), invalid, piece, scaling, channel_add if y is None else None, other,
+                ending, upsample, extra,
             )  # fmt: skip
         assert y is not None
         return y.view(*x.shape[:-1], self.outputs) if self.geometry is None else y.permute(0, 3, 1, 2)
@@ -191,6 +191,7 @@ class Geometry(NamedTuple):
     def convolve(
         self,
         codes: Tensor,
+        invalid: Tensor,
         piece: Piece,
         scaling: tuple[Any, ...],
         channel_add: Tensor | None,
@@ -199,7 +200,7 @@ class Geometry(NamedTuple):
         upsample: int,
         extra: int,
     ) -> Tensor:
-        """codes: int8 [B, H, W, C] -> float [B, H', W', out]."""
+        """codes: int8 [B, H, W, C], invalid: float32 [B] -> float [B, H', W', out]."""
         output = [
             (pixels * upsample + 2 * padding + extra - dilation * (size - 1) - 1) // stride + 1
             for pixels, size, stride, padding, dilation in zip(
@@ -208,8 +209,8 @@ class Geometry(NamedTuple):
         ]
         factor, dtype = ending
         return torch.ops.stepquant.convolution(
-            codes, piece.weight, piece.weight_zero_point, *scaling, channel_add, residual, factor, self.size[1],
-            list(self.stride), list(self.padding), list(self.dilation), self.parts, upsample, output, dtype,
+            codes, invalid, piece.weight, piece.weight_zero_point, *scaling, channel_add, residual, factor,
+            self.size[1], list(self.stride), list(self.padding), list(self.dilation), self.parts, upsample, output, dtype,
         )  # fmt: skip
 
 

@@ -42,8 +42,9 @@ def quantize(
     multiply: Tensor | None,
     add: Tensor | None,
     silu: bool,
-) -> Tensor:
-    """Codes of ``silu(x * multiply + add)``, less 128: int8, contiguous, of x's shape.
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``silu(x * multiply + add)``, less 128: int8, contiguous, of x's shape; and float32 [B], NaN for a
+    sample in which that has NaN, else 0.
 
     Args:
         x: float [B, pixels, C] with adjacent channels.
@@ -53,23 +54,27 @@ def quantize(
     """
     batch, pixels, channels = x.shape
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    invalid = torch.zeros(batch, dtype=torch.float32, device=x.device)
     rows = batch * pixels
     if codes.numel() == 0:
-        return codes
+        return codes, invalid
     wide = min(triton.next_power_of_2(channels), WIDEST)
     high = ELEMENTS // wide
     with torch.cuda.device_of(x):
         quantize_kernel[(triton.cdiv(rows, high), triton.cdiv(channels, wide))](
-            x, multiply, add, smoothing, row, scale[:, group], zero_point[:, group], codes,
+            x, multiply, add, smoothing, row, scale[:, group], zero_point[:, group], codes, invalid,
             rows, channels, x.stride(0), x.stride(1), 0 if multiply is None else multiply.stride(0),
             pixels, rows // row.shape[0], scale.stride(0), largest_code(bits), silu, high, wide,
         )  # fmt: skip
-    return codes
+    return codes, invalid
 
 
 @quantize.register_fake
 def _(x, *_grid_and_norm):  # type: ignore[no-untyped-def]
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+    )
 
 
 @torch.library.custom_op("stepquant::group_norm", mutates_args=())
@@ -95,6 +100,7 @@ def _(x, *_norm):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("stepquant::matmul", mutates_args=())
 def matmul(
     codes: Tensor,
+    invalid: Tensor,
     weight: Tensor,
     weight_zero_point: Tensor | None,
     weight_sum: Tensor,
@@ -111,7 +117,7 @@ def matmul(
     """``((codes - zero_point) weight^T * scales + bias + residual) * factor``: `dtype` [M, N].
 
     Args:
-        codes: int8 [M, K].
+        codes: int8 [M, K]; invalid: float32 [B], as `quantize` returns them.
         weight: int8 [N, K]; or uint8 [N, half of K] and `weight_zero_point`: int8 [N], see `products`.
         weight_sum: int32 [N], of the integer weight; weight_scale, bias: float32 [N].
         residual: float [M, N], contiguous, or None.
@@ -123,21 +129,22 @@ def matmul(
         return y
     with torch.cuda.device_of(codes):
         matmul_kernel[_grid(rows, outputs, 1)](
-            codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
-            zero_point[:, group], residual, y, rows, outputs, inputs, weight.shape[1], rows // row.shape[0], factor,
-            bucket(rows), scale.stride(0), **chosen(),
+            codes, invalid, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
+            zero_point[:, group], residual, y, rows, outputs, inputs, weight.shape[1], rows // invalid.shape[0],
+            rows // row.shape[0], factor, bucket(rows), scale.stride(0), **chosen(),
         )  # fmt: skip
     return y
 
 
 @matmul.register_fake
-def _(codes, weight, *scaling_and_residual):  # type: ignore[no-untyped-def]
+def _(codes, _invalid, weight, *scaling_and_residual):  # type: ignore[no-untyped-def]
     return torch.empty(codes.shape[0], weight.shape[0], dtype=scaling_and_residual[-1], device=codes.device)
 
 
 @torch.library.custom_op("stepquant::convolution", mutates_args=())
 def convolution(
     codes: Tensor,
+    invalid: Tensor,
     weight: Tensor,
     weight_zero_point: Tensor | None,
     weight_sum: Tensor,
@@ -162,7 +169,7 @@ def convolution(
     """A convolution of the image that `codes` stand for: `dtype` [B, *output, out], scaled as by `matmul`.
 
     Args:
-        codes: int8 [B, H, W, C]; every pixel counts `upsample` times in each direction.
+        codes: int8 [B, H, W, C]; every pixel counts `upsample` times in each direction. invalid: float32 [B].
         weight: int8 [out, taps, C / parts]; or uint8 with the last halved and `weight_zero_point`: int8 [out].
         channel_add: float32 [B, out], or None.
         residual: float [B, *output, out], contiguous, or None.
@@ -177,7 +184,7 @@ def convolution(
         return y
     with torch.cuda.device_of(codes):
         convolution_kernel[_grid(rows, outputs // parts, parts)](
-            codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
+            codes, invalid, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale[:, group],
             zero_point[:, group], channel_add, residual, y, rows, outputs // parts, channels // parts,
             weight.shape[2], height, width, *output, rows // row.shape[0], factor, bucket(rows), *stride, *padding,
             *dilation, kernel_width, taps, upsample, scale.stride(0), parts, **chosen(),
@@ -186,6 +193,6 @@ def convolution(
 
 
 @convolution.register_fake
-def _(codes, weight, *scaling_and_geometry):  # type: ignore[no-untyped-def]
+def _(codes, _invalid, weight, *scaling_and_geometry):  # type: ignore[no-untyped-def]
     *_, output, dtype = scaling_and_geometry
     return torch.empty(codes.shape[0], *output, weight.shape[0], dtype=dtype, device=codes.device)

@@ -31,19 +31,20 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HIGH: tl.constexpr
 @triton.jit
 def _finish(
     sums, rows, columns, valid, N, row, per_row, scale, zero_point, GROUPS, weight_sum, weight_scale, bias,
-    channel_add, per_sample, residual, factor, y,
+    invalid, channel_add, per_sample, residual, factor, y,
 ):  # fmt: skip
-    """Store ``((sums - zero_point * weight_sum) * scale * weight_scale + bias + channel_add + residual) * factor``."""
+    """Store ``((sums - zero_point * weight_sum) * scale * weight_scale + bias + channel_add + residual) * factor``,
+    and NaN for samples where `invalid` is NaN; it is 0 for the others."""
     step = tl.load(row + rows // per_row) * GROUPS
     inside = columns < N
     zero = tl.load(zero_point + step)
     sums -= zero[:, None] * tl.load(weight_sum + columns, mask=inside, other=0)[None, :]
     scales = tl.load(scale + step)[:, None] * tl.load(weight_scale + columns, mask=inside, other=0.0)[None, :]
-    values = sums.to(tl.float32) * scales
+    samples = (rows // per_sample).to(tl.int64)
+    values = sums.to(tl.float32) * scales + tl.load(invalid + samples)[:, None]
     if bias is not None:
         values += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
     if channel_add is not None:
-        samples = (rows // per_sample).to(tl.int64)
         values += tl.load(channel_add + samples[:, None] * N + columns[None, :], mask=valid, other=0.0)
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
     if residual is not None:
@@ -54,8 +55,8 @@ def _finish(
 @tuned(["BUCKET", "N", "K"])
 @triton.jit
 def matmul_kernel(
-    codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point, residual, y,
-    M, N, K, RUN, per_row, factor, BUCKET, GROUPS: tl.constexpr,
+    codes, invalid, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point, residual, y,
+    M, N, K, RUN, per_sample, per_row, factor, BUCKET, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """codes: int8 [M, K]; weight: int8 [N, RUN], RUN = K; or uint8, RUN half of it, with a zero point; y: [M, N]."""
@@ -85,7 +86,7 @@ def matmul_kernel(
     valid = inside[:, None] & (columns[None, :] < N)
     _finish(
         sums, rows, columns, valid, N, row, per_row, scale, zero_point, GROUPS, weight_sum, weight_scale, bias,
-        None, 1, residual, factor, y,
+        invalid, None, per_sample, residual, factor, y,
     )  # fmt: skip
 
 
@@ -100,8 +101,8 @@ def _window(left, pixels, present, pad, c, channels):
 @tuned(["BUCKET", "N", "C", "KW", "TAPS"])
 @triton.jit
 def convolution_kernel(
-    codes, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point, channel_add, residual, y,
-    M, N, C, RUN, H, W, OUT_H, OUT_W, per_row, factor, BUCKET,
+    codes, invalid, weight, weight_zero_point, weight_sum, weight_scale, bias, row, scale, zero_point,
+    channel_add, residual, y, M, N, C, RUN, H, W, OUT_H, OUT_W, per_row, factor, BUCKET,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     KW: tl.constexpr, TAPS: tl.constexpr, UPSAMPLE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
@@ -142,5 +143,5 @@ def convolution_kernel(
     valid = inside[:, None] & known[None, :]
     _finish(
         sums, rows, columns, valid, N * PARTS, row, per_row, scale, zero_point, GROUPS, weight_sum, weight_scale, bias,
-        channel_add, OUT_H * OUT_W, residual, factor, y,
+        invalid, channel_add, OUT_H * OUT_W, residual, factor, y,
     )  # fmt: skip
