@@ -33,7 +33,6 @@ from stepquant.evaluation.cost import folder_bytes
 from stepquant.memory import peak_resident_bytes
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
-from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES
 
@@ -107,6 +106,12 @@ class Stages(Progress):
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, int] = {}
+        self.made: Any = None
+
+    def plan(self, make: Callable[[], object]) -> None:
+        with self.task("plan"):
+            self.made = make()
+            print(f"    {self.made}")
 
     @contextmanager
     def task(self, description: str, total: int = 1) -> Iterator[Callable[[int], None]]:
@@ -147,10 +152,6 @@ def main() -> None:
         wanted = {"iterations": arguments.iterations, "batch_size": arguments.samples}
         kind = RECIPES[arguments.recipe]
         recipe = kind(**{name: value for name, value in wanted.items() if name in kind.fields()})
-        with stages.task("plan"):
-            request = make_request(pipeline, calibration.steps, prompts=prompts, size=calibration.size)
-            plan = make_plan(pipeline, request, calibration, recipe)
-            print(f"    {plan}")
         with stages.task("quantize"):
             quantized = stepquant.quantize(
                 pipeline, arguments.bits, recipe=recipe, calibration=calibration, prompts=prompts,
@@ -172,7 +173,7 @@ def main() -> None:
     figures = {
         "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
         "parameters": parameters,
-        "plan": dataclasses.asdict(plan),
+        "plan": dataclasses.asdict(stages.made),
         "seconds": stages.seconds,
         "peak_memory_bytes": stages.peak,
         "unet_bytes": stored,

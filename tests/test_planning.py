@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import stepquant
 from stepquant.models import describe
 from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
-from stepquant.recipes import EFFORTS, QAT, RECIPES, MinMax, QDiffusion, QuEST
+from stepquant.recipes import EFFORTS, QAT, RECIPES, Context, MinMax, QDiffusion, QuEST
+from stepquant.workspace import Workspace
 
 
 def plan_of(pipeline, samples, steps, recipe):
     calibration = stepquant.Calibration(samples=samples, steps=steps)
-    return make_plan(pipeline, make_request(pipeline, steps), calibration, recipe)
+    request, spec = make_request(pipeline, steps), stepquant.QuantSpec.parse("w4a8")
+    context = Context(pipeline, pipeline.unet, spec, calibration, request, 0, Workspace(Path("unused")))
+    return make_plan(context, recipe)
 
 
 def test_a_plan_counts_what_there_is_to_do(unconditional_pipeline):

@@ -26,8 +26,7 @@ from stepquant.errors import StepquantError, first_line
 from stepquant.integrations.components import Also, check_components, quantize_component
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.generate import check_dtype
-from stepquant.pipelines.request import make_request
+from stepquant.pipelines.request import check_dtype, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
@@ -272,7 +271,7 @@ def _quantize(
     most = parse_budget(budget) if isinstance(budget, str) else budget
     others = check_components(pipeline, also or {})
     with _opened(pipeline, wanted, most, calibration, seed, images=images, **conditions) as context:
-        context.progress.plan(lambda: make_plan(pipeline, context.request, calibration, recipe))
+        context.progress.plan(lambda: make_plan(context, recipe))
         if most is not None:
             context = dataclasses.replace(context, spec=spec_within_budget(context, most))
         model = run_recipe(recipe, context)
@@ -282,14 +281,14 @@ def _quantize(
     record = provenance.record(
         context,
         recipe,
-        source or _source_of(pipeline),
+        source,
         named | {"budget": most, "correction": correction, "requested": wanted, "prompts": conditions["prompts"]},
     )
     if others:
         record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
-    quantized = assemble(pipeline, quantization, context.spec, record, backend)
+    quantized = assemble(context.pipeline, quantization, context.spec, record, backend)
     for name, config in others.items():
-        quantized.register_modules(**{name: quantize_component(getattr(pipeline, name), config, backend)})
+        quantized.register_modules(**{name: quantize_component(getattr(quantized, name), config, backend)})
     return quantized
 
 
@@ -325,8 +324,3 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             "that torch has."
         ) from None
     return found
-
-
-def _source_of(pipeline: Any) -> str:
-    given = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
-    return Path(given).name if Path(given).is_dir() else given

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from stepquant.calibration.samples import Calibration
 from stepquant.memory import peak_resident_bytes, resident_bytes
-from stepquant.models import denoiser_name, describe
 from stepquant.pipelines.generate import generate
-from stepquant.pipelines.request import Request
-from stepquant.recipes import Recipe
+from stepquant.recipes import Context, Recipe
 from stepquant.recipes.stage import Cost, Workload
 
 QUANTIZED = 1.8
@@ -50,14 +47,13 @@ class Plan:
         )
 
 
-def make_plan(pipeline: Any, request: Request, calibration: Calibration, recipe: Recipe) -> Plan:
+def make_plan(context: Context, recipe: Recipe) -> Plan:
     """Time one call of the denoiser on one image, and multiply by what each stage of the recipe takes."""
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    description = describe(denoiser)
-    call, activations = _measure_call(pipeline, denoiser, request)
-    workload = Workload(calibration, len(description.blocks), len(description.layers))
+    description = context.description
+    call, activations = _measure_call(context)
+    workload = Workload(context.calibration, len(description.blocks), len(description.layers))
     costs = [cost for cost in (stage.cost(workload) for stage in recipe.checked_stages()) if cost.passes]
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = sum(parameter.numel() for parameter in context.denoiser.parameters())
     held = max((KEPT * cost.held * activations + 4 * cost.copies * parameters for cost in costs), default=0.0)
     return Plan(
         family=description.family,
@@ -67,7 +63,7 @@ def make_plan(pipeline: Any, request: Request, calibration: Calibration, recipe:
     )
 
 
-def _measure_call(pipeline: Any, denoiser: nn.Module, request: Request) -> tuple[float, int]:
+def _measure_call(context: Context) -> tuple[float, int]:
     """Seconds of one call for one image, and bytes that its layers put out.
 
     Of two steps the shorter counts: the first is slowed by what is set up once.
@@ -81,14 +77,14 @@ def _measure_call(pipeline: Any, denoiser: nn.Module, request: Request) -> tuple
         if not spent and isinstance(output, Tensor):
             size += output.numel() * output.element_size()
 
+    denoiser = context.denoiser
     handles = [module.register_forward_hook(add) for module in denoiser.modules() if not any(module.children())]
     handles += [
         denoiser.register_forward_pre_hook(lambda *_: started.append(time.perf_counter())),
         denoiser.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started[-1])),
     ]
-    first = Request(request.conditions, 2, request.guidance, request.size, request.inputs)
     try:
-        generate(pipeline, first, [0], 0, decode=False)
+        generate(context.pipeline, replace(context.request, steps=2), [0], 0, decode=False)
     finally:
         for handle in handles:
             handle.remove()

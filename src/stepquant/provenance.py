@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -25,18 +26,18 @@ DEFAULTS = {"preset": "fast", "effort": "standard", "dtype": "float32", "seed": 
 """Of options that need not be written."""
 
 
-def record(context: Context, recipe: Recipe, source: str, given: dict[str, Any]) -> dict[str, Any]:
+def record(context: Context, recipe: Recipe, source: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """What determined a quantization, JSON-able; without what was left out.
 
     Args:
-        source: what the model is called.
+        source: what the model is called; None: its hub id, or the name of its folder.
         given: of the call: preset, effort, budget, correction, the requested spec, and the prompts.
     """
     kind, images = type(recipe), context.images
     custom = {"name": kind.__qualname__, "file": source_file(kind), "sha256": source_digest(kind)}
     spec, requested = context.spec.model_dump(mode="json"), given["requested"].model_dump(mode="json")
     entries = {
-        "source": source,
+        "source": source or _source_of(context.pipeline),
         "recipe": recipe.called(),
         "custom_recipe": custom if is_custom(kind) else None,
         "preset": given["preset"],
@@ -58,6 +59,11 @@ def record(context: Context, recipe: Recipe, source: str, given: dict[str, Any])
         "versions": versions(),
     }
     return {name: value for name, value in entries.items() if value is not None}
+
+
+def _source_of(pipeline: Any) -> str:
+    given = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
+    return Path(given).name if Path(given).is_dir() else given
 
 
 def versions() -> dict[str, str]:
@@ -155,7 +161,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
 
 
 def _usual(provenance: dict[str, Any], name: str) -> Any:
-    """A hyperparameter as preset and effort give it; of a custom recipe, whose class is not at hand, no value at all."""
+    """A hyperparameter as preset and effort give it; None for a custom recipe, whose class is not at hand."""
     recipes: dict[str, type[Recipe]] = {QAT.name: QAT, **RECIPES}
     recipe = recipes.get(provenance["recipe"])
     if recipe is None or "custom_recipe" in provenance:

@@ -61,7 +61,8 @@ def check_budget(spec: QuantSpec, bits: dict[str, LayerBits], sizes: dict[str, i
     if not least <= budget <= most:
         shown = math.ceil(least * 1000) / 1000  # rounded up: a valid budget
         raise StepquantError(
-            f"a budget of {budget:g} bits cannot be met; expected {shown:g}, the mean weight bits without it, to {most}."
+            f"a budget of {budget:g} bits cannot be met; expected {shown:g}, the mean weight bits without it, to "
+            f"{most}."
         )
 
 

@@ -6,15 +6,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
 from stepquant.core.transforms import Smoothing
-
-if TYPE_CHECKING:
-    from stepquant.layers.quantized import QuantizedModule
+from stepquant.layers.format import LayerFormat
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -22,6 +20,13 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 UNLIMITED = 1 << 62
 INT32_PRODUCTS = (1 << 31) // (255 * 128)
 """Products of an activation code and a weight that an int32 accumulator holds in the worst case."""
+
+
+class Layer(Protocol):
+    """What a kernel looks at to tell whether it executes a layer; a `QuantizedModule` has it."""
+
+    format: LayerFormat
+    weight_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Capabilities:
     grouped_both: bool = False
     most_products: int = INT32_PRODUCTS
 
-    def support(self, module: QuantizedModule) -> bool:
+    def support(self, module: Layer) -> bool:
         """Whether a layer is among them."""
         layer, shape = module.format, module.weight_shape
         split = any(grid is not None and len(grid.groups) > 1 for grid in (layer.weight, layer.input))
@@ -77,7 +82,7 @@ class Kernel(nn.Module):
     fuses: ClassVar[bool] = False
 
     @classmethod
-    def supports(cls, module: QuantizedModule) -> bool:
+    def supports(cls, module: Layer) -> bool:
         """Whether the kernel executes a layer."""
         return cls.capabilities.support(module)
 

@@ -14,20 +14,11 @@ from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
 from stepquant.models import denoiser_name
 from stepquant.pipelines.overflow import watched
-from stepquant.pipelines.request import Request, call_parameters, kind_of
+from stepquant.pipelines.request import Request, call_parameters, check_dtype, kind_of
 from stepquant.progress import Progress
 
 BATCH_SIZE = 16
 """Default number of images generated at a time."""
-
-
-def check_dtype(pipeline: Any) -> None:
-    """Raise `StepquantError` if the pipeline cannot output images in its dtype."""
-    if kind_of(pipeline) == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
-        raise StepquantError(
-            f"{type(pipeline).__name__} outputs NumPy arrays, which cannot be bfloat16; expected dtype float32 or "
-            "float16. Load the pipeline with another dtype."
-        )
 
 
 def generate(

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from stepquant.errors import StepquantError, first_line
+from stepquant.models import denoiser_name
 
 Kind = Literal["unconditional", "class", "text"]
 
@@ -139,3 +142,12 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise StepquantError(f"prompts file {path} is empty; expected one prompt per line.")
     return prompts
+
+
+def check_dtype(pipeline: Any) -> None:
+    """Raise `StepquantError` if the pipeline cannot output images in its dtype."""
+    if kind_of(pipeline) == "unconditional" and getattr(pipeline, denoiser_name(pipeline)).dtype == torch.bfloat16:
+        raise StepquantError(
+            f"{type(pipeline).__name__} outputs NumPy arrays, which cannot be bfloat16; expected dtype float32 or "
+            "float16. Load the pipeline with another dtype."
+        )

@@ -50,8 +50,8 @@ class IntervalGenerator(nn.Module):
     """TDQ's network from the timestep to the gain of one activation's interval (arXiv 2306.02316, section 3.3).
 
     ``gain(t) = softplus(MLP(features(t)) + softplus^-1(1))``. The gain times the static scale is the paper's interval;
-    with a gain, learning rates do not depend on the activation's size. The last layer starts at zero, so the gain starts
-    at 1 unless `fit` is called. After training it is evaluated at every table row and discarded.
+    with a gain, learning rates do not depend on the activation's size. The last layer starts at zero, so the gain
+    starts at 1 unless `fit` is called. After training it is evaluated at every table row and discarded.
 
     Args:
         timesteps: float [R], of the table rows.

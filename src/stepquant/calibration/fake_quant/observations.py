@@ -16,8 +16,8 @@ MOST_ROWS = 8
 class Observations:
     """Activations of many samples, in bounded memory; independent of how samples are batched.
 
-    Each sample contributes the same number of values, at random positions that are drawn once. When all samples together
-    exceed the limit, each drops the later half of its values, so that all keep equal weight.
+    Each sample contributes the same number of values, at random positions that are drawn once. When all samples
+    together exceed the limit, each drops the later half of its values, so that all keep equal weight.
 
     Attributes:
         low, high: float32 [R, G], range of each table row and channel group; infinite where nothing was observed.
