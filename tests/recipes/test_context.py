@@ -74,7 +74,7 @@ def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
 def test_smoothing_is_that_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
     """One recipe splits the layers behind skips, another does not."""
     monkeypatch.setattr("stepquant.calibration.smoothing.KEPT_COLUMNS", 32)
-    monkeypatch.setattr("stepquant.calibration.smoothing.CANDIDATES", 4)
+    monkeypatch.setattr("stepquant.calibration.smoothing.RANGES", 4)
 
     def factors(folder, *, split_skips):
         state = State()
