@@ -57,6 +57,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests training benchmarks examples
 	$(BIN)/ruff format --check src tests training benchmarks examples
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Measurements behind docs/reliability.md: minutes each.
 trust-interruption: $(VENV)/installed-dev
