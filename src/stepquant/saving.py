@@ -1,4 +1,4 @@
-"""Write a quantized pipeline to a folder or the hub, and load it again."""
+"""Save a quantized pipeline to a folder or the hub, and load it again."""
 
 from __future__ import annotations
 
@@ -45,43 +45,42 @@ def quantized_component(pipeline: Any) -> str | None:
 
 
 def provenance_of(denoiser: Any) -> dict[str, Any]:
-    """Where a quantized denoiser comes from: recipe, arguments, spec, calibration, seed, versions."""
+    """Provenance of a quantized denoiser: recipe, arguments, spec, calibration, seed, versions."""
     return dict(denoiser.config.get("quantization_config") or {}).get("provenance") or {}
 
 
 def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpacked") -> Any:
-    """The quantized pipeline in `folder`, every file verified, and ready to run.
+    """Load the quantized pipeline in `folder`, verified and ready to run.
 
     Args:
         backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function (``KernelFactory``).
         memory: ``"unpacked"``, or ``"packed"``: weights of up to 4 bits stay two to a byte. Results are the same.
 
-    ``DiffusionPipeline.from_pretrained(folder)`` loads it as well, and verifies the quantized component. It loads from
-    the hub, too, by a model's id; `load` takes folders only.
+    ``DiffusionPipeline.from_pretrained`` loads folders and models of the hub; it verifies the quantized component.
 
     Raises:
-        StepquantError: for a folder that is missing, foreign, damaged, or of a newer format.
+        StepquantError: if the folder is missing, not a checkpoint, damaged, or of a newer format.
     """
     return load_pipeline(folder, backend, memory)[0]
 
 
 def extend_pipelines() -> None:
-    """Let `save_pretrained` and `push_to_hub` of every diffusers pipeline write all that belongs to a quantized one.
+    """Make `save_pretrained` and `push_to_hub` of diffusers pipelines support quantized pipelines.
 
     This holds for the class, so that it does not depend on how a pipeline was loaded, copied or put together. A
     pipeline that is not quantized keeps diffusers' own methods. Doing it again changes nothing.
     """
-    for name, ours in (("save_pretrained", _save_pretrained), ("push_to_hub", push_to_hub)):
+    for name, extended in (("save_pretrained", _save_pretrained), ("push_to_hub", push_to_hub)):
         if not hasattr(getattr(DiffusionPipeline, name), ORIGINAL):
-            setattr(DiffusionPipeline, name, _extended(getattr(DiffusionPipeline, name), ours))
+            setattr(DiffusionPipeline, name, _extended(getattr(DiffusionPipeline, name), extended))
 
 
-def _extended(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(theirs)
+def _extended(original: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (theirs if quantized_component(self) is None else ours)(self, *args, **kwargs)
+        return (original if quantized_component(self) is None else extended)(self, *args, **kwargs)
 
-    setattr(method, ORIGINAL, theirs)
+    setattr(method, ORIGINAL, original)
     return method
 
 
@@ -95,7 +94,7 @@ def _save_pretrained(
     overwrite: bool = False,
     **hub: Any,
 ) -> None:
-    """`save` in the signature of diffusers."""
+    """`save` with the signature of diffusers."""
     if not safe_serialization or variant is not None or hub:
         given = sorted(hub) or (f"variant={variant!r}" if variant else "safe_serialization=False")
         raise StepquantError(
@@ -108,11 +107,11 @@ def _save_pretrained(
 def push_to_hub(
     pipeline: Any, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit: Any
 ) -> str:
-    """Upload a quantized pipeline with its model card to the hub; returns the address of the commit.
+    """Upload a quantized pipeline with its model card to the hub; returns the URL of the commit.
 
     Args:
-        private: whether the repository is private, if it does not exist yet.
-        commit: ``commit_message``, ``create_pr`` and whatever else ``HfApi.upload_folder`` takes.
+        private: whether a new repository is private.
+        commit: ``commit_message``, ``create_pr`` and other arguments of ``HfApi.upload_folder``.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="stepquant-") as temporary:

@@ -11,8 +11,8 @@ from stepquant.core.gptq import (
     aligned_weight,
     gptq_weight,
     input_rows,
-    parts_of_inputs,
-    sparser,
+    row_step,
+    split_inputs,
 )
 
 
@@ -106,16 +106,16 @@ def test_large_images_give_fewer_rows_at_even_distances():
     x = torch.randn(2, 2, 8, 8)
     every = input_rows(x, conv).reshape(2, 8, 8, -1)
     assert torch.equal(input_rows(x, conv, 3).reshape(2, 3, 3, -1), every[:, ::3, ::3])
-    assert sparser(2, x, conv) == 1
+    assert row_step(2, x, conv) == 1
     samples = 40 * MOST_ROWS // 64
-    step = sparser(samples, x, conv)
+    step = row_step(samples, x, conv)
     assert 0.5 * MOST_ROWS < samples * (64 / step**2) <= MOST_ROWS
-    assert sparser(7 * MOST_ROWS, torch.randn(1, 1, 2), nn.Linear(2, 2)) == 7
+    assert row_step(7 * MOST_ROWS, torch.randn(1, 1, 2), nn.Linear(2, 2)) == 7
 
 
 @pytest.mark.parametrize("channels, taps, count", [(512, 9, 1), (2560, 9, 5), (1280, 9, 3), (5120, 1, 2), (999, 25, 6)])
 def test_wide_layers_are_taken_apart_between_channels(channels, taps, count):
-    parts = parts_of_inputs(channels, taps)
+    parts = split_inputs(channels, taps)
     assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == channels * taps
     assert all(one.stop == other.start for one, other in pairwise(parts))
     assert all(part.start % taps == 0 and part.stop - part.start <= MOST_INPUTS for part in parts)

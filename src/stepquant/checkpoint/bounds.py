@@ -1,7 +1,7 @@
-"""Bounds on what the configurations in a folder may demand, since anybody can have written them.
+"""Resource limits for untrusted configurations.
 
-A few bytes of JSON can name a model of a million layers, or tables that fill the memory. Nothing that a configuration
-describes is much larger than the weights that lie beside it, so these are the bound.
+A few bytes of JSON can describe a model of a million layers, or tables that fill the memory. What a configuration
+describes must not be much larger than the weight files beside it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from stepquant.checkpoint.format import LARGEST_JSON, read_json
 from stepquant.errors import StepquantError
 
 LARGEST_VOCABULARY = 4 * LARGEST_JSON
-"""Bytes of a tokenizer's file."""
+"""Maximum bytes of a tokenizer file."""
 LARGEST_NUMBER = 1 << 24
-"""No size or count in a configuration is larger; timesteps of training, say, become tables of that length."""
+"""Maximum absolute value of integers in a configuration; the training timesteps become a table of that length."""
 LARGEST_GRID = 1 << 29
-"""Numbers in a table of position embeddings, which is computed from the configuration and not stored."""
+"""Maximum numbers in a table of position embeddings, which is computed from the configuration and not stored."""
 SPARE_PARAMETERS = 1000
 SPARE_NUMBERS = 1 << 20
 
 
 def check_configurations(folder: Path) -> None:
-    """Refuse configurations of a pipeline that are too large, too deep, or name code or sizes that no model has.
+    """Refuse configurations that are too large or too deep, refer to custom code, or contain implausible sizes.
 
     Raises:
         StepquantError: naming the file.
@@ -47,7 +47,7 @@ def check_configurations(folder: Path) -> None:
 
 
 def check_numbers(path: Path, config: dict[str, Any]) -> None:
-    """Raise `StepquantError` if a number of a configuration is far beyond what it can mean."""
+    """Raise `StepquantError` if a configuration contains an implausible size."""
     for number in _integers({name: value for name, value in config.items() if name != "quantization_config"}):
         if abs(number) > LARGEST_NUMBER:
             raise StepquantError(f"{path} holds the number {number}: no model has such a size, it is damaged.")
@@ -63,10 +63,10 @@ def check_numbers(path: Path, config: dict[str, Any]) -> None:
 
 @contextmanager
 def bounded_by(files: list[Path]) -> Iterator[None]:
-    """Stop the building of a model that has far more parameters than `files`, safetensors of its folder, can hold.
+    """Limit the parameters of a model that is built in the context to what `files` (safetensors) can hold.
 
     Raises:
-        StepquantError: as soon as it does, or if a file cannot be read.
+        StepquantError: as soon as the model exceeds that, or if a file cannot be read.
     """
     names = stored = 0
     for path in files:
@@ -76,7 +76,7 @@ def bounded_by(files: list[Path]) -> Iterator[None]:
                 names += len(file.keys())
         except (OSError, SafetensorError) as error:
             raise StepquantError(f"{path} cannot be read ({error}): the checkpoint is damaged.") from None
-    parameters, numbers = 2 * names + SPARE_PARAMETERS, 2 * stored + SPARE_NUMBERS  # codes of 4 bits: two to a byte
+    parameters, numbers = 2 * names + SPARE_PARAMETERS, 2 * stored + SPARE_NUMBERS  # two 4-bit codes per byte
     thread, seen = threading.get_ident(), [0, 0]
 
     def count(_module: nn.Module, _name: str, parameter: Tensor | None) -> None:
@@ -84,7 +84,7 @@ def bounded_by(files: list[Path]) -> Iterator[None]:
             return
         seen[0] += 1
         seen[1] += parameter.numel()
-        # A model is built more than once while it is loaded, and quantized layers take the place of others.
+        # A model is built more than once while it is loaded, and quantized layers replace others.
         if seen[0] > 4 * parameters or seen[1] > 4 * numbers:
             raise StepquantError(
                 "a configuration describes a model far larger than the weights beside it: the checkpoint is damaged."
@@ -98,7 +98,7 @@ def bounded_by(files: list[Path]) -> Iterator[None]:
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """All integers in a JSON value."""
+    """Yield all integers in a JSON value."""
     stack = [value]
     while stack:
         item = stack.pop()

@@ -9,11 +9,11 @@ CARD = "README.md"
 
 
 def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denoiser_bytes: int) -> str:
-    """What the model is, where it comes from and how to load it, in the form the hub reads.
+    """Write the model card: metadata for the hub, a description, and how to load the model.
 
     Args:
         component: name of the quantized denoiser in the pipeline.
-        denoiser_bytes: size of its weights on disk.
+        denoiser_bytes: size of the denoiser's weights on disk.
     """
     source, recipe = str(provenance.get("source", "")), str(provenance.get("recipe", "round to nearest"))
     bits = str(provenance.get("spec", {}).get("bits", ""))

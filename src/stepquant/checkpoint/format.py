@@ -7,7 +7,7 @@
     stepquant.json                                     `Manifest`: provenance, and size and SHA-256 of every other file
     README.md                                          the model card, which may be edited: the manifest leaves it out
 
-Nothing in it depends on the time or the machine: the same inputs give the same bytes.
+Files do not depend on time or machine: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MANIFEST = "stepquant.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUANT_METHOD = "stepquant"
 DIGEST = "stepquant_digest"
-"""Key of a weight file's metadata that holds the digest of its tensors (`stepquant.workspace.tensors_digest`), in files
-that diffusers' own ``save_pretrained`` wrote, which writes no manifest."""
+"""Metadata key of the digest of a weight file's tensors (`stepquant.files.tensors_digest`). Files that a component's
+``save_pretrained`` wrote have it, since no manifest lists them."""
 LARGEST_JSON = 16 << 20
-"""Bytes; a JSON file beyond this is refused unread."""
+"""Maximum bytes of a JSON file."""
 
 
 class FileRecord(BaseModel):
@@ -43,10 +43,10 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Provenance of a quantized pipeline, and size and hash of its files.
+    """Provenance of a quantized pipeline, and sizes and hashes of its files.
 
     Attributes:
-        format_version: of this layout; a reader refuses a newer one.
+        format_version: version of this layout; a reader refuses a newer one.
         component: name of the quantized denoiser in the pipeline.
         provenance: recipe with its arguments, spec, calibration, seed, source model, versions of the libraries.
         files: relative path -> record, for every file of the folder but this one.
@@ -65,7 +65,7 @@ class Manifest(BaseModel):
         return digest(self.model_dump(mode="json", exclude={"digest"}))
 
     def sealed(self) -> Manifest:
-        """The same manifest with its digest filled in."""
+        """Copy with the digest filled in."""
         return self.model_copy(update={"digest": self.computed_digest()})
 
     def to_json(self) -> str:
@@ -78,14 +78,14 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces."""
+    """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(bytes=path.stat().st_size, sha256=sha256)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; raises `StepquantError` for anything else."""
+    """Read a JSON object from a file of bounded size; raises `StepquantError` for anything else."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise StepquantError(f"{path} is larger than any file of its kind: the checkpoint is damaged.")
@@ -100,10 +100,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a quantized pipeline, its own digest checked.
+    """Read the manifest of a quantized pipeline and check its digest.
 
     Raises:
-        StepquantError: if there is none, it is malformed, or it was written by a newer format.
+        StepquantError: if it is missing, malformed, damaged, or of a newer format.
     """
     if not is_checkpoint(folder):
         raise StepquantError(f"{folder} has no {MANIFEST}; it was not written by stepquant.")
@@ -129,10 +129,10 @@ def check_version(version: Any, what: str) -> int:
 
 
 def verify(folder: Path, manifest: Manifest, component: str | None = None) -> None:
-    """Check every file, or those of one component, against the manifest before anything in it is believed.
+    """Check every file, or those of one component, against the manifest.
 
     Raises:
-        StepquantError: naming the first file that is missing, changed, unlisted in a component's folder, or outside.
+        StepquantError: for the first file that is missing, changed, unlisted, a link, or outside the folder.
     """
     for name, expected in manifest.files.items():
         relative = PurePosixPath(name)

@@ -1,4 +1,4 @@
-"""The ``model_index.json`` of a pipeline folder: checked before diffusers is let near the folder."""
+"""Check the ``model_index.json`` of a pipeline folder before diffusers reads it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stepquant.errors import StepquantError
 
 
 def check_index(folder: Path) -> None:
-    """Refuse an index that is damaged, or names code that neither diffusers nor transformers has.
+    """Refuse an index that is damaged, or refers to code outside diffusers and transformers.
 
     Components may come from diffusers, from one of its pipelines (a safety checker does), or from transformers.
 
     Raises:
-        StepquantError: naming what is wrong.
+        StepquantError: for such an index.
     """
     try:
         index = read_json(folder / "model_index.json")

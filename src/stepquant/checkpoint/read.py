@@ -36,16 +36,16 @@ from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
 
 PIECE = 64
-"""Tensors that are read before the file is closed and opened again."""
+"""Tensors read before the file is closed and reopened, which releases the memory of what was read."""
 
 
 def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "unpacked") -> tuple[Any, Manifest]:
-    """The diffusers pipeline in `folder`, its denoiser quantized and given the kernels of `backend`; and its manifest.
+    """Load the pipeline in `folder`, with the kernels of `backend`; returns it and its manifest.
 
     Every file is checked against the manifest before it is opened; no code of the folder is executed.
 
     Raises:
-        StepquantError: for a folder that is missing, foreign, damaged, or of a newer format.
+        StepquantError: if the folder is missing, not a checkpoint, damaged, or of a newer format.
     """
     given, folder = folder, Path(folder)
     if not folder.is_dir():
@@ -72,27 +72,27 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "
             )
     except StepquantError:
         raise
-    except Exception as error:  # what lies beside the denoiser is read by other libraries, and can fail in any way
+    except Exception as error:  # other libraries read the other components, and can fail in any way
         raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {first_line(error)}.") from None
     correct_sampler(pipeline, denoiser)
     return pipeline, manifest
 
 
 def load_denoiser(folder: Path) -> nn.Module:
-    """The quantized denoiser in a component's folder, in float32, without kernels yet."""
+    """Load the quantized denoiser in a component's folder, in float32 and without kernels."""
     config = read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None)
     name = config.get("_class_name")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise StepquantError(f"{folder}/config.json has no stepquant configuration. The checkpoint is damaged.")
     cls: Any = getattr(diffusers, str(name), None)
-    if not _is_model(cls):
+    if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin):
         raise StepquantError(f"{folder} holds a {name}: expected a model of diffusers {diffusers.__version__}.")
     check_numbers(folder / "config.json", config)
     quantization, version = upgrade_config(quantization, f"{folder}/config.json")
     try:
         with bounded_by([folder / WEIGHTS]), init_empty_weights():
-            model = cls.from_config(config)
+            model: Any = cls.from_config(config)  # type: ignore[attr-defined]
     except StepquantError:
         raise
     except Exception as error:  # a damaged configuration can fail in any way inside the model's constructor
@@ -106,15 +106,10 @@ def load_denoiser(folder: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _is_model(cls: Any) -> bool:
-    return inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
-
-
 def verify_component(files: list[Path]) -> None:
-    """Check the weight files of one quantized component before a tensor of them is used, as far as can be known.
+    """Verify the weight files of one quantized component before their tensors are used.
 
-    Against the manifest of the pipeline's folder where there is one, else against the digest in the file itself, if it
-    has one.
+    They are checked against the manifest of the pipeline's folder, else against the digest in the file, if any.
 
     Raises:
         StepquantError: if a file is not a safetensors file, is a link to elsewhere, or is damaged.
@@ -142,8 +137,7 @@ def verify_component(files: list[Path]) -> None:
 
 
 def check_tables(model: nn.Module) -> None:
-    """Check the tables of attentions and of the output, which are read at run time only; layers check theirs when
-    kernels are built."""
+    """Check the tables of attentions and of the output correction; those of layers are checked with their kernels."""
     for module in model.modules():
         if isinstance(module, QuantizedAttentionProcessor):
             module.attention()
@@ -152,12 +146,11 @@ def check_tables(model: nn.Module) -> None:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    """Load the weights of `path` into a model on the meta device; names, shapes and kinds must be exactly its own."""
+    """Load the weights of `path` into a model on the meta device; names, shapes and dtypes must match."""
     expected = model.state_dict()
     try:
         with safe_open(path, "pt") as file:
             check_names(path, set(file.keys()), set(expected))
-        # What was read of a file is in memory until it is closed, and its tensors are copied: a part at a time.
         names, tensors = list(expected), {}
         for start in range(0, len(names), PIECE):
             with safe_open(path, "pt") as file:
@@ -169,17 +162,17 @@ def _fill(model: nn.Module, path: Path) -> None:
 
 
 def check_names(path: Path, names: set[str], expected: set[str]) -> None:
-    """Raise `StepquantError` unless a file holds exactly the tensors that the model has."""
+    """Raise `StepquantError` unless the tensors of a file are exactly those that the model expects."""
     if names != expected:
         odd = sorted(names ^ expected)[0]
         raise StepquantError(f"{path}: tensor {odd!r} is missing or does not belong: the checkpoint is damaged.")
 
 
 def check_tensor(path: Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the dtype of `like`; raises `StepquantError` unless shape, kind and values are as they must be."""
+    """Convert `tensor` to the dtype of `like`; raises `StepquantError` for a wrong shape, kind or value."""
     if tensor.shape != like.shape:
         raise StepquantError(f"{path}: tensor {name!r} has another shape than the model. The checkpoint is damaged.")
-    # Floats are widened; other integers would be cut to fit, and become other numbers.
+    # Floats may be widened; integers must have the exact dtype.
     is_float = like.dtype.is_floating_point and tensor.dtype.is_floating_point
     if not is_float and tensor.dtype != like.dtype:
         raise StepquantError(

@@ -1,4 +1,4 @@
-"""Read format version 1: configurations are rewritten, and tensors are loaded under the names and shapes they had.
+"""Read format version 1: rewrite configurations, and load tensors under their former names and shapes.
 
 Version 2 has three-dimensional scales and zero points, and an ordered list of transforms per layer. Version 1 had the
 smoothing factor as the tensor ``input_balance``, weight grids [G, out], input grids [R, G] and operand grids [R, 1].
@@ -19,7 +19,7 @@ from stepquant.layers.buffers import TransformBuffers
 from stepquant.layers.quantized import QuantizedModule
 
 SPEC_NAMES = {"balance": "smoothing", "exceptions": "overrides"}
-"""Names of a spec's fields in version 1 -> now."""
+"""Fields of a spec in version 1 -> current names."""
 
 SMOOTHING = "input_balance"
 """Name of the smoothing factor in version 1."""
@@ -47,10 +47,10 @@ class _LayerFormat1(BaseModel):
 
 
 def upgrade_config(config: dict[str, Any], what: str) -> tuple[dict[str, Any], int]:
-    """The `quantization_config` of a component in the current version, and the version it was stored in.
+    """Convert the `quantization_config` of a component to the current version; also returns its stored version.
 
     Args:
-        what: where it was read, for messages.
+        what: source of the configuration, for messages.
 
     Raises:
         StepquantError: if its version is unknown, or it is malformed.
@@ -68,13 +68,14 @@ def upgrade_config(config: dict[str, Any], what: str) -> tuple[dict[str, Any], i
             upgraded["provenance"] = provenance | {"spec": _spec(provenance["spec"])}
     except (ValidationError, AttributeError, KeyError, TypeError, ValueError):
         raise StepquantError(
-            f"{what} does not describe a model of format version 1. The checkpoint is damaged; quantize the model again."
+            f"{what} does not describe a model of format version 1. The checkpoint is damaged; quantize the model "
+            "again."
         ) from None
     return upgraded, version
 
 
 def expect_version(model: nn.Module, version: int) -> None:
-    """Give an empty quantized model the tensors of `version`, to be filled from a file."""
+    """Give an empty quantized model the tensors that a file of `version` has."""
     if version == FORMAT_VERSION:
         return
     for module, name, dim in _grids(model):
@@ -99,7 +100,7 @@ def upgrade_model(model: nn.Module, version: int) -> None:
 
 
 def _grids(model: nn.Module) -> list[tuple[nn.Module, str, int]]:
-    """Every tensor of a grid: its module, its name, and the dimension that version 1 did not have."""
+    """Tensors of grids: module, name, and the dimension that version 1 did not have."""
     found: list[tuple[nn.Module, str, int]] = []
     for module in model.modules():
         if isinstance(module, QuantizedModule | QuantizedAttentionProcessor):

@@ -53,17 +53,17 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
     try:
         draft.mkdir(parents=True)
         remove_orphans(out)
-        theirs = type(pipeline).save_pretrained
-        getattr(theirs, ORIGINAL, theirs)(pipeline, draft, safe_serialization=True)
+        save = type(pipeline).save_pretrained
+        getattr(save, ORIGINAL, save)(pipeline, draft, safe_serialization=True)
         for path in (draft / component).glob("*.safetensors*"):
             path.unlink()
         _complete(pipeline, draft)
         _forget_origin(draft)
-        _load_alike(draft)
+        _load_in_float32(draft)
         tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
-        # One entry of metadata and no more: safetensors writes several in an order that changes from run to run.
+        # A single entry of metadata: safetensors writes several in an order that changes from run to run.
         save_file(tensors, draft / component / WEIGHTS, metadata={"format": "pt"})
-        for path in draft.rglob("*.safetensors"):  # which safetensors lets their owner alone read
+        for path in draft.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(draft / "model_index.json", path)
         (draft / CARD).unlink(missing_ok=True)
         files = {
@@ -94,10 +94,7 @@ def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, 
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder inside a checkpoint, and one that exists, unless it holds a model to be overwritten.
-
-    Never touches it.
-    """
+    """Raise `StepquantError` if `out` is inside a checkpoint, or exists and is not a model to be overwritten."""
     for parent in out.resolve().parents:
         if is_checkpoint(parent):
             raise StepquantError(
@@ -109,7 +106,8 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         return
     if not is_checkpoint(out) and not (out / "model_index.json").is_file():
         raise StepquantError(
-            f"{out} does not contain a model, and overwrite=True replaces only models. Choose another folder, or empty this one."
+            f"{out} does not contain a model, and overwrite=True replaces only models. Choose another folder, or empty "
+            "this one."
         )
     if not overwrite:
         whose = (
@@ -119,7 +117,7 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
 
 
 def _complete(pipeline: Any, folder: Path) -> None:
-    """Add what diffusers reads but does not write: the names of classes. And a model's example prompts."""
+    """Add the names of classes, which diffusers reads but does not write, and a model's example prompts."""
     labels = getattr(pipeline, "labels", None)
     if labels:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -134,18 +132,18 @@ def _complete(pipeline: Any, folder: Path) -> None:
 
 
 def _forget_origin(folder: Path) -> None:
-    """Take out of the configurations where a model was loaded from: a path of one machine, and different each time."""
+    """Remove the local path that a model was loaded from from its configurations."""
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_alike(folder: Path) -> None:
-    """Let a pipeline in half precision load in float32 by default.
+def _load_in_float32(folder: Path) -> None:
+    """Make all components load in float32 by default.
 
-    diffusers loads its models so, but transformers in the type that their configuration names, and a pipeline that has
-    a text encoder in bfloat16 and a denoiser in float32 does not run.
+    diffusers loads in float32, but transformers in the dtype of its configuration, and a pipeline with a text encoder
+    in bfloat16 and a denoiser in float32 does not run.
     """
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -154,10 +152,10 @@ def _load_alike(folder: Path) -> None:
 
 
 def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[str, Tensor]:
-    """A state dict as stored: what quantization made as it is, other floats in fp16 wherever that loses nothing.
+    """Store floats in fp16 where that is lossless, except tensors that quantization created.
 
     Args:
-        made: prefixes of the names of what quantization made (`stepquant.layers.install.made_by_quantization`).
+        made: name prefixes of those tensors (`stepquant.layers.install.made_by_quantization`).
     """
     narrowed = {}
     for name, tensor in state.items():
@@ -168,6 +166,6 @@ def narrow_tensors(state: Mapping[str, Tensor], made: tuple[str, ...]) -> dict[s
 
 
 def narrow(tensor: Tensor) -> Tensor:
-    """A float32 tensor in fp16 if that holds every value exactly, else as it is."""
+    """Convert a float32 tensor to fp16 if that is lossless."""
     half = tensor.half()
     return half if torch.equal(half.float(), tensor) else tensor

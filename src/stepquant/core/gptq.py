@@ -11,29 +11,29 @@ from torch import Tensor, nn
 from stepquant.core.affine import largest_code
 
 DAMPING = 0.01
-"""Added to the diagonal of the second moments, as a share of its mean (GPTQ's public code)."""
+"""Fraction of the mean of the second moments' diagonal that is added to it (as in GPTQ's public code)."""
 
 COLUMNS = 64
-"""Columns whose errors reach the rest of the weight in one product: the order of additions, and nothing else."""
+"""Columns per block, whose errors update the rest of the weight in one matrix product."""
 
 MOST_ROWS = 1 << 15
-"""Rows of second moments worth adding up: neighbouring positions of an image say nearly the same."""
+"""Maximum rows summed into second moments; neighbouring positions of an image carry nearly the same information."""
 
 MOST_INPUTS = 4608
-"""Inputs of a layer (channels times the size of the kernel) gptq-rounded together. Solving takes their third power
-in time and their second in memory: minutes and 20 GB for the 23,040 of Stable Diffusion's widest convolution."""
+"""Maximum inputs (channels times kernel size) that are solved together. Time grows with their cube and memory with
+their square: minutes and 20 GB for the 23,040 inputs of Stable Diffusion's widest convolution."""
 
 RIDGE = 1.0
-"""How strongly an aligned weight is drawn to the original one, as a share of the mean second moment: with a hundred
-samples, 0.01 fits their noise (``docs/results/defaults.md``)."""
+"""Ridge penalty of `aligned_weight`, as a fraction of the mean second moment. With a hundred samples, 0.01 overfits
+(``docs/results/defaults.md``)."""
 
 
 def gptq_weight(weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The weight that, rounded to nearest, has the least output error GPTQ finds (arXiv 2210.17323, algorithm 1).
+    """Compute the weight whose nearest codes are those of GPTQ (arXiv 2210.17323, algorithm 1).
 
-    Minimises ``|(W' - W) X|^2`` greedily: input by input, each is rounded and its error spread over the rest by the
-    inverse of the second moments; inputs of large moments go first. Returned are the unrounded weights at the moment
-    each was rounded, so that learned rounding can go on from there.
+    Minimizes ``|(W' - W) X|^2`` greedily: rounds one input at a time, those with large moments first, and distributes
+    its error over the rest by the inverse of the second moments. The values returned are those just before each input
+    was rounded, so that learned rounding can start from them.
 
     Args:
         weight: float [out, in].
@@ -69,10 +69,9 @@ def gptq_weight(weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tens
 
 
 def aligned_weight(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
-    """The weight W' of least ``|W' X' - W X|^2``: the layer's own output, from the inputs X' that it gets now.
+    """Minimize ``|W' X' - W X|^2`` by ridge regression towards W, where X' is the quantized model's input.
 
-    Undoes, as far as a linear map can, what quantization has done to the input so far (GPTAQ, arXiv 2504.02692, has
-    the same aim). Ridge regression towards W.
+    Compensates for the error that quantization of earlier layers left in the input (as GPTAQ, arXiv 2504.02692).
 
     Args:
         weight: W, float [out, in].
@@ -88,18 +87,18 @@ def aligned_weight(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
     return torch.linalg.solve(moments.double() + ridge, target.t()).t().float()
 
 
-def parts_of_inputs(channels: int, taps: int) -> list[slice]:
-    """The columns of a flattened weight, [out, channels * taps], in parts of at most `MOST_INPUTS` and whole channels.
+def split_inputs(channels: int, taps: int) -> list[slice]:
+    """Split the columns of a flattened weight, [out, channels * taps], between channels into parts of `MOST_INPUTS`.
 
-    Each part is aligned and gptq-rounded for itself, as if the second moments between parts were zero.
+    Each part is aligned and rounded independently, as if the second moments between parts were zero.
     """
     count = math.ceil(channels / max(1, MOST_INPUTS // taps))
     each = math.ceil(channels / count)
     return [slice(start * taps, min(start + each, channels) * taps) for start in range(0, channels, each)]
 
 
-def sparser(samples: int, x: Tensor, module: nn.Linear | nn.Conv2d) -> int:
-    """The least step between positions at which `samples` inputs of the shape of x give at most `MOST_ROWS` rows."""
+def row_step(samples: int, x: Tensor, module: nn.Linear | nn.Conv2d) -> int:
+    """Smallest step between positions for which `samples` inputs of the shape of x give at most `MOST_ROWS` rows."""
     if isinstance(module, nn.Linear):
         rows = samples * x[0, ..., 0].numel()
         return math.ceil(rows / MOST_ROWS)
@@ -108,11 +107,11 @@ def sparser(samples: int, x: Tensor, module: nn.Linear | nn.Conv2d) -> int:
 
 
 def input_rows(x: Tensor, module: nn.Linear | nn.Conv2d, step: int = 1) -> Tensor:
-    """The rows that a linear or an ungrouped convolution multiplies with its flattened weight: float [rows, in].
+    """Rows that a linear or an ungrouped convolution multiplies with its flattened weight: float [rows, in].
 
     Args:
-        x: the layer's input, float [B, ..., in] or [B, C, H, W]; then in is C times the size of the kernel.
-        step: take every `step`-th row of a linear, or position of a convolution in both directions.
+        x: the layer's input, float [B, ..., in] or [B, C, H, W]; for the latter, in is C times the kernel size.
+        step: stride between rows of a linear, or between positions of a convolution in both directions.
     """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])[::step]

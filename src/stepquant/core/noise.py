@@ -14,8 +14,8 @@ class SampleNoise:
     A sample gets the same numbers in every process and beside any other samples.
 
     Args:
-        seed: of the stage.
-        iteration: of the optimizer.
+        seed: seed of the stage.
+        iteration: iteration of the optimizer.
         places: indices of the samples in the whole minibatch.
     """
 

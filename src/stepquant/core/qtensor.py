@@ -1,8 +1,8 @@
-"""The one quantized tensor: integer codes and the grid they lie on.
+"""The quantized tensor: integer codes and their quantization grid.
 
     x ~ (code - zero_point) * scale
 
-Calibration makes these objects, checkpoints store them, and every kernel, exporter and report reads them.
+Calibration creates these objects, checkpoints store them, and kernels, exporters and reports read them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stepquant.core.transforms import LayerTransform, Smoothing
 from stepquant.errors import StepquantError
 
 MOST_ROWS = 100_000
-"""Rows of the longest table. No schedule has more timesteps; a checkpoint that claims more is damaged."""
+"""Maximum rows of a table, beyond the timesteps of any schedule."""
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class InvalidGrid(StepquantError):
-    """Codes or grids that break an invariant below; `what` says which, without a guess at why."""
+    """Codes or a grid that violate an invariant, which `what` describes."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}. The checkpoint is damaged; quantize the model again.")
@@ -34,7 +34,7 @@ class InvalidGrid(StepquantError):
 
 
 class GridFormat(BaseModel):
-    """Shape of a `Grid`, as JSON holds it.
+    """Shape of a `Grid`, serializable as JSON.
 
     Attributes:
         bits: 2 to 8.
@@ -77,11 +77,11 @@ class Grid:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Number of rows, R."""
         return self.scale.shape[0]
 
     def to(self, device: torch.device | str) -> Grid:
-        """The grid on `device`."""
+        """Copy the grid to `device`."""
         return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
 
     def sizes(self, channels: int) -> tuple[int, ...]:
@@ -92,14 +92,13 @@ class Grid:
         """Scale and zero point at the clock's row: [G, C] each, or [B, G, C] for a row of shape [B]."""
         if self.rows == 1:
             return self.scale[0], self.zero_point[0]
-        # Not by `[row]`: on an accelerator that waits for the row, and torch.compile cannot read a number from a
-        # tensor.
+        # `[row]` would synchronize with an accelerator and break the graph of torch.compile.
         chosen = row.reshape(-1).to(self.scale.device)
         scale, zero_point = (values.index_select(0, chosen) for values in (self.scale, self.zero_point))
         return (scale, zero_point) if row.dim() else (scale[0], zero_point[0])
 
     def check(self, what: str = "activation", outputs: int = 1) -> None:
-        """Raise `InvalidGrid` unless the invariants above hold for C = `outputs`; `what` names the grid's owner."""
+        """Raise `InvalidGrid` unless the invariants above hold for C = `outputs`; `what` names the quantized tensor."""
         scale, zero_point = self.scale, self.zero_point
         expected = (self.rows if scale.dim() else 0, max(1, len(self.group_sizes)), outputs)
         if scale.dtype != torch.float32 or tuple(scale.shape) != expected or expected[0] == 0:
@@ -126,7 +125,7 @@ class QTensor:
 
     @classmethod
     def of_integers(cls, integers: Tensor, grid: Grid) -> QTensor:
-        """The tensor whose `integers` these are."""
+        """Inverse of `integers`."""
         _, zero_point = _spread(grid, integers.shape)
         return cls((integers + zero_point).to(torch.uint8), grid)
 
@@ -155,7 +154,7 @@ class QTensor:
         return self.integers() * scale
 
     def slice(self, start: int, stop: int) -> QTensor:
-        """Input channels [start, stop), with the groups that they lie in."""
+        """Input channels [start, stop), with their groups."""
         groups, sizes, first = [], [], 0
         for group, size in enumerate(self.grid.sizes(self.codes.shape[1])):
             inside = min(stop, first + size) - max(start, first)
@@ -172,10 +171,10 @@ class QuantizedLayer:
     """A linear or convolution in integers.
 
     Attributes:
-        weight: of the transformed layer, C = out.
+        weight: weight of the transformed layer, C = out.
         bias: float32 [out], or None.
         input: grid of the transformed input; None where the activation stays in floating point.
-        transforms: applied in this order, first to the input; see `LayerTransform`.
+        transforms: transforms of the input, in the order in which they are applied.
     """
 
     weight: QTensor
@@ -201,9 +200,10 @@ class QuantizedLayer:
         return next((each.factor for each in self.transforms if isinstance(each, Smoothing)), None)
 
     def segments(self) -> list[tuple[slice, int, QTensor]]:
-        """Runs of input channels with one weight scale per output channel and one input scale, in order.
+        """Split the input channels into runs with one weight scale per output channel and one input scale.
 
-        Each is the channels, the group of the input's grid, and the part of the weight, which has one group.
+        Returns:
+            Per run: the channels, the group of the input's grid, and the part of the weight, which has one group.
         """
         channels = self.weight.codes.shape[1]
         weight_ends = list(accumulate(self.weight.grid.sizes(channels)))
@@ -218,7 +218,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizedAttention:
-    """Grids of an attention's operands: query, key, value and probabilities; None where one stays floating point."""
+    """Grids of an attention's operands; None for an operand that stays in floating point."""
 
     query: Grid | None
     key: Grid | None
@@ -233,14 +233,14 @@ class QuantizedAttention:
 
 
 def expand_groups(values: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
-    """Repeat values of groups, [G, ...], to one of each input channel: [in, ...]."""
+    """Repeat the value of each group, [G, ...], for its input channels: [in, ...]."""
     if len(group_sizes) == 1:
         return values.expand(group_sizes[0], *values.shape[1:])
     return values.repeat_interleave(torch.tensor(group_sizes).to(values.device), dim=0)
 
 
 def stored_zero_point(values: Tensor) -> Tensor:
-    """A zero point as a `Grid` holds it, uint8; raises `InvalidGrid` where a value is not an integer from 0 to 255."""
+    """Zero point as uint8; raises `InvalidGrid` unless all values are integers from 0 to 255."""
     stored = values.to(torch.uint8)
     if bool((stored.to(values.dtype) != values).any()):
         raise InvalidGrid("a zero point is not an integer from 0 to 255")
@@ -256,7 +256,7 @@ def check_codes(what: str, codes: Tensor, bits: int) -> None:
 
 
 def _spread(grid: Grid, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Scale, and zero point as int16, of each input channel of a weight of this shape: [out, in, 1, ...]."""
+    """Scale, and zero point as int16, per input channel of a weight of this shape: [out, in, 1, ...]."""
     sizes = grid.sizes(shape[1])
     scale, zero_point = (
         expand_groups(values[0], sizes).t().reshape(-1, shape[1], *(1,) * (len(shape) - 2))

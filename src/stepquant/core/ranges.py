@@ -1,6 +1,6 @@
-"""Where a quantizer's range ends: min-max, or the range of least |x - x'|^p.
+"""Clipping ranges: min-max, or the range with the smallest error |x - x'|^p.
 
-Every function takes values as [rows, n], one range a row, and returns ``(low, high)``, float [rows].
+Functions take values as [rows, n], one range per row, and return ``(low, high)``, float [rows].
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from stepquant.core.affine import affine_from_range, fake_quantize
 RangeMethod = Literal["minmax", "least-error"]
 
 Range = RangeMethod | Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""A method, or a custom search ``(values, bits, low, high) -> (low, high)``: of values float [rows, n], whose true ends
-are `low` and `high`, the ends of the range, all float [rows]."""
+"""A method, or a custom search ``(values, bits, low, high) -> (low, high)`` over values, float [rows, n], whose minimum
+and maximum are `low` and `high`, float [rows]."""
 
 AT_ONCE = 1 << 17
-"""Values that the search for the least error looks at together."""
+"""Values per step of the search, so that they stay in the CPU's cache."""
 
 ERROR_POWER = 2.4
-"""Exponent of the error that range search minimises (BRECQ, arXiv 2102.05426, public code)."""
+"""Exponent of the error that range search minimizes (BRECQ, arXiv 2102.05426, public code)."""
 
 
 def minmax_range(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,17 +42,17 @@ def least_error_range(
     candidates: int = 100,
     power: float = ERROR_POWER,
 ) -> tuple[Tensor, Tensor]:
-    """Of `candidates` shrunken copies of the full range, the one of least ``mean |x - x'|^power``, row by row.
+    """Search `candidates` shrunken copies of each row's full range for the smallest ``mean |x - x'|^power``.
 
     Args:
-        values: float [rows, n]; a sample of the tensor is enough if its true ends are given.
+        values: float [rows, n]; a subset of the tensor's values if `low` and `high` are given.
         bits, symmetric: the grid (see `affine_from_range`).
-        low, high: float [rows], the full range where `values` is only a sample; by default its min and max.
+        low, high: float [rows], minimum and maximum of the whole tensor; by default those of `values`.
     """
     if low is None or high is None:
         low, high = minmax_range(values)
     rows = max(1, AT_ONCE // values.shape[1])
-    if rows < len(values):  # rows are independent of each other, and few of them stay in the CPU's cache
+    if rows < len(values):  # rows are independent
         parts = [
             least_error_range(some, bits, symmetric=symmetric, low=bottom, high=top, candidates=candidates, power=power)
             for some, bottom, top in zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
@@ -65,14 +65,14 @@ def least_error_range(
 
 
 def _least_error(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, power: float) -> Tensor:
-    """Of the grids [candidates, rows], the one of least ``mean |x - x'|^power``, the first of equals: int64 [rows]."""
+    """Index of the first grid, of [candidates, rows], with the smallest ``mean |x - x'|^power``: int64 [rows]."""
     at_once = max(1, AT_ONCE // max(1, values.numel()))
     errors = []
     for scales, zero_points in zip(
         scale[:, :, None].split(at_once), zero_point[:, :, None].split(at_once), strict=True
     ):
         distance = fake_quantize(values, scales, zero_points, bits).sub_(values).abs_()
-        errors.append(distance.log_().mul_(power).exp_().mean(dim=2))  # four times as fast as a power to the last digit
+        errors.append(distance.log_().mul_(power).exp_().mean(dim=2))  # four times as fast as pow
     return torch.cat(errors).nan_to_num_(nan=torch.inf).argmin(dim=0)
 
 
@@ -83,7 +83,7 @@ GAINS = tuple(2.0 ** (step / 8) for step in range(-16, 13))
 def least_error_gain(
     values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, power: float = ERROR_POWER
 ) -> Tensor:
-    """Of `GAINS` on the scale, at the same zero point, the one of least ``mean |x - x'|^power``: float [rows].
+    """Search `GAINS` on the scale, at a fixed zero point, for the smallest ``mean |x - x'|^power``: float [rows].
 
     Args:
         values: float [rows, n].
@@ -103,7 +103,7 @@ def find_range(
     low: Tensor | None = None,
     high: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The range of each row of `values` [rows, n] by `method`; `low` and `high` are the true ends of a sample."""
+    """Range of each row of `values`, float [rows, n], by `method`; `low` and `high` as in `least_error_range`."""
     if low is None or high is None:
         low, high = minmax_range(values)
     if callable(method):

@@ -14,11 +14,11 @@ from stepquant.core.affine import largest_code
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 
 EDGE = 1e-3
-"""Steps beyond its range where a value still counts as inside: a weight that lies at the end must be able to leave."""
+"""Margin, in steps, by which a value outside the range still gets a gradient, so that a weight at the end can move."""
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """``h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)``: how far above its floor a weight is rounded (AdaRound, eq. 23)."""
+    """``h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)``, added to the floor of a weight (AdaRound, eq. 23)."""
     return (torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
@@ -28,12 +28,12 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
 
 
 def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
-    """``sum(1 - |2 h(v) - 1|^beta)``: zero when every weight has decided for 0 or 1 (AdaRound, eq. 24)."""
+    """``sum(1 - |2 h(v) - 1|^beta)``: zero when every h is 0 or 1 (AdaRound, eq. 24)."""
     return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).sum()
 
 
 def annealed_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
-    """Exponent of the regulariser at `progress` in [0, 1]: cosine from `start` to `end` after the warm-up."""
+    """Exponent of the regularizer at `progress` in [0, 1]: cosine from `start` to `end` after the warm-up."""
     if progress < warmup:
         return start
     phase = (progress - warmup) / (1 - warmup)
@@ -57,7 +57,7 @@ class _LearnedQuantize(torch.autograd.Function):
         (grad,) = grads
         steps, codes, scale, zero_point = ctx.saved_tensors
         grad_out, dtype = grad.to(scale.dtype), grad.dtype
-        # The gradient where x is inside the range, else 0: one pass over memory, where comparing and masking are five.
+        # The gradient where x is inside the range, else 0, in one pass over memory instead of five.
         grad_x = torch.ops.aten.hardtanh_backward(grad_out, steps + zero_point, -EDGE, ctx.largest_code + EDGE)
         grad_scale = None
         if ctx.needs_input_grad[1]:

@@ -1,8 +1,7 @@
-"""Transforms of a layer that make its input and its weight easier to quantize, and leave their product as it is.
+"""Transforms that make the input and weight of a layer easier to quantize without changing their product.
 
-A `QuantizedLayer` holds an ordered list of them. A new transform is one class here, entered in `KINDS`: it names its
-tensors, checks them, and says how it is simulated. A kernel declares the kinds that it supports; the reference runtime
-simulates all of them.
+A `QuantizedLayer` holds an ordered list of them. A new transform is one class here, registered in `KINDS`, with its
+tensors, their checks and its simulation. Kernels declare the kinds they support; the reference runtime simulates all.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerTransform:
-    """Base class; every field of a subclass is a tensor, stored under its name."""
+    """Base class; every field of a subclass is a tensor, stored under the field's name."""
 
     kind: ClassVar[str]
 
     @classmethod
     def identity(cls, inputs: int) -> LayerTransform:
-        """The transform of `inputs` channels that changes nothing; its tensors have the shapes that are stored."""
+        """Identity transform of `inputs` channels, with tensors of the shapes that are stored."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ class LayerTransform:
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def problem(self, inputs: int) -> str | None:
-        """What is wrong with the tensors for a layer of `inputs` input channels, or None."""
+        """Describe what is wrong with the tensors for a layer of `inputs` input channels, or return None."""
         raise NotImplementedError
 
     def transform_input(self, x: Tensor, channel_dim: int) -> Tensor:
@@ -50,8 +49,8 @@ class LayerTransform:
 class Smoothing(LayerTransform):
     """SmoothQuant (arXiv 2211.10438): ``y = (x / factor) (w * factor)^T``, folded into the input's scale.
 
-    Input channels of large values get coarser steps and small ones finer, at no cost beside the multiplication that
-    quantizing is: ``code = round(x * (1 / (scale * factor))) + zero_point``.
+    Channels with large values get coarser steps, channels with small values finer ones, at no extra cost:
+    ``code = round(x * (1 / (scale * factor))) + zero_point``.
 
     Attributes:
         factor: float32 [in], finite and positive.

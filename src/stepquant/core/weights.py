@@ -12,7 +12,7 @@ from stepquant.core.ranges import minmax_range
 
 
 def group_channels(channels: int, split: int | None, group_size: int | None) -> tuple[int, ...]:
-    """Sizes of the input-channel groups: the two sides of a `split`, each divided by `group_size` if it divides both.
+    """Sizes of the groups of input channels: the sides of a `split`, divided by `group_size` if it divides both.
 
     A layer whose channels `group_size` does not divide keeps one group per side.
     """
@@ -31,7 +31,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_sizes: tuple[int, ...]) ->
         group_sizes: sizes of consecutive groups of input channels; they sum to `in`.
 
     Returns:
-        On the CPU.
+        The quantized weight, on the CPU.
     """
     weight = weight.detach().float()
     groups = weight.split(group_sizes, dim=1)

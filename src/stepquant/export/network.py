@@ -1,4 +1,4 @@
-"""What the exporters share: a denoiser as a function of tensors, its table row found inside, and a stand-in for it."""
+"""Shared parts of the exporters: a traceable denoiser, its arguments, and a denoiser that runs an exported network."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from stepquant.runtime import KernelFactory, prepare
 
 TIMESTEP = "timestep"
 IMAGES = 2
-"""Images of the example that a network is traced on."""
+"""Images of the example that networks are traced with."""
 
 
 def example_arguments(pipeline: Any) -> dict[str, Tensor]:
-    """The arguments that the pipeline passes to its denoiser at the first step of two images, by flat name.
+    """Arguments of the denoiser at the first step of two images, by flat name.
 
-    Of the halves that guidance runs in one batch, one image of each is kept.
+    With guidance, the batch has one image of each half.
 
     Raises:
         StepquantError: if the pipeline cannot generate from noise alone.
@@ -52,7 +52,7 @@ def example_arguments(pipeline: Any) -> dict[str, Tensor]:
     sample = next(value for value in found.values() if isinstance(value, Tensor))
     found[TIMESTEP] = torch.as_tensor(found[TIMESTEP]).reshape(-1).expand(len(sample))
     flat = {name: value for key, value in found.items() for name, value in flatten(key, value)}
-    tensors = {name: _widened(value.detach().cpu()) for name, value in flat.items() if isinstance(value, Tensor)}
+    tensors = {name: to_float32(value.detach().cpu()) for name, value in flat.items() if isinstance(value, Tensor)}
     halves = len(sample) // IMAGES
     rows = [image % halves * IMAGES + image for image in range(IMAGES)]
     return {
@@ -61,30 +61,29 @@ def example_arguments(pipeline: Any) -> dict[str, Tensor]:
 
 
 class _FirstCall(Exception):
-    """Ends a run of the pipeline once the arguments of the first call are known."""
+    """Stops the pipeline at the first call of its denoiser."""
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """A float tensor in float32."""
+def to_float32(tensor: Tensor) -> Tensor:
+    """Convert a floating-point tensor to float32; leave others unchanged."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _Time:
-    """Stands for a `StepClock` while tracing: time and row are part of the traced graph."""
+    """Replaces `StepClock` while tracing: time and row are part of the traced graph."""
 
     time: Tensor
     row: Tensor
 
 
 class Traceable(nn.Module):
-    """A quantized denoiser as a function of positional tensors, to be traced; a copy, the original is not changed.
+    """Copy of a quantized denoiser that can be traced: a function of positional tensors.
 
-    All samples of a batch share the step, as in every sampler, so the timestep is of shape [1]; its row of the tables
-    is found in the graph.
+    All samples of a batch share the timestep, of shape [1], and the graph looks up its row of the tables.
 
     Args:
-        names: of the arguments, flat, in the order in which `forward` takes them.
-        kernel_of: the kernel of a layer in operations that the other runtime knows; None leaves it in floating point.
+        names: flat names of the arguments, in the order of `forward`'s values.
+        kernel_of: returns the kernel of a layer in operations that can be exported, or None for floating point.
 
     Raises:
         StepquantError: if the denoiser is not quantized.
@@ -102,7 +101,7 @@ class Traceable(nn.Module):
         grid = next(iter(quantized_modules(model).values())).clock.timesteps
         self.register_buffer("boundaries", (grid[1:] + grid[:-1]) / 2)
         model._forward_pre_hooks.clear()
-        # OpenVINO takes a quantization in the configuration for one of those it unpacks itself.
+        # OpenVINO would try to unpack a model with a quantization_config itself.
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         for module in model.modules():
             if isinstance(module, (QuantizedModule, QuantizedAttentionProcessor, OutputCorrection)):
@@ -121,14 +120,14 @@ class Traceable(nn.Module):
 
 
 def traced_values(arguments: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The arguments as `Traceable.forward` takes them: the timestep float32 [1]."""
+    """Values for `Traceable.forward`: the timestep is float32 [1]."""
     return tuple(
         value.float().reshape(-1)[:1] if name == TIMESTEP else value.contiguous() for name, value in arguments.items()
     )
 
 
 def batched(arguments: dict[str, Tensor]) -> list[str]:
-    """Names of those whose first dimension is the batch's, which stays free."""
+    """Names of the arguments whose first dimension is the batch, which is exported as dynamic."""
     batch = next(iter(arguments.values())).shape[0]
     return [
         name for name, value in arguments.items() if name != TIMESTEP and value.dim() > 0 and value.shape[0] == batch
@@ -136,11 +135,11 @@ def batched(arguments: dict[str, Tensor]) -> list[str]:
 
 
 class ExportedDenoiser(nn.Module):
-    """A network in the place of a diffusers denoiser; a subclass runs it.
+    """Base class of exported networks that replace a diffusers denoiser.
 
     Args:
-        like: the denoiser it was made from, whose configuration and arguments it keeps.
-        names: of the network's inputs, the flat names of `example_arguments`.
+        like: the denoiser that was exported, for its configuration and arguments.
+        names: flat names of the network's inputs.
     """
 
     def __init__(self, like: Any, names: list[str]) -> None:
@@ -150,7 +149,7 @@ class ExportedDenoiser(nn.Module):
         self.names = names
 
     def run(self, arguments: dict[str, Tensor]) -> Tensor:
-        """The network's output for all of `names`, contiguous."""
+        """Run the network on contiguous arguments, one for each of `names`."""
         raise NotImplementedError
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -164,6 +163,6 @@ class ExportedDenoiser(nn.Module):
             odd = sorted(set(tensors) ^ set(self.names))[0]
             state = "does not take" if odd in tensors else "needs"
             raise StepquantError(f"the network {state} {odd!r}: export it from a pipeline that is used the same way.")
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        result = self.run({name: value.contiguous() for name, value in tensors.items()} | {TIMESTEP: time[:1]})
+        inputs = {name: to_float32(value).contiguous() for name, value in tensors.items()}
+        result = self.run(inputs | {TIMESTEP: time[:1]})
         return UNet2DOutput(sample=result) if return_dict else (result,)

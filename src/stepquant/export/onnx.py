@@ -1,12 +1,12 @@
-"""ONNX: a network in integer operations with the step's scales inside, and a denoiser that onnxruntime runs.
+"""ONNX export: a network in integer operations with per-step scales, and a denoiser that runs it by onnxruntime.
 
-    codes = QuantizeLinear(x * (1 / s_t), 1, z_t)              s_t, z_t: the step's row of the layer's tables
-    y = MatMulInteger(codes, w, z_t) * (s_t * s_w) + bias      one kernel of onnxruntime, scales in its epilogue
+    codes = QuantizeLinear(x * (1 / s_t), 1, z_t)              s_t, z_t: row of the layer's tables at step t
+    y = MatMulInteger(codes, w, z_t) * (s_t * s_w) + bias      one fused kernel of onnxruntime
 
-Codes are those of `core.affine` and sums are exact. A convolution is the product of its windows, taken from the
-codes with channels last. In ONNX's other form, floating point between QuantizeLinear and DequantizeLinear, onnxruntime
-runs a convolution in integers only where its output is rounded to 8 bits as well, which here none is; and its
-ConvInteger has no kernel for signed weights that is faster than floating point.
+Codes are those of `core.affine` and sums are exact. A convolution is a matrix product of the windows of its codes,
+with channels last. The alternatives are slower: with QuantizeLinear and DequantizeLinear around a convolution,
+onnxruntime uses integers only if the output is rounded to 8 bits as well; and its ConvInteger has no fast kernel for
+signed weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stepquant.runtime.common import along_channels, linear_map
 
 OPSET = 17
 MOST_BYTES = (1 << 31) - (1 << 20)
-"""Of a file: protobuf counts them in 32 bits."""
+"""Maximum bytes of a file, a limit of protobuf."""
 
 
 class _QuantizeLinear(torch.autograd.Function):
@@ -65,21 +65,20 @@ class _MatMulInteger(torch.autograd.Function):
 def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """uint8 codes of x on a grid given by the reciprocal of its scale, which broadcasts against x."""
     steps = x * inverse
-    if bits < 8:  # the operation itself clamps to 0 and 255 only
+    if bits < 8:  # QuantizeLinear clamps to 0 and 255
         zero = zero_point.float()
         steps = torch.minimum(torch.maximum(steps, -zero), largest_code(bits) - zero)
     return _QuantizeLinear.apply(steps, zero_point)
 
 
 def _within(grid: Grid, row: Tensor) -> Tensor:
-    """The clock's row, or 0 in a static table, which is looked up like any other: onnxruntime puts a product's scale
-    into its kernel only where it is not a constant."""
+    """The clock's row, or 0 of a static table. Indexed in both cases: onnxruntime does not fuse constant scales."""
     return row.clamp(max=grid.rows - 1)
 
 
 WEIGHT_ZERO_POINT = 128
-"""Weights are uint8 in the file: on CPUs with AVX2 but without VNNI, onnxruntime's uint8 x int8 products saturate at 16
-bits, and its uint8 x uint8 products are exact everywhere."""
+"""Zero point of weights, which are uint8 in the file: onnxruntime's uint8 x int8 products saturate at 16 bits on CPUs
+with AVX2 but without VNNI; its uint8 x uint8 products are exact everywhere."""
 
 
 class OnnxKernel(Kernel):
@@ -148,9 +147,9 @@ class OnnxKernel(Kernel):
 
 
 class OnnxWeightKernel(Kernel):
-    """A layer whose activation stays floating point: the weight is int8 in the file, multiplied out when it is read.
+    """A layer whose activation stays in floating point; its int8 weight is dequantized in the graph.
 
-    Not by DequantizeLinear: onnxruntime takes that before a linear as leave to round the activation as well.
+    DequantizeLinear is avoided: before a linear, onnxruntime would quantize the activation as well.
     """
 
     capabilities = Capabilities(integer=False, channel_groups=False, grouped_convolutions=True, most_products=UNLIMITED)
@@ -170,7 +169,7 @@ class OnnxWeightKernel(Kernel):
 
 
 class OnnxAttention(AttentionKernel):
-    """Both products of an attention; its four operands are quantized."""
+    """Both products of an attention whose four operands are quantized."""
 
     def __init__(self, processor: QuantizedAttentionProcessor) -> None:
         super().__init__()
@@ -193,17 +192,17 @@ class OnnxAttention(AttentionKernel):
 
 
 def _product(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Of two tensors of codes with their scale and zero point: float32."""
+    """Product of two tensors, each as codes, scale and zero point: float32."""
     (a_codes, a_scale, a_zero), (b_codes, b_scale, b_zero) = a, b
     return _MatMulInteger.apply(a_codes, b_codes, a_zero, b_zero).float() * (a_scale * b_scale)
 
 
 @torch.no_grad()
 def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list[str]:
-    """Write `denoiser`, quantized, as `path` (.onnx); returns the layers that do not run in integers.
+    """Write the quantized `denoiser` as `path` (.onnx); returns the layers that stay in floating point.
 
-    All samples of a batch share the step, as in every sampler. The batch is free, other dimensions are those of
-    `arguments`, one step's arguments by flat name (`export.network.example_arguments`).
+    All samples of a batch share the step. The batch is dynamic; other dimensions are those of `arguments`, the
+    arguments of one step by flat name (`export.network.example_arguments`).
 
     Raises:
         StepquantError: if the model is not quantized, the package onnx is not installed, torch cannot write the network
@@ -221,19 +220,19 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
     file = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that become constants, as they should
+            warnings.simplefilter("ignore")  # about sizes that become constants, as intended
             torch.onnx.export(
                 traceable,
                 traced_values(arguments),
                 file,  # type: ignore[arg-type]  # annotated as a path only
                 dynamo=False,
                 opset_version=OPSET,
-                do_constant_folding=False,  # or int8 weights of float layers would be multiplied out in the file
+                do_constant_folding=False,  # would store the weights of float layers dequantized
                 input_names=list(arguments),
                 output_names=["output"],
                 dynamic_axes={name: {0: "batch"} for name in (*batched(arguments), "output")},
             )
-    except Exception as error:  # of many classes, whatever the network has that ONNX has not
+    except Exception as error:  # exceptions of many classes, for operations that ONNX lacks
         raise StepquantError(f"torch cannot write this network as ONNX: {first_line(error)}.") from None
     if file.getbuffer().nbytes > MOST_BYTES:
         raise StepquantError("the network is larger than the 2 GB of an ONNX file: export it to openvino.")
@@ -242,11 +241,11 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
 
 
 class OnnxDenoiser(ExportedDenoiser):
-    """The network of `path` in the place of a diffusers denoiser: ``pipeline.unet = OnnxDenoiser(path, unet)``.
+    """ONNX network that replaces a diffusers denoiser: ``pipeline.unet = OnnxDenoiser(path, unet)``.
 
     Args:
-        path: the .onnx that `export_onnx` wrote.
-        like: the denoiser it was made from, whose configuration and arguments it keeps.
+        path: the .onnx file that `export_onnx` wrote.
+        like: the denoiser that was exported, for its configuration and arguments.
 
     Raises:
         StepquantError: if onnxruntime is not installed, or cannot read the network.
@@ -256,11 +255,11 @@ class OnnxDenoiser(ExportedDenoiser):
         runtime = _import("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Sums are exact on CPUs without VNNI, too, whose fastest instructions saturate.
+        # Exact sums on CPUs without VNNI, whose fastest instructions saturate.
         options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its classes are made at run time
+        except Exception as error:  # its exception classes are created at run time
             raise StepquantError(f"onnxruntime cannot read {path}: {first_line(error)}.") from None
         super().__init__(like, [entry.name for entry in session.get_inputs()])
         self.session = session

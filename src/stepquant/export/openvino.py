@@ -1,13 +1,13 @@
-"""OpenVINO: an integer network with the step's scales inside, and a denoiser that runs it.
+"""OpenVINO export: an integer network with per-step scales, and a denoiser that runs it.
 
-OpenVINO quantizes with constants, so a layer's table is folded around one of them. With the grid (s, z) of a reference
-row, and (s_t, z_t) of the step's,
+OpenVINO quantizes with constant scales, so per-step scales are folded around them. With the grid (s, z) of a reference
+row and (s_t, z_t) of step t,
 
     u = pad(x) * (s / s_t) + (z_t - z) * s       has the codes on (s, z) that pad(x) has on (s_t, z_t),
     y = conv(Q(u), w) * (s_t / s) - (z_t - z) * s_t * sum(w) + bias.
 
-The image is padded before it is shifted, so that the sum of weights is the same for every window and the border stays
-exactly zero. Weights are stored as int8.
+The image is padded before it is shifted, so that sum(w) is the same for every window and the border is exactly zero.
+Weights are stored as int8.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stepquant.layers.quantized import QuantizedModule, quantized_modules
 
 
 class FoldedKernel(Kernel):
-    """A layer in operations that OpenVINO runs in int8; for tracing, and equal to the reference but for rounding."""
+    """A layer in operations that OpenVINO runs in int8; equal to the reference up to rounding."""
 
     capabilities = Capabilities(channel_groups=False, grouped_convolutions=True, most_products=UNLIMITED)
     integers: Tensor
@@ -85,10 +85,10 @@ class FoldedKernel(Kernel):
 
 @torch.no_grad()
 def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list[str]:
-    """Write `denoiser`, quantized, as `path` (.xml) and its weights beside it; returns the layers left in float.
+    """Write the quantized `denoiser` as `path` (.xml) and .bin; returns the layers that stay in floating point.
 
-    All samples of a batch share the step, as in every sampler. The batch is free, other dimensions are those of
-    `arguments`, one step's arguments by flat name (`export.network.example_arguments`).
+    All samples of a batch share the step. The batch is dynamic; other dimensions are those of `arguments`, the
+    arguments of one step by flat name (`export.network.example_arguments`).
 
     Raises:
         StepquantError: if the model is not quantized, OpenVINO is not installed or refuses the network, or the file
@@ -105,16 +105,16 @@ def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> 
     ]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that become constants, as they should
+            warnings.simplefilter("ignore")  # about sizes that become constants, as intended
             network = openvino.convert_model(traceable, example_input=values, input=shapes)
-    except Exception as error:  # of many classes, whatever the network has that OpenVINO has not
+    except Exception as error:  # exceptions of many classes, for operations that OpenVINO lacks
         raise StepquantError(f"OpenVINO cannot take this network: {first_line(error)}.") from None
     for node, name in zip(network.inputs, arguments, strict=True):
         node.get_tensor().set_names({name})
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as draft:
             openvino.save_model(network, Path(draft) / path.name, compress_to_fp16=False)
-            for name in (path.with_suffix(".bin").name, path.name):  # the network last: it needs its weights
+            for name in (path.with_suffix(".bin").name, path.name):  # the network last, since it needs its weights
                 (Path(draft) / name).replace(path.parent / name)
     except (OSError, RuntimeError) as error:
         raise cannot_write(path, error) from None
@@ -122,12 +122,12 @@ def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> 
 
 
 class OpenVinoDenoiser(ExportedDenoiser):
-    """The network of `path` in the place of a diffusers denoiser: ``pipeline.unet = OpenVinoDenoiser(path, unet)``.
+    """OpenVINO network that replaces a diffusers denoiser: ``pipeline.unet = OpenVinoDenoiser(path, unet)``.
 
     Args:
-        path: the .xml that `export_openvino` wrote.
-        like: the denoiser it was made from, whose configuration and arguments it keeps.
-        precision: of what is not in integers, "f32" or "bf16".
+        path: the .xml file that `export_openvino` wrote.
+        like: the denoiser that was exported, for its configuration and arguments.
+        precision: dtype of floating-point operations, "f32" or "bf16".
 
     Raises:
         StepquantError: if OpenVINO is not installed, or cannot read the network.

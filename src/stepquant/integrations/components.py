@@ -1,4 +1,4 @@
-"""The other models of a pipeline: weights of its text encoders and its autoencoder, without samples."""
+"""Weight-only quantization of a pipeline's other models: text encoders and autoencoder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Also = Mapping[str, QuantSpec | str | dict[str, Any]]
 
 
 def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
-    """What each of the named components is to become.
+    """Parse and check the bits of each component.
 
     Raises:
-        StepquantError: for a name that is not a model beside the denoiser, a model that is quantized already, or bits that
-            need samples.
+        StepquantError: for a name that is not another model of the pipeline, a model that is already quantized, or bits
+            that need samples.
     """
     models = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     others = [name for name in models if name not in DENOISERS]
@@ -45,7 +45,7 @@ def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
 def quantize_component(model: nn.Module, config: StepquantConfig, backend: Backend = "auto") -> nn.Module:
     """A copy of a model of diffusers or transformers with rounded weights, ready to run and to be saved.
 
-    Weights that are not quantized are the given model's own, not copied.
+    Parameters that are not quantized are shared with the given model.
 
     Raises:
         StepquantError: if the model has nothing to quantize.

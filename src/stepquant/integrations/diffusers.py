@@ -1,10 +1,10 @@
-"""``import stepquant`` teaches diffusers to load what stepquant wrote, and to quantize weights while it loads.
+"""Integration with diffusers: load models written by stepquant, and quantize weights while loading.
 
     pipe = DiffusionPipeline.from_pretrained("model-w4a8")                       # a folder that stepquant wrote
     unet = UNet2DConditionModel.from_pretrained("model-w4a8", subfolder="unet")
     unet = UNet2DConditionModel.from_pretrained("model", subfolder="unet", quantization_config=StepquantConfig("w8a16"))
 
-Registering two classes under ``quant_method: stepquant`` is all that importing does to diffusers.
+``import stepquant`` registers two classes with diffusers, under ``quant_method: stepquant``, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from stepquant.layers.install import install_empty, made_by_quantization
 from stepquant.runtime import Backend, prepare
 
 OLDEST = "0.40"
-"""The first diffusers that tells a quantizer which files it loads and lets it see their tensors."""
+"""First version of diffusers that passes file names and tensors to a quantizer."""
 NEEDED = ("maybe_update_loaded_keys", "maybe_update_state_dict", "update_missing_keys", "create_quantized_param")
 
 
 def check_diffusers(version: str = diffusers.__version__, base: type = DiffusersQuantizer) -> None:
-    """Raise `StepquantError` if this diffusers does not offer what the loading of quantized components relies on."""
+    """Raise `StepquantError` if this version of diffusers cannot load quantized components."""
     if Version(version) < Version(OLDEST):
         raise StepquantError(
             f"diffusers {version} is too old to load quantized components: install diffusers {OLDEST} or newer, or "
@@ -53,7 +53,7 @@ def check_diffusers(version: str = diffusers.__version__, base: type = Diffusers
 
 
 class _Method(StrEnum):
-    """diffusers wants the name of a method as a member of an enumeration."""
+    """Quantization method as an enumeration, which diffusers requires."""
 
     STEPQUANT = QUANT_METHOD
 
@@ -62,12 +62,11 @@ class StepquantConfig(QuantizationConfigMixin):
     """Configuration of a component that stepquant has quantized, or quantizes while it is loaded.
 
     Args:
-        bits: of weights, with activations in floating point: ``"w8a16"``, ``"w4a16"``. What activations need is found
-            on samples, which `stepquant.quantize` draws.
+        bits: bits of weights, with activations in floating point: ``"w8a16"``, ``"w4a16"``. To quantize activations,
+            use `stepquant.quantize`, which calibrates them on samples.
         spec: a `QuantSpec` or its dictionary instead of `bits`, for overrides and groups.
         backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function.
-        structure, format_version, provenance: of a component that is quantized already, as its ``config.json`` has
-            them.
+        structure, format_version, provenance: values from the ``config.json`` of a component that is already quantized.
 
     Raises:
         StepquantError: for bits that need calibration, or a configuration written by a newer stepquant.
@@ -103,7 +102,7 @@ class StepquantConfig(QuantizationConfigMixin):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``config.json`` holds it."""
+        """Serialize for ``config.json``."""
         described: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
@@ -113,15 +112,15 @@ class StepquantConfig(QuantizationConfigMixin):
         return described | ({} if self.provenance is None else {"provenance": self.provenance})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What diffusers prints: not the structure, which has an entry a layer."""
+        """Configuration without the structure, which has an entry per layer; diffusers prints it."""
         return {name: value for name, value in self.to_dict().items() if name != "structure"}
 
 
 class StepquantQuantizer(DiffusersQuantizer):
-    """Takes part in `ModelMixin.from_pretrained`: verifies the file, swaps layers, fills them, installs kernels.
+    """Quantizer of `ModelMixin.from_pretrained`: verifies files, replaces and fills layers, and installs kernels.
 
-    Every check of `stepquant.load` holds for the component, but one: files of the hub come without ``stepquant.json``,
-    and so does what diffusers itself saved; there hashes are not checked, or those in the weight file are.
+    The component gets the checks of `stepquant.load`. Without a ``stepquant.json`` (downloads of one component, or
+    models that diffusers saved) only the digest in the weight file is checked, if it has one.
     """
 
     requires_calibration = False
@@ -149,7 +148,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Called once the files are known, before any tensor is used."""
+        """Verify the files, before any tensor is used."""
         if self.pre_quantized:
             self._path = Path(checkpoint_files[0])
             verify_component([Path(file) for file in checkpoint_files])
@@ -169,7 +168,7 @@ class StepquantQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Called with the tensors of each file, before they are used."""
+        """Check the tensors of one file."""
         if not self.pre_quantized:
             return state_dict
         check_names(self._path, set(state_dict), set(self._expected) & set(state_dict))
@@ -190,14 +189,14 @@ class StepquantQuantizer(DiffusersQuantizer):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Codes and tables are taken as the file has them; `param_value` is rounded to ``torch_dtype`` already."""
-        value = state_dict[param_name].clone()  # it lies in the mapped file
+        """Take codes and tables from the file; `param_value` is already rounded to ``torch_dtype``."""
+        value = state_dict[param_name].clone()  # not a view of the mapped file
         set_module_tensor_to_device(model, param_name, target_device, value=value, dtype=value.dtype)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `save_pretrained` of the model writes: the same bytes as in a folder written by stepquant."""
+        """Tensors for `save_pretrained`, the same as in a folder written by stepquant."""
         if not safe_serialization:
             raise StepquantError(
                 "a quantized model is written as safetensors only: leave out safe_serialization=False."
@@ -219,6 +218,6 @@ class StepquantQuantizer(DiffusersQuantizer):
 
 
 def register() -> None:
-    """Enter both classes into the tables of diffusers; doing it again changes nothing."""
+    """Register both classes with diffusers; idempotent."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StepquantQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StepquantConfig

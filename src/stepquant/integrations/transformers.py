@@ -1,10 +1,9 @@
-"""``import stepquant`` teaches transformers the same as diffusers: text encoders whose weights are quantized.
+"""Integration with transformers: load and save text encoders whose weights are quantized.
 
     pipe = DiffusionPipeline.from_pretrained("model")           # with text_encoder/ written by stepquant
     text_encoder = CLIPTextModel.from_pretrained("model", subfolder="text_encoder")
 
-Loading goes through transformers' own `from_pretrained`, under the same ``quant_method: stepquant`` and the same
-configuration as in `diffusers_quantizer`.
+Method and configuration are those of `stepquant.integrations.diffusers`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from stepquant.runtime import prepare
 
 
 class StepquantHfQuantizer(HfQuantizer):
-    """Takes part in `PreTrainedModel.from_pretrained`, as `StepquantQuantizer` does in that of diffusers."""
+    """Quantizer of `PreTrainedModel.from_pretrained`; see `StepquantQuantizer`."""
 
     requires_calibration = False
     quantization_config: StepquantConfig
@@ -45,7 +44,7 @@ class StepquantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        """Called before any tensor is used; scales keep their type, since the empty ones have it."""
+        """Verify the files and install empty layers, whose scales keep their dtype."""
         if not self.pre_quantized:
             return
         files = [Path(file) for file in checkpoint_files or ()]
@@ -61,10 +60,10 @@ class StepquantHfQuantizer(HfQuantizer):
                     if name.startswith(made):
                         found[name] = path
                         check_tensor(path, name, file.get_tensor(name), expected.get(name, file.get_tensor(name)))
-        # transformers fills in what is missing, and ignores what does not belong.
+        # transformers initializes missing tensors and ignores unexpected ones.
         check_names(files[0], set(found), set(expected))
         for name in quantized_modules(model):
-            # Its class would initialize the weights of its layers, should anything else be missing.
+            # Otherwise its class would initialize the weights of its layers if another tensor is missing.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -77,7 +76,7 @@ class StepquantHfQuantizer(HfQuantizer):
         return model.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` of the model writes."""
+        """Tensors for `save_pretrained`, and the digest as metadata."""
         tied = set(getattr(model, "all_tied_weights_keys", ()))
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         tensors = narrow_tensors(state, made_by_quantization(model))
@@ -85,6 +84,6 @@ class StepquantHfQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Enter quantizer and configuration into the tables of transformers; doing it again changes nothing."""
+    """Register quantizer and configuration with transformers; idempotent."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StepquantHfQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StepquantConfig

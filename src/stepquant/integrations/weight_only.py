@@ -1,4 +1,4 @@
-"""Weight-only quantization without samples, which is possible while a model is being loaded."""
+"""Weight-only quantization, without samples."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from stepquant.layers.quantized import can_quantize, quantized_like, replace_mod
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
-    """Replace every linear and convolution of `model`, in place and one by one, by one with rounded weights.
+    """Replace linears and convolutions of `model`, in place, with layers whose weights are rounded to nearest.
 
-    Ranges span the smallest and largest value of each output channel; codes are the nearest. This works for any model
-    of diffusers or transformers, without a description of its family. So no layer counts as first or last, and layers
-    that need more bits are overrides. Layers that the model's class keeps in float32 (``_keep_in_fp32_modules``: T5's
-    ``wo``, Wan's ``time_embedder``) stay as they are: its code reads the dtype of their parameters.
+    Ranges are min-max per output channel. Works for any model of diffusers or transformers, without a description of
+    its family; so no layer counts as first or last, and layers that need more bits are overrides. Layers that the
+    model's class keeps in float32 (``_keep_in_fp32_modules``: T5's ``wo``, Wan's ``time_embedder``) are not replaced,
+    since its code reads the dtype of their parameters.
 
     Returns:
-        The structure of the quantization, as a configuration holds it.
+        The structure of the quantized model, for its configuration.
 
     Raises:
         StepquantError: if there is nothing to quantize, or an override of the spec quantizes an activation.
     """
     layers, clock = {}, StepClock()
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, module in list(model.named_modules()):
         bits = spec.layer_bits(name)
-        if not can_quantize(module) or bits.is_float or kept & set(name.split(".")):
+        if not can_quantize(module) or bits.is_float or float32 & set(name.split(".")):
             continue
         if bits.activation < FLOAT_BITS:
             raise StepquantError(f"override {bits} of layer {name} needs samples; expected bits such as w8a16.")

@@ -1,4 +1,4 @@
-"""Quantized layers, and the clock that tells them the denoising step. Importing it registers every kind of layer."""
+"""Quantized layers, and the clock that provides the denoising step. Importing it registers all kinds of layers."""
 
 from stepquant.layers import conv, linear
 

@@ -1,4 +1,4 @@
-"""Grids and transforms as buffers of modules, under the names that a checkpoint has."""
+"""Grids and transforms as buffers of modules, named as in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def register_grid(module: nn.Module, name: str, grid_format: GridFormat, outputs: int = 1) -> None:
     """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``."""
-    # With explicit dtypes: a model may be built under another default.
+    # Explicit dtypes, since a model may be built under another default dtype.
     shape = grid_format.shape(outputs)
     module.register_buffer(f"{name}_scale", torch.ones(shape, dtype=torch.float32))
     module.register_buffer(f"{name}_zero_point", torch.zeros(shape, dtype=torch.uint8))
@@ -29,13 +29,13 @@ def fill_grid(module: nn.Module, name: str, grid: Grid) -> None:
 
 
 def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid:
-    """The grid in the buffers of `register_grid`, unchecked and not copied."""
+    """The grid in the buffers of `register_grid`, neither checked nor copied."""
     scale, zero_point = getattr(module, f"{name}_scale"), getattr(module, f"{name}_zero_point")
     return Grid(scale, zero_point, grid_format.bits, grid_format.groups)
 
 
 class TransformBuffers(nn.Module):
-    """The tensors of one `LayerTransform` as buffers; those of a kernel are not persistent."""
+    """Tensors of one `LayerTransform` as buffers, which are not persistent in kernels."""
 
     def __init__(self, transform: LayerTransform, *, persistent: bool = True) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class TransformBuffers(nn.Module):
             self.register_buffer(name, tensor, persistent)
 
     def fill(self, transform: LayerTransform) -> None:
-        """Copy the tensors of `transform`, which must be of the same kind."""
+        """Copy the tensors of a transform of the same kind."""
         for name, tensor in transform.tensors().items():
             setattr(self, name, tensor.clone())
 
     def transform(self) -> LayerTransform:
-        """The transform, unchecked and not copied."""
+        """The transform, neither checked nor copied."""
         return self.kind(**dict(self.named_buffers()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformBuffers:
@@ -57,12 +57,12 @@ class TransformBuffers(nn.Module):
 
 
 def has_buffers_of(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> bool:
-    """Whether a state dict has a tensor of this module itself; that of an adapter has none."""
+    """Whether a state dict has a buffer of this module itself; that of an adapter has none."""
     return any(f"{prefix}{name}" in state_dict for name, _ in module.named_buffers(recurse=False))
 
 
 def keep_dtypes(module: ModuleT, apply: Callable[[], ModuleT]) -> ModuleT:
-    """Let `apply` move the buffers of a module but not round them: ``model.half()`` must leave scale tables alone."""
+    """Run `apply` on a module but restore the dtypes of its buffers: ``model.half()`` must not round scale tables."""
     before = dict(module.named_buffers(recurse=False))
     result = apply()
     for name, buffer in module.named_buffers(recurse=False):

@@ -14,7 +14,7 @@ from stepquant.layers.clock import StepClock
 
 @dataclass(frozen=True)
 class Correction:
-    """What quantization does to the denoiser's output at each step: ``eps~ = (1 + k) eps + residual``.
+    """Model of the quantization error of the output at each step: ``eps~ = (1 + k) eps + residual``.
 
     Attributes:
         timesteps: float32 [K], ascending: the steps it was estimated at; others take the nearest one's.
@@ -37,10 +37,10 @@ class Correction:
 
 
 class OutputCorrection(nn.Module):
-    """The correction as a part of the denoiser: its table as buffers, applied by a hook on the denoiser's forward.
+    """Correction as a submodule of the denoiser, with its table as buffers, applied by a forward hook.
 
     Args:
-        rows: K.
+        rows: number of timesteps, K.
     """
 
     timesteps: Tensor
@@ -54,7 +54,7 @@ class OutputCorrection(nn.Module):
             self.register_buffer(name, torch.zeros(rows, dtype=torch.float32))
 
     def fill(self, correction: Correction) -> None:
-        """Copy the table, which must have this module's rows."""
+        """Copy a table with this module's rows."""
         for name in ("timesteps", "gain", "variance"):
             setattr(self, name, getattr(correction, name).clone())
 
@@ -80,23 +80,23 @@ class OutputCorrection(nn.Module):
         return torch.cat([output[:, :channels] * gain, output[:, channels:]], dim=1)
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Become a part of `denoiser`, and correct whatever its forward returns."""
+        """Add this module to `denoiser` and correct its output."""
         denoiser.add_module(PART, self)
         denoiser.register_forward_hook(_correct)
 
 
 PART = "output_correction"
-"""Name of the correction in the denoiser."""
+"""Name of the submodule in the denoiser."""
 
 
 def correction_of(denoiser: nn.Module) -> OutputCorrection | None:
-    """The correction that a denoiser carries."""
+    """The correction of a denoiser, if it has one."""
     found = getattr(denoiser, PART, None)
     return found if isinstance(found, OutputCorrection) else None
 
 
 def _correct(denoiser: nn.Module, _inputs: Any, output: Any) -> Any:
-    """The hook: reads the correction off the denoiser it runs on, so that a copy uses its own."""
+    """Forward hook; takes the correction from the denoiser it runs on, so that it works on copies."""
     correct = getattr(denoiser, PART)
     whole = output[0]
     corrected = correct(whole, predicted_channels(denoiser, whole))

@@ -1,4 +1,4 @@
-"""The shape of a quantized model as JSON: what its configuration holds, and from which its layers are rebuilt."""
+"""Shape of a quantized model as JSON, stored in its configuration, from which its layers are rebuilt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPERANDS = ("query", "key", "value", "probability")
 
 
 class TransformFormat(BaseModel):
-    """One transform of a layer: its kind."""
+    """Kind of a layer's transform."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -34,8 +34,8 @@ class LayerFormat(BaseModel):
     """Shape of a `QuantizedLayer`.
 
     Attributes:
-        weight: of the weight's grid.
-        input: of the input's grid; None where the activation stays in floating point.
+        weight: format of the weight's grid.
+        input: format of the input's grid; None if the activation stays in floating point.
         transforms: in the order in which they are applied.
     """
 
@@ -67,11 +67,11 @@ class Structure(BaseModel):
     """Shape of a quantized model; `stepquant.layers.install.install_empty` rebuilds the layers from it.
 
     Attributes:
-        timesteps: what the rows of per-step tables stand for, strictly ascending.
+        timesteps: timesteps of the rows of per-step tables, strictly ascending.
         layers: module name -> format.
         attentions: name of an `Attention` -> one of `OPERANDS` -> format.
         time_layers: linears, quantized or not, whose outputs are cached by timestep (`TimeCache`).
-        correction_rows: rows of the output's correction; 0 without one.
+        correction_rows: rows of the output correction; 0 without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,7 +91,7 @@ class Structure(BaseModel):
             if not set(operands) <= set(OPERANDS) or any(operand.groups for operand in operands.values()):
                 raise ValueError(f"operands of {name} must be among {', '.join(OPERANDS)}, without groups")
             rows[name] = {operand.rows for operand in operands.values()}
-        # Kernels look up the clock's row without checking how many there are.
+        # Kernels index tables by the clock's row without a bounds check.
         for name, counts in rows.items():
             if not counts <= {1, len(self.timesteps)}:
                 raise ValueError(
@@ -101,7 +101,7 @@ class Structure(BaseModel):
 
     @classmethod
     def parse(cls, structure: Structure | dict[str, Any]) -> Structure:
-        """Raises `StepquantError` where `structure` is not of this shape."""
+        """Validate `structure`; raises `StepquantError` if it is malformed."""
         try:
             return cls.model_validate(structure)
         except ValidationError as error:

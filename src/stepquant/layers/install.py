@@ -1,4 +1,4 @@
-"""Turn a full-precision model into a quantized one: replace its layers with quantized layers, empty or filled."""
+"""Replace the layers of a full-precision model with quantized layers, empty or filled."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from stepquant.layers.time_cache import TimeCache, TimeLinear
 
 @dataclass(frozen=True)
 class Quantization:
-    """Everything that calibration determined about one denoiser.
+    """Result of calibrating one denoiser.
 
     Attributes:
-        timesteps: float32 [R], ascending: what the rows of per-step tables stand for ([1] when all are static).
+        timesteps: float32 [R], ascending, timesteps of the rows of per-step tables ([1] if all are static).
         layers: module name -> integers and grids.
         attentions: name of an `Attention` -> grids of its operands.
         time_layers: names of linears whose input depends on the timestep alone.
-        correction: of the denoiser's output, if one was estimated.
-        parameters: values of parameters that stay in floating point and differ from the original's: training moves
-            norms too.
+        correction: correction of the denoiser's output, if one was estimated.
+        parameters: floating-point parameters that training changed, such as those of norms.
     """
 
     timesteps: Tensor
@@ -58,10 +57,9 @@ class Quantization:
 
 
 def install(model: nn.Module, quantization: Quantization) -> StepClock:
-    """Replace the layers of `model` (full precision, changed in place) with filled quantized ones.
+    """Replace layers of the full-precision `model`, in place, with filled quantized ones; returns the model's clock.
 
-    Kernels are not installed yet: call ``stepquant.runtime.prepare``. Returns the model's clock, attached where the
-    model has a timestep.
+    Kernels are not installed; call ``stepquant.runtime.prepare``.
     """
     clock = install_empty(model, quantization.structure())
     for name, layer in quantization.layers.items():
@@ -89,7 +87,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
         StepquantError: if `structure` is malformed, or names a layer that `model` does not have or of another kind.
     """
     structure = Structure.parse(structure)
-    with torch.device("cpu"):  # transformers builds its models under a device without memory
+    with torch.device("cpu"):  # transformers builds models under the meta device
         clock = StepClock(torch.tensor(structure.timesteps, dtype=torch.float32))
     with torch.device(device):
         for name, layer_format in structure.layers.items():
@@ -114,7 +112,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
 
 
 def cache_by_time(model: nn.Module, name: str, clock: StepClock) -> None:
-    """Let the time layer `name`, a linear, look up the outputs that it has computed before."""
+    """Make the time layer `name`, a linear, cache its outputs by timestep."""
     module = _submodule(model, name)
     if isinstance(module, QuantizedLinear):
         module.time_cache = TimeCache()
@@ -125,7 +123,7 @@ def cache_by_time(model: nn.Module, name: str, clock: StepClock) -> None:
 
 
 def made_by_quantization(model: nn.Module) -> tuple[str, ...]:
-    """Name prefixes of all tensors that quantization made: of quantized layers, attentions, the output's correction."""
+    """Name prefixes of tensors that quantization created: of layers, attentions and the output correction."""
     kinds = (QuantizedModule, QuantizedAttentionProcessor, OutputCorrection)
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
 

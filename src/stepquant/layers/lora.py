@@ -1,10 +1,9 @@
-"""LoRA on a quantized model: a full-precision branch beside each quantized layer, switched and weighted by diffusers' methods.
+"""LoRA on a quantized model: a full-precision branch beside each quantized layer.
 
     y = quantized(x) + scaling * B(A(x))
 
-The quantized weight is not touched, so adapters can be loaded, mixed, switched off and removed by the usual
-methods of diffusers. An adapter to be merged into the weights is fused into the full-precision model, before that is
-quantized. Needs peft, as LoRA in diffusers does.
+The quantized weight does not change, so the usual methods of diffusers load, weight, switch and remove adapters. To
+merge an adapter into the weights, fuse it into the full-precision model before quantizing. Needs peft, as in diffusers.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from stepquant.layers.quantized import QuantizedModule, quantized_modules, repla
 
 
 def enable_lora(model: Any) -> None:
-    """Let ``model.load_lora_adapter``, which ``pipeline.load_lora_weights`` calls, find its place beside the layers.
+    """Make ``model.load_lora_adapter``, which ``pipeline.load_lora_weights`` calls, work on quantized layers.
 
-    peft adds an adapter to a layer only if it knows its class, or if the layer has a LoRA already; so each quantized
-    layer is given an empty one while an adapter is loaded. Models that take no LoRA are left alone.
+    peft adapts only layers of known classes or with an adapter, so each quantized layer gets an empty adapter while one
+    is loaded. Models without LoRA support do not change.
     """
     if hasattr(type(model), "load_lora_adapter"):
         model.load_lora_adapter = functools.partial(_load_lora_adapter, model)
@@ -63,7 +62,7 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
 
 
 def _reason(error: Exception) -> str:
-    """torch tells of a wrong shape in the second line, after a title."""
+    """The line about a wrong shape, which torch puts after a title, else the first line."""
     lines = str(error).splitlines()
     return next((line.strip().rstrip(".") for line in lines if "size mismatch" in line), first_line(error))
 
@@ -80,7 +79,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _move(model: nn.Module) -> None:
-    """Adapters go where their layers are; peft finds no weight to ask."""
+    """Move adapters to the device of their layers, since peft finds no weight to determine it from."""
     linear, convolution = _classes()
     for module in model.modules():
         if isinstance(module, linear | convolution):
@@ -91,12 +90,12 @@ def _move(model: nn.Module) -> None:
 
 @functools.cache
 def _classes() -> tuple[Any, Any]:
-    """peft's two kinds of LoRA layer around a quantized layer; made when first needed, since peft is optional."""
+    """LoRA layers around a quantized linear and convolution; created on first use, since peft is optional."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Conv2d, Linear
 
     class Unmerged:
-        """What both share: the adapter is added later, and merging is refused."""
+        """Refuses merging, and provides the shapes of quantized layers."""
 
         def merge(self, *_args: Any, **_kwargs: Any) -> None:
             raise StepquantError(
@@ -123,7 +122,7 @@ def _classes() -> tuple[Any, Any]:
             self._kernel_dim, self.conv_fn = 4, nn.functional.conv2d
 
         def update_layer(self, *args: Any, **kwargs: Any) -> None:
-            # peft builds the branch from the class and geometry of its base layer.
+            # peft creates the branch from the class and geometry of the base layer.
             quantized: Any = self.base_layer
             geometry = (quantized.weight_shape[2:], quantized.stride, quantized.padding)
             self.base_layer = nn.Conv2d(1, 1, *geometry)

@@ -1,8 +1,8 @@
-"""Quantized layers as they ship: packed integers and tables in the state dict, executed by a runtime's kernel.
+"""Quantized layers: packed integers and tables in the state dict, executed by a runtime's kernel.
 
-The buffers below are the checkpoint's tensors under the usual names (``unet.conv_in.weight_packed``, ...). What their
-shapes and bits are is a `LayerFormat` in the model's configuration; so an empty layer can be built first and filled
-from a file later. A runtime (``stepquant.runtime``) reads `QuantizedModule.layer` and installs `kernel`.
+The buffers are the checkpoint's tensors, named ``conv_in.weight_packed`` etc. A `LayerFormat` in the model's
+configuration gives their shapes and bits, so an empty layer can be created first and filled from a file later. A
+runtime (``stepquant.runtime``) reads `QuantizedModule.layer` and installs `kernel`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ QuantizedT = TypeVar("QuantizedT", bound="QuantizedModule")
 
 
 class QuantizedModule(nn.Module):
-    """What quantized layers share: the stored tensors and the installed kernel.
+    """Base class of quantized layers: the stored tensors and the installed kernel.
 
     Buffers:
-        weight_packed: uint8, the weight's codes as `core.packing.pack` lays them out. They stay in CPU memory when the
-            module moves to an accelerator: kernels there hold the weight in another layout.
+        weight_packed: uint8, the weight's codes in the layout of `core.packing.pack`. They stay in CPU memory when
+            the module moves to an accelerator, where kernels hold the weight in another layout.
         weight_scale: float32 [1, G, out]; weight_zero_point: uint8 [1, G, out].
         bias: float32 [out], or None.
-        input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent when the activation is not quantized.
-        transforms.0.factor, ...: tensors of the layer's transforms, in their order.
+        input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent if the activation is not quantized.
+        transforms.0.factor, ...: tensors of the layer's transforms, in order.
 
-    A subclass names its `channel_dim`, the dimension of the input that holds the channels, and gives `like`.
+    A subclass defines `channel_dim`, the channel dimension of the input, and `like`.
     """
 
     channel_dim = -1
@@ -80,16 +80,16 @@ class QuantizedModule(nn.Module):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module`, of the class that this one replaces, can be replaced."""
+        """Whether this class can replace `module`, an instance of the class it is registered for."""
         return True
 
     @classmethod
     def like(cls, module: Any, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
-        """An empty layer in the shape of the full-precision `module`."""
+        """Create an empty layer with the shape of the full-precision `module`."""
         raise NotImplementedError
 
     def fill(self, layer: QuantizedLayer) -> None:
-        """Copy the tensors of `layer`, whose format must be this module's."""
+        """Copy the tensors of a layer of the same format."""
         self.weight_packed, self._integers = pack(layer.weight.codes, layer.weight.bits), None
         fill_grid(self, "weight", layer.weight.grid)
         self.bias = None if layer.bias is None else layer.bias.detach().float().clone()
@@ -99,7 +99,7 @@ class QuantizedModule(nn.Module):
             buffers.fill(transform)
 
     def layer(self) -> QuantizedLayer:
-        """The layer's integers and grids, unpacked and checked, on the CPU; raises `StepquantError` on damage."""
+        """Unpack and check the layer, on the CPU; raises `StepquantError` if it is damaged."""
         codes = unpack(self._packed().cpu(), self.weight_shape, self.format.weight.bits)
         layer = QuantizedLayer(
             QTensor(codes, read_grid(self, "weight", self.format.weight).to("cpu")),
@@ -114,13 +114,13 @@ class QuantizedModule(nn.Module):
         return list(self.transforms)  # type: ignore[arg-type]
 
     def release(self, integers: Callable[[], Tensor]) -> None:
-        """Drop the codes, since a kernel holds them in another order, so that no weight is in memory twice.
+        """Free the codes, since a kernel holds them in another layout.
 
-        The state dict and `layer` have them as before. Their place is taken by a tensor of the same shape, dtype and
-        device that takes one byte.
+        State dict and `layer` still contain them. A tensor of the same shape, dtype and device, which takes one byte,
+        replaces them.
 
         Args:
-            integers: returns what `QTensor.integers` was.
+            integers: returns the weight's `QTensor.integers`.
         """
         self._integers = integers
         self.weight_packed = self.weight_packed.new_zeros(1).expand(self.weight_packed.shape)
@@ -130,7 +130,7 @@ class QuantizedModule(nn.Module):
         self.weight_packed, self._integers = self._packed(), None
 
     def _packed(self) -> Tensor:
-        """The codes as the checkpoint has them."""
+        """The codes in the layout of the checkpoint."""
         if self._integers is None:
             return self.weight_packed
         grid = read_grid(self, "weight", self.format.weight)
@@ -152,7 +152,7 @@ class QuantizedModule(nn.Module):
         return self.weight_scale.device
 
     def use(self, make_kernel: Callable[[QuantizedModule], Kernel]) -> None:
-        """Execute by the kernel that `make_kernel` returns here, and on every device the layer is moved to."""
+        """Run the kernel that `make_kernel` returns, created again on each device that the layer is moved to."""
         self.make_kernel = make_kernel
         self._renew_kernel()
 
@@ -176,7 +176,7 @@ class QuantizedModule(nn.Module):
         return self
 
     def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        # Named `input` as in torch's layers, which some models call by keyword.
+        # Named as in torch's layers, since some models call them by keyword.
         if self.kernel is None:
             raise RuntimeError("the layer has no kernel; call stepquant.runtime.prepare(model) first")
         if self.time_cache is not None:
@@ -191,11 +191,11 @@ class QuantizedModule(nn.Module):
 
 
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
-"""Class of a full-precision layer -> class that takes its place."""
+"""Class of a full-precision layer -> class that replaces it."""
 
 
 def quantizes(kind: type[nn.Module]) -> Callable[[type[QuantizedT]], type[QuantizedT]]:
-    """Register the decorated class as the quantized form of `kind`."""
+    """Class decorator: register the quantized form of `kind`."""
 
     def register(cls: type[QuantizedT]) -> type[QuantizedT]:
         QUANTIZED[kind] = cls
@@ -205,12 +205,12 @@ def quantizes(kind: type[nn.Module]) -> Callable[[type[QuantizedT]], type[Quanti
 
 
 def can_quantize(module: nn.Module) -> bool:
-    """Whether there is a quantized form of `module`: a linear, or a 2-d convolution padded with zeros."""
+    """Whether `module` has a quantized form: a linear, or a 2-d convolution with zero padding."""
     return _quantized_class(module) is not None
 
 
 def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
-    """An empty quantized layer in the shape of `module`.
+    """Create an empty quantized layer with the shape of `module`.
 
     Raises:
         StepquantError: if `module` has no quantized form, or the groups of the format do not sum to its channels.
@@ -230,7 +230,7 @@ def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -
 
 
 def quantized_like(module: nn.Module, layer: QuantizedLayer, clock: StepClock) -> QuantizedModule:
-    """A quantized layer in the shape of `module`, filled with `layer`; without a kernel yet."""
+    """Create a quantized layer with the shape of `module`, filled with `layer`, without a kernel."""
     quantized = empty_like(module, LayerFormat.of(layer), clock)
     quantized.fill(layer)
     return quantized
@@ -242,7 +242,7 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that the dotted `name` has in `model`."""
+    """Replace the submodule with the dotted `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -253,7 +253,7 @@ def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
 
 
 def _renew_reloaded(module: nn.Module, _incompatible_keys: Any) -> None:
-    """After a state dict was loaded, also into the transforms: build the kernel of what it brought."""
+    """Recreate the kernel after a state dict was loaded, transforms included."""
     assert isinstance(module, QuantizedModule)
     if module._reloaded:
         module._reloaded = False

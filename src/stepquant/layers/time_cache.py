@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from stepquant.layers.clock import StepClock
 
 MOST_TIMESTEPS = 1_000
-"""Timesteps whose outputs one layer caches; the oldest is dropped for the next."""
+"""Maximum timesteps cached per layer; the oldest is evicted."""
 PROBED = 64
-"""Weights that are compared to see whether a layer has changed."""
+"""Weights compared to detect that a layer has changed."""
 
 
 class TimeCache:
     """The outputs of one layer at the timesteps seen so far.
 
-    An output is reused only for exactly the same input and layer. Anything else (a class in the embedding, steps that
-    differ within a batch, merged adapters, another dtype) is computed. So the result is always exact, and the cache
-    helps where all samples of a batch have the same embedding at each step.
+    An output is reused only for an identical input and an unchanged layer, so results are exact. The cache helps if all
+    samples of a batch have the same embedding, which depends on the timestep alone.
 
-    CPU only: on an accelerator the comparison would cost more than a small linear.
+    CPU only; on an accelerator the comparison would cost more than a small linear.
     """
 
     def __init__(self) -> None:
@@ -37,20 +36,20 @@ class TimeCache:
 
         Args:
             x: float [B, in].
-            time: the clock's.
-            layer: equal for as long as `compute` is the same function.
+            time: time of the clock.
+            layer: object that compares equal while the layer is unchanged.
         """
-        alike = time.dim() == 0 and x.dim() == 2 and len(x) > 0
-        if not alike or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        one_time = time.dim() == 0 and x.dim() == 2 and len(x) > 0
+        if not one_time or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute(x)
-        moment = float(time)
-        known = self._known.get(moment)
+        key = float(time)
+        known = self._known.get(key)
         if known is not None and known[0] == layer and known[1].dtype == x.dtype and _all_are(x, known[1]):
             return known[2].expand(x.shape[0], -1).clone()
         y = compute(x)
         if known is None and len(self._known) >= MOST_TIMESTEPS:
-            self._known.pop(next(iter(self._known), moment), None)
-        self._known[moment] = (layer, x[:1].clone(), y[:1].clone())
+            self._known.pop(next(iter(self._known), key), None)
+        self._known[key] = (layer, x[:1].clone(), y[:1].clone())
         return y
 
 
@@ -60,7 +59,7 @@ def _all_are(x: Tensor, row: Tensor) -> bool:
 
 
 class TimeLinear(nn.Linear):
-    """A linear in floating point that caches its outputs by timestep, unless `time_cache` is None."""
+    """A floating-point linear that caches its outputs by timestep, unless `time_cache` is None."""
 
     time_cache: TimeCache | None
     clock: StepClock
@@ -79,7 +78,7 @@ class TimeLinear(nn.Linear):
         return self.time_cache(input, self.clock.time, self._state(), super().forward)
 
     def _state(self) -> object:
-        """Changes when the parameters do: by assignment, in place, or behind autograd's back as adapters are merged."""
+        """Fingerprint of the parameters, which also detects changes through ``.data``, as when adapters are merged."""
         states = []
         for parameter in (self.weight, self.bias):
             if parameter is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
 from stepquant.core.affine import largest_code
-from stepquant.core.gptq import aligned_weight, gptq_weight, input_rows, parts_of_inputs, sparser
+from stepquant.core.gptq import aligned_weight, gptq_weight, input_rows, row_step, split_inputs
 from stepquant.optimize.block import Block
 from stepquant.optimize.replay import Reached
 
@@ -50,7 +50,7 @@ def gptq(block: Block, layers: dict[str, CalibratedLayer]) -> None:
 def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
     """``X' X'^T`` and ``X X'^T`` of a layer's inputs over some batches, quantized X' and full-precision X.
 
-    First all of the one kind, then all of the other, each for every part of the inputs (`parts_of_inputs`).
+    First all of the one kind, then all of the other, each for every part of the inputs (`split_inputs`).
     """
     original, layer = block.full_precision.get_submodule(name), block.calibrated.layers[name]
     moments, cross = _zeros(layer), _zeros(layer)
@@ -60,7 +60,7 @@ def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
         given = _input_of(layer, block.module, block.inputs.at(chosen))
         if layer.input_point is not None:
             given = layer.input_point(given)
-        step = sparser(len(block.samples), given, layer.inner)
+        step = row_step(len(block.samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
         wanted_rows = input_rows(wanted, layer.inner, step)
         for index, part in enumerate(_parts(layer)):
@@ -71,7 +71,7 @@ def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
 
 def _parts(layer: CalibratedLayer) -> list[slice]:
     weight = layer.weight
-    return parts_of_inputs(weight.shape[1], weight[0, 0].numel())
+    return split_inputs(weight.shape[1], weight[0, 0].numel())
 
 
 def _zeros(layer: CalibratedLayer) -> list[Tensor]:

@@ -23,9 +23,9 @@ from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
 BACKENDS = ("auto", "native", "onednn", "cuda", "reference")
 INTEGER = {"native": native.supported, "onednn": onednn.supported, "cuda": cuda.supported}
-"""Runtimes in integers, the fastest first -> why this machine cannot run it, or None."""
+"""Integer runtimes, fastest first -> function that returns why this machine cannot run it, or None."""
 DEVICE = {"native": "cpu", "onednn": "cpu", "cuda": "cuda"}
-"""The kind of device that a runtime in integers is for."""
+"""Device type of each integer runtime."""
 
 KERNELS: dict[str, type[Kernel]] = {"native": native.NativeKernel, "onednn": OneDnnKernel, "cuda": CudaKernel}
 NAMES: dict[type[Kernel], str] = {
@@ -33,35 +33,35 @@ NAMES: dict[type[Kernel], str] = {
     ReferenceKernel: "reference",
     WeightOnlyKernel: "floating point",
 }
-"""Kernels -> the runtimes they belong to."""
+"""Kernel -> name of its runtime."""
 SLOW = ("reference", "floating point")
 
 MEMORY = ("unpacked", "packed")
-"""How weights of up to 4 bits are held: a byte each, or two to a byte, unpacked piece by piece as they are used."""
+"""Storage of weights of up to 4 bits: one or two per byte. The latter are unpacked in parts when used."""
 
 KernelFactory = Callable[[QuantizedModule], Kernel | None]
-"""A custom runtime: the kernel of a layer whose activation is quantized, or None to run it as the reference."""
+"""Custom runtime: returns the kernel of a layer whose activation is quantized, or None for the reference."""
 Backend = str | KernelFactory
 
 
 def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked") -> str:
-    """Give every quantized layer of `model` a kernel; returns the name of the backend.
+    """Install a kernel in every quantized layer of `model`; returns the name of the backend.
 
-    ``"auto"`` takes the fastest that runs on the device the model lies on: on a CPU the int8 kernels
-    (``native``), else those of oneDNN that ship with torch; on a GPU Triton's (``cuda``); else the reference. A model
-    that is moved to another device later gets what `backend` means there, and the reference where that has no kernels.
-    A layer without an integer kernel (its activation is not quantized, or on a CPU it is a grouped convolution)
-    runs as the reference does; `fallbacks` lists those, and `summary` says what runs where. The model is laid out
-    channels-last, which the convolutions want. A warning says what was expected in integers and is not.
+    ``"auto"`` selects the fastest runtime of the model's device: on a CPU ``native``, else ``onednn``; on a GPU
+    ``cuda``; else the reference. A model that is moved to another device gets new kernels of `backend`, or of the
+    reference if `backend` does not support that device. Layers without an integer kernel (whose activation is not
+    quantized, or on a CPU grouped convolutions) run in the reference; `fallbacks` lists them, `summary` describes the
+    runtime of each layer, and a warning names layers that unexpectedly do not run in integers. Convolutions become
+    channels-last.
 
     Args:
         backend: one of `BACKENDS`, or a function that returns the kernel of a layer.
-        memory: one of `MEMORY`. Results are the same; packed, the native runtime takes a little longer, and layers that
-            run in another one much longer, since they are made ready for each call.
+        memory: one of `MEMORY`. Results are the same. Packed is a little slower in the native runtime and much slower
+            in others, which prepare a layer's kernel for each call.
 
     Raises:
-        StepquantError: for an unknown backend, one this machine cannot run, a function that gives something else, or an
-            unknown kind of memory.
+        StepquantError: if `backend` or `memory` is unknown, this machine cannot run the backend, or a custom runtime
+            does not return a kernel.
     """
     check_memory(memory)
     if callable(backend):
@@ -102,7 +102,7 @@ def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
 
 
 def _left_out(device: torch.device) -> list[tuple[str, str]]:
-    """The runtimes in integers faster than the one that ``"auto"`` takes on a device, and why they cannot run."""
+    """Integer runtimes that are faster than the one ``"auto"`` selects on a device, and why they cannot run."""
     found = []
     for name, kind in DEVICE.items():
         if kind == device.type:
@@ -113,7 +113,7 @@ def _left_out(device: torch.device) -> list[tuple[str, str]]:
 
 
 def summary(model: nn.Module) -> str:
-    """What runs the quantized layers of `model`, in a line, and why not something faster."""
+    """One line about the runtimes of the quantized layers of `model`, and why faster ones are not used."""
     layers: dict[str, list[str]] = {}
     for name, module in quantized_modules(model).items():
         kernel = _class_of(module)
@@ -155,7 +155,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _resolve(backend: str, device: torch.device) -> str:
-    """What ``"auto"`` means on a device; any other backend is what it is."""
+    """Resolve ``"auto"`` for a device; other backends are unchanged."""
     if backend != "auto":
         return backend
     candidates = (name for name, kind in DEVICE.items() if kind == device.type)
@@ -163,11 +163,11 @@ def _resolve(backend: str, device: torch.device) -> str:
 
 
 def _kernel(backend: str, packed: bool, module: QuantizedModule) -> Kernel:
-    """The kernel that `backend` has for a layer on the device it is on."""
+    """Create the kernel of `backend` for a layer on its device."""
     make = _kernel_class(module, _resolve(backend, module.device))
     if make is native.NativeKernel or make is CudaKernel:
         kernel: Any = native.NativeKernel(module, packed=packed) if make is native.NativeKernel else make(module)
-        module.release(kernel.integers)  # from now on the kernel holds the weight alone
+        module.release(kernel.integers)  # only the kernel holds the weight now
         return kernel
     return PassingKernel(module, make) if packed else make(module)
 
@@ -181,11 +181,11 @@ def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
 
 
 class PassingKernel(Kernel):
-    """A kernel that is made for each call and forgotten, so that only the codes stay in memory."""
+    """Creates a kernel for each call, so that only the codes stay in memory."""
 
     def __init__(self, module: QuantizedModule, make: type[Kernel]) -> None:
         super().__init__()
-        self.layer, self.make = (module,), make  # in a tuple: a kernel is part of its layer, not the other way round
+        self.layer, self.make = (module,), make  # in a tuple, so that the layer is not a submodule
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassingKernel:
         return PassingKernel(copy.deepcopy(self.layer[0], memo), self.make)
@@ -197,7 +197,7 @@ class PassingKernel(Kernel):
 
 
 def _custom_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> Kernel:
-    """The kernel of layer `name` in a custom runtime."""
+    """Create the kernel of layer `name` in a custom runtime."""
     if module.format.input is None:
         return WeightOnlyKernel(module)
     kernel = make(module)
@@ -208,7 +208,7 @@ def _custom_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> K
 
 def _lay_out(model: nn.Module) -> None:
     for convolution in model.modules():
-        if isinstance(convolution, nn.Conv2d):  # not the whole model: a video model has tensors of another rank
+        if isinstance(convolution, nn.Conv2d):  # not the whole model: video models have 5-d tensors
             convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of several runtimes share: the layer as a function, and values along channels."""
+"""Helpers shared by the kernels of several runtimes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def linear_map(module: QuantizedModule) -> Apply:
 
 
 def along_channels(values: Tensor, dim: int, output_dims: int) -> Tensor:
-    """float [out], or [B, out] for a batch, shaped to broadcast against an output with channels at `dim`."""
+    """Shape values, float [out] or [B, out], to broadcast against an output with channels at `dim`."""
     shape = [1] * output_dims
     shape[dim] = values.shape[-1]
     if values.dim() == 2:
@@ -33,5 +33,5 @@ def along_channels(values: Tensor, dim: int, output_dims: int) -> Tensor:
 
 
 def bound(weight: Tensor, bits: int) -> int:
-    """Largest absolute value an accumulator of these integer weights and `bits`-bit activations can reach."""
+    """Largest absolute value of an accumulator for these integer weights and `bits`-bit activations."""
     return int(weight.flatten(1).to(torch.int64).abs().sum(dim=1).max()) * ((1 << bits) - 1)

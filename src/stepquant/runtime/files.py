@@ -7,15 +7,15 @@ from stepquant.user_code import load_function
 
 
 def resolve_backend(name: str) -> Backend:
-    """`name` itself, or the function of that name in a file, which is run as a module.
+    """Return the name of a backend, or load the function that ``path.py:function`` names, which runs the file.
 
-    Never called with what a checkpoint says.
+    Never call it with a name from a checkpoint.
 
     Raises:
-        StepquantError: if there is no such backend, file or function, the file cannot be run, or the function
-            needs more than a layer.
+        StepquantError: if the backend, file or function does not exist, the file cannot be run, or the function takes
+            other arguments than a layer.
     """
     if ":" in name:
         return load_function(name, "runtime", ["a layer"])
-    check_backend(name)  # a model in full precision has no layer to prepare, where the name would be checked
+    check_backend(name)  # here, since `prepare` is not called for full-precision models
     return name

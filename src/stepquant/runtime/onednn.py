@@ -1,7 +1,6 @@
-"""int8 on the CPU: convolution and linear through the oneDNN int8 kernels that ship with torch.
+"""int8 on the CPU: convolution and linear by the oneDNN kernels in torch.
 
-Activations are unsigned 8-bit codes with a zero point, weights signed 8-bit, accumulators 32-bit; scale and bias are
-applied in the kernel. The activation scale is a tensor, so a per-step scale costs an index.
+Activations are uint8 codes with a zero point, weights int8, accumulators int32; the kernel applies scale and bias.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from stepquant.runtime.common import along_channels
 
 
 def supported() -> str | None:
-    """None if this machine runs the kernels, and exactly; else the reason why not."""
+    """Return None if this machine runs the kernels exactly, else the reason."""
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN int8 kernels"
     try:
@@ -31,7 +30,7 @@ def supported() -> str | None:
 
 
 def _probe() -> bool:
-    """Whether the largest products come out exactly: older instructions add pairs of them in 16 bits, and saturate."""
+    """Whether the largest products are exact; without VNNI, pairs are added in 16 bits and saturate."""
     size = 64
     codes = torch.full((size, size), largest_code(8), dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
@@ -44,7 +43,7 @@ def _probe() -> bool:
 
 
 class OneDnnKernel(Kernel):
-    """One linear or convolution; each run of channels with its own scale is a separate call."""
+    """A linear or convolution; one call per segment of channels with one scale."""
 
     inverse: Tensor
     scale: Tensor
@@ -82,7 +81,7 @@ class OneDnnKernel(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         if self.static or row.dim() == 0:
             return self._run(x, 0 if self.static else int(row))
-        # Samples of several steps in one batch: one call for each step among them.
+        # Samples of several steps in one batch: one call per step.
         rows = of_samples(row, x.shape[0])
         y: Tensor | None = None
         for step in rows.unique().tolist():
@@ -95,17 +94,20 @@ class OneDnnKernel(Kernel):
         return y
 
     def codes(self, x: Tensor, row: int, group: int, smoothing: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """uint8 codes of x, as `core.affine.quantize` defines them, and a sum per sample of x, NaN where x has NaN.
+        """Quantize x.
 
         Args:
             smoothing: float32 [channels of x].
+
+        Returns:
+            uint8 codes as `core.affine.quantize` defines them, and their sum per sample, NaN if x has NaN there.
         """
         inverse = self.inverse[row, group]
         if smoothing is not None:
             inverse = along_channels((self.scale[row, group] * smoothing).reciprocal(), self.dim, x.dim())
         steps = x * inverse
         steps = steps.round_().add_(self.zero_point[row, group]).clamp_(0, self.top)
-        # torch converts float to uint8 one element at a time; by way of int16 both conversions run in vectors.
+        # Conversion via int16 is vectorized; float to uint8 is not.
         return steps.to(torch.int16).to(torch.uint8), steps.sum(tuple(range(1, x.dim())))
 
     def _run(self, x: Tensor, row: int) -> Tensor:
@@ -116,7 +118,7 @@ class OneDnnKernel(Kernel):
             codes, sums = self.codes(part, row, group, None if self.smoothing is None else self.smoothing[start:stop])
             product = self._multiply(codes, row, group, weight, self.bias if y is None else None)
             if bool(sums.isnan().any()):
-                product[sums.isnan()] = torch.nan  # codes have none
+                product[sums.isnan()] = torch.nan  # which codes cannot represent
             y = product if y is None else y.add_(product)
         assert y is not None
         return y.to(dtype)

@@ -1,7 +1,7 @@
-"""The reference runtime: simulated, with exact integer semantics. Slow, simple, and the standard for every kernel.
+"""The reference runtime: integer arithmetic simulated in floating point, slow but exact; kernels are tested against it.
 
-Integers are held in floating point. An accumulator whose worst case stays below 2^24 is exact in float32, any other is
-computed in float64 (exact below 2^53, which no layer reaches); so accumulators equal those of integer kernels.
+An accumulator with a worst case below 2^24 is exact in float32; any other is computed in float64, which is exact below
+2^53. So accumulators equal those of integer kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXACT_IN_FLOAT32 = 1 << 24
 
 
 class WeightOnlyKernel(Kernel):
-    """A layer whose activation stays floating point: the dequantized weight in the dtype of x."""
+    """A layer whose activation stays in floating point: multiplies by the dequantized weight in the dtype of x."""
 
     capabilities = Capabilities(integer=False, grouped_convolutions=True, grouped_both=True, most_products=UNLIMITED)
     weight: Tensor
@@ -33,14 +33,14 @@ class WeightOnlyKernel(Kernel):
         layer = module.layer()
         self.apply_map: Apply = linear_map(module)
         weight = layer.weight.dequantize()
-        if weight.dim() == 4:  # so that what follows a convolution is laid out as kernels want it
+        if weight.dim() == 4:  # the layout that kernels after it use
             weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone(), persistent=False)
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         y = self.apply_map(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        # Of an image with one channel torch cannot tell the layout.
+        # For images with one channel torch loses the layout.
         return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
@@ -65,13 +65,11 @@ class ReferenceKernel(Kernel):
         for index, (channels, group, weight) in enumerate(layer.segments()):
             self.segments.append((channels, group))
             integers = weight.integers()
-            buffers[f"weight_{index}"] = integers.to(self._exact_dtype(integers))
+            exact = bound(integers, self.bits) < EXACT_IN_FLOAT32
+            buffers[f"weight_{index}"] = integers.to(torch.float32 if exact else torch.float64)
             buffers[f"weight_scale_{index}"] = weight.grid.scale[0, 0]
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-
-    def _exact_dtype(self, weight: Tensor) -> torch.dtype:
-        return torch.float32 if bound(weight, self.bits) < EXACT_IN_FLOAT32 else torch.float64
 
     def _at(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each group: [G], or [B, G] for a row of shape [B]."""
@@ -79,7 +77,7 @@ class ReferenceKernel(Kernel):
         return scale[..., 0], zero_point[..., 0]
 
     def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
-        """Exact integer sums of each segment: float32 or float64 tensors of the output's shape."""
+        """Exact integer sums per segment: float32 or float64, of the output's shape."""
         transforms: list[LayerTransform] = [buffers.transform() for buffers in self.transforms]  # type: ignore[operator]
         for transform in transforms:
             x = transform.transform_input(x, self.dim)
@@ -112,5 +110,5 @@ class ReferenceKernel(Kernel):
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    """A scalar, or [B] repeated to the samples of x and shaped to broadcast against it."""
+    """Shape a scalar, or values [B], to broadcast against x."""
     return values if values.dim() == 0 else per_sample(values[:, None], x)

@@ -223,8 +223,8 @@ def test_operators_are_what_they_claim():
         return (*shared, kernel.scale, kernel.zero_point, 0)
 
     image = (
-        codes.view(2, 4, 3, 6), invalid, kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1], [1, 1],
-        1, 1, [4, 3], torch.float16,
+        codes.view(2, 4, 3, 6), invalid, kernel.pieces[0].weight, *common(kernel), None, None, 1.0, 3, [1, 1], [1, 1],
+        [1, 1], 1, 1, [4, 3], torch.float16,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.stepquant.convolution.default, image, test_utils=checked)
     codes = torch.zeros(4, 7, dtype=torch.int8, device=GPU)

@@ -1,4 +1,4 @@
-"""int8 and int4 on a GPU: Triton kernels, imported when a layer needs them."""
+"""int8 and int4 on a GPU by Triton kernels, which are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What comes before a product, in Triton: statistics of a group normalization; and normalization, SiLU and
-quantization in one pass over the activation.
+"""Triton kernels that precede a product: group normalization statistics; and normalization, SiLU and quantization in
+one pass over the activation.
 
-A kernel multiplies signed 8-bit codes, so all codes and zero points here are 128 less than those of the tables.
+Products take signed 8-bit codes, so codes and zero points here are 128 less than those of the tables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2**23)
-"""Adding and subtracting it rounds a float32 below 2^22 half to even: that has no bits for fractions above it."""
+"""Adding and subtracting it rounds a float32 below 2^22 half to even, since larger floats have no fraction bits."""
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def quantize_kernel(
     """``code = clamp(round(silu(x * multiply + add) * (1 / (scale * smoothing))) + zero_point)``.
 
     x: float [B, pixels, C], strides of samples and pixels given; multiply, add: float32 [B, C]; codes: int8 [M, C].
-    invalid: float32 [B], set to NaN for a sample with NaN in it: codes have none.
+    invalid: float32 [B], zeros; becomes NaN for samples with NaN, which codes cannot represent.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -44,7 +44,7 @@ def quantize_kernel(
     size = tl.load(scale + step)[:, None]
     if smoothing is not None:
         size = size * tl.load(smoothing + channels, mask=known, other=1.0)[None, :]
-    # Division rounds to nearest, as it does on a CPU; values beyond any code are clamped before rounding.
+    # div_rn rounds to nearest, as a CPU does; clamping before rounding keeps values in the range of ROUNDER.
     steps = tl.minimum(tl.maximum(values * tl.div_rn(1.0, size), -1024.0), 1024.0)
     found = ((steps + ROUNDER) - ROUNDER).to(tl.int32) + tl.load(zero_point + step)[:, None]
     found = tl.minimum(tl.maximum(found, -128), TOP - 128)
@@ -56,7 +56,7 @@ def group_norm_kernel(
     x, weight, bias, multiply, add, pixels, C, x_sample, x_pixel, eps,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The normalization of one sample's group as a scale and a shift of its WIDTH channels; a group is read twice."""
+    """Scale and shift of the WIDTH channels of one sample's group, in two passes."""
     sample, group = tl.program_id(0), tl.program_id(1)
     offsets, within = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
     channels = group * WIDTH + within

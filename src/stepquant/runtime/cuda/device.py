@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run here: on a GPU, or for tests in Triton's interpreter."""
+"""Availability of Triton kernels: on a GPU, or for tests in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 import torch
 
 OLDEST = (8, 0)
-"""Compute capability of the first GPUs (Ampere) that Triton compiles integer products for."""
+"""Minimum compute capability (Ampere) for which Triton compiles integer products."""
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, one program after the other, in numpy (``TRITON_INTERPRET=1``)."""
+    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def supported() -> str | None:
-    """None if this machine runs the kernels; else the reason why not."""
+    """Return None if this machine runs the kernels, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'stepquant[cuda]', on Linux)"
     if interpreted():

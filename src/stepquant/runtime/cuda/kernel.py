@@ -1,4 +1,4 @@
-"""A linear or convolution in integers on a GPU: codes made in one pass, multiplied, and scaled as they are stored."""
+"""A linear or convolution in integers on a GPU: quantize in one pass, multiply, and scale in the epilogue."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.norms import Norm
 
 MIDDLE = 128
-"""Codes are stored less this, since integer tensor cores multiply signed numbers."""
+"""Subtracted from codes, since integer tensor cores multiply signed numbers."""
 
 
 class Piece(nn.Module):
-    """Input channels with one weight scale and one activation scale, laid out for the products.
+    """Input channels with one weight scale and one activation scale, in the layout of `products`.
 
     Buffers:
-        weight: int8 [out, taps, in]; of up to 4 bits uint8 [out, taps, half of in], two to a byte (`products`).
-        weight_zero_point: int8 [out], of the latter, else None.
-        weight_sum: int32 [out], of the integer weight; weight_scale: float32 [out].
+        weight: int8 [out, taps, in]; up to 4 bits, uint8 [out, taps, half of in] with two codes per byte.
+        weight_zero_point: int8 [out] of the latter, else None.
+        weight_sum: int32 [out], sum of the integer weight; weight_scale: float32 [out].
     """
 
     weight: Tensor
@@ -64,10 +64,9 @@ def pack_halves(codes: Tensor) -> Tensor:
 
 
 class CudaKernel(Kernel):
-    """One layer. `forward` is the layer alone; `run` has what can be fused with it.
+    """One layer. `forward` runs the layer alone; `run` also fuses operations around it.
 
-    The table row is read on the device: a CUDA graph that was captured with the timestep in a tensor on the device
-    runs any step.
+    The table row is read on the device, so a captured CUDA graph runs any step if the timestep is a tensor there.
     """
 
     capabilities = Capabilities(grouped_convolutions=True)
@@ -101,12 +100,12 @@ class CudaKernel(Kernel):
 
     @staticmethod
     def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
-        """The normalization of x, float [B, C, H, W] or [B, N, C], as a scale and a shift of each sample's channels."""
+        """Normalization of x, float [B, C, H, W] or [B, N, C], as scale and shift per sample and channel."""
         pixels = channels_adjacent(x, image=x.dim() == 4)
         return Norm(*torch.ops.stepquant.group_norm(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps))
 
     def integers(self) -> Tensor:
-        """The weight as `QTensor.integers` has it: int8 [out, in, *kernel], on the kernel's device."""
+        """`QTensor.integers` of the weight: int8 [out, in, *kernel], on the kernel's device."""
         weight = torch.cat([piece.integers() for piece in self._pieces()], dim=2).transpose(1, 2)
         return weight.squeeze(2) if self.geometry is None else weight.unflatten(2, self.geometry.size)
 
@@ -131,13 +130,14 @@ class CudaKernel(Kernel):
 
         Args:
             x: float [B, C, H, W], or [B, ..., in] for a linear.
-            row: int64 [] or [B], on any device; only one of x's own leaves it running.
-            norm: of groups; activation: ``silu``, or None.
-            upsample: 2 repeats every pixel in both directions; of a convolution.
-            extra: rows and columns of zeros below and to the right of the image, besides the padding.
-            channel_add: float32 [B, out], contiguous; of a convolution.
+            row: int64 [] or [B]; on another device than x, it is copied, which synchronizes.
+            norm: scale and shift of channels, from `group_norm`.
+            activation: ``silu``, or None.
+            upsample: 2 repeats every pixel in both directions; convolutions only.
+            extra: rows and columns of zeros below and to the right of the image, in addition to the padding.
+            channel_add: float32 [B, out], contiguous; convolutions only.
             residual: float, of the output's shape.
-            dtype: of the result; by default that of x.
+            dtype: dtype of the result; by default that of x.
         """
         row = self.first_row if self.scale.shape[0] == 1 else row.reshape(-1).to(x.device)
         pixels = channels_adjacent(x, image=self.geometry is not None)
@@ -159,7 +159,8 @@ class CudaKernel(Kernel):
             if self.geometry is None:
                 other = y if y is not None or residual is None else residual.reshape(-1, self.outputs).contiguous()
                 y = torch.ops.stepquant.matmul(
-                    codes.flatten(0, 1), invalid, piece.weight.flatten(1), piece.weight_zero_point, *scaling, other, *ending,
+                    codes.flatten(0, 1), invalid, piece.weight.flatten(1), piece.weight_zero_point, *scaling, other,
+                    *ending,
                 )  # fmt: skip
                 continue
             other = y if y is not None or residual is None else residual.permute(0, 2, 3, 1).contiguous()
@@ -172,7 +173,7 @@ class CudaKernel(Kernel):
 
 
 class Geometry(NamedTuple):
-    """Where the windows of a convolution lie."""
+    """Windows of a convolution."""
 
     size: tuple[int, int]
     stride: tuple[int, int]
@@ -210,12 +211,13 @@ class Geometry(NamedTuple):
         factor, dtype = ending
         return torch.ops.stepquant.convolution(
             codes, invalid, piece.weight, piece.weight_zero_point, *scaling, channel_add, residual, factor,
-            self.size[1], list(self.stride), list(self.padding), list(self.dilation), self.parts, upsample, output, dtype,
+            self.size[1], list(self.stride), list(self.padding), list(self.dilation), self.parts, upsample, output,
+            dtype,
         )  # fmt: skip
 
 
 def channels_adjacent(x: Tensor, *, image: bool) -> Tensor:
-    """x, float [B, C, H, W] or [B, ..., C], as [B, pixels, C] whose channels lie side by side: a view where it can."""
+    """View, or copy, x, float [B, C, H, W] or [B, ..., C], as [B, pixels, C] with adjacent channels."""
     if image:
         return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
     batch = x.shape[0] if x.dim() > 1 else 1

@@ -1,9 +1,10 @@
-"""The kernels as operators of torch, ``torch.ops.stepquant.*``: torch.compile takes them as they are, and CUDA graphs
-can hold them, since nothing waits for the device and the step is an index that lies on it.
+"""The kernels as torch operators, ``torch.ops.stepquant.*``, for torch.compile and CUDA graphs: they never synchronize
+with the device, where the step's row lies.
 
-Arguments that all of them share:
-    row: int64 [n], table rows of the batch: one of all samples, or one of each n-th part of them.
-    scale, zero_point: float32 and int32 [R, S], the activation's table, zero points less 128; group: a column of it.
+Shared arguments:
+    row: int64 [n], table rows: one for all samples, or one for each n-th part of the batch.
+    scale, zero_point: float32 and int32 [R, G], the activation's table, zero points less 128.
+    group: column of the table.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from stepquant.runtime.cuda.products import convolution_kernel, matmul_kernel
 from stepquant.runtime.cuda.tuning import bucket, chosen
 
 ELEMENTS = 4096
-"""Of an activation, that one program turns into codes."""
+"""Values that one program quantizes."""
 WIDEST = 128
-"""Channels that one program turns into codes."""
+"""Maximum channels that one program quantizes."""
 
 
 def _grid(rows: int, columns: int, parts: int) -> Any:
-    """Programs of a product, once its tile is known."""
+    """Launch grid of a product, as a function of its tile."""
     return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]), parts)
 
 
@@ -43,14 +44,16 @@ def quantize(
     add: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of ``silu(x * multiply + add)``, less 128: int8, contiguous, of x's shape; and float32 [B], NaN for a
-    sample in which that has NaN, else 0.
+    """Quantize ``silu(x * multiply + add)``.
 
     Args:
         x: float [B, pixels, C] with adjacent channels.
-        bits: of the codes.
+        bits: bits of the codes.
         smoothing: float32 [C], or None.
         multiply, add: float32 [B, C], or None.
+
+    Returns:
+        Codes less 128, int8, contiguous, of x's shape; and float32 [B], NaN for samples with NaN, else 0.
     """
     batch, pixels, channels = x.shape
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -79,7 +82,7 @@ def _(x, *_grid_and_norm):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("stepquant::group_norm", mutates_args=())
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """A group normalization of x, float [B, pixels, C], as ``x * multiply + add``: float32 [B, C] each."""
+    """Group normalization of x, float [B, pixels, C], as ``x * multiply + add``: float32 [B, C] each."""
     batch, pixels, channels = x.shape
     multiply, add = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     width = channels // groups
@@ -119,7 +122,7 @@ def matmul(
     Args:
         codes: int8 [M, K]; invalid: float32 [B], as `quantize` returns them.
         weight: int8 [N, K]; or uint8 [N, half of K] and `weight_zero_point`: int8 [N], see `products`.
-        weight_sum: int32 [N], of the integer weight; weight_scale, bias: float32 [N].
+        weight_sum: int32 [N], sum of the integer weight; weight_scale, bias: float32 [N].
         residual: float [M, N], contiguous, or None.
     """
     rows, inputs = codes.shape
@@ -166,11 +169,11 @@ def convolution(
     output: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """A convolution of the image that `codes` stand for: `dtype` [B, *output, out], scaled as by `matmul`.
+    """Convolution of the image that `codes` represent: `dtype` [B, *output, out], scaled as by `matmul`.
 
     Args:
-        codes: int8 [B, H, W, C]; every pixel counts `upsample` times in each direction. invalid: float32 [B].
-        weight: int8 [out, taps, C / parts]; or uint8 with the last halved and `weight_zero_point`: int8 [out].
+        codes: int8 [B, H, W, C]; every pixel is repeated `upsample` times in each direction. invalid: float32 [B].
+        weight: int8 [out, taps, C / parts]; or uint8, the last halved, and `weight_zero_point`: int8 [out].
         channel_add: float32 [B, out], or None.
         residual: float [B, *output, out], contiguous, or None.
         parts: groups of the convolution.

@@ -1,11 +1,11 @@
-"""Integer products in Triton: a matrix product, and a convolution as one whose left operand is never built.
+"""Integer products in Triton: a matrix product, and a convolution as an implicit matrix product.
 
-Both multiply int8 codes (`codes`) by weights of 8 or 4 bits into int32, take the zero point out by the weight's sums,
-and apply scales and all that follows as results are stored.
+Both multiply int8 codes (`codes`) by 8-bit or 4-bit weights into int32, subtract the zero point by the weight's sums,
+and apply scales, bias and residual in the epilogue.
 
-4-bit weights lie two to a byte: channel j in the low half of byte j, channel j + half in the high half, where half is
-half the channels, rounded up. So a tile of bytes is two tiles of weights that need no shuffling, and each is multiplied
-by codes that are adjacent in memory.
+4-bit weights are stored two per byte: channel j in the low half of byte j, channel j + half in the high half, where
+half is half the channels, rounded up. So a tile of bytes is two tiles of weights without shuffling, each multiplied by
+codes that are adjacent in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepquant.runtime.cuda.tuning import tuned
 
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HIGH: tl.constexpr):
-    """Rows and columns of this program's tile, in an order that reuses what the L2 cache holds."""
+    """Rows and columns of this program's tile, in an order that reuses the L2 cache."""
     program = tl.program_id(0)
     across = tl.cdiv(N, BLOCK_N)
     first = program // (HIGH * across) * HIGH
@@ -62,7 +62,7 @@ def matmul_kernel(
     """codes: int8 [M, K]; weight: int8 [N, RUN], RUN = K; or uint8, RUN half of it, with a zero point; y: [M, N]."""
     rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, HIGH)
     inside = rows < M
-    rows = tl.where(inside, rows, 0)  # what is not stored may as well be computed from row 0
+    rows = tl.where(inside, rows, 0)  # rows that are not stored are computed from row 0
     channels = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     left = codes + rows[:, None].to(tl.int64) * K
@@ -80,7 +80,7 @@ def matmul_kernel(
             pair = tl.load(right + c[:, None], mask=(c[:, None] < RUN) & (columns[None, :] < N), other=0)
             a = tl.load(left + c[None, :], mask=c[None, :] < RUN, other=0)
             sums = tl.dot(a, (pair & 15).to(tl.int8) - zero, sums, out_dtype=tl.int32)
-            # Where there is no such channel codes are 0, and whatever the weight is does not count.
+            # Beyond the channels codes are 0, so the weight does not matter.
             a = tl.load(left + RUN + c[None, :], mask=c[None, :] < K - RUN, other=0)
             sums = tl.dot(a, (pair >> 4).to(tl.int8) - zero, sums, out_dtype=tl.int32)
     valid = inside[:, None] & (columns[None, :] < N)
@@ -92,7 +92,7 @@ def matmul_kernel(
 
 @triton.jit
 def _window(left, pixels, present, pad, c, channels):
-    """Codes of one tap's pixels and these channels; beyond the image the zero point, beyond the channels 0."""
+    """Codes of one tap's pixels and these channels; the zero point outside the image, 0 beyond the channels."""
     known = c[None, :] < channels
     values = tl.load(left + pixels[:, None] + c[None, :], mask=present[:, None] & known, other=0)
     return tl.where(known & (present[:, None] == 0), pad[:, None], values)
@@ -117,7 +117,7 @@ def convolution_kernel(
     columns = columns + part * N
     sample, position = rows // (OUT_H * OUT_W), rows % (OUT_H * OUT_W)
     top, leftmost = position // OUT_W * SH - PH, position % OUT_W * SW - PW
-    # The code of 0 pads the image: with the zero point taken out, it counts nothing.
+    # The zero point pads the image, so that padding contributes 0.
     pad = tl.load(zero_point + tl.load(row + rows // per_row) * GROUPS).to(tl.int8)
     offsets = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)

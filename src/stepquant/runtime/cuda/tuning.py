@@ -1,4 +1,4 @@
-"""Tiles of the products: measured once a shape on a GPU, fixed under Triton's interpreter."""
+"""Tiles of the products: autotuned once per shape on a GPU, fixed in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TILES = [
     (16, 128, 64, 4, 5),
 ]
 HIGH = 8
-"""Row tiles whose column tiles are computed together, so that both operands are still in the L2 cache."""
+"""Row tiles whose column tiles are computed together, so that both operands stay in the L2 cache."""
 INTERPRETED_TILE = {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "HIGH": 2}
 
 
 def configs() -> list[triton.Config]:
-    """All that are tried."""
+    """Candidates of the autotuner."""
     return [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HIGH": HIGH}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in TILES
@@ -39,7 +39,7 @@ def configs() -> list[triton.Config]:
 
 
 def fitting(tried: list[triton.Config], sizes: dict[str, Any], **_more: Any) -> list[triton.Config]:
-    """Tiles of which less than half lies outside the product; the smallest where there are none.
+    """Tiles of which less than half lies outside the product, or else the smallest.
 
     Args:
         sizes: the kernel's arguments: ``M`` and ``N``, rows and columns of the product.
@@ -52,17 +52,17 @@ def fitting(tried: list[triton.Config], sizes: dict[str, Any], **_more: Any) -> 
 
 
 def tuned(key: list[str]) -> Callable[[Any], Any]:
-    """Decorates a kernel: its tiles are chosen by timing, once for each value of the arguments in `key`."""
+    """Decorator: autotune a kernel's tile for each value of the arguments in `key`."""
     if INTERPRETED:
         return lambda kernel: kernel
     return triton.autotune(configs(), key, prune_configs_by={"early_config_prune": fitting})
 
 
 def chosen() -> dict[str, int]:
-    """The tile, where it is not chosen by timing: arguments of a launch."""
+    """The tile as launch arguments, if it is not autotuned."""
     return INTERPRETED_TILE if INTERPRETED else {}
 
 
 def bucket(rows: int) -> int:
-    """Products of about as many rows share a tile: a batch of another size is not timed again."""
+    """Round up the rows, so that similar batch sizes share a tile."""
     return triton.next_power_of_2(rows)
