@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it as it is imported, which comes later
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, below
 
 from diffusers import (
     AutoencoderKL,
@@ -28,10 +28,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.letters import letter_tokenizer
 
-# The models are so small that a second thread costs more than it brings.
+# The models are so small that a second thread costs more than it saves.
 torch.set_num_threads(1)
 
-# A shell that runs this in the background lets it ignore Ctrl-C, and so every process that it starts.
+# A shell that runs this in the background makes it, and every process it starts, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -137,14 +137,14 @@ def text_folder(text_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest
 
 @pytest.fixture(scope="session")
 def fragile_pipeline(unconditional_pipeline: DDIMPipeline) -> DDIMPipeline:
-    """Rounding the weights of ``up_blocks.1.resnets.1.conv2`` loses them all: an input channel that is always zero
+    """Rounding sets nearly all weights of ``up_blocks.1.resnets.1.conv2`` to 0: an input channel that is always zero
     has by far the largest. Never modify it, copy it."""
     pipeline = copy.copy(unconditional_pipeline)
     unet = copy.deepcopy(unconditional_pipeline.unet)
     block = unet.get_submodule("up_blocks.1.resnets.1")
     with torch.no_grad():
         block.norm2.weight[0] = block.norm2.bias[0] = 0
-        block.conv2.weight *= 4  # so that what is lost is a good part of the output
+        block.conv2.weight *= 4  # so that much of the output is lost
         block.conv2.weight[:, 0] = 1000
     pipeline.register_modules(unet=unet)
     return pipeline

@@ -11,7 +11,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def letter_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer that knows single letters only."""
+    """Return a tokenizer whose vocabulary is single letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [START, END, *letters, *(f"{letter}</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))

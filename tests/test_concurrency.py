@@ -1,4 +1,4 @@
-"""Several quantized pipelines at once: in threads, step by step in turn, and with many timesteps in one batch."""
+"""Several quantized pipelines at once: in threads, alternating step by step, and with many timesteps in one batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALIBRATION = stepquant.Calibration(samples=16, steps=4)
 
 @pytest.fixture(scope="module")
 def quantized(text_pipeline):
-    """Two pipelines of one origin, with tables of a row a step."""
+    """Two quantizations of one pipeline, with per-step scales."""
 
     def make(bits: str):
         settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
@@ -30,13 +30,13 @@ def quantized(text_pipeline):
     return make("w4a4"), make("w8a8")
 
 
-def test_pipelines_share_nothing_that_changes_while_they_run(quantized, text_pipeline):
-    every = [*quantized, text_pipeline]
-    assert len({id(pipeline.scheduler) for pipeline in every}) == 3
-    assert len({id(pipeline.unet) for pipeline in every}) == 3
+def test_pipelines_share_no_mutable_state(quantized, text_pipeline):
+    pipelines = [*quantized, text_pipeline]
+    assert len({id(pipeline.scheduler) for pipeline in pipelines}) == 3
+    assert len({id(pipeline.unet) for pipeline in pipelines}) == 3
 
 
-def test_two_threads_draw_what_each_draws_alone(quantized, text_pipeline):
+def test_threads_generate_the_same_images_as_one_thread(quantized, text_pipeline):
     pairs = zip((*quantized, text_pipeline), (5, 3, 4), strict=True)
     jobs = [(pipeline, steps, seed) for pipeline, steps in pairs for seed in (0, 7)]
 
@@ -46,7 +46,7 @@ def test_two_threads_draw_what_each_draws_alone(quantized, text_pipeline):
 
     alone = [images(job) for job in jobs]
     with ThreadPoolExecutor(3) as threads:
-        for turn in (0, 1):  # one thread a pipeline
+        for turn in (0, 1):  # one thread per pipeline
             together = list(threads.map(images, jobs[turn::2]))
             assert all(torch.equal(*pair) for pair in zip(alone[turn::2], together, strict=True))
 
@@ -57,7 +57,7 @@ def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_steps_of_two_models_in_turn(quantized):
+def test_alternating_steps_of_two_models(quantized):
     x, text = inputs(0)
     times = (750, 500, 250, 0)
     alone = [[pipeline.unet(x, time, text).sample for time in times] for pipeline in quantized]
@@ -69,8 +69,8 @@ def test_steps_of_two_models_in_turn(quantized):
 
 
 @torch.no_grad()
-def test_a_batch_of_many_timesteps_is_its_samples_alone(quantized):
-    """To float rounding only: kernels of another batch size add in another order."""
+def test_a_batch_of_mixed_timesteps_equals_single_samples(quantized):
+    """Up to float rounding: with another batch size, kernels sum in another order."""
     x, text = inputs(1)
     times = torch.tensor([750, 0, 500, 750])
     for pipeline in quantized:
@@ -83,15 +83,15 @@ def test_a_batch_of_many_timesteps_is_its_samples_alone(quantized):
         assert (swapped[1] - mixed[1]).square().mean().sqrt() > 0.02 * mixed[1].square().mean().sqrt()
 
 
-def test_one_pipeline_in_two_threads_is_refused_and_works_again_afterwards(quantized):
-    """The first call waits inside of the denoiser until the second has been refused."""
+def test_calls_from_two_threads_are_rejected_and_the_pipeline_still_works(quantized):
+    """The first call waits inside the denoiser until the second is rejected."""
     unet, (x, text) = quantized[0].unet, inputs(2)
     expected = unet(x, 500, text).sample
-    inside, refused = threading.Event(), threading.Event()
+    inside, rejected = threading.Event(), threading.Event()
 
     def wait(*_args) -> None:
         inside.set()
-        assert refused.wait(60)
+        assert rejected.wait(60)
 
     handle = unet.mid_block.register_forward_pre_hook(wait)
     with ThreadPoolExecutor(2) as threads:
@@ -100,13 +100,13 @@ def test_one_pipeline_in_two_threads_is_refused_and_works_again_afterwards(quant
         second = threads.submit(unet, x, 0, text)
         with pytest.raises(StepquantError, match=r"two threads at once.*copy\.deepcopy\(pipeline\)"):
             second.result(60)
-        refused.set()
+        rejected.set()
         assert torch.equal(first.result(60).sample, expected)
         handle.remove()
         assert torch.equal(threads.submit(unet, x, 500, text).result(60).sample, expected)
 
 
-def test_a_call_that_fails_leaves_the_denoiser_to_other_threads(quantized):
+def test_a_failed_call_releases_the_denoiser(quantized):
     unet, (x, text) = quantized[0].unet, inputs(3)
     with ThreadPoolExecutor(1) as threads:
         with pytest.raises(RuntimeError, match="must match the size"):
@@ -114,7 +114,7 @@ def test_a_call_that_fails_leaves_the_denoiser_to_other_threads(quantized):
         unet(x, 500, text)
 
 
-def test_a_copy_of_a_pipeline_runs_beside_it(quantized):
+def test_a_pipeline_and_its_copy_run_at_the_same_time(quantized):
     pipelines = [quantized[0], copy.deepcopy(quantized[0])]
     request = make_request(pipelines[0], 4)
     alone = generate(pipelines[0], request, range(2), 3)

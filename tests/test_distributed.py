@@ -1,4 +1,4 @@
-"""Two processes connected by gloo: the same result as one process, and no hanging when one is killed."""
+"""Two processes connected by gloo: the same result as one process, and no deadlock when one is killed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructB
 from stepquant.settings import Iterations
 from stepquant.workspace import Workspace
 
-# Forked: the children inherit everything imported, and need not import it again.
+# Forked children inherit the imported modules.
 context = get_context("fork")
 
 
 def run(work: Callable[[Ranks], object], folder: Path, count: int = 2) -> list[int | None]:
-    """`work` in each of `count` processes; their exit codes."""
+    """Run `work` in each of `count` processes; return their exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=_child, args=(work, folder, rank, count)) for rank in range(count)]
     for process in processes:
@@ -80,7 +80,7 @@ def test_mapped_results_arrive_everywhere_in_order(tmp_path):
     assert run(work, tmp_path) == [0, 0]
 
 
-def test_shares_cover_everything_once_also_where_there_are_more_processes_than_items():
+def test_shares_cover_every_item_once():
     for items in (0, 1, 3, 16):
         for count in (1, 2, 5, 64):
             parts = [list(range(items))[Ranks(rank, count).share(items)] for rank in range(count)]
@@ -97,18 +97,18 @@ def quantize(pipeline, folder: Path, **arguments):
     )
 
 
-def same_files(one: Path, other: Path) -> None:
+def assert_same_files(one: Path, other: Path) -> None:
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-# Trajectories, observed ranges, rounding in closed form: everything but learning is the same to the bit.
+# Trajectories, observed ranges, rounding in closed form: without training, results are equal bit for bit.
 EXACT = {
     "minmax": {"recipe": "minmax"},
     "gptq": {"recipe": QDiffusion(iterations=0)},
-    "a row a step": {
+    "per-step scales": {
         "recipe": QuEST(rounding_iterations=0, time_iterations=0, iterations=0, critical="attention"),
     },
 }
@@ -118,7 +118,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_several_processes_write_the_same_bytes_as_one(name, count, unconditional_pipeline, tmp_path):
     if count == 3 and name != "gptq":
-        pytest.skip("one recipe is enough for an odd number")
+        pytest.skip("one recipe is enough for an odd number of processes")
     alone = quantize(unconditional_pipeline, tmp_path / "alone", **EXACT[name])
     stepquant.save(alone, tmp_path / "one")
 
@@ -127,13 +127,13 @@ def test_several_processes_write_the_same_bytes_as_one(name, count, unconditiona
         stepquant.save(together, tmp_path / "several")
 
     assert run(work, tmp_path / "run", count) == [0] * count
-    same_files(tmp_path / "one", tmp_path / "several")
+    assert_same_files(tmp_path / "one", tmp_path / "several")
 
 
-def nearly_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Gradients added in another order move a weight on the edge of its cell, and later blocks see that.
+def assert_nearly_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Up to 2 % of the bytes of codes may differ, and scales by 5 %.
 
-    So 2 bytes of codes in 100 may differ, and scales by 5 per cent.
+    Summed in another order, gradients move a weight near the edge of its cell, which affects later blocks.
     """
     codes = differ = 0
     for name, mine in one.items():
@@ -145,8 +145,8 @@ def nearly_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert differ <= 0.02 * codes
 
 
-class ScalesAlone(Recipe):
-    """Weights rounded in closed form, then activation scales learned under QDrop."""
+class TrainScales(Recipe):
+    """Weights rounded in closed form, then activation scales trained with QDrop."""
 
     iterations: Iterations = 6
 
@@ -158,19 +158,19 @@ class ScalesAlone(Recipe):
         ]
 
 
-LEARNED = {
+TRAINED = {
     "network-wise": {
         "recipe": QuEST(rounding_iterations=0, time_iterations=2, iterations=3, weight_rate=0.05),
     },
 }
 
 
-def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypatch):
-    """Five samples in two processes, two and three: the sum of gradients is that of one process."""
+def test_processes_divide_a_training_batch(unconditional_pipeline, tmp_path, monkeypatch):
+    """Two and three of five samples: the gradients sum to those of one process."""
     kind, sizes, gradients = type(unconditional_pipeline.unet), [], []
     forward, add = kind.forward, Ranks.all_reduce_gradients
 
-    @functools.wraps(forward)  # collecting looks at its signature
+    @functools.wraps(forward)  # sample collection reads its signature
     def counted(self, sample, *args, **kwargs):
         if torch.is_grad_enabled():
             sizes.append(len(sample))
@@ -191,27 +191,27 @@ def test_training_divides_its_batches(unconditional_pipeline, tmp_path, monkeypa
     def work(ranks: Ranks) -> None:
         stepquant.train(unconditional_pipeline, "w8a8", workspace=tmp_path / "together", **arguments)
         assert sizes == [3 if ranks.rank else 2]
-        # Products in bfloat16 add up otherwise in batches of another size.
+        # With another batch size, products in bfloat16 sum in another order.
         assert torch.linalg.vector_norm(gradients[0] - alone) < 0.02 * torch.linalg.vector_norm(alone)
 
     assert run(work, tmp_path / "run") == [0, 0]
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_learning_together_agrees_to_rounding(name, text_pipeline, tmp_path):
-    """Every sample has its own QDrop noise, so the divided minibatch differs in the order of additions only."""
-    alone = quantize(text_pipeline, tmp_path / "alone", **LEARNED[name]).unet
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_in_two_processes_agrees_up_to_rounding(name, text_pipeline, tmp_path):
+    """QDrop noise is drawn per sample, so a divided minibatch differs only in the order of summation."""
+    alone = quantize(text_pipeline, tmp_path / "alone", **TRAINED[name]).unet
 
     def work(ranks: Ranks) -> None:
-        unet = quantize(text_pipeline, tmp_path / "together", **LEARNED[name]).unet
+        unet = quantize(text_pipeline, tmp_path / "together", **TRAINED[name]).unet
         if ranks.is_main:
             torch.save(unet.state_dict(), tmp_path / "state")
 
     assert run(work, tmp_path / "run") == [0, 0]
-    nearly_equal(alone.state_dict(), torch.load(tmp_path / "state"))
+    assert_nearly_equal(alone.state_dict(), torch.load(tmp_path / "state"))
 
 
-def test_images_are_drawn_together(unconditional_pipeline, tmp_path):
+def test_processes_generate_the_same_images_as_one(unconditional_pipeline, tmp_path):
     request = make_request(unconditional_pipeline, 2)
     alone = [generate(unconditional_pipeline, request, range(start, start + 4), 5) for start in (0, 4, 8)]
 
@@ -223,7 +223,7 @@ def test_images_are_drawn_together(unconditional_pipeline, tmp_path):
 
 
 class Killed(Progress):
-    """Kills its process, as the system does, after some units of one task."""
+    """Kill the process (SIGKILL) after `units` of one task."""
 
     def __init__(self, task: str, units: int) -> None:
         self.name, self.left = task, units
@@ -240,10 +240,10 @@ class Killed(Progress):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_ends_and_the_run_can_be_continued(
+def test_when_one_process_is_killed_the_other_exits_and_the_run_can_continue(
     victim, unconditional_pipeline, tmp_path
 ):
-    settings = {"recipe": ScalesAlone(iterations=2)}
+    settings = {"recipe": TrainScales(iterations=2)}
     whole = quantize(unconditional_pipeline, tmp_path / "whole", **settings).unet.state_dict()
 
     def work(ranks: Ranks) -> None:
@@ -253,8 +253,8 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_can_be_continued(
     codes = run(work, tmp_path / "run")
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
     assert "Run the same command again" in (tmp_path / "run" / f"error-{1 - victim}").read_text()
-    kept = {path.name for path in (tmp_path / "killed").glob("block-*")}
-    assert len(kept) >= 4, "finished blocks are kept"
+    stored = {path.name for path in (tmp_path / "killed").glob("block-*")}
+    assert len(stored) >= 4, "finished blocks are stored"
     continued = quantize(unconditional_pipeline, tmp_path / "killed", **settings).unet.state_dict()
     assert whole.keys() == continued.keys()
     assert all(bool(torch.isfinite(value.float()).all()) for value in continued.values())

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; drafts of live processes stay; digests follow contents."""
+"""Atomic writes, drafts of interrupted processes, memory-mapped files, and digests of arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepquant.files import allocate, digest, draft_path, fingerprint, uninterru
 DAY = 86400
 
 
-def test_an_interruption_waits_for_the_file(tmp_path):
+def test_an_interruption_is_delivered_after_the_write(tmp_path):
     def write(path: Path) -> None:
         path.write_text("half")
         os.kill(os.getpid(), signal.SIGINT)
@@ -42,31 +42,31 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def as_if_by(draft: Path, process: int) -> Path:
-    """The name that another process of this host would give its draft."""
+def draft_of(draft: Path, process: int) -> Path:
+    """Return the name of the draft of another process on this host."""
     return draft.with_name(draft.name.replace(f".{os.getpid()}.", f".{process}."))
 
 
-def test_a_draft_of_an_ended_process_is_removed_and_that_of_a_live_one_left(tmp_path):
+def test_drafts_of_ended_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    as_if_by(draft_path(tmp_path / "file"), ended.pid).write_text("orphan")
-    as_if_by(draft_path(tmp_path / "folder"), ended.pid).mkdir()
-    live = as_if_by(draft_path(tmp_path / "file"), os.getppid())
+    draft_of(draft_path(tmp_path / "file"), ended.pid).write_text("orphan")
+    draft_of(draft_path(tmp_path / "folder"), ended.pid).mkdir()
+    live = draft_of(draft_path(tmp_path / "file"), os.getppid())
     live.write_text("of a running process")
-    (tmp_path / ".file.my.own.notes.draft").write_text("of a user")
+    (tmp_path / ".file.my.notes.draft").write_text("of a user")
     write_atomic(tmp_path / "file", lambda path: path.write_text("new"))
     write_atomic(tmp_path / "folder", lambda path: path.write_text("new"))
-    assert names(tmp_path) == sorted([live.name, ".file.my.own.notes.draft", "file", "folder"])
+    assert names(tmp_path) == sorted([live.name, ".file.my.notes.draft", "file", "folder"])
 
 
-def test_a_draft_of_another_host_stays_until_it_is_old(tmp_path, monkeypatch):
-    """On a shared file system the other host's process is not among the processes of this one."""
+def test_a_draft_of_another_host_is_removed_when_it_is_old(tmp_path, monkeypatch):
+    """On a shared file system, the process of another host cannot be looked up."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(files, "host", lambda: "0123abcd")
-        theirs = as_if_by(draft_path(tmp_path / "file"), ended.pid)
+        theirs = draft_of(draft_path(tmp_path / "file"), ended.pid)
     theirs.write_text("half of a file")
     write_atomic(tmp_path / "file", lambda path: path.write_text("new"))
     assert theirs.exists(), "work of a live process on another host"
@@ -76,13 +76,13 @@ def test_a_draft_of_another_host_stays_until_it_is_old(tmp_path, monkeypatch):
     assert names(tmp_path) == ["file"]
 
 
-def test_two_writers_of_a_file_have_a_draft_each(tmp_path):
-    """The second begins and ends while the first writes; the first is whole all the same."""
+def test_two_writers_of_a_file_use_separate_drafts(tmp_path):
+    """The second starts and finishes while the first is writing."""
 
     def first(path: Path) -> None:
-        path.write_text("first, begun")
+        path.write_text("first, incomplete")
         write_atomic(tmp_path / "file", lambda second: second.write_text("second"))
-        assert path.read_text() == "first, begun"
+        assert path.read_text() == "first, incomplete"
         path.write_text("first")
 
     write_atomic(tmp_path / "file", first)
@@ -90,13 +90,13 @@ def test_two_writers_of_a_file_have_a_draft_each(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_mapped_memory_takes_its_space_at_once(tmp_path, monkeypatch):
+def test_memory_mapped_files_allocate_disk_space_immediately(tmp_path, monkeypatch):
     tensor = allocate(tmp_path / "x.bin", (1000, 256), torch.float32)
     assert (tmp_path / "x.bin").stat().st_blocks * 512 >= 1_024_000
     tensor[:] = 1
     again = allocate(tmp_path / "x.bin", (2, 2), torch.float32)
     again[:] = 7
-    assert bool((tensor == 1).all()), "a file that is replaced stays with those who have it mapped"
+    assert bool((tensor == 1).all()), "a replaced file stays valid where it is mapped"
 
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -109,18 +109,18 @@ def test_mapped_memory_takes_its_space_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reason", [None, errno.EOPNOTSUPP])
-def test_without_fallocate_the_space_is_written(reason, tmp_path, monkeypatch):
+def test_without_fallocate_zeros_are_written(reason, tmp_path, monkeypatch):
     if reason is None:
         monkeypatch.delattr(files.os, "posix_fallocate")
     else:
 
-        def refused(*_args: object) -> None:
+        def unsupported(*_args: object) -> None:
             raise OSError(reason, os.strerror(reason))
 
-        monkeypatch.setattr(files.os, "posix_fallocate", refused)
+        monkeypatch.setattr(files.os, "posix_fallocate", unsupported)
     tensor = allocate(tmp_path / "x.bin", (1_500_000,), torch.float32)
     assert (tmp_path / "x.bin").stat().st_size == 6_000_000
-    assert (tmp_path / "x.bin").stat().st_blocks * 512 >= 6_000_000, "no file with holes"
+    assert (tmp_path / "x.bin").stat().st_blocks * 512 >= 6_000_000, "not a sparse file"
     assert not tensor.any()
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: files.shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(StepquantError, match="no space left"):
@@ -128,8 +128,8 @@ def test_without_fallocate_the_space_is_written(reason, tmp_path, monkeypatch):
     assert names(tmp_path) == ["x.bin"]
 
 
-def test_where_folders_cannot_be_flushed_files_are_written_all_the_same(tmp_path, monkeypatch):
-    """Windows opens no folder; some network file systems refuse to flush one."""
+def test_files_are_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch):
+    """Windows cannot open a folder; some network file systems cannot flush one."""
     opened = []
     original = os.open
     with monkeypatch.context() as windows:
@@ -150,7 +150,7 @@ def test_where_folders_cannot_be_flushed_files_are_written_all_the_same(tmp_path
 
 
 def _inputs():
-    """Pairs of arguments of a pipeline's call that differ where `repr` does not tell, or only in what they hold."""
+    """Pairs of pipeline arguments whose contents differ, though their `repr` may be equal."""
     mask, other = np.zeros((64, 64)), np.zeros((64, 64))
     other[32, 32] = 1
     tensor = torch.zeros(5000)
@@ -168,6 +168,6 @@ def _inputs():
 
 
 @pytest.mark.parametrize(("one", "other"), _inputs())
-def test_fingerprints_are_of_what_an_argument_holds(one, other):
-    assert digest(fingerprint(one)) == digest(fingerprint(copy.deepcopy(one))), "the same elsewhere"
+def test_fingerprints_depend_on_the_contents_of_an_argument(one, other):
+    assert digest(fingerprint(one)) == digest(fingerprint(copy.deepcopy(one))), "equal for a copy"
     assert digest(fingerprint(one)) != digest(fingerprint(other))

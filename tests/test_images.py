@@ -19,7 +19,7 @@ def test_pixels_of_a_grid():
     assert sheet[64 + GAP :, :64].min() == 255
 
 
-def test_small_images_are_enlarged_by_a_whole_factor():
+def test_small_images_are_enlarged_by_an_integer_factor():
     image = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).reshape(1, 1, 2, 2).repeat_interleave(12, 2)
     image = image.repeat_interleave(12, 3)  # 24 x 24: enlarged three times
     sheet = numpy.asarray(grid(image))
@@ -28,7 +28,7 @@ def test_small_images_are_enlarged_by_a_whole_factor():
     assert sheet[:36, 36:].min() == 255
 
 
-def test_side_by_side_holds_both_grids(tmp_path):
+def test_side_by_side_contains_both_grids(tmp_path):
     black, white = -torch.ones(4, 3, 64, 64), torch.ones(4, 3, 64, 64)
     whole = side_by_side(black, white, ("left", "right"))
     save_image(whole, tmp_path / "new" / "a.png")
@@ -39,6 +39,6 @@ def test_side_by_side_holds_both_grids(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_a_name_of_no_image_is_refused(tmp_path):
+def test_a_file_name_without_an_image_format_is_rejected(tmp_path):
     with pytest.raises(StepquantError, match=r"\.png"):
         save_image(grid(torch.zeros(1, 1, 8, 8)), tmp_path / "grid.txt")

@@ -37,15 +37,15 @@ def _unknown_class(folder):
     _change_index(folder, _class_name="NoSuchPipeline")
 
 
-def _own_class(folder):
+def _custom_class(folder):
     _change_index(folder, _class_name=["pipeline", "MyPipeline"])
 
 
-def _own_component(folder):
+def _custom_component(folder):
     _change_index(folder, unet=["my_unet", "MyUNet"])
 
 
-def _own_code(folder):
+def _custom_code(folder):
     (folder / "unet" / "unet.py").write_text("raise SystemExit")
 
 
@@ -75,15 +75,15 @@ def _change_index(folder, **changes):
         (_no_index, "no model_index.json"),
         (_damaged_index, "is damaged"),
         (_unknown_class, "NoSuchPipeline"),
-        (_own_class, "pipeline class"),
-        (_own_component, "unet .* custom code"),
-        (_own_code, "unet .* custom code"),
+        (_custom_class, "pipeline class"),
+        (_custom_component, "unet .* custom code"),
+        (_custom_code, "unet .* custom code"),
         (_truncated, "cannot be loaded"),
         (_no_weights, "cannot be loaded"),
         (_nan, "conv_in.weight .* NaN"),
     ],
 )
-def test_damage_is_told_in_one_sentence(folder, damage, message):
+def test_damage_is_reported_in_one_line(folder, damage, message):
     damage(folder)
     with pytest.raises(StepquantError, match=message) as caught:
         resolve_pipeline(str(folder))
@@ -91,19 +91,19 @@ def test_damage_is_told_in_one_sentence(folder, damage, message):
 
 
 @pytest.mark.parametrize("name", ["nothing-here", "./a/b", "/no/such", "a/b/c"])
-def test_what_is_neither_folder_nor_hub_id(name):
+def test_neither_a_folder_nor_a_hub_id(name):
     with pytest.raises(StepquantError, match=r"there is no model .* zoo:fashion-ddpm"):
         resolve_pipeline(name)
 
 
-def test_a_file_is_no_pipeline(folder):
+def test_a_file_is_rejected(folder):
     with pytest.raises(StepquantError, match="is a file"):
         resolve_pipeline(str(folder / "model_index.json"))
 
 
-def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+def test_an_unreachable_hub(monkeypatch):
     def unreachable(*_args, **_kwargs):
-        raise OSError("no route to host\nmore of it")
+        raise OSError("no route to host\ndetails")
 
     monkeypatch.setattr("stepquant.loading.DiffusionPipeline.download", unreachable)
     with pytest.raises(StepquantError, match=r"'owner/name' .* hub: no route to host\.$"):

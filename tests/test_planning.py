@@ -19,13 +19,13 @@ def plan_of(pipeline, samples, steps, recipe):
     return make_plan(context, recipe)
 
 
-def test_a_plan_counts_what_there_is_to_do(unconditional_pipeline):
+def test_a_plan_counts_passes_and_iterations(unconditional_pipeline):
     unet = unconditional_pipeline.unet
     calls = []
     handle = unet.register_forward_pre_hook(lambda *_: calls.append(1))
     plan = plan_of(unconditional_pipeline, 128, 20, QDiffusion(iterations=50, batch_size=8))
     handle.remove()
-    assert len(calls) == 2, "two steps of one image are drawn for it, and no more"
+    assert len(calls) == 2, "only two steps of one image are measured"
     assert plan.parameters == sum(parameter.numel() for parameter in unet.parameters())
     (collect, collecting), (blocks, learning) = plan.stages
     assert collect.passes == 64 * 20 and blocks.passes == 4 * 128 + 3 * 50 * 8
@@ -46,7 +46,7 @@ def test_a_plan_counts_every_stage_of_a_recipe(unconditional_pipeline):
     assert trained.memory > plan_of(unconditional_pipeline, 4, 2, MinMax()).memory
 
 
-def test_efforts_ask_for_more_and_more():
+def test_efforts_increase():
     quick, standard, thorough = EFFORTS["quick"], EFFORTS["standard"], EFFORTS["thorough"]
     assert all(less < more for less, more in zip(quick, standard, strict=True))
     assert all(less < more for less, more in zip(standard, thorough, strict=True))
@@ -55,7 +55,7 @@ def test_efforts_ask_for_more_and_more():
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), QAT])
-def test_an_effort_multiplies_every_number_of_iterations(recipe):
+def test_an_effort_scales_every_iteration_count(recipe):
     counts = {name: value for name, value in recipe() if name.endswith("iterations")}
     shorter = recipe().with_effort(0.1)
     assert {name: getattr(shorter, name) for name in counts} == {name: round(0.1 * n) for name, n in counts.items()}

@@ -1,4 +1,4 @@
-"""Everything but the CPU's own kernels works without what only POSIX systems have."""
+"""Everything except the native kernels works without the functions of POSIX systems."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hiding_import(name, globals=None, *args, **kwargs):
 builtins.__import__ = hiding_import
 for name in {POSIX_FUNCTIONS}:
     delattr(os, name)
-filelock.FileLock = filelock.SoftFileLock  # what it is without fcntl
+filelock.FileLock = filelock.SoftFileLock  # its replacement without fcntl
 
 import stepquant as sq
 from stepquant import files
@@ -51,16 +51,16 @@ assert torch.equal(*images) and bool(torch.isfinite(images[0]).all())
 
 
 def test_quantizing_saving_and_loading_need_no_posix(unconditional_folder, tmp_path):
-    """Hidden from this library; others have versions of their own for Windows."""
+    """Hidden from this library only; others have separate code for Windows."""
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, unconditional_folder, tmp_path / "work", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "stepquant.json").is_file()
-    assert list((tmp_path / "work").glob("samples-*.safetensors")), "finished stages are stored without locks of POSIX"
+    assert list((tmp_path / "work").glob("samples-*.safetensors")), "finished stages are stored without POSIX locks"
 
 
-def test_no_module_imports_what_only_posix_has():
-    """At module level; a function may, after it has looked where it runs."""
+def test_no_module_imports_posix_modules():
+    """At module level; a function may, after a check of the platform."""
     package = Path(stepquant.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -1,4 +1,4 @@
-"""Everything that determines a quantized model is written down, and the command made of it makes the same model."""
+"""The provenance of a quantized model is complete: the command made from it reproduces the model."""
 
 import shlex
 
@@ -18,7 +18,7 @@ from stepquant.saving import provenance_of
 SMALL = {"samples": 4, "steps": 2}
 
 
-def of(pipeline):
+def recorded(pipeline):
     return provenance_of(getattr(pipeline, denoiser_name(pipeline)))
 
 
@@ -26,8 +26,8 @@ def tensors(pipeline):
     return getattr(pipeline, denoiser_name(pipeline)).state_dict()
 
 
-def made_again(provenance, folder, monkeypatch):
-    """Run the command, prompts file included."""
+def reproduce(provenance, folder, monkeypatch):
+    """Run the printed command, including that of the prompts file."""
     monkeypatch.chdir(folder)
     *prompts, line = command(provenance).splitlines()
     if prompts:
@@ -50,29 +50,29 @@ def made_again(provenance, folder, monkeypatch):
         {"recipe": "q-diffusion", "effort": "quick", "hyperparameters": {"iterations": 0}},
     ],
 )
-def test_the_command_makes_the_same_tensors(arguments, unconditional_folder, tmp_path, monkeypatch):
+def test_the_command_reproduces_the_tensors(arguments, unconditional_folder, tmp_path, monkeypatch):
     spec = {"bits": "w4a8", "overrides": {r"mid_block\.resnets": "w8a8"}, "exact_time": True}
     pipeline = resolve_pipeline(str(unconditional_folder))
     given = arguments | {"calibration": SMALL, "source": str(unconditional_folder), "backend": "reference"}
     first = stepquant.quantize(pipeline, spec, **given)
-    second = made_again(of(first), tmp_path, monkeypatch)
-    assert of(first)["hyperparameters"] == of(second)["hyperparameters"]
-    mine, theirs = tensors(first), tensors(second)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    second = reproduce(recorded(first), tmp_path, monkeypatch)
+    assert recorded(first)["hyperparameters"] == recorded(second)["hyperparameters"]
+    expected, actual = tensors(first), tensors(second)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_prompts_and_guidance_are_in_it(text_folder, tmp_path, monkeypatch):
+def test_prompts_and_guidance_are_reproduced(text_folder, tmp_path, monkeypatch):
     pipeline = resolve_pipeline(str(text_folder))
     prompts = ["it's a cat", "two $dogs"]
     first = stepquant.quantize(
         pipeline, "w4a8", recipe=MinMax(), calibration=SMALL, prompts=prompts, guidance=3.0,
         source=str(text_folder), backend="reference",
     )  # fmt: skip
-    assert of(first)["conditions"] == prompts and of(first)["guidance"] == 3.0
-    second = made_again(of(first), tmp_path, monkeypatch)
-    assert of(second)["conditions"] == prompts
-    mine, theirs = tensors(first), tensors(second)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert recorded(first)["conditions"] == prompts and recorded(first)["guidance"] == 3.0
+    second = reproduce(recorded(first), tmp_path, monkeypatch)
+    assert recorded(second)["conditions"] == prompts
+    expected, actual = tensors(first), tensors(second)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_everything_that_determines_the_result_is_recorded(text_pipeline):
@@ -80,10 +80,10 @@ def test_everything_that_determines_the_result_is_recorded(text_pipeline):
         text_pipeline, "w4a8", recipe="pqd", preset="paper", effort="quick", calibration=SMALL,
         hyperparameters={"iterations": 0}, also={"vae": "w8a16"}, seed=7,
     )  # fmt: skip
-    found = of(quantized)
+    found = recorded(quantized)
     assert found["recipe"] == "pqd" and found["preset"] == "paper" and found["effort"] == "quick"
     assert found["hyperparameters"] == {**dict(PQD.preset("paper")), "iterations": 0}
-    assert found["conditions"], "the model's own examples"
+    assert found["conditions"], "the example prompts of the model"
     assert found["spec"]["bits"] == "w4a8" and found["also"]["vae"]["bits"] == "w8a16"
     assert (found["dtype"], found["seed"], found["inputs"]) == ("float32", 7, {})
     assert set(found["versions"]) == {"stepquant", "torch", "diffusers", "python"}
@@ -96,26 +96,26 @@ def test_everything_that_determines_the_result_is_recorded(text_pipeline):
         ({"inputs": {"eta": 0.5}}, r"inputs of the pipeline's call \(eta\)"),
     ],
 )
-def test_what_no_option_expresses(arguments, reason, unconditional_pipeline):
+def test_arguments_without_an_option(arguments, reason, unconditional_pipeline):
     given = {"spec": "w4a8", "recipe": "minmax", "calibration": SMALL} | arguments
-    provenance = of(stepquant.quantize(unconditional_pipeline, given.pop("spec"), **given))
+    provenance = recorded(stepquant.quantize(unconditional_pipeline, given.pop("spec"), **given))
     with pytest.raises(StepquantError, match=reason):
         command(provenance)
 
 
-class Mine(QDiffusion):
+class TopLevel(QDiffusion):
     """A recipe at the top level of a file."""
 
 
-def test_a_custom_recipe_is_named_by_its_file(unconditional_pipeline):
-    class Hidden(QDiffusion):
-        """One that no file has at its top level."""
+def test_a_custom_recipe_is_identified_by_its_file(unconditional_pipeline):
+    class Local(QDiffusion):
+        """A recipe inside a function."""
 
-    found, hidden = (
-        of(stepquant.quantize(unconditional_pipeline, "w4a8", recipe=recipe(iterations=0), calibration=SMALL))
-        for recipe in (Mine, Hidden)
+    top_level, local = (
+        recorded(stepquant.quantize(unconditional_pipeline, "w4a8", recipe=recipe(iterations=0), calibration=SMALL))
+        for recipe in (TopLevel, Local)
     )
-    assert found["recipe"] == "Mine" and len(found["custom_recipe"]["sha256"]) == 64
-    assert "--recipe test_provenance.py:Mine" in command(found)
-    with pytest.raises(StepquantError, match="the recipe Hidden is not at the top level of a file"):
-        command(hidden)
+    assert top_level["recipe"] == "TopLevel" and len(top_level["custom_recipe"]["sha256"]) == 64
+    assert "--recipe test_provenance.py:TopLevel" in command(top_level)
+    with pytest.raises(StepquantError, match="the recipe Local is not at the top level of a file"):
+        command(local)

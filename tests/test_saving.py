@@ -31,7 +31,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
-def test_a_copy_saves_its_own_denoiser(copied, pipeline, unconditional_pipeline, tmp_path):
+def test_a_copy_saves_its_replaced_denoiser(copied, pipeline, unconditional_pipeline, tmp_path):
     other = quantized(unconditional_pipeline, "w4a8").unet
     mine = copied(pipeline)
     mine.register_modules(unet=other)
@@ -50,7 +50,7 @@ def test_pipelines_loaded_by_diffusers_and_by_stepquant_save_the_same_files(pipe
     assert content(tmp_path / "diffusers") == content(tmp_path / "stepquant") == expected
 
 
-def test_a_pipeline_put_together_from_a_quantized_denoiser_saves_a_checkpoint(pipeline, tmp_path):
+def test_a_pipeline_built_from_a_quantized_denoiser_saves_a_checkpoint(pipeline, tmp_path):
     DDIMPipeline(pipeline.unet, pipeline.scheduler).save_pretrained(tmp_path / "model")
     assert read_manifest(tmp_path / "model").component == "unet"
 

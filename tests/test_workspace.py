@@ -1,4 +1,4 @@
-"""Interrupted, on a full disk, or in a folder that cannot be written: one sentence, and nothing half-written."""
+"""Interruptions, full disks and read-only folders: a message of one line, and no partial files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = stepquant.Calibration(samples=8, steps=2)
 
 
 class Disk:
-    """Every way in which a run writes, failing from the n-th time on."""
+    """Makes every function that writes fail from the n-th call on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, code: int) -> None:
         self.folder, self.code, self.left = folder, code, -1
@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_fails_at_any_write(code, unconditional_pipeline, tmp_path, monkeypatch):
+def test_a_failure_of_any_write(code, unconditional_pipeline, tmp_path, monkeypatch):
     def run() -> None:
         quantized = stepquant.quantize(
             unconditional_pipeline,
@@ -75,25 +75,25 @@ def test_a_disk_that_fails_at_any_write(code, unconditional_pipeline, tmp_path, 
     run()
     calls = disk.calls
     out = tmp_path / "run" / "out"
-    wanted = contents(out)
-    # The first writes, where stages are kept, one after the other; of the many of saving some.
+    expected = contents(out)
+    # Each of the first writes, which store stages, and some of the many that save the checkpoint.
     for failing in [*range(6), *range(6, calls, max(1, calls // 6))]:
         shutil.rmtree(tmp_path / "run")
         disk.fail_after(failing)
         with pytest.raises(StepquantError) as caught:
             run()
         disk.fail_after(-1)
-        said = str(caught.value)
-        assert "\n" not in said
-        assert ("no space left" if code == errno.ENOSPC else "Read-only file system") in said
+        message = str(caught.value)
+        assert "\n" not in message
+        assert ("no space left" if code == errno.ENOSPC else "Read-only file system") in message
         if failing == calls - 1:  # flushing the rename of a complete folder
-            assert contents(out) == wanted
+            assert contents(out) == expected
             shutil.rmtree(out)
-        assert not out.exists(), "nothing half-written"
-        kept = sorted(path.name for path in (tmp_path / "run").rglob("samples-*.safetensors"))
+        assert not out.exists(), "no partial checkpoint"
+        stored = sorted(path.name for path in (tmp_path / "run").rglob("samples-*.safetensors"))
         run()
-        assert contents(out) == wanted
-        assert kept == sorted(path.name for path in (tmp_path / "run").rglob("samples-*.safetensors"))[: len(kept)]
+        assert contents(out) == expected
+        assert stored == sorted(path.name for path in (tmp_path / "run").rglob("samples-*.safetensors"))[: len(stored)]
 
 
 def test_a_replaced_folder_survives_a_kill_between_the_two_renames(unconditional_pipeline, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_replaced_folder_survives_a_kill_between_the_two_renames(unconditional
         unconditional_pipeline, "w8a8", recipe="minmax", calibration=SMALL, backend="reference"
     )
     stepquant.save(quantized, tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / ".out.previous")  # where the kill leaves it
+    (tmp_path / "out").rename(tmp_path / ".out.previous")  # the state after the kill
     with pytest.raises(StepquantError, match="overwrite=True"):
         stepquant.save(quantized, tmp_path / "out")
     stepquant.load(tmp_path / "out")
@@ -109,8 +109,8 @@ def test_a_replaced_folder_survives_a_kill_between_the_two_renames(unconditional
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_sigint_ends_a_run_with_130_and_a_sentence(unconditional_folder, tmp_path):
-    """The real thing: a process, a signal, and the same command again."""
+def test_sigint_ends_a_run_with_exit_code_130_and_a_message(unconditional_folder, tmp_path):
+    """In a separate process that receives the signal."""
     command = [sys.executable, "-m", "stepquant.cli.main", "quantize", str(unconditional_folder), "--out"]
     command += [str(tmp_path / "out"), "--samples", "8", "--steps", "4", "--set", "iterations=400", "--bits", "w4a8"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -118,11 +118,11 @@ def test_sigint_ends_a_run_with_130_and_a_sentence(unconditional_folder, tmp_pat
     while not list(tmp_path.glob(".out.work/block-*")) and time.monotonic() - began < 200:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.strip().splitlines()[-1].startswith("stepquant: interrupted")
-    assert "Run the same command again" in said and "Traceback" not in said
+    assert message.strip().splitlines()[-1].startswith("stepquant: interrupted")
+    assert "Run the same command again" in message and "Traceback" not in message
     assert not (tmp_path / "out").exists()
-    with Workspace(tmp_path / ".out.work") as kept:
-        assert all(kept.load(path.stem) is not None for path in kept.folder.glob("block-*"))
-        assert not list(kept.folder.glob(".*.draft"))
+    with Workspace(tmp_path / ".out.work") as resumed:
+        assert all(resumed.load(path.stem) is not None for path in resumed.folder.glob("block-*"))
+        assert not list(resumed.folder.glob(".*.draft"))

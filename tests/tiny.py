@@ -22,7 +22,7 @@ from transformers import (
 from tests.letters import letter_tokenizer
 
 WIDTH = 16
-"""Of every text embedding."""
+"""Width of every text embedding."""
 
 
 def autoencoder(**config: Any) -> diffusers.AutoencoderKL:
@@ -74,7 +74,7 @@ def unet(**config: Any) -> diffusers.UNet2DConditionModel:
 
 
 class HalvesApart(diffusers.ModelMixin, diffusers.ConfigMixin):
-    """A UNet whose batch of both halves of guidance is two calls, as true-CFG pipelines do."""
+    """A UNet called once per half of classifier-free guidance, as in true-CFG pipelines."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def pixart(folder: Path, sized: bool = True) -> Any:
     tokenizer, text_encoder = t5()
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=128 if sized else 8,  # the pipeline tells the image's size to models of 128 only
+        sample_size=128 if sized else 8,  # the pipeline passes the image size only to models of 128
         patch_size=2, cross_attention_dim=24, caption_channels=WIDTH, use_additional_conditions=sized,
     )  # fmt: skip
     return diffusers.PixArtAlphaPipeline(
@@ -115,7 +115,7 @@ def pixart(folder: Path, sized: bool = True) -> Any:
 
 
 def sd3(folder: Path) -> Any:
-    """Stable Diffusion 3: joint attention, the last block without a text stream of its own."""
+    """Stable Diffusion 3: joint attention, the last block without a text stream."""
     torch.manual_seed(2)
     tokenizer, text_encoder = clip(folder / "one", projected=True)
     tokenizer_2, text_encoder_2 = clip(folder / "two", projected=True)

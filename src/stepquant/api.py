@@ -72,10 +72,10 @@ def quantize(
             while they are calibrated, at half the memory, and so does what the quantized pipeline keeps of it.
         spec: bits such as ``"w4a8"``, or a `QuantSpec`.
         recipe: a recipe with its hyperparameters, such as ``stepquant.recipes.QuEST(iterations=50)``; its name in
-            ``stepquant.recipes.RECIPES``; or a class of your own, as ``"path.py:ClassName"`` too.
+            ``stepquant.recipes.RECIPES``; or a custom class, also as ``"path.py:ClassName"``.
         preset: of a recipe by name: ``"fast"``, the default, or ``"paper"``.
-        effort: ``"quick"``, ``"standard"`` or ``"thorough"``: calibration samples and their steps, unless `calibration`
-            says so, and what the recipe's numbers of iterations are multiplied by.
+        effort: ``"quick"``, ``"standard"`` or ``"thorough"``: number of calibration samples and steps, unless
+            `calibration` is given, and the factor of the recipe's iteration counts.
         hyperparameters: of the recipe, with other values than preset and effort give them.
         budget: most bits of a weight, on average, as 4.5 or ``"4.5bits"``: the layers that suffer most keep 8 within it
             (see `sensitivity`).
@@ -92,8 +92,8 @@ def quantize(
             default a temporary one.
         cache: folder of calibration samples that several calls, also at the same time, share: those of the same model,
             conditions and seed are collected once, whatever the bits. By default they lie in the workspace.
-        progress: is told how far the work is.
-        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a function of your own (``KernelFactory``).
+        progress: receives the progress of each task.
+        backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function (``KernelFactory``).
         device: where to compute, such as ``"cuda"``, one block at a time, so that the denoiser need not fit; by default
             where the pipeline is.
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
@@ -153,8 +153,8 @@ def train(
     """
     if data is None and not (distill or (recipe and recipe.distill)):
         raise StepquantError(
-            "training has nothing to learn from: give a folder of images as data, "
-            "or ask to distill full precision, which needs none."
+            "training has nothing to learn from: expected a folder of images as `data`, or `distill=True`, "
+            "which needs none."
         )
     images = None if data is None else open_images(data, pipeline)
     fixed: dict[str, Any] = {"distill": True} if distill else {}
@@ -296,7 +296,7 @@ def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = Non
     """The pipeline's denoiser.
 
     Raises:
-        StepquantError: if there is nothing to quantize, an exception matches no layer, or the budget is beyond it.
+        StepquantError: if there is nothing to quantize, an override matches no layer, or the budget is out of range.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser):
@@ -320,7 +320,7 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise StepquantError(
-            f"device is {str(device)!r}, which cannot be used here ({first_line(error)}): leave it out, or give one "
-            "that torch has."
+            f"device is {str(device)!r}, which is not available ({first_line(error)}); expected a device of torch. "
+            "Leave it out to compute where the pipeline is."
         ) from None
     return found

@@ -80,7 +80,7 @@ def _is_orphan(draft: Path, made_by: str, process: int) -> bool:
 
 @functools.cache
 def host() -> str:
-    """Return 8 hexadecimal digits that stand for this host; containers with process ids of their own are hosts."""
+    """Return 8 hexadecimal digits that identify this host; a container with its own process ids is a host."""
     try:
         namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:

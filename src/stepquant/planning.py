@@ -1,4 +1,4 @@
-"""What a quantization will take, told before it starts and measured on a call of the denoiser."""
+"""Estimate time and memory of a quantization before it starts, from a measured call of the denoiser."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stepquant.recipes.stage import Cost, Workload
 QUANTIZED = 1.8
 """Memory beyond the loaded pipeline, in units of the denoiser's weights: codes, kernels, samples, work on a block."""
 KEPT = 2.0
-"""Activations that a backward pass needs, in units of what the layers put out: their quantized inputs as well."""
+"""Activations that a backward pass needs, in units of the layers' outputs: includes their quantized inputs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages and what they take; ``str`` is what the command prints.
+    """Stages and their cost; ``str`` is what the command prints.
 
     Attributes:
         family: of the denoiser.

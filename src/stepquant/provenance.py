@@ -102,7 +102,7 @@ def command(provenance: dict[str, Any]) -> str:
 
 
 def _python_only(provenance: dict[str, Any]) -> str:
-    """What an option cannot say; "" if there is nothing."""
+    """Return what the options cannot express; "" if there is nothing."""
     if "hyperparameters" not in provenance:
         return "its provenance was written by an older version of stepquant, or by another way of quantizing"
     if provenance.get("custom_recipe", {"file": ""})["file"] is None:
@@ -161,7 +161,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
 
 
 def _usual(provenance: dict[str, Any], name: str) -> Any:
-    """A hyperparameter as preset and effort give it; None for a custom recipe, whose class is not at hand."""
+    """A hyperparameter as preset and effort give it; None for a custom recipe, whose class is unknown."""
     recipes: dict[str, type[Recipe]] = {QAT.name: QAT, **RECIPES}
     recipe = recipes.get(provenance["recipe"])
     if recipe is None or "custom_recipe" in provenance:

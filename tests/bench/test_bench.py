@@ -143,7 +143,7 @@ def test_bad_input(arguments, sentence):
     assert result.stderr == f"stepquant: {sentence}\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
 def test_no_gpu():
     result = CliRunner().invoke(app, ["bench", "arch:cifar-ddpm", "--device", "cuda"])
     assert (result.exit_code, result.stderr) == (

@@ -1,4 +1,4 @@
-"""``python tests/models/families_table.py``: runs `test_table.py` and writes ``docs/families.md`` from its results."""
+"""``python tests/models/families_table.py``: run `test_table.py` and write its results to ``docs/families.md``."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def call(pipeline, batch: int = 2):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_blocks_are_disjoint_complete_and_in_the_order_they_run(name, request):
+def test_blocks_are_disjoint_complete_and_in_execution_order(name, request):
     pipeline = request.getfixturevalue(name)
     model = getattr(pipeline, denoiser_name(pipeline))
     description = describe(model)
@@ -40,8 +40,8 @@ def test_blocks_are_disjoint_complete_and_in_the_order_they_run(name, request):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_time_layers_see_the_timestep_alone(name, request):
-    """Other noise, other conditions: their inputs stay the same. Any other layer's input changes."""
+def test_time_layers_depend_only_on_the_timestep(name, request):
+    """With other noise and conditions, the inputs of time layers stay the same; those of other layers change."""
     pipeline = request.getfixturevalue(name)
     model = getattr(pipeline, denoiser_name(pipeline))
     description = describe(model)
@@ -61,7 +61,7 @@ def test_time_layers_see_the_timestep_alone(name, request):
 
 
 @pytest.mark.parametrize("name", ["unconditional_pipeline", "text_pipeline"])
-def test_skip_splits_are_where_the_concatenation_is(name, request, monkeypatch):
+def test_skip_splits_match_the_concatenations(name, request, monkeypatch):
     pipeline = request.getfixturevalue(name)
     original, widths = torch.cat, []
 
@@ -79,7 +79,7 @@ def test_skip_splits_are_where_the_concatenation_is(name, request, monkeypatch):
     assert found == widths and widths
 
 
-def test_an_unknown_denoiser_is_named():
+def test_an_unknown_denoiser_is_rejected():
     with pytest.raises(StepquantError, match="Linear"):
         describe(nn.Linear(1, 1))
     with pytest.raises(StepquantError, match="no denoiser"):

@@ -1,4 +1,4 @@
-"""Each family built small from config: described, quantized, saved, loaded, sampled. And pipelines that share one."""
+"""Describe, quantize, save, load and sample a small model of each family, and pipelines that share a denoiser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pipeline(request, tmp_path_factory):
 
 
 def inputs_of(pipeline) -> dict:
-    """A short text, where hundreds of tokens are the default."""
+    """A short text length instead of the default of hundreds of tokens."""
     takes = "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters
     return {"max_sequence_length": 8} if takes else {}
 
@@ -50,7 +50,7 @@ def denoiser_of(pipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
-def test_blocks_are_complete_and_in_the_order_they_run(pipeline):
+def test_blocks_are_complete_and_in_execution_order(pipeline):
     model = denoiser_of(pipeline)
     description = describe(model)
     ran: list[str] = []
@@ -68,8 +68,8 @@ def test_blocks_are_complete_and_in_the_order_they_run(pipeline):
     assert description.attentions and model.get_submodule(description.middle)
 
 
-def test_time_layers_see_the_timestep_alone(pipeline):
-    """Other images, other prompts: their inputs stay the same; any other layer's input changes."""
+def test_time_layers_depend_only_on_the_timestep(pipeline):
+    """With other images and prompts, the inputs of time layers stay the same; those of other layers change."""
     model = denoiser_of(pipeline)
     description = describe(model)
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in description.layers}
@@ -89,7 +89,7 @@ def test_time_layers_see_the_timestep_alone(pipeline):
     assert same - guidance - {layer for layer in same if "aspect_ratio" in layer} == set(description.time_layers)
 
 
-def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
+def test_quantize_save_load_and_sample(pipeline, tmp_path):
     quantized = quantize(pipeline, recipe="q-diffusion", hyperparameters={"iterations": 1})
     layers = quantized_modules(denoiser_of(quantized))
     assert set(layers) == set(describe(denoiser_of(pipeline)).layers)
@@ -109,8 +109,8 @@ def test_it_is_quantized_saved_loaded_and_sampled(pipeline, tmp_path):
         assert torch.equal(images(loaded), images(quantized))
 
 
-def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
-    """Same operands, same result: the processor reproduces both joint flows."""
+def test_unquantized_joint_attention_equals_diffusers(tmp_path):
+    """Same operands, same result, for both kinds of joint attention."""
     for build in (tiny.sd3, tiny.flux):
         pipeline = build(tmp_path / build.__name__)
         copied = copy.copy(pipeline)
@@ -121,8 +121,8 @@ def test_a_joint_attention_is_diffusers_own_before_it_is_quantized(tmp_path):
         assert torch.allclose(images(copied), images(pipeline), atol=1e-4)
 
 
-def test_tdq_on_flux_has_a_row_for_every_flow_time(tmp_path):
-    """Its denoiser reads t / 1000."""
+def test_tdq_on_flux_has_a_row_for_every_timestep(tmp_path):
+    """Flux receives t / 1000."""
     pipeline = tiny.flux(tmp_path)
     quantized = quantize(pipeline, recipe="tdq", hyperparameters={"iterations": 1})
     timesteps = quantized.transformer.config.quantization_config["structure"]["timesteps"]
@@ -152,7 +152,7 @@ VIDEO = {
 
 
 @pytest.mark.parametrize("name", VIDEO)
-def test_a_family_without_a_description_is_found_by_structure(name, tmp_path):
+def test_a_family_without_a_description_is_described_by_structure(name, tmp_path):
     build, arguments = VIDEO[name]
     torch.manual_seed(3)
     model = build()
@@ -167,13 +167,13 @@ def test_a_family_without_a_description_is_found_by_structure(name, tmp_path):
     assert set(ran) == set(description.blocks)
     model.save_pretrained(tmp_path / "model")
     loaded = type(model).from_pretrained(tmp_path / "model", quantization_config=stepquant.StepquantConfig("w8a16"))
-    # Wan's own code reads the type of the parameters of its time embedding, and its class says that they stay.
+    # Wan reads the dtype of its time embedding's parameters, and its class keeps them in float32.
     assert set(quantized_modules(loaded)) == {layer for layer in layers if ".time_embedder." not in layer}
     produced = loaded(timestep=torch.tensor([300]), **arguments).sample
     assert 0 < (produced - expected).norm() / expected.norm() < 0.05
 
 
-def test_what_has_no_structure_is_named():
+def test_a_model_without_repeated_blocks_is_rejected():
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -192,12 +192,12 @@ def quantized_text(text_pipeline):
     return stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=SMALL, prompts=PROMPTS)
 
 
-def close(produced, expected, most: float = 0.2):
-    return 0 < (produced - expected).abs().mean() < most
+def close(produced, expected):
+    return 0 < (produced - expected).abs().mean() < 0.2
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_pipelines_that_start_from_a_image_share_the_denoiser(kind, text_pipeline, quantized_text):
+def test_pipelines_that_start_from_an_image_use_the_quantized_denoiser(kind, text_pipeline, quantized_text):
     name = {"img2img": "StableDiffusionImg2ImgPipeline", "inpaint": "StableDiffusionInpaintPipeline"}[kind]
     arguments = {"prompt": "a", "image": torch.rand(1, 3, 16, 16), "strength": 0.8, "num_inference_steps": 3}
     if kind == "inpaint":
@@ -210,7 +210,7 @@ def test_pipelines_that_start_from_a_image_share_the_denoiser(kind, text_pipelin
     assert close(results[1], results[0])
 
 
-def test_inpainting_has_channels_of_its_own_and_needs_a_image(text_pipeline):
+def test_inpainting_has_additional_channels_and_needs_an_image(text_pipeline):
     components = {name: part for name, part in text_pipeline.components.items() if name != "unet"}
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         **components, unet=tiny.unet(in_channels=9), requires_safety_checker=False
@@ -226,8 +226,8 @@ def test_inpainting_has_channels_of_its_own_and_needs_a_image(text_pipeline):
     assert close(generate(quantized, request, range(2), 0), generate(pipeline, request, range(2), 0))
 
 
-def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
-    """What it adds to the skip connections is an argument of the denoiser."""
+def test_calibration_includes_the_controlnet(text_pipeline):
+    """Its residuals of the skip connections are arguments of the denoiser."""
     controlnet = diffusers.ControlNetModel.from_unet(text_pipeline.unet, conditioning_embedding_out_channels=(8, 8))
     for parameter in controlnet.controlnet_down_blocks.parameters():
         nn.init.normal_(parameter)
@@ -249,7 +249,7 @@ def test_a_controlnet_beside_it_is_seen_by_calibration(text_pipeline):
     assert max(blind.step_error) > 2 * max(shadow.step_error)
 
 
-def test_few_step_models_draw_with_the_scheduler_they_were_made_for(quantized_text):
+def test_few_step_sampling_with_the_lcm_scheduler(quantized_text):
     pipeline = copy.copy(quantized_text)
     pipeline.scheduler = diffusers.LCMScheduler.from_config(quantized_text.scheduler.config)
     produced = images(pipeline, steps=2)

@@ -1,4 +1,4 @@
-"""What each family can do: one test a cell of the table in ``docs/families.md``, which `families_table.py` writes."""
+"""Features by model family: one test per cell of the table in ``docs/families.md`` (see `families_table.py`)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from stepquant.pipelines.request import kind_of, make_request
 from stepquant.runtime import fallbacks, native, prepare
 from tests.emulation import emulated_if_needed
 
-HERE = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
+FIXTURES = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
 
 
-@pytest.fixture(scope="module", params=[*HERE, *tiny.FAMILIES])
+@pytest.fixture(scope="module", params=[*FIXTURES, *tiny.FAMILIES])
 def pipeline(request, tmp_path_factory):
-    if request.param in HERE:
-        return request.getfixturevalue(HERE[request.param])
+    if request.param in FIXTURES:
+        return request.getfixturevalue(FIXTURES[request.param])
     return tiny.FAMILIES[request.param](tmp_path_factory.mktemp("family"))
 
 
 def options(pipeline) -> dict:
-    """Prompts, size and a short text, for a pipeline that takes them."""
+    """Prompts and a short text length, for pipelines that take them."""
     takes = inspect.signature(type(pipeline).__call__).parameters
     return {
         "prompts": ["a red bicycle", "a"] if kind_of(pipeline) == "text" else None,
@@ -96,9 +96,9 @@ def test_int8_runtime(pipeline, quantized):
 
 
 def test_lora(pipeline, quantized, tmp_path):
-    """In the model's own methods, which the pipeline's use where it has them."""
+    """With the methods of the model, which those of the pipeline call."""
     if not hasattr(denoiser_of(pipeline), "load_lora_adapter"):
-        pytest.skip("diffusers loads no LoRA on this model")
+        pytest.skip("diffusers has no LoRA for this model")
     trained = copy.deepcopy(denoiser_of(pipeline))
     trained.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
     for name, parameter in trained.named_parameters():
@@ -114,11 +114,11 @@ def test_lora(pipeline, quantized, tmp_path):
 
 
 def test_offload(quantized):
-    """Each module's parameters away from it until it runs, as sequential offloading has them; here to the CPU's own."""
+    """Sequential offloading: the parameters of a module are loaded only while it runs; here the device is the CPU."""
     offloaded = copy.copy(quantized)
     denoiser = copy.deepcopy(denoiser_of(quantized))
     setattr(offloaded, denoiser_name(quantized), denoiser)
     cpu_offload(denoiser, execution_device=torch.device("cpu"))
     assert any(parameter.is_meta for parameter in denoiser.parameters())
-    # Blocks are not fused while the parameters of their norms are away, so a code may round otherwise.
+    # Blocks are not fused while the parameters of their norms are offloaded, so codes may round differently.
     assert (images(offloaded) - images(quantized)).abs().mean() < 0.01

@@ -1,4 +1,4 @@
-"""The observed order against the order that the architectures prescribe."""
+"""The observed execution order against that of the architectures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stepquant.models.tracing import execution_order, fed_by_block_input
 
 
 def flux():
-    """Flux' transformer and one call of it: the transformer's own signature, without a pipeline."""
+    """A Flux transformer and one direct call of it, without a pipeline."""
     torch.manual_seed(0)
     model = tiny.flux_transformer()
     arguments = {
@@ -30,7 +30,7 @@ def only(order: list[str], *names: str) -> list[str]:
     return [name for name in order if name in names]
 
 
-def test_a_single_block_of_flux_projects_out_last():
+def test_proj_out_executes_last_in_a_single_block_of_flux():
     """Registered: proj_mlp, proj_out, attn. Executed: proj_out reads what attention and MLP computed."""
     model, call = flux()
     order = execution_order(model, call)
@@ -45,7 +45,7 @@ def test_a_single_block_of_flux_projects_out_last():
 
 @pytest.mark.parametrize("name", ["down_blocks.1.resnets.0", "up_blocks.1.resnets.1"])
 def test_the_shortcut_of_a_residual_block_reads_the_input_of_the_block(name, text_pipeline):
-    """diffusers runs the shortcut after both convolutions; the last in the chain is ``conv2`` all the same."""
+    """diffusers runs the shortcut after both convolutions; the last of the chain is still ``conv2``."""
     unet = text_pipeline.unet
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
 
@@ -60,7 +60,7 @@ def test_the_shortcut_of_a_residual_block_reads_the_input_of_the_block(name, tex
     assert only(execution_order(unet, call), "conv_in", "mid_block", "conv_out") == ["conv_in", "mid_block", "conv_out"]
 
 
-def test_what_does_not_run_is_absent_and_hooks_are_removed():
+def test_unused_modules_are_absent_and_hooks_are_removed():
     model = nn.ModuleDict({"unused": nn.Linear(2, 2), "second": nn.Linear(2, 2), "first": nn.Linear(2, 2)})
     x = torch.ones(1, 2)
 

@@ -13,8 +13,8 @@ from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 
 
-class Gradients(ImageFolder):
-    """Images made up instead of read: image i is of value i / 10 throughout."""
+class ConstantImages(ImageFolder):
+    """Constant images instead of files: image i has the value i / 10."""
 
     def read(self, indices):
         return torch.stack([torch.full((self.channels, *self.size), index / 10) for index in indices])
@@ -22,10 +22,10 @@ class Gradients(ImageFolder):
 
 def folder(tmp_path, channels, conditions=()):
     paths = tuple(tmp_path / f"{index}.png" for index in range(4))
-    return Gradients(tmp_path, paths, conditions, (16, 16), channels)
+    return ConstantImages(tmp_path, paths, conditions, (16, 16), channels)
 
 
-def made(pipeline, denoiser, images, *, distill=False, size=40):
+def make_batches(pipeline, denoiser, images, *, distill=False, size=40):
     return image_batches(
         pipeline,
         denoiser,
@@ -41,9 +41,9 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def test_images_are_noised_at_timesteps_spread_over_all_of_training(unconditional_pipeline, tmp_path):
+def test_images_are_noised_at_timesteps_stratified_over_training(unconditional_pipeline, tmp_path):
     pipeline = unconditional_pipeline
-    batch = made(pipeline, pipeline.unet, folder(tmp_path, 1))(0, generator(), Ranks())
+    batch = make_batches(pipeline, pipeline.unet, folder(tmp_path, 1))(0, generator(), Ranks())
     timestep = batch.arguments["timestep"]
     assert ((timestep * 40).div(1000, rounding_mode="floor") == torch.arange(40)).all(), "one in each stratum"
     alpha = pipeline.scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
@@ -52,26 +52,26 @@ def test_images_are_noised_at_timesteps_spread_over_all_of_training(unconditiona
     values = clean[early].mean(dim=(1, 2, 3))
     assert torch.allclose(clean[early], values.view(-1, 1, 1, 1).expand_as(clean[early]), atol=1e-4)
     assert set((values * 10).round().tolist()) <= {0, 1, 2, 3}
-    again = made(pipeline, pipeline.unet, folder(tmp_path, 1))(7, generator(), Ranks())
-    assert torch.equal(again.arguments["sample"], batch.arguments["sample"]), "random by its generator alone"
+    again = make_batches(pipeline, pipeline.unet, folder(tmp_path, 1))(7, generator(), Ranks())
+    assert torch.equal(again.arguments["sample"], batch.arguments["sample"]), "random only by the generator"
 
 
-def test_other_predictions_have_their_own_targets(unconditional_pipeline, tmp_path):
-    batches = made(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1))
+def test_targets_of_other_prediction_types(unconditional_pipeline, tmp_path):
+    batches = make_batches(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1))
     noise = batches(0, generator(), Ranks()).target
     clean = replace(batches, prediction="sample")(0, generator(), Ranks()).target
     velocity = replace(batches, prediction="v_prediction")(0, generator(), Ranks())
     alpha = batches.alphas_cumprod[velocity.arguments["timestep"]].view(-1, 1, 1, 1)
     assert torch.allclose(velocity.target, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean, atol=1e-6)
-    taught = made(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1), distill=True)
-    batch = taught(0, generator(), Ranks())
+    distilled = make_batches(unconditional_pipeline, unconditional_pipeline.unet, folder(tmp_path, 1), distill=True)
+    batch = distilled(0, generator(), Ranks())
     with torch.no_grad():
         assert torch.equal(batch.target, unconditional_pipeline.unet(**batch.arguments).sample)
 
 
-def test_classes_are_dropped_now_and_then_and_latents_are_the_autoencoders(class_pipeline, tmp_path):
+def test_some_classes_are_dropped_and_latents_come_from_the_autoencoder(class_pipeline, tmp_path):
     images = folder(tmp_path, 3, (5, 6, 7, 8))
-    batch = made(class_pipeline, class_pipeline.transformer, images, size=400)(0, generator(), Ranks())
+    batch = make_batches(class_pipeline, class_pipeline.transformer, images, size=400)(0, generator(), Ranks())
     labels = batch.arguments["class_labels"]
     assert set(labels.tolist()) == {5, 6, 7, 8, 1000}
     assert 20 <= int((labels == 1000).sum()) <= 60
@@ -84,7 +84,7 @@ def test_classes_are_dropped_now_and_then_and_latents_are_the_autoencoders(class
 
 def test_captions_are_embedded(text_pipeline, tmp_path):
     images = folder(tmp_path, 3, ("a", "b", "c", "d"))
-    batches = made(text_pipeline, text_pipeline.unet, images)
+    batches = make_batches(text_pipeline, text_pipeline.unet, images)
     embedded = batches.conditions(torch.tensor([2, -1]))["encoder_hidden_states"]
     with torch.no_grad():
         expected = text_pipeline.encode_prompt(["c", ""], "cpu", 1, False)[0]
@@ -92,38 +92,38 @@ def test_captions_are_embedded(text_pipeline, tmp_path):
     assert batches(0, generator(), Ranks()).arguments["encoder_hidden_states"].shape == (40, *expected.shape[1:])
 
 
-def test_a_sampler_without_a_noise_schedule_is_sent_to_distillation(unconditional_pipeline, tmp_path):
+def test_a_sampler_without_a_noise_schedule_is_rejected(unconditional_pipeline, tmp_path):
     flow = SimpleNamespace(scheduler=SimpleNamespace(config=SimpleNamespace()))
     with pytest.raises(StepquantError, match="by distillation"):
-        made(flow, unconditional_pipeline.unet, folder(tmp_path, 1))
+        make_batches(flow, unconditional_pipeline.unet, folder(tmp_path, 1))
 
 
-def test_trajectories_hold_what_full_precision_answers_at_many_timesteps(class_pipeline):
+def test_trajectories_contain_full_precision_outputs_at_many_timesteps(class_pipeline):
     calibration = Calibration(samples=20, steps=4, trajectories=20)  # three batches
     request = make_request(class_pipeline, 4, guidance=4.0)
-    drawn = [
+    collected = [
         collect_all(class_pipeline, class_pipeline.transformer, request, calibration, seed, Progress())
         for seed in (0, 0, 1)
     ]
-    samples = drawn[0]
-    assert torch.equal(samples.outputs, drawn[1].outputs) and not torch.equal(samples.steps, drawn[2].steps)
+    samples = collected[0]
+    assert torch.equal(samples.outputs, collected[1].outputs) and not torch.equal(samples.steps, collected[2].steps)
     with torch.no_grad():
-        answers = class_pipeline.transformer(**samples.arguments(slice(0, 3))).sample
-    assert torch.allclose(samples.outputs[:3], answers, atol=1e-5)
+        outputs = class_pipeline.transformer(**samples.arguments(slice(0, 3))).sample
+    assert torch.allclose(samples.outputs[:3], outputs, atol=1e-5)
     assert len(samples.tensors["timestep"].unique()) > 4, "each batch of trajectories takes another number of steps"
     labels = samples.tensors["class_labels"].unique().tolist()
     assert 1000 in labels and len(labels) > 3, "both halves of guidance, and more classes than one batch has"
 
-    asked = []
+    requested = []
 
-    def collected(index):
-        asked.append(index)
+    def collect(index):
+        requested.append(index)
         return samples
 
-    batches = TrajectoryBatches(collected, refresh=10, size=5)
+    batches = TrajectoryBatches(collect, refresh=10, size=5)
     batch = batches(9, generator(), Ranks())
     batches(25, generator(), Ranks())
-    assert asked == [0, 2]
+    assert requested == [0, 2]
     row = next(
         row
         for row in range(len(samples))

@@ -1,4 +1,4 @@
-"""In which order a block's layers are rounded, and which one its output stands for."""
+"""The order in which a block's layers are rounded, and which layer makes the block's output."""
 
 import inspect
 
@@ -53,7 +53,7 @@ def flux():
 
 
 def block_of(module, arguments):
-    """The block as the only one of a denoiser, its layers under calibration."""
+    """The only block of a denoiser, its layers under calibration."""
     whole, copy = nn.ModuleDict({"block": module.eval()}), nn.ModuleDict()
     names = [name for name, part in module.named_modules() if can_quantize(part)]
     layers = {f"block.{name}": wrap(module.get_submodule(name), 4, None, StepClock()) for name in names}
@@ -67,7 +67,7 @@ def block_of(module, arguments):
     ("make", "order", "final"),
     [(resnet, RESNET, "conv2"), (transformer, TRANSFORMER, "ff.net.2"), (flux, FLUX, "proj_out")],
 )
-def test_layers_come_as_they_execute_and_the_final_one_makes_the_output(make, order, final):
+def test_layers_are_in_execution_order_and_the_final_one_makes_the_output(make, order, final):
     block = block_of(*make())
     assert [name.removeprefix("block.") for name in block.layers] == order
     assert block.final_layer == f"block.{final}"
@@ -77,7 +77,7 @@ def test_layers_come_as_they_execute_and_the_final_one_makes_the_output(make, or
     assert _compared_layers(block, Reconstruction()) == []
 
 
-def test_a_block_of_one_layer_ends_in_it():
+def test_the_final_layer_of_a_block_of_one_layer():
     layer = nn.Linear(4, 4)
     whole = nn.ModuleDict({"block": layer})
     inputs = BlockInputs(*pytree.tree_flatten(((torch.randn(2, 4),), {})), 2)

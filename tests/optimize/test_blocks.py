@@ -34,7 +34,7 @@ def samples_of(pipeline, count=6):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_replayed_inputs_and_outputs_are_those_of_the_whole_network(name, request, tmp_path):
+def test_replayed_inputs_and_outputs_equal_those_of_the_whole_network(name, request, tmp_path):
     denoiser, samples = samples_of(request.getfixturevalue(name))
     seen: dict[str, tuple] = {}
     blocks = describe(denoiser).blocks
@@ -54,23 +54,23 @@ def test_replayed_inputs_and_outputs_are_those_of_the_whole_network(name, reques
         inputs = replay.inputs(block)
         args, kwargs = inputs.at(slice(0, len(samples)))
         expected_args, expected_kwargs, expected = seen[block]
-        for got, wanted in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
-            if isinstance(wanted, torch.Tensor):
-                assert torch.allclose(got, wanted, atol=1e-5), block
+        for one, other in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
+            if isinstance(other, torch.Tensor):
+                assert torch.allclose(one, other, atol=1e-5), block
         assert torch.allclose(replay.run(block, inputs)[0], expected, atol=1e-5), block
     assert all("forward" not in denoiser.get_submodule(block).__dict__ for block in blocks)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_blocks_that_run_alone_know_their_step(name, request, tmp_path):
-    """Scales of each step apart: a block gives each sample the scale of its own timestep, as the network would."""
+def test_replayed_blocks_use_the_scales_of_each_timestep(name, request, tmp_path):
+    """With per-step scales, a block uses the scale of each sample's timestep, as the network does."""
     denoiser, samples = samples_of(request.getfixturevalue(name))
     timesteps = samples.tensors["timestep"].float().unique()
     assert len(timesteps) == 3
     model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
     calibrate_ranges(model, samples, "minmax", 4, Progress())
     for point in model.activation_points():
-        point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # no two steps alike
+        point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # different at every step
     blocks = describe(denoiser).blocks
     with torch.no_grad(), LayerOutputs.recorded({"last": model.model.get_submodule(blocks[-1])}) as expected:
         model.model(**samples.arguments(slice(0, len(samples))))
@@ -80,14 +80,14 @@ def test_blocks_that_run_alone_know_their_step(name, request, tmp_path):
     assert torch.allclose(output, expected["last"], atol=1e-3)
 
 
-def test_guided_sampling_gives_samples_with_and_without_the_condition(class_pipeline):
+def test_guided_sampling_yields_samples_with_and_without_the_condition(class_pipeline):
     _, samples = samples_of(class_pipeline, count=12)
     labels = samples.tensors["class_labels"].tolist()
     assert 1000 in labels and any(label < 10 for label in labels)
 
 
 class Stop(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 class StopAfter(Progress):
@@ -118,7 +118,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(unconditional_pipelin
     with pytest.raises(Stop):
         quantize(unconditional_pipeline, tmp_path / "killed", StopAfter(40))
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("block-*")}
-    assert len(finished) >= 10, "blocks finished before the kill are kept"
+    assert len(finished) >= 10, "blocks finished before the kill are stored"
     continued = quantize(unconditional_pipeline, tmp_path / "killed")
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == time for name, time in finished.items())
     for pipeline, folder in ((whole, "a"), (continued, "b")):
@@ -137,14 +137,14 @@ def test_a_damaged_stage_is_computed_again(unconditional_pipeline, tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_second_process_is_kept_out(unconditional_pipeline, tmp_path):
+def test_a_second_process_is_rejected(unconditional_pipeline, tmp_path):
     from stepquant.workspace import Workspace
 
     with Workspace(tmp_path), pytest.raises(stepquant.StepquantError, match="another process"):
         quantize(unconditional_pipeline, tmp_path)
 
 
-def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
+def test_the_original_is_unchanged(unconditional_pipeline, tmp_path):
     before = copy.deepcopy(unconditional_pipeline.unet.state_dict())
     hooks = len(unconditional_pipeline.unet._forward_pre_hooks)
     quantize(unconditional_pipeline, tmp_path)
@@ -155,19 +155,19 @@ def test_the_original_is_left_as_it_was(unconditional_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(("block_weight", "left_out"), [(0.0, 0), (1.0, 1)])
-def test_the_last_layer_of_a_block_is_left_to_the_blocks_own_error_if_that_counts(
+def test_the_last_layer_is_not_compared_if_the_error_of_the_block_counts(
     block_weight, left_out, unconditional_pipeline, tmp_path, monkeypatch
 ):
-    """Without it a block of one layer would learn nothing."""
+    """Otherwise a block of one layer would not train."""
     denoiser, samples = samples_of(unconditional_pipeline)
     model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w4a8"))
     seen, losses = [], []
 
     def spy(outputs, targets, *weights):
         seen.append(set(targets.layers))
-        found = error(outputs, targets, *weights)
-        losses.append(float(found.detach()))
-        return found
+        loss = error(outputs, targets, *weights)
+        losses.append(float(loss.detach()))
+        return loss
 
     monkeypatch.setattr("stepquant.optimize.blocks.error", spy)
     blocks = ("down_blocks.0.resnets.0", "conv_out")
@@ -185,7 +185,7 @@ def test_the_last_layer_of_a_block_is_left_to_the_blocks_own_error_if_that_count
 
 @pytest.mark.skipif("fashion-ddpm" not in zoo.names(), reason="the reference models are not in this checkout")
 def test_reconstruction_beats_minmax_on_a_real_model():
-    """Held-out noise: the output's error is a fraction of the baseline's, and images are far closer."""
+    """On held-out noise, the error of the output is a fraction of the baseline's, and images are much closer."""
     pipeline = resolve_pipeline("zoo:fashion-ddpm")
     denoiser, held_out = samples_of(pipeline, count=16)
     arguments, request = held_out.arguments(slice(0, 16)), make_request(pipeline, 10)
@@ -206,6 +206,6 @@ def test_reconstruction_beats_minmax_on_a_real_model():
     def decibels(candidate):
         return float(psnr(generate(candidate, request, range(6), 7), images).mean())
 
-    learned, baseline = quantized("q-diffusion", iterations=10), quantized("minmax")
-    assert error(learned) < 0.2 * error(baseline)
-    assert decibels(learned) > decibels(baseline) + 5
+    reconstructed, baseline = quantized("q-diffusion", iterations=10), quantized("minmax")
+    assert error(reconstructed) < 0.2 * error(baseline)
+    assert decibels(reconstructed) > decibels(baseline) + 5

@@ -1,4 +1,4 @@
-"""A block's weights rounded in closed form: all inputs of a layer together, or those of a wide one in parts."""
+"""GPTQ of a block's weights: all inputs of a layer at once, or a wide layer in parts."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ BLOCK, COUNT = "up_blocks.0.resnets.0", 64
 
 @pytest.fixture(scope="module")
 def seen(unconditional_pipeline):
-    """Samples of noise, what a block is called with on them, and what it puts out."""
+    """Samples of noise, and the inputs and output of a block for them."""
     torch.manual_seed(0)
     unet = unconditional_pipeline.unet
     tensors = {"sample": torch.randn(COUNT, 1, 16, 16), "timestep": torch.arange(COUNT).float()}
-    found = []
+    calls = []
     handle = unet.get_submodule(BLOCK).register_forward_hook(
-        lambda _, args, kwargs, output: found.append((args, kwargs, output)), with_kwargs=True
+        lambda _, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
     )
     with torch.no_grad():
         unet(**tensors)
     handle.remove()
-    args, kwargs, output = found[0]
+    args, kwargs, output = calls[0]
     leaves, tree = pytree.tree_flatten((args, kwargs))
     return CalibrationSet(tensors, torch.zeros(COUNT, dtype=torch.long)), BlockInputs(leaves, tree, COUNT), output
 
 
 def errors(unet, seen):
-    """Of the block's output, its weights of 3 bits rounded to nearest and then gptq-rounded."""
+    """Error of the block's output with weights of 3 bits, rounded to nearest and by GPTQ."""
     samples, inputs, expected = seen
     calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w3a16"))
     block = calibrated.model.get_submodule(BLOCK)
@@ -55,7 +55,7 @@ def errors(unet, seen):
     return before, error()
 
 
-def test_parts_of_a_wide_layer_gain_nearly_what_the_whole_does(unconditional_pipeline, seen, monkeypatch):
+def test_a_wide_layer_in_parts_improves_nearly_as_much_as_the_whole(unconditional_pipeline, seen, monkeypatch):
     nearest, whole = errors(unconditional_pipeline.unet, seen)
     assert whole < 0.7 * nearest
     monkeypatch.setattr(core_gptq, "MOST_INPUTS", 9 * 8)  # convolutions of 16 to 32 channels, 3 x 3

@@ -9,7 +9,7 @@ from stepquant.progress import Progress
 
 
 class Stop(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 class StopIn(Progress):
@@ -48,7 +48,7 @@ def quest(pipeline, workspace=None, progress=None, **arguments):
     )
 
 
-def test_a_killed_alignment_continues_and_ends_in_the_same_integers(text_pipeline, tmp_path):
+def test_a_killed_alignment_continues_to_the_same_integers(text_pipeline, tmp_path):
     whole = quest(text_pipeline, tmp_path / "whole").unet.state_dict()
     with pytest.raises(Stop):
         quest(text_pipeline, tmp_path / "killed", StopIn("Aligning critical", 1))
@@ -75,7 +75,7 @@ def test_scales_per_step_have_a_row_for_every_calibrated_timestep(text_pipeline)
 
 
 def test_network_training_brings_the_output_closer(text_pipeline):
-    """The global loss alone, everything trained: the output's error on the calibration samples falls."""
+    """With only the global loss, the error of the output decreases."""
     torch.manual_seed(0)
     x, text = torch.randn(6, 4, 8, 8), torch.randn(6, 16, text_pipeline.text_encoder.config.hidden_size)
     time = torch.tensor([1, 250, 251, 500, 501, 750])

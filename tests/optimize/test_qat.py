@@ -16,7 +16,7 @@ SMALL = stepquant.Calibration(samples=4, steps=2, trajectories=4)
 
 
 def train(pipeline, bits="w4a4", **arguments):
-    """Some of the arguments are hyperparameters."""
+    """Arguments include hyperparameters."""
     recipe = {"iterations": 6, "batch_size": 4} | {
         name: arguments.pop(name) for name in list(arguments) if name in stepquant.recipes.QAT.fields()
     }
@@ -35,7 +35,7 @@ def test_a_killed_training_ends_in_the_same_bytes(unconditional_pipeline, tmp_pa
 
     whole = run("whole")
     with pytest.raises(Stop):
-        run("killed", StopIn("Training", -1))  # the start after training is done, and nothing else
+        run("killed", StopIn("Training", -1))  # killed before the first iteration
     with pytest.raises(Stop):
         run("killed", StopIn("Training", 3))
     continued = run("killed")
@@ -54,7 +54,7 @@ def squares(tmp_path_factory):
     return folder
 
 
-def test_distillation_comes_closer_to_full_precision_on_trajectories_it_has_not_seen(unconditional_pipeline):
+def test_distillation_reduces_the_error_on_unseen_trajectories(unconditional_pipeline):
     pipeline = unconditional_pipeline
     fresh = SMALL.model_copy(update={"steps": 4})
     samples = collect_all(pipeline, pipeline.unet, make_request(pipeline, 4), fresh, 50, Progress())
@@ -68,7 +68,7 @@ def test_distillation_comes_closer_to_full_precision_on_trajectories_it_has_not_
     assert error(40) < 0.85 * error(0)
 
 
-def test_training_on_images_predicts_their_noise_better_than_full_precision_did(unconditional_pipeline, squares):
+def test_training_on_images_reduces_the_error_of_their_noise(unconditional_pipeline, squares):
     timestep = torch.arange(20, 1000, 70)
     clean = torch.full((len(timestep), 1, 16, 16), -1.0)
     clean[:, :, 3:12, 4:10] = 1
@@ -83,7 +83,7 @@ def test_training_on_images_predicts_their_noise_better_than_full_precision_did(
     assert error(trained) < 0.8 * error(unconditional_pipeline)
 
 
-def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, monkeypatch):
+def test_the_stored_table_is_that_of_the_generator_over_all_timesteps(class_pipeline, monkeypatch):
     generated = []
     freeze = ActivationPoint.freeze
 
@@ -107,7 +107,7 @@ def test_what_ships_is_the_generators_table_over_all_timesteps(class_pipeline, m
     assert {layer.layer().input.rows for layer in static if layer.layer().input} == {1}
 
 
-def test_norms_ship_as_they_were_trained_and_the_original_stays_as_it_was(unconditional_pipeline, tmp_path):
+def test_trained_norms_are_stored_and_the_original_is_unchanged(unconditional_pipeline, tmp_path):
     before = {name: tensor.clone() for name, tensor in unconditional_pipeline.unet.state_dict().items()}
     quantized = train(unconditional_pipeline)
     assert all(torch.equal(before[name], tensor) for name, tensor in unconditional_pipeline.unet.state_dict().items())
@@ -124,7 +124,7 @@ def test_a_training_that_diverges_is_stopped(unconditional_pipeline):
         train(unconditional_pipeline, weight_rate=1e20, intervals="static", iterations=20)
 
 
-def test_training_needs_something_to_learn_from(unconditional_pipeline, tmp_path):
+def test_training_needs_images_or_distillation(unconditional_pipeline, tmp_path):
     with pytest.raises(StepquantError, match="nothing to learn from"):
         train(unconditional_pipeline, distill=False)
     with pytest.raises(StepquantError, match="holds no images"):

@@ -1,4 +1,4 @@
-"""The one optimization loop: interrupted, clipped, averaged, and against torch's own by hand."""
+"""The optimization loop: interruption, gradient clipping, averaging, and equality with torch."""
 
 import math
 
@@ -12,7 +12,7 @@ from stepquant.workspace import Workspace
 
 
 class Stop(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def stop_after(iterations):
@@ -39,7 +39,7 @@ def minimize(folder, iterations=2 * SAVE_EVERY, advance=lambda n: None):
     return x.detach()
 
 
-def test_an_interrupted_minimization_ends_in_the_same_bytes(tmp_path):
+def test_an_interrupted_optimization_ends_in_the_same_bytes(tmp_path):
     whole = minimize(tmp_path / "whole")
     assert torch.allclose(whole, torch.ones(3), atol=0.05)
     with pytest.raises(Stop):
@@ -47,7 +47,7 @@ def test_an_interrupted_minimization_ends_in_the_same_bytes(tmp_path):
     assert torch.equal(minimize(tmp_path / "killed"), whole)
 
 
-def test_gradients_are_clipped_and_the_average_is_kept(tmp_path):
+def test_gradients_are_clipped_and_weights_averaged(tmp_path):
     def run(name, advance=lambda n: None, **options):
         x = torch.zeros(2, requires_grad=True)
         seen = []
@@ -63,9 +63,9 @@ def test_gradients_are_clipped_and_the_average_is_kept(tmp_path):
 
     free, _ = run("free")
     clipped, steps = run("clipped", clip_norm=1.0)
-    assert abs(float(clipped[0] - 1)) < abs(float(free[0] - 1)), "the huge gradients no longer drown the others"
+    assert abs(float(clipped[0] - 1)) < abs(float(free[0] - 1)), "huge gradients do not dominate the others"
     averaged, same = run("averaged", clip_norm=1.0, ema_decay=0.9)
-    assert torch.equal(torch.stack(steps), torch.stack(same)), "the average does not disturb the learning"
+    assert torch.equal(torch.stack(steps), torch.stack(same)), "averaging does not affect training"
     expected = torch.zeros(2)
     for iteration, x in enumerate([*steps[1:], clipped]):
         expected.lerp_(x, 1 - min(0.9, (1 + iteration) / (10 + iteration)))
@@ -76,8 +76,8 @@ def test_gradients_are_clipped_and_the_average_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_steps_are_those_of_torch_bit_for_bit(fused):
-    """Rates on a closed cosine, or by torch's recursive one."""
+def test_steps_equal_those_of_torch_bit_for_bit(fused):
+    """With a cosine schedule in closed form, or torch's recursive one."""
 
     def start():
         return torch.linspace(-1, 1, 7).requires_grad_()

@@ -18,7 +18,7 @@ from stepquant.models.description import main_tensor
 from stepquant.progress import Progress
 
 SMALLEST_GAIN, LARGEST_GAIN = 0.5, 2.0
-"""Bounds of the gain: beyond them the output is no longer a prediction that a factor could correct."""
+"""Bounds of the gain: beyond them a factor cannot correct the output."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""GPTQ: the error of rounding one input channel is compensated by the channels that are not rounded yet."""
+"""GPTQ: round one input channel at a time, and adjust those not rounded yet to reduce the output error."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class StepClock:
         thread = threading.get_ident()
         if self._caller.setdefault("thread", thread) != thread:  # one atomic operation
             raise StepquantError(
-                "the quantized denoiser is called from two threads at once; expected one call at a time. Give every "
-                "thread a pipeline of its own, such as copy.deepcopy(pipeline)."
+                "the quantized denoiser is called from two threads at once; expected one call at a time. Give each "
+                "thread its own pipeline, such as copy.deepcopy(pipeline)."
             )
 
     def leave(self) -> None:

@@ -55,8 +55,8 @@ def _repeated(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         members = list(module) if isinstance(module, nn.ModuleList) else []
-        alike = len(members) > 1 and len({type(member) for member in members}) == 1
-        if alike and has_layers(members[0]) and not path.startswith(inside):
+        same_type = len(members) > 1 and len({type(member) for member in members}) == 1
+        if same_type and has_layers(members[0]) and not path.startswith(inside):
             inside = (*inside, f"{path}.")
             yield path, members
 

@@ -16,8 +16,8 @@ def execution_order(model: nn.Module, call: Callable[[], Any]) -> list[str]:
 
     Args:
         model: a denoiser, or one block of it.
-        call: runs `model`, directly or inside of a larger model. It may end early with an exception of its own, which
-            passes through.
+        call: runs `model`, directly or inside a larger model. It may end early with an exception, which is
+            propagated.
 
     Returns:
         Dotted names without the root's empty one; each name once. A container's name comes before those of its

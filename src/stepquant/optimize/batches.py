@@ -28,12 +28,12 @@ READ_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a batch: inputs of a denoiser at mixed timesteps, and what it should answer.
+    """One process's part of a batch: inputs of a denoiser at mixed timesteps, and its target output.
 
     Attributes:
-        share: of the whole batch, 0 to 1; with 0 there is nothing in it.
+        share: of the whole batch, 0 to 1; 0 if this part is empty.
         arguments: keyword arguments of the denoiser, tensors of B samples each.
-        target: float32 [B, ...]; a denoiser that puts out more channels (a learned variance) is compared on the first.
+        target: float32 [B, ...]; of a denoiser with more output channels (a learned variance) the first are compared.
     """
 
     arguments: dict[str, Any]

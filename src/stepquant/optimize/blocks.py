@@ -1,4 +1,4 @@
-"""Block reconstruction: learn rounding and activation scales so that each block puts out what it should."""
+"""Block reconstruction: train rounding and activation scales to match each block's full-precision output."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def train(
 
     Gradients pass roundings straight through and reach weight scales by LSQ (arXiv 1902.08153), intervals through the
     networks that generate them. A batch mixes timesteps, so that an activation has an interval for each sample. Several
-    processes divide each batch; the losses told are those of this one's part.
+    processes divide each batch; reported losses are those of this process's part.
 
     Args:
         calibrated: the copy to train, its quantizers calibrated; frozen afterwards.
@@ -72,7 +72,7 @@ def train(
         key: stands for all that the result depends on besides `seed`.
 
     Raises:
-        StepquantError: if the loss is no longer a number.
+        StepquantError: if training diverges.
     """
     model = calibrated.model
     device = next(model.parameters()).device

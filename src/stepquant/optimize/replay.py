@@ -153,8 +153,8 @@ class Replay:
             size = chosen.stop - chosen.start
             if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in produced):
                 raise StepquantError(
-                    f"block {block} folds something else into the batch, so that its samples cannot be told apart: "
-                    "this model cannot be reconstructed block by block; use recipe minmax or ptq4dm."
+                    f"block {block} folds another dimension into the batch, which block reconstruction does not "
+                    "support. Use recipe minmax or ptq4dm."
                 )
             return produced, [layers[name] for name in record], tree
 

@@ -55,7 +55,7 @@ def optimize(
         groups: Adam's parameter groups: ``params`` and ``lr``.
         loss: a scalar; of several processes, each gives its part of a sum. With a `checkpoint`, everything random in it
             must follow from the iteration alone, so that a continued run ends in the same bytes as an unbroken one.
-        advance: is told how many iterations are done.
+        advance: called with the number of finished iterations.
         fused: torch's fused Adam, which is faster for many parameters and rounds otherwise.
         clip_norm: gradients of a larger norm, over all parameters, are scaled down to it.
         ema_decay: above 0, parameters end at their exponential moving average, whose first iterations decay faster.

@@ -36,7 +36,7 @@ class Context:
         request: the conditions that calibration images are generated with.
         seed: of everything random.
         workspace: keeps finished stages.
-        progress: is told how far the work is.
+        progress: receives the progress of each task.
         cache: keeps calibration samples for other runs on the same model, request and seed; by default they lie in
             `workspace`.
         device: where blocks compute, one at a time; None: where the denoiser is.
@@ -117,12 +117,12 @@ class Context:
         return stored
 
     def check_whole(self, what: str) -> None:
-        """Raise `StepquantError` if only one block at a time is where `what` has to compute."""
+        """Raise `StepquantError` if `device` is set, because `what` needs the whole network on one device."""
         if self.device is not None:
             raise StepquantError(
-                f"{what} learns through the whole network at once, which cannot be done block by block on "
-                f"{self.device}: move the pipeline there and leave the device out, or take a recipe that goes block by "
-                "block (minmax, ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
+                f"{what} trains the whole network at once, but device={self.device} loads one block at a time. Move "
+                "the pipeline to the device and leave `device` out, or use a recipe that works block by block (minmax, "
+                "ptq4dm, q-diffusion, pqd, tdq, eda-dm)."
             )
 
 

@@ -5,7 +5,7 @@
   the samples.
 - QDrop: with ``rounding="adaround"`` elements stay in full precision with probability 0.5 while learning. GPTQ's
   weights fit the quantized inputs that this would take from them (``docs/results/defaults.md``): nothing is dropped
-  then, unless `drop_probability` says so.
+  then, unless `drop_probability` is set.
 - iterations: in `fast` a budget that two cores finish in minutes; in `paper` those of QDrop. Skip connections are
   split, as in `q-diffusion`, so that the two recipes differ in their samples alone.
 

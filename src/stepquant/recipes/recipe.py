@@ -130,7 +130,7 @@ def run_recipe(recipe: Recipe, context: Context) -> CalibrationModel:
     for stage in stages:
         stage.check(context)
     if context.spec.smoothing and not any(isinstance(stage, Smooth) for stage in stages):
-        raise StepquantError(f"the spec asks for smoothing, but {recipe.label()} has no stage Smooth: leave it out.")
+        raise StepquantError(f"the spec sets smoothing, but {recipe.label()} has no stage Smooth. Leave smoothing out.")
     state = State(*([identity(type(recipe))] if is_custom(type(recipe)) else []))
     for stage in stages:
         stage.run(context, state)

@@ -65,9 +65,9 @@ def spec_within_budget(context: Context, budget: float) -> QuantSpec:
 
 
 def output_correction(context: Context, model: CalibrationModel) -> Correction:
-    """How the error of a finished quantization follows the output, by step (`calibration.correction`).
+    """Estimate, by step, how the error of a finished quantization depends on the output (`calibration.correction`).
 
-    Measured on trajectories of their own: weights are fitted to the calibration samples, and err less there.
+    Uses separate trajectories: on the calibration samples, which the weights are fitted to, the error is smaller.
     """
     other = replace(context, seed=context.seed + CORRECTION_OFFSET)
     steps = uniform_steps(context.calibration.samples, context.request.steps, other.generator())

@@ -60,7 +60,7 @@ MAX_COLUMNS = 200
 """Timesteps in a figure; of longer tables, such as TDQ's with every training timestep, evenly spaced rows are drawn."""
 MAX_LABELS = 7
 DECADES = 4
-"""Decades of errors with a color of their own; smaller errors get the darkest color."""
+"""Decades of errors with separate colors; smaller errors get the darkest color."""
 
 
 @dataclass(frozen=True)

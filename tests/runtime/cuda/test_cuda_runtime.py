@@ -45,7 +45,7 @@ def test_reasons(no_interpreter, monkeypatch):
     assert cuda.supported() == "triton is not installed (pip install 'stepquant[cuda]', on Linux)"
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.supported() == "there is no GPU here, or this build of torch is for CPUs only"
+    assert cuda.supported() == "no GPU is available, or this build of torch is for CPUs only"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

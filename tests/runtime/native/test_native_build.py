@@ -39,7 +39,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build.supported() == "there is no C++ compiler. Install g++"
+    assert build.supported() == "no C++ compiler is available. Install g++"
 
 
 def test_failing_compiler_leaves_no_file(monkeypatch, tmp_path):

@@ -57,9 +57,9 @@ class AddQuantizers(Stage):
 
 
 class Smooth(Stage):
-    """Move what differs between an activation's channels into the weight, where a layer gains by it.
+    """Move differences between an activation's channels into the weight (SmoothQuant), where a layer improves.
 
-    If the spec asks for it; a spec that leaves it to the recipe gets it `below` so many bits of activations.
+    Applies if the spec sets smoothing; if it leaves the choice to the recipe, below `below` activation bits.
     """
 
     below: Count = 0

@@ -21,10 +21,10 @@ TRAJECTORIES_OFFSET = 1_000_003
 
 
 class CollectSamples(Stage):
-    """Keep what the denoiser is given while the full-precision pipeline generates images."""
+    """Record the denoiser's inputs while the full-precision pipeline generates images."""
 
     selection: Literal["uniform", "normal", "tdac"] = "uniform"
-    """From every step alike; at timesteps ``t ~ N(mean T, (deviation T)^2)``; or by the density and diversity of the
+    """Uniform over the steps; at timesteps ``t ~ N(mean T, (deviation T)^2)``; or by the density and diversity of the
     features at each step (EDA-DM)."""
     mean: Weight = 0.5
     deviation: Weight = 0.35

@@ -23,7 +23,7 @@ def supported() -> str | None:
     if interpreted():
         return None
     if not torch.cuda.is_available():
-        return "there is no GPU here, or this build of torch is for CPUs only"
+        return "no GPU is available, or this build of torch is for CPUs only"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         version, oldest = (".".join(str(part) for part in parts) for parts in (capability, OLDEST))

@@ -159,7 +159,7 @@ def _cache() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:  # a user whom the system does not know, as in some containers
         raise StepquantError(
-            "there is no home folder to cache the compiled native kernels in. Set XDG_CACHE_HOME to a folder."
+            "no home folder is available to cache the compiled native kernels. Set XDG_CACHE_HOME to a folder."
         ) from None
 
 
@@ -169,7 +169,7 @@ def _compiler() -> str:
     for name in candidates:
         if (found := shutil.which(name)) is not None:
             return found
-    raise StepquantError("there is no C++ compiler. Install g++.")
+    raise StepquantError("no C++ compiler is available. Install g++.")
 
 
 @functools.cache

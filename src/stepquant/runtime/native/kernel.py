@@ -27,7 +27,7 @@ MOST_PLANS = 32
 class NativeKernel(Kernel):
     """One layer. `forward` is the layer alone; `run` is the layer with everything that can be fused into it.
 
-    If a sample of x has a NaN, the sample's output is NaN throughout. A linear whose samples are treated alike takes
+    If a sample of x has a NaN, the sample's output is NaN throughout. A linear layer whose samples share one row takes
     all of x as one sample.
 
     Args:

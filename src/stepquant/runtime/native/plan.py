@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         calls: for each piece, a `Call` without the addresses of one call; `geometries` keeps what it points into alive.
         offsets: for each piece, bytes from x to its first channel.
         shape, memory_format, dtype: of the output.
-        batch: samples that are told apart: 1 where all are treated alike.
+        batch: number of samples with separate rows; 1 where all samples share one.
     """
 
     calls: list[Any]

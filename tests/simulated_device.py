@@ -1,7 +1,7 @@
-"""A device that is not there: tensors that say they are on a GPU, and are refused beside others, but live in memory.
+"""A simulated GPU: tensors that report a GPU as their device, but are stored in the memory of the CPU.
 
-For code that moves things between devices, where there is only one. Inside `pretend_gpu` ``x.to(GPU)`` gives such a
-tensor; operations on them give others, and mixing them with tensors of the processor fails as it would on a GPU.
+For tests of code that moves tensors between devices, without a GPU. Within `simulated_gpu` ``x.to(GPU)`` returns such
+a tensor; operations on these return others, and mixing them with tensors of the CPU fails as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("pretend")
-GPU = torch.device("pretend", 0)
+_setup_privateuseone_for_python_backend("simulated")
+GPU = torch.device("simulated", 0)
 _ATEN = torch.ops.aten
 _CROSSING = {
     _ATEN.copy_.default, _ATEN._to_copy.default, _ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default,
@@ -26,14 +26,14 @@ _CROSSING = {
 }  # fmt: skip
 
 
-class Meter:
-    """Bytes of the pretended device's memory in use."""
+class MemoryMeter:
+    """Bytes in use on the simulated device."""
 
     def __init__(self) -> None:
         self.storages: dict[int, tuple[int, int]] = {}
         self.used = self.peak = 0
 
-    def took(self, x: PretendTensor) -> None:
+    def allocate(self, x: SimulatedTensor) -> None:
         storage = x.inner.untyped_storage()
         key = storage.data_ptr()
         size, count = self.storages.get(key, (storage.nbytes(), 0))
@@ -41,9 +41,9 @@ class Meter:
             self.used += size
             self.peak = max(self.peak, self.used)
         self.storages[key] = (size, count + 1)
-        weakref.finalize(x, self._gave_back, key)
+        weakref.finalize(x, self._free, key)
 
-    def _gave_back(self, key: int) -> None:
+    def _free(self, key: int) -> None:
         size, count = self.storages.pop(key)
         if count > 1:
             self.storages[key] = (size, count - 1)
@@ -51,27 +51,27 @@ class Meter:
             self.used -= size
 
 
-_meter = Meter()
+_meter = MemoryMeter()
 
 
-class PretendTensor(Tensor):
+class SimulatedTensor(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> PretendTensor:
+    def __new__(cls, inner: Tensor) -> SimulatedTensor:
         x = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             layout=inner.layout, device=GPU, requires_grad=inner.requires_grad,
         )  # fmt: skip
         x.inner = inner
-        _meter.took(x)
+        _meter.allocate(x)
         return x
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PretendTensor({self.inner!r})"
+        return f"SimulatedTensor({self.inner!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied: Tensor = PretendTensor(self.inner.detach().clone())
+        copied: Tensor = SimulatedTensor(self.inner.detach().clone())
         if getattr(self, "_is_param", False):
             copied = torch.nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
@@ -90,37 +90,37 @@ class PretendTensor(Tensor):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves, tree = tree_flatten((args, kwargs))
-    there = any(isinstance(x, PretendTensor) for x in leaves)
+    simulated = any(isinstance(x, SimulatedTensor) for x in leaves)
     device = kwargs.get("device")
     to_gpu = device is not None and torch.device(device).type == GPU.type
     to_cpu = device is not None and not to_gpu
-    elsewhere = any(isinstance(x, Tensor) and not isinstance(x, PretendTensor) and x.dim() > 0 for x in leaves)
-    if there and elsewhere and func not in _CROSSING:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got some of {GPU} and of cpu")
-    inner, named = tree_unflatten([x.inner if isinstance(x, PretendTensor) else x for x in leaves], tree)
+    on_cpu = any(isinstance(x, Tensor) and not isinstance(x, SimulatedTensor) and x.dim() > 0 for x in leaves)
+    if simulated and on_cpu and func not in _CROSSING:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {GPU} and cpu")
+    inner, named = tree_unflatten([x.inner if isinstance(x, SimulatedTensor) else x for x in leaves], tree)
     if to_gpu:
         named["device"] = torch.device("cpu")
     result = func(*inner, **named)
-    if func is _ATEN._local_scalar_dense.default or not (there or to_gpu):
+    if func is _ATEN._local_scalar_dense.default or not (simulated or to_gpu):
         return result
     if func._schema.is_mutable and isinstance(result, Tensor):
         return args[0]
     if func is _ATEN._to_copy.default:
-        result = result.clone()  # never the memory of the tensor that it is a copy of
+        result = result.clone()  # a copy never shares memory
     if to_cpu:
         return result
-    return tree_map_only(Tensor, PretendTensor, result)
+    return tree_map_only(Tensor, SimulatedTensor, result)
 
 
-class _Pretending(TorchDispatchMode):
+class _Simulation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 @contextmanager
-def pretend_gpu() -> Iterator[Meter]:
-    """Let `GPU` be there; gives the meter of its memory, empty."""
+def simulated_gpu() -> Iterator[MemoryMeter]:
+    """Make `GPU` available; yields a new meter of its memory."""
     global _meter
-    _meter = Meter()
-    with _Pretending():
+    _meter = MemoryMeter()
+    with _Simulation():
         yield _meter
