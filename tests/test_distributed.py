@@ -240,9 +240,7 @@ class Killed(Progress):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_exits_and_the_run_can_continue(
-    victim, unconditional_pipeline, tmp_path
-):
+def test_when_one_process_is_killed_the_other_exits_and_the_run_can_continue(victim, unconditional_pipeline, tmp_path):
     settings = {"recipe": TrainScales(iterations=2)}
     whole = quantize(unconditional_pipeline, tmp_path / "whole", **settings).unet.state_dict()
 
