@@ -36,7 +36,8 @@ def test_a_plan_counts_passes_and_iterations(unconditional_pipeline):
     assert "iterations" not in str(plan_of(unconditional_pipeline, 4, 2, MinMax()))
 
 
-def test_a_plan_counts_every_stage_of_a_recipe(unconditional_pipeline):
+def test_a_plan_counts_every_stage_of_a_recipe(unconditional_pipeline, monkeypatch):
+    monkeypatch.setattr("stepquant.planning.peak_resident_bytes", lambda: 0)  # that of earlier tests
     recipe = QuEST(rounding_iterations=7, time_iterations=8, iterations=9)
     plan = str(plan_of(unconditional_pipeline, 4, 2, recipe))
     for part in ("smooth", "7 iterations each", "calibrate ranges", "rank", "8 iterations", "9 iterations"):
