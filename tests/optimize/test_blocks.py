@@ -70,7 +70,7 @@ def test_replayed_blocks_use_the_scales_of_each_timestep(name, request, tmp_path
     model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
     calibrate_ranges(model, samples, "minmax", 4, Progress())
     for point in model.activation_points():
-        point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # different at every step
+        point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # per-step
     blocks = describe(denoiser).blocks
     with torch.no_grad(), LayerOutputs.recorded({"last": model.model.get_submodule(blocks[-1])}) as expected:
         model.model(**samples.arguments(slice(0, len(samples))))
