@@ -1,9 +1,9 @@
-"""Damage a checkpoint in random ways, make its hashes fit again, and load it.
+"""Damage a checkpoint at random, update its hashes, and load it.
 
     python benchmarks/trust/damage.py --trials 1000 --json benchmarks/results/trust-damage.json
 
-Every damage must be refused with one sentence (`StepquantError`), or be harmless: only numbers changed, to others that
-they may be, and the model runs. Anything else ends the command with a traceback.
+Every damage must be rejected with one line (`StepquantError`), or be harmless: only numbers changed, within their
+valid range, and the model runs. Anything else ends the command with a traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stepquant.quiet import silence_libraries
 
 
 def reseal(folder: Path) -> None:
-    """What an attacker can do: make all records and the digest fit the files as they are."""
+    """As an attacker could, update all records and the digest to match the files."""
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
     files = {path.relative_to(folder).as_posix(): record(path) for path in folder.rglob("*") if path.is_file()}
     files.pop(MANIFEST)
@@ -38,7 +38,7 @@ def reseal(folder: Path) -> None:
 
 
 def mutate(chance: random.Random, folder: Path) -> str:
-    """One random damage to the weights or a configuration, sealed again by an attacker; its kind."""
+    """Damage the weights or a configuration at random, update the hashes, and return the kind of damage."""
     weights = folder / "unet" / WEIGHTS
     kind = chance.choice(["flip", "cut", "swap", "config"])
     if kind == "flip":
@@ -66,7 +66,7 @@ def mutate(chance: random.Random, folder: Path) -> str:
 
 
 def harmless(folder: Path) -> bool:
-    """Whether what was loaded is a model that runs: damage that only changed numbers within what they may be."""
+    """Whether the folder loads as a model that runs: the damage only changed numbers within their valid range."""
     pipeline = stepquant.load(folder)
     config = pipeline.unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else 16
@@ -75,7 +75,7 @@ def harmless(folder: Path) -> bool:
 
 
 def trial(chance: random.Random, saved: Path, folder: Path) -> tuple[str, str]:
-    """Damage a copy and load it: the kind, and ``"refused"`` or ``"harmless"``; anything else is raised."""
+    """Damage a copy and load it; return the kind, and ``"refused"`` or ``"harmless"``."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
     kind = mutate(chance, folder)

@@ -2,8 +2,8 @@
 
     python benchmarks/trust/fuzz_reader.py -max_total_time=60
 
-Each input replaces a piece of one file of a small checkpoint, whose hashes are then made to fit, so that the checks
-behind them are reached. Whatever is not a `StepquantError` is a finding; atheris keeps the input that caused it.
+Each input replaces a piece of one file of a small checkpoint; its hashes are then updated, so that the checks after
+them are reached. Any exception but `StepquantError` is a finding; atheris keeps the input that caused it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILES = (f"unet/{WEIGHTS}", "unet/config.json", MANIFEST)
 
 
 class Target:
-    """Damages the files of one folder and puts them back."""
+    """Damages the files of one folder and restores them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,10 +1,10 @@
-"""Kill runs at random moments, start them again, and compare with a run that was never disturbed.
+"""Kill runs at random moments, restart them, and compare with an uninterrupted run.
 
     python benchmarks/trust/interruption.py --trials 100 --json benchmarks/results/trust-interruption.json
 
-A trial is one command on a tiny pipeline, killed (SIGKILL) after a random time and started again until it ends by
-itself. It must end in the bytes of the unbroken run, and must not compute a finished stage a second time. Runs are
-forked from one process that has everything imported, so that a trial takes seconds.
+A trial is one command on a tiny pipeline, killed (SIGKILL) after a random time and restarted until it
+finishes. It must produce the bytes of the uninterrupted run, without computing a finished stage twice. Runs are forked
+from one process that has imported everything, so that a trial takes seconds.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from stepquant.evaluation import compare
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
-KILLS_A_TRIAL = 3
-"""At most; after that a run is left alone."""
+KILLS_PER_TRIAL = 3
+"""Maximum number; the next run is not killed."""
 SMALL = ["--samples", "8", "--steps", "3"]
 FEW = ["--set", "iterations=3", "--set", "rounding_iterations=3", "--set", "time_iterations=3"]
 TRAINING = ["--set", "iterations=120", "--set", "batch_size=2"]
 GROWING = ("network-", "train-", "sensitivity-")
-"""States of an optimizer and rankings, which are kept again and again as they grow; everything else is kept once."""
+"""Optimizer states and rankings, which are stored repeatedly; everything else is stored once."""
 RUNS: dict[str, list[str]] = {
     "minmax": ["quantize", "--recipe", "minmax", "--bits", "w8a8", *SMALL],
     "q-diffusion": ["quantize", "--recipe", "q-diffusion", "--bits", "w4a8", "--set", "iterations=3", *SMALL],
@@ -67,7 +67,7 @@ def build(folder: Path) -> None:
 
 
 class Log:
-    """What a run did, one line an event, in a file that survives it."""
+    """Events of a run, one per line, in a file that survives it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +84,7 @@ class Log:
 
 
 class Logged(Progress):
-    """Writes down each task as it begins and ends."""
+    """Logs the beginning and end of each task."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -97,7 +97,7 @@ class Logged(Progress):
 
 
 def start(arguments: list[str], log: Log) -> int:
-    """Fork a process that runs ``stepquant ARGUMENTS``; returns its number."""
+    """Fork a process that runs ``stepquant ARGUMENTS``; returns its process id."""
     process = os.fork()
     if process:
         return process
@@ -108,7 +108,7 @@ def start(arguments: list[str], log: Log) -> int:
         log.add("kept", key)
 
     Workspace.save = logged  # type: ignore[method-assign]
-    compare.peak_memory_bytes = lambda *_: 0  # a process of its own for each: seconds, and nothing to lose
+    compare.peak_memory_bytes = lambda *_: 0  # a separate process each: takes seconds, stores nothing
     checkpoint.progress = evaluate.progress = lambda: Logged(log)  # type: ignore[assignment]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -135,13 +135,13 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def figures_of(path: Path) -> dict[str, Any]:
-    """The figures of an evaluation that do not depend on the time or the memory of the machine."""
+    """Figures of an evaluation that do not depend on time or memory."""
     figures = json.loads(path.read_text())
     return {key: value for key, value in figures.items() if not key.startswith(("seconds", "speed", "peak", "model"))}
 
 
 def trials(count: int, seed: int, names: list[str]) -> dict[str, Any]:
-    """Run `count` trials, the named runs in turn; what was seen."""
+    """Run `count` trials, cycling through the named runs; return the counts."""
     chance = random.Random(seed)
     kills: Counter[str] = Counter()
     kept = again = 0
@@ -172,15 +172,15 @@ def trials(count: int, seed: int, names: list[str]) -> dict[str, Any]:
             folder.mkdir()
             out, log = folder / "out", Log(folder / "log")
             option = "--json" if name == "evaluate" else "--out"
-            for attempt in range(KILLS_A_TRIAL + 1):
+            for attempt in range(KILLS_PER_TRIAL + 1):
                 process = start([*commands[name], option, str(out)], log)
-                code = wait(process, chance.uniform(0, 1.1 * seconds[name]) if attempt < KILLS_A_TRIAL else None)
+                code = wait(process, chance.uniform(0, 1.1 * seconds[name]) if attempt < KILLS_PER_TRIAL else None)
                 if code is not None:
                     break
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
                 if out.exists() and not out.with_name(f".{out.name}.work").exists() and name != "evaluate":
-                    code = 0  # it had done everything, and was about to exit
+                    code = 0  # it was finished, and about to exit
                     break
                 stages = log.events("stage")
                 kills[stages[-1] if stages else "Loading"] += 1

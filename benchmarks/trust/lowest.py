@@ -1,4 +1,4 @@
-"""Prints a constraint for each dependency of pyproject.toml: the lowest version that it allows."""
+"""Print a constraint for each dependency of pyproject.toml: the lowest allowed version."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 for requirement in project["dependencies"]:
-    # torch comes in builds for one machine or another: whatever build was chosen is tested.
+    # torch has builds for several machines: the installed one is tested.
     if not requirement.startswith("torch>"):
         print(re.sub(r">=", "==", requirement))

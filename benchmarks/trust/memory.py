@@ -1,9 +1,9 @@
-"""Memory of quantizing and of sampling: what a process has of its own, not what it has mapped from files.
+"""Memory of quantizing and sampling: anonymous memory, without mapped files.
 
     python benchmarks/trust/memory.py --json benchmarks/results/trust-memory.json
 
-Quantizes a small model with some samples and with four times as many, and draws 1,000 steps with the result. Memory is
-the anonymous resident set, looked at every few milliseconds; files mapped into memory are given back under pressure.
+Quantizes a small model with some samples and with four times as many, and samples 1,000 steps with the result.
+Memory is the anonymous resident set, polled every few milliseconds; the system can reclaim mapped files.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from stepquant.quiet import silence_libraries
 from stepquant.recipes import MinMax, QDiffusion, Recipe
 
 
-def own_bytes() -> int:
-    """Anonymous memory of this process that is resident now."""
+def anonymous_bytes() -> int:
+    """Return the resident anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
 
 
 @contextmanager
 def peak() -> Iterator[list[int]]:
-    """Collects the highest `own_bytes` beyond the present while the context lasts, as its one entry."""
+    """Yield a list whose one entry is the largest increase of `anonymous_bytes` within the context."""
     gc.collect()
-    start, highest, done = own_bytes(), [0], threading.Event()
+    start, highest, done = anonymous_bytes(), [0], threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not done.wait(0.005):
-            highest[0] = max(highest[0], own_bytes() - start)
+            highest[0] = max(highest[0], anonymous_bytes() - start)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=poll)
     thread.start()
     try:
         yield highest
@@ -53,7 +53,7 @@ def peak() -> Iterator[list[int]]:
 
 
 def quantizing(model: str, samples: int, recipe: Recipe) -> int:
-    """Peak bytes of quantizing `model` with so many samples."""
+    """Peak bytes of quantizing `model` with `samples` samples."""
     pipeline = resolve_pipeline(model)
     calibration = stepquant.Calibration(samples=samples, steps=4, trajectories=16)
     with tempfile.TemporaryDirectory() as workspace, peak() as highest:
@@ -62,18 +62,18 @@ def quantizing(model: str, samples: int, recipe: Recipe) -> int:
 
 
 def sampling(model: str, steps: int) -> tuple[int, int]:
-    """Bytes held after `steps` steps, and after as many again, beyond those before."""
+    """Increase in bytes after `steps` steps, and after twice as many."""
     pipeline = resolve_pipeline(model)
     calibration = stepquant.Calibration(samples=8, steps=2)
     quantized = stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=calibration)
     generate(quantized, make_request(quantized, 10), range(2), 0)
     held = []
     gc.collect()
-    start = own_bytes()
+    start = anonymous_bytes()
     for _ in range(2):
         generate(quantized, make_request(quantized, steps), range(2), 0)
         gc.collect()
-        held.append(own_bytes() - start)
+        held.append(anonymous_bytes() - start)
     return held[0], held[1]
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     silence_libraries()
     few, many = arguments.samples, 4 * arguments.samples
-    quantizing(arguments.model, 8, MinMax())  # what libraries keep after their first use is not counted
+    quantizing(arguments.model, 8, MinMax())  # memory that libraries keep after first use is not counted
     result: dict[str, object] = {"model": arguments.model, "torch": torch.__version__.partition("+")[0]}
     for name, recipe in {"minmax": MinMax(), "q-diffusion": QDiffusion(iterations=4)}.items():
         result[f"{name}_peak_bytes"] = {count: quantizing(arguments.model, count, recipe) for count in (few, many)}

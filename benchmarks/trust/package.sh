@@ -1,5 +1,5 @@
 #!/bin/sh
-# package.sh PYTHON FILE: install a wheel or an sdist into an empty environment, quantize, and draw with the result.
+# package.sh PYTHON FILE: install a wheel or an sdist into an empty environment, quantize, and generate images.
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -13,4 +13,4 @@ venv/bin/stepquant quantize zoo:fashion-ddpm --recipe minmax --bits w4a8 --sampl
 venv/bin/stepquant sample model --count 4 --steps 4 --out grid.png
 test -s grid.png
 venv/bin/python -m pip check
-echo "$2: installs, quantizes and draws"
+echo "$2: installs, quantizes and generates"

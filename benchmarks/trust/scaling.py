@@ -2,7 +2,7 @@
 
     python benchmarks/trust/scaling.py --json benchmarks/results/trust-scaling.json
 
-No measurement: counts of passes and of bytes, times assumed speeds. A Stable Diffusion 1.5 UNet by default.
+Not measured: counts of passes and bytes, times assumed speeds. A Stable Diffusion 1.5 UNet by default.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ class Job:
 
     Attributes:
         samples, trajectories, steps, iterations, batch_size: of the recipe.
-        halves: samples of the denoiser an image and step, 2 under guidance.
-        chunk: samples that pass at a time (`stepquant.models.chunk_size`), trajectories likewise.
+        halves: samples of the denoiser per image and step, 2 with guidance.
+        chunk: samples per pass (`stepquant.models.chunk_size`), and trajectories.
         blocks, layers: of the denoiser.
         width: inputs of a typical layer, kernel included: the side of its second moments.
-        output_bytes: what a typical block puts out for one sample.
-        learned: numbers learned a block.
+        output_bytes: size of a typical block's output for one sample.
+        learned: trained parameters per block.
         pass_seconds: one sample through the whole denoiser.
-        simulation: the same with simulated quantization, and learning (forward and backward), as multiples of it.
-        learning: see there.
-        glue: share of a pass that walking to a block costs, which every process does for itself.
-        solve_seconds: the rounding of one layer in closed form, which the main process does alone.
-        bandwidth: bytes a second between processes.
+        simulation: time of a pass with simulated quantization, in units of `pass_seconds`.
+        learning: time of a training pass (forward and backward), in units of `pass_seconds`.
+        glue: share of a pass needed to reach a block, repeated in every process.
+        solve_seconds: GPTQ of one layer, in the main process only.
+        bandwidth: bytes per second between processes.
         latency: seconds of one exchange.
     """
 
@@ -56,8 +56,8 @@ class Job:
     latency: float = 50e-6
 
 
-def dealt(pieces: int, processes: int) -> float:
-    """Share of the work that the busiest process does when `pieces` are dealt out."""
+def busiest_share(pieces: int, processes: int) -> float:
+    """Share of the work of the busiest process when `pieces` are distributed."""
     return math.ceil(pieces / processes) / pieces
 
 
@@ -72,15 +72,15 @@ def stages(job: Job, processes: int) -> dict[str, float]:
     share = math.ceil(job.batch_size / processes) / job.batch_size
     exchanged = {
         "replay": 2 * job.samples * job.output_bytes * job.blocks,
-        "compensation": job.layers * parts * 2 * 4 * job.width**2,
+        "gptq": job.layers * parts * 2 * 4 * job.width**2,
     }
     return {
-        "collecting": collecting * dealt(math.ceil(job.trajectories / job.chunk), processes),
-        "replay": passes * (1 + job.simulation) * dealt(chunks, processes)
+        "collecting": collecting * busiest_share(math.ceil(job.trajectories / job.chunk), processes),
+        "replay": passes * (1 + job.simulation) * busiest_share(chunks, processes)
         + several * (exchanged["replay"] / job.bandwidth + 2 * chunks * job.blocks * job.latency),
-        "walking to blocks": 2 * passes * job.glue * job.blocks,
-        "compensation": passes * (1 + job.simulation) * layers_a_block * dealt(parts, processes)
-        + several * exchanged["compensation"] / job.bandwidth,
+        "reaching blocks": 2 * passes * job.glue * job.blocks,
+        "gptq": passes * (1 + job.simulation) * layers_a_block * busiest_share(parts, processes)
+        + several * exchanged["gptq"] / job.bandwidth,
         "rounding": job.layers * job.solve_seconds,
         "learning": job.iterations * job.batch_size * job.pass_seconds * job.learning * share
         + several * job.iterations * job.blocks * (job.latency + 4 * job.learned / job.bandwidth),

@@ -1,4 +1,4 @@
-"""Timing alternates between candidates, ratios are taken within rounds, and parts add up to the step."""
+"""`stepquant bench`: alternating timing, ratios within rounds, memory, roofline and peers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.runtime.native.test_native_blocks import signal_to_noise
 needs_native = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
 
 
-def test_candidates_take_turns(monkeypatch):
+def test_candidates_alternate(monkeypatch):
     """A warm-up round, then medians of the second runs; the speedup is the median of the rounds' ratios."""
     now, order = [0.0], []
     durations = {"a": iter([9, 9, 9, 2, 9, 4, 9, 6]), "b": iter([9, 9, 9, 1, 9, 1, 9, 2])}
@@ -53,7 +53,7 @@ def tiny(unconditional_pipeline, monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "tiny", lambda: copy.deepcopy(unconditional_pipeline.unet))
 
 
-def test_rows_of_a_table(unconditional_pipeline):
+def test_quantized_networks_have_the_requested_rows(unconditional_pipeline):
     unet = unconditional_pipeline.unet
     arguments = example(unet, 2)
     for rows in (1, 5):
@@ -107,7 +107,7 @@ def test_the_command(tiny, tmp_path):
 
 @needs_native
 def test_resident_memory():
-    """Half a byte per weight, and little more."""
+    """Slightly more than half a byte per weight."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(128, 256), layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
@@ -151,11 +151,11 @@ def test_no_gpu():
     )  # fmt: skip
 
 
-def test_peers_that_cannot_run_are_named(tiny, tmp_path, monkeypatch):
-    """One is missing, one fails, and the others are timed."""
+def test_unavailable_peers_are_reported(tiny, tmp_path, monkeypatch):
+    """Missing and failing peers are left out; the others are timed."""
 
     def broken(*_arguments):
-        raise RuntimeError("no such instruction.\nand a trace")
+        raise RuntimeError("no such instruction.\nwith a traceback")
 
     absent = {"openvino": None, "optimum": True, "optimum.quanto": True, "torchao": None}
     find_spec = peers.importlib.util.find_spec
@@ -251,7 +251,7 @@ def test_events_time_a_gpu(monkeypatch):
     assert [entry for entry in queue if isinstance(entry, str)] == ["step", "step", "waited"] * 3
 
 
-def test_weights_are_counted_once_and_with_their_kernels(unconditional_pipeline):
+def test_weight_bytes_include_kernels_once(unconditional_pipeline):
     """Four-bit weights in the kernels' layout, tables and float layers."""
     if runtime_cuda.supported() is not None:
         pytest.skip(runtime_cuda.supported())

@@ -11,7 +11,7 @@ BEST = find_class(f"{Path(__file__).parents[2] / 'examples' / 'best.py'}:Best")
 
 
 @pytest.mark.parametrize(("bits", "intervals"), [("w4a8", "generator"), ("w4a4", "table")])
-def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipeline, bits, intervals):
+def test_the_example_recipe_combines_stages_of_the_papers(unconditional_pipeline, bits, intervals):
     quantized = stepquant.quantize(
         unconditional_pipeline,
         bits,
@@ -20,9 +20,9 @@ def test_the_recipe_of_ones_own_composes_the_papers_stages(unconditional_pipelin
     )
     modules = quantized_modules(quantized.unet).values()
     per_step = [module for module in modules if module.format.input and module.format.input.rows == 1000]
-    assert len(per_step) == len(modules) - 1, "all but the first layer's input have an interval for every timestep"
+    assert len(per_step) == len(modules) - 1, "all inputs but that of the first layer have a row for every timestep"
     grids = {module.layer().input.zero_point.unique(dim=0).shape[0] for module in per_step}
-    assert (max(grids) > 1) == (intervals == "table"), "a generator bends the scale and leaves the zero point"
+    assert (max(grids) > 1) == (intervals == "table"), "a generator changes only the scale"
     assert any(module.format.transforms for module in modules) == (bits == "w4a4")
     with torch.no_grad():
         assert torch.isfinite(quantized.unet(torch.randn(2, 1, 16, 16), 500).sample).all()

@@ -34,7 +34,7 @@ def pipeline() -> diffusers.AuraFlowPipeline:
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The family is known while one test runs."""
+    """Register the family for one test."""
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
     models.register(diffusers.AuraFlowTransformer2DModel, describe_auraflow)
 
@@ -45,7 +45,7 @@ def generate(pipeline, seed: int = 0, **arguments):
     return torch.from_numpy(pipeline("a red bicycle", **(call | arguments)).images)
 
 
-def test_blocks_are_in_the_order_they_run(pipeline):
+def test_blocks_are_in_execution_order(pipeline):
     description, ran = describe_auraflow(pipeline.transformer), []
     handles = [
         pipeline.transformer.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
@@ -57,7 +57,7 @@ def test_blocks_are_in_the_order_they_run(pipeline):
     assert ran == list(description.blocks)
 
 
-def test_time_layers_are_those_that_see_the_timestep_alone(pipeline):
+def test_time_layers_depend_only_on_the_timestep(pipeline):
     description = describe_auraflow(pipeline.transformer)
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in description.layers}
     handles = [
@@ -116,7 +116,7 @@ class Small(nn.Module):
         ({"skip_splits": {"skip": 1}}, "'skip', which is not a linear or convolution"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(changed, reason):
+def test_an_invalid_description_is_rejected(changed, reason):
     fitting = {"blocks": ["first", "body"], "first": "first", "last": "body.2", "time_layers": [], "middle": "body"}
     assert models.describe_blocks(Small(), "small", **fitting).layers == ("first", "body.0", "body.2")
     with pytest.raises(StepquantError, match=reason):

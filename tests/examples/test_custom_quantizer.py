@@ -21,7 +21,7 @@ SMALL = stepquant.Calibration(samples=8, steps=2)
 
 
 def test_a_custom_quantizer_is_saved_and_loaded(unconditional_pipeline, tmp_path):
-    """Other scales than those of the baseline, less squared error in every weight below 8 bits, and a checkpoint."""
+    """Its scales differ from the baseline's, with less squared error in every weight below 8 bits."""
     quantized = stepquant.quantize(unconditional_pipeline, "w4a8", recipe=ClosedForm, calibration=SMALL)
     baseline = stepquant.quantize(unconditional_pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     found, before = quantized_modules(quantized.unet), quantized_modules(baseline.unet)
@@ -41,7 +41,7 @@ def test_a_custom_quantizer_is_saved_and_loaded(unconditional_pipeline, tmp_path
 
 
 @pytest.mark.parametrize("groups", [(12,), (5, 7)])
-def test_smoothed_and_grouped_weights_gain_as_well(groups):
+def test_smoothed_and_grouped_weights_improve_as_well(groups):
     torch.manual_seed(0)
     weight, smoothing = torch.randn(6, 12, 3, 3), torch.rand(12) + 0.5
     errors = []
@@ -61,7 +61,7 @@ def test_the_laplace_range_is_optimal_for_laplace_values(bits):
         grid = affine_from_range(*(0.5 + factor * (end - 0.5) for end in ends), bits)
         return float((fake_quantize(values, *(part[:, None] for part in grid), bits) - values).square().mean())
 
-    # The paper takes errors inside a cell for uniform, so its optimum is the true one to a few per cent.
+    # The paper assumes uniform errors within a cell, so its optimum is accurate to a few per cent.
     assert error(1.0) < 1.05 * min(error(0.9), error(1.1)) and error(1.0) < min(error(0.7), error(1.4))
 
 

@@ -22,7 +22,7 @@ int_matmul = load_function(f"{EXAMPLE}:int_matmul", "runtime")
 
 
 class PerStep(Recipe):
-    """Per-step scales, so that the kernel reads its table row by row."""
+    """Per-step scales, so that the kernel uses several rows."""
 
     def stages(self) -> list[Stage]:
         return [
@@ -42,7 +42,7 @@ def quantized(unconditional_pipeline):
 
 @pytest.mark.parametrize("time", [torch.tensor(0), torch.tensor([0, 750, 250])], ids=["one step", "mixed steps"])
 @pytest.mark.parametrize("shape", [(3, -1), (3, 5, -1)])
-def test_it_equals_the_reference_bit_for_bit(quantized, time, shape):
+def test_the_kernel_equals_the_reference_bit_for_bit(quantized, time, shape):
     layers = {
         name: module
         for name, module in quantized_modules(quantized.unet).items()
@@ -55,7 +55,7 @@ def test_it_equals_the_reference_bit_for_bit(quantized, time, shape):
         assert torch.equal(module.kernel(x, module.clock.row), ReferenceKernel(module)(x, module.clock.row))
 
 
-def test_layers_it_has_no_kernel_for_run_as_the_reference_does(quantized):
+def test_layers_without_a_kernel_use_the_reference(quantized):
     modules = quantized_modules(quantized.unet)
     assert fallbacks(quantized.unet) == [n for n, m in modules.items() if not isinstance(m, QuantizedLinear)]
     x = torch.randn(2, 1, 16, 16)
@@ -67,18 +67,18 @@ def test_layers_it_has_no_kernel_for_run_as_the_reference_does(quantized):
         assert torch.equal(mine, expected) and torch.equal(mine, quantized.unet(x, 500).sample)
 
 
-def test_a_checkpoint_loads_with_it(quantized, tmp_path):
+def test_a_checkpoint_loads_with_the_custom_runtime(quantized, tmp_path):
     stepquant.save(quantized, tmp_path / "model")
     loaded = stepquant.load(tmp_path / "model", backend=int_matmul)
     assert fallbacks(loaded.unet) == fallbacks(quantized.unet)
 
 
-def test_what_is_no_kernel_is_refused(quantized):
+def test_an_object_that_is_not_a_kernel_is_rejected(quantized):
     with pytest.raises(StepquantError, match=r"gave layer .* a Linear: expected a Kernel, or None"):
         prepare(quantized.unet, lambda module: torch.nn.Linear(1, 1))
 
 
-def test_the_command_takes_it_by_its_file(quantized, tmp_path):
+def test_the_command_accepts_a_custom_runtime(quantized, tmp_path):
     stepquant.save(quantized, tmp_path / "model")
     arguments = ["sample", str(tmp_path / "model"), "--count", "1", "--steps", "2", "--out", str(tmp_path / "grid.png")]
     done = CliRunner().invoke(app, [*arguments, "--backend", f"{EXAMPLE}:int_matmul"])
@@ -88,8 +88,8 @@ def test_the_command_takes_it_by_its_file(quantized, tmp_path):
         assert done.exit_code == 2 and message in done.stderr
 
 
-def test_a_checkpoint_cannot_name_one(quantized, tmp_path):
-    """What is run as code is what the user names, and nothing that a file says."""
+def test_a_checkpoint_cannot_name_a_custom_runtime(quantized, tmp_path):
+    """Only code named by the user is executed, not code named by a file."""
     quantized.unet.save_pretrained(tmp_path / "unet")
     path = tmp_path / "unet" / "config.json"
     config = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A sampler makes room for the noise that quantization adds: on average, not a bit more variance than without it."""
+"""A corrected sampler adds less noise, so that with quantization noise the variance is that of full precision."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ def correction(variance=VARIANCE):
 
 
 def next_sample(scheduler, noise_in_prediction, **arguments):
-    """The sample after one step from a fixed one, many times over: float [n]."""
+    """Many samples of one step from the same sample: float [n]."""
     scheduler.set_timesteps(10)
     generator = torch.Generator().manual_seed(0)
     prediction = 0.5 + noise_in_prediction**0.5 * torch.randn(1, 200_000, generator=generator)
@@ -39,7 +39,7 @@ def next_sample(scheduler, noise_in_prediction, **arguments):
         (DDIMScheduler(clip_sample=False), {"eta": 0.6}),
     ],
 )
-def test_the_next_samples_variance_is_that_of_full_precision(scheduler, arguments):
+def test_the_variance_of_a_step_equals_that_of_full_precision(scheduler, arguments):
     exact = next_sample(copy.deepcopy(scheduler), 0.0, **arguments)
     uncorrected = next_sample(copy.deepcopy(scheduler), VARIANCE, **arguments)
     corrected = next_sample(with_less_noise(scheduler, correction()), VARIANCE, **arguments)
@@ -53,7 +53,7 @@ def test_noise_never_becomes_negative():
     assert float(next_sample(scheduler, 0.0, eta=1.0).var()) == pytest.approx(0, abs=1e-9)
 
 
-def test_samplers_without_noise_are_left_alone():
+def test_samplers_without_noise_are_unchanged():
     euler = EulerDiscreteScheduler()
     assert with_less_noise(euler, correction()) is euler
     velocity = DDPMScheduler(prediction_type="v_prediction")
@@ -62,7 +62,7 @@ def test_samplers_without_noise_are_left_alone():
     assert torch.equal(next_sample(with_less_noise(ddim, correction()), 0.1), next_sample(ddim, 0.1))
 
 
-def test_a_saved_pipeline_names_the_sampler_it_came_from(unconditional_pipeline, tmp_path):
+def test_a_saved_pipeline_names_the_original_sampler(unconditional_pipeline, tmp_path):
     pipeline = DDPMPipeline(unconditional_pipeline.unet, DDPMScheduler())
     original = pipeline.scheduler
     calibration = stepquant.Calibration(samples=4, steps=2)

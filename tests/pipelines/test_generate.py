@@ -1,4 +1,4 @@
-"""Generating leaves the pipeline as it was, and counts steps whatever the pipeline does with its scheduler."""
+"""Generating does not change the pipeline, and counts steps independently of how it uses its scheduler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 4
 
 
 class TwoSchedulers(DDIMPipeline):
-    """Steps a copy of its scheduler beside it, as LTX-2 does for sound."""
+    """Also steps a copy of its scheduler, as LTX-2 does for sound."""
 
     @torch.no_grad()
     def __call__(self, batch_size=1, generator=None, num_inference_steps=50, output_type="np"):
@@ -42,7 +42,7 @@ def pipeline(unconditional_pipeline):
 def test_a_pipeline_may_copy_its_scheduler(pipeline):
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     copying = TwoSchedulers(pipeline.unet, pipeline.scheduler)
-    copying.scheduler = scheduler  # its constructor would make it DDIM's
+    copying.scheduler = scheduler  # its constructor would replace it by DDIM
     copying.set_progress_bar_config(disable=True)
     expected = copying(2, [torch.Generator().manual_seed(i) for i in range(2)], STEPS).images
     steps = []
@@ -52,8 +52,8 @@ def test_a_pipeline_may_copy_its_scheduler(pipeline):
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_nothing_of_the_pipeline_is_changed(pipeline, failing):
-    """Nor of its scheduler while it runs, where a user's callback may look."""
+def test_the_pipeline_is_unchanged(pipeline, failing):
+    """So is its scheduler while it runs, where a user's callback may read it."""
     pipeline.scheduler.set_timesteps(STEPS)
     before = [set(vars(part)) for part in (pipeline, pipeline.scheduler)]
     during = []

@@ -62,7 +62,7 @@ def test_a_fault_in_the_conditions_is_distinguished(text_pipeline):
         generate(pipeline, make_request(pipeline, 2), range(1), 0)
 
 
-def test_a_sound_model_is_left_alone(pipeline):
+def test_hooks_are_removed_from_a_finite_model(pipeline):
     hooks = len(pipeline.unet._forward_hooks)
     generate(pipeline, make_request(pipeline, 2), range(1), 0)
     assert len(pipeline.unet._forward_hooks) == hooks

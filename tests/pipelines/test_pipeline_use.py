@@ -1,4 +1,4 @@
-"""The call of a pipeline works unchanged on a quantized one: what users do with Stable Diffusion every day."""
+"""Common uses of Stable Diffusion work unchanged on a quantized pipeline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def call(pipeline, **arguments):
     "arguments",
     [{"negative_prompt": "b"}, {"num_images_per_prompt": 3}, {"guidance_scale": 1.0}, {"eta": 0.5}, {"height": 32}],
 )
-def test_arguments_of_the_call_do_what_they_do_in_full_precision(arguments, quantized, text_pipeline):
+def test_arguments_of_the_call_work_as_in_full_precision(arguments, quantized, text_pipeline):
     produced, expected = call(quantized, **arguments), call(text_pipeline, **arguments)
     assert produced.shape == expected.shape and torch.isfinite(produced).all()
     assert 0 < (produced - expected).abs().mean() < 0.1
@@ -52,7 +52,7 @@ def test_a_callback_sees_and_changes_every_step(quantized):
 
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, UniPCMultistepScheduler])
 def test_schedulers_are_swapped(scheduler, quantized, text_pipeline):
-    """All others are in ``nn/test_schedulers.py``, against a table with a row a step."""
+    """All others are in ``layers/test_schedulers.py``, with per-step scales."""
     results = []
     for source in (text_pipeline, quantized):
         pipeline = copy.copy(source)
@@ -62,7 +62,7 @@ def test_schedulers_are_swapped(scheduler, quantized, text_pipeline):
 
 
 def test_a_compiled_denoiser(quantized):
-    """Without a compiler behind it; more of it in ``runtime/test_compile.py``."""
+    """Traced but not compiled; see also ``runtime/test_compile.py``."""
     compiled = copy.copy(quantized)
     compiled.unet = torch.compile(quantized.unet, backend="eager")
     assert torch.allclose(call(compiled), call(quantized), atol=1e-5)

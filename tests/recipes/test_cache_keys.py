@@ -1,4 +1,4 @@
-"""When a finished stage is used again: for the same inputs, code and version, and for nothing else."""
+"""A finished stage is reused only for the same inputs, code and version."""
 
 from test_context import context
 
@@ -40,7 +40,7 @@ def write(folder, weight):
 
 
 def result(path, pipeline, workspace, **values):
-    """What the custom stage found, and how often this copy of the module computed it."""
+    """The result of the custom stage, and the runs of this copy of the module."""
     recipe = find_class(f"{path}:Custom")
     stages = recipe(**values).stages()
     scale, state, given = stages[-1], State(), context(pipeline, workspace)
@@ -52,7 +52,7 @@ def result(path, pipeline, workspace, **values):
 def test_a_custom_stage_runs_again_when_its_source_or_settings_change(unconditional_pipeline, tmp_path):
     path = write(tmp_path, "1.0")
     assert result(path, unconditional_pipeline, tmp_path / "work") == (2.0, [2.0])
-    assert result(path, unconditional_pipeline, tmp_path / "work") == (2.0, []), "the same source is used again"
+    assert result(path, unconditional_pipeline, tmp_path / "work") == (2.0, []), "results of the same source are reused"
     assert result(path, unconditional_pipeline, tmp_path / "work", factor=3.0) == (3.0, [3.0])
     edited = write(tmp_path, "5.0")
     assert result(edited, unconditional_pipeline, tmp_path / "work") == (10.0, [2.0])
@@ -70,10 +70,10 @@ def run(pipeline, folder, recipe):
     return blocks(folder)
 
 
-def test_another_version_of_the_package_begins_anew(unconditional_pipeline, tmp_path, monkeypatch):
+def test_another_version_of_the_package_reuses_nothing(unconditional_pipeline, tmp_path, monkeypatch):
     recipe = QDiffusion(iterations=0)
     first = run(unconditional_pipeline, tmp_path, recipe)
-    assert first and run(unconditional_pipeline, tmp_path, recipe) == first, "the same version uses them again"
+    assert first and run(unconditional_pipeline, tmp_path, recipe) == first, "the same version reuses them"
     samples = {path.name for path in tmp_path.glob("samples-*")}
     monkeypatch.setattr(version, "__version__", "99.0")
     both = run(unconditional_pipeline, tmp_path, recipe)
@@ -81,7 +81,7 @@ def test_another_version_of_the_package_begins_anew(unconditional_pipeline, tmp_
     assert len({path.name for path in tmp_path.glob("samples-*")}) == 2 * len(samples)
 
 
-def test_another_version_of_a_stage_begins_anew(unconditional_pipeline, tmp_path, monkeypatch):
+def test_another_version_of_a_stage_reuses_nothing(unconditional_pipeline, tmp_path, monkeypatch):
     recipe = QDiffusion(iterations=0)
     first = run(unconditional_pipeline, tmp_path, recipe)
     monkeypatch.setattr(ReconstructBlocks, "version", 2)
@@ -124,10 +124,10 @@ def test_what_a_function_closes_over_is_part_of_its_identity():
         return search
 
     assert identity(made(0.5)) == identity(made(0.5)) != identity(made(0.6))
-    assert source_digest(QuEST) == source_digest(QDiffusion), "the version of the package stands for its own"
+    assert source_digest(QuEST) == source_digest(QDiffusion), "the package version identifies its own classes"
 
 
-def test_earlier_stages_are_used_again_by_a_recipe_that_differs_in_the_last(unconditional_pipeline, tmp_path):
+def test_earlier_stages_are_reused_by_a_recipe_that_differs_in_the_last(unconditional_pipeline, tmp_path):
     few = {"rounding_iterations": 0, "time_iterations": 0, "critical": "attention"}
     first = run(unconditional_pipeline, tmp_path, QuEST(**few, iterations=1))
     assert first and run(unconditional_pipeline, tmp_path, QuEST(**few, iterations=2)) == first

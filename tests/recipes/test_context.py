@@ -1,4 +1,4 @@
-"""What stages are kept under, and the noise that calibration images start from."""
+"""Keys of stored samples, and the initial noise of calibration images."""
 
 import copy
 
@@ -29,7 +29,7 @@ def context(pipeline, folder, inputs=None, calibration=CALIBRATION):
     return Context(pipeline, denoiser, spec, calibration, request, 0, Workspace(folder))
 
 
-def test_samples_are_known_by_what_the_inputs_hold(unconditional_pipeline, tmp_path):
+def test_the_key_of_samples_depends_on_the_contents_of_inputs(unconditional_pipeline, tmp_path):
     def key(value):
         return context(unconditional_pipeline, tmp_path, {"image": value}).sampling_key
 
@@ -40,7 +40,7 @@ def test_samples_are_known_by_what_the_inputs_hold(unconditional_pipeline, tmp_p
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
-def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tmp_path):
+def test_the_key_of_samples_depends_on_the_weights_of_every_model(part, text_pipeline, tmp_path):
     pipeline, changed = copy.copy(text_pipeline), copy.deepcopy(getattr(text_pipeline, part))
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1
@@ -49,15 +49,13 @@ def test_samples_are_known_by_the_weights_of_every_model(part, text_pipeline, tm
     assert context(copy.copy(text_pipeline), tmp_path).sampling_key == context(text_pipeline, tmp_path).sampling_key
 
 
-def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
-    unconditional_pipeline, tmp_path, monkeypatch
-):
-    """By the noise they start from: the seed, of which generators on the CPU take 32 bits."""
-    drawn = []
+def test_a_correction_is_estimated_on_separate_images(unconditional_pipeline, tmp_path, monkeypatch):
+    """Compares the seeds of their initial noise; CPU generators use 32 bits of them."""
+    seeds = []
     generate = calibration_samples.generate
 
     def spy(pipeline, request, indices, seed, **arguments):
-        drawn.extend((seed + index) % 2**32 for index in indices)
+        seeds.extend((seed + index) % 2**32 for index in indices)
         return generate(pipeline, request, indices, seed, **arguments)
 
     monkeypatch.setattr(calibration_samples, "generate", spy)
@@ -67,12 +65,12 @@ def test_a_correction_is_estimated_on_images_that_nothing_was_learned_from(
     trajectories(one, 0)
     trajectories(one, 1)
     output_correction(one, None)
-    assert len(drawn) == 4 * 8
-    assert len(set(drawn)) == len(drawn)
+    assert len(seeds) == 4 * 8
+    assert len(set(seeds)) == len(seeds)
 
 
-def test_smoothing_is_that_of_a_fresh_run_whatever_ran_before(unconditional_pipeline, tmp_path, monkeypatch):
-    """One recipe splits the layers behind skips, another does not."""
+def test_smoothing_does_not_depend_on_earlier_runs(unconditional_pipeline, tmp_path, monkeypatch):
+    """In the same workspace, with and without split skip connections."""
     monkeypatch.setattr("stepquant.calibration.smoothing.KEPT_COLUMNS", 32)
     monkeypatch.setattr("stepquant.calibration.smoothing.RANGES", 4)
 
@@ -90,9 +88,9 @@ def test_smoothing_is_that_of_a_fresh_run_whatever_ran_before(unconditional_pipe
     assert any(name not in whole or not torch.equal(fresh[name], whole[name]) for name in fresh)
 
 
-def test_too_few_samples_to_select_are_refused_before_images_are_drawn(unconditional_pipeline, monkeypatch):
-    monkeypatch.setattr("stepquant.recipes.stages.samples.step_features", lambda *_: pytest.fail("images were drawn"))
-    monkeypatch.setattr("stepquant.recipes.stages.samples.collect", lambda *_, **__: pytest.fail("images were drawn"))
+def test_too_few_samples_to_select_are_rejected_before_sampling(unconditional_pipeline, monkeypatch):
+    monkeypatch.setattr("stepquant.recipes.stages.samples.step_features", lambda *_: pytest.fail("sampling ran"))
+    monkeypatch.setattr("stepquant.recipes.stages.samples.collect", lambda *_, **__: pytest.fail("sampling ran"))
     few = stepquant.Calibration(samples=3, steps=4)
     with pytest.raises(StepquantError, match="3 calibration samples over 4 steps are too few"):
         stepquant.quantize(unconditional_pipeline, "w4a4", recipe="eda-dm", calibration=few)

@@ -1,10 +1,10 @@
-"""QuEST's two stages of finetuning, as the recipe asks for them."""
+"""QuEST's two stages of finetuning."""
 
 from stepquant.recipes import QuEST
 from stepquant.recipes.stages import Finetune
 
 
-def test_each_stage_has_its_own_weight_for_the_global_loss():
+def test_each_stage_has_a_separate_weight_for_the_global_loss():
     stages = [
         stage
         for recipe in (QuEST(critical="attention"), QuEST(critical="both", time_global_weight=0.0, global_weight=0.0))

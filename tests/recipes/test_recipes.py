@@ -20,14 +20,14 @@ from stepquant.recipes.stages.finetuning import most_critical
 SMALL = stepquant.Calibration(samples=4, steps=2)
 
 
-def test_every_recipe_has_a_line_and_defaults():
+def test_every_recipe_has_a_summary_and_defaults():
     for name, recipe in RECIPES.items():
         assert recipe.summary().endswith(".")
         assert find_recipe(name) == recipe() == find_recipe(recipe) == find_recipe(recipe())
         assert all(field.description for field in recipe.fields().values())
 
 
-def test_unknown_recipes_and_hyperparameters_are_named():
+def test_unknown_recipes_and_hyperparameters_are_rejected():
     with pytest.raises(StepquantError, match="expected one of minmax"):
         find_recipe("magic")
     with pytest.raises(StepquantError, match=r"^recipe minmax has no hyperparameter 'iterations': it has none\.$"):
@@ -47,13 +47,13 @@ def test_unknown_recipes_and_hyperparameters_are_named():
         ("ptq4dm", "mean", -0.1, "a finite number, 0 or more"),
     ],
 )
-def test_numbers_that_a_recipe_cannot_work_with_are_refused(recipe, key, value, expected):
+def test_invalid_hyperparameters_are_rejected(recipe, key, value, expected):
     with pytest.raises(StepquantError, match=f"^{key} of recipe {recipe} is {value!r}: expected {expected}.$"):
         find_recipe(recipe, overrides={key: value})
     assert getattr(find_recipe(recipe, overrides={key: 1}), key) == 1
 
 
-def test_training_refuses_them_too(unconditional_pipeline):
+def test_training_rejects_invalid_hyperparameters(unconditional_pipeline):
     for key, value in (("batch_size", 0), ("iterations", 2.5), ("weight_rate", float("nan"))):
         with pytest.raises(StepquantError, match=f"^{key} of recipe qat is {value!r}: expected"):
             QAT(**{key: value})
@@ -61,7 +61,7 @@ def test_training_refuses_them_too(unconditional_pipeline):
             stepquant.train(unconditional_pipeline, "w4a8", distill=True, hyperparameters={key: value})
 
 
-def test_the_spec_reaches_the_layers(unconditional_pipeline):
+def test_the_spec_applies_to_the_layers(unconditional_pipeline):
     spec = {"bits": "w4a8", "overrides": {r"mid_block\.resnets": "w8a8", "time_embedding": "w16a16"}, "group_size": 8}
     quantized = stepquant.quantize(unconditional_pipeline, spec, recipe="minmax", calibration=SMALL)
     layers = {name: module.format for name, module in quantized_modules(quantized.unet).items()}
@@ -73,7 +73,7 @@ def test_the_spec_reaches_the_layers(unconditional_pipeline):
     assert not any(name.startswith("time_embedding") for name in layers)
 
 
-def test_q_diffusion_splits_skips_unless_told_not_to(unconditional_pipeline):
+def test_q_diffusion_splits_skips_unless_the_spec_disables_it(unconditional_pipeline):
     for given, groups in ((None, 2), (False, 1)):
         spec = {"bits": "w4a8", "split_skips": given}
         quantized = stepquant.quantize(unconditional_pipeline, spec, recipe=QDiffusion(iterations=0), calibration=SMALL)
@@ -86,7 +86,7 @@ def test_weight_only_keeps_activations_in_floating_point(text_pipeline):
     assert all(module.format.input is None for module in quantized_modules(quantized.unet).values())
 
 
-def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipeline, monkeypatch):
+def test_invalid_input_is_rejected_before_sampling(unconditional_pipeline, monkeypatch):
     calls = []
     monkeypatch.setattr("stepquant.recipes.stages.samples.collect", lambda *arguments, **_: calls.append(arguments))
     with pytest.raises(StepquantError, match="nothing to quantize"):
@@ -95,7 +95,7 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
         stepquant.quantize(
             unconditional_pipeline, {"bits": "w4a8", "overrides": {"no_such": "w8a8"}}, calibration=SMALL
         )
-    assert not calls, "no sample is drawn"
+    assert not calls, "no sample is collected"
     with pytest.raises(StepquantError, match="Leave out `prompts`"):
         stepquant.quantize(unconditional_pipeline, "w4a8", prompts=["a cat"])
     monkeypatch.undo()
@@ -116,20 +116,20 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(unconditional_pipel
         ({"seed": 0.5}, "^seed is 0.5: expected a whole number, 0 or more.$"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(arguments, message, unconditional_pipeline):
+def test_invalid_arguments_are_rejected(arguments, message, unconditional_pipeline):
     for call in (stepquant.quantize, functools.partial(stepquant.train, distill=True)):
         with pytest.raises(StepquantError, match=message):
             call(unconditional_pipeline, "w4a8", **arguments)
 
 
-def test_sensitivity_refuses_them_too(unconditional_pipeline):
+def test_sensitivity_rejects_invalid_arguments(unconditional_pipeline):
     for name, value in (("samples", 0), ("steps", 0), ("seed", -1)):
         given = {name: value} if name == "seed" else {"calibration": {name: value}}
         with pytest.raises(StepquantError, match=rf"\b{name}\b.* {value}\b"):
             stepquant.sensitivity(unconditional_pipeline, "w4a8", **given)
 
 
-def test_calibration_and_budget_may_be_written_as_the_command_has_them(unconditional_pipeline):
+def test_calibration_and_budget_as_text(unconditional_pipeline):
     written = stepquant.quantize(
         unconditional_pipeline, "w4a8", recipe="minmax", calibration={"samples": 4, "steps": 2}, budget="6bits"
     )
@@ -148,7 +148,7 @@ QUICK = {"iterations": 2, "time_iterations": 2, "rounding_iterations": 2}
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("kind", ["unconditional_pipeline", "class_pipeline", "text_pipeline"])
-def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, request, tmp_path):
+def test_every_recipe_works_on_every_kind_of_pipeline(name, kind, request, tmp_path):
     pipeline = request.getfixturevalue(kind)
     arguments = {key: value for key, value in QUICK.items() if key in RECIPES[name].fields()}
     if name == "quest" and kind == "unconditional_pipeline":
@@ -156,12 +156,12 @@ def test_every_recipe_runs_on_every_kind_and_its_checkpoint_loads(name, kind, re
     quantized = stepquant.quantize(pipeline, "w4a4", recipe=name, calibration=SMALL, hyperparameters=arguments)
     stepquant.save(quantized, tmp_path / "out")
     loaded = stepquant.load(tmp_path / "out")
-    request_ = make_request(pipeline, 3)  # other steps than those calibrated
+    request_ = make_request(pipeline, 3)  # not the calibrated steps
     images = [generate(candidate, request_, range(2), 3) for candidate in (quantized, loaded)]
     assert torch.isfinite(images[0]).all() and torch.equal(*images)
 
 
-def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
+def test_tdq_stores_a_row_for_every_training_timestep(unconditional_pipeline):
     def rows(**arguments):
         quantized = stepquant.quantize(
             unconditional_pipeline, "w4a8", recipe=TDQ(iterations=2, **arguments), calibration=SMALL
@@ -173,12 +173,12 @@ def test_tdq_ships_a_row_for_every_training_timestep(unconditional_pipeline):
     assert rows(intervals="static") == {1}
 
 
-def test_a_choice_that_does_not_exist_is_refused():
+def test_an_unknown_choice_is_rejected():
     with pytest.raises(StepquantError, match="expected one of generator, table, static"):
         TDQ(intervals="magic")
 
 
-def test_exact_time_leaves_the_time_layers_alone(unconditional_pipeline):
+def test_exact_time_leaves_the_time_layers_unquantized(unconditional_pipeline):
     quantized = stepquant.quantize(
         unconditional_pipeline, {"bits": "w4a8", "exact_time": True}, recipe="minmax", calibration=SMALL
     )
@@ -192,7 +192,7 @@ def test_exact_time_leaves_the_time_layers_alone(unconditional_pipeline):
 
 def test_a_custom_class_is_a_recipe(unconditional_pipeline, tmp_path):
     class Mine(MinMax):
-        """Mine."""
+        """A custom recipe."""
 
         name: ClassVar = "mine"
         strength: float = 1.0
@@ -209,21 +209,21 @@ def test_a_custom_class_is_a_recipe(unconditional_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_full_hyperparameters_are_hyperparameters(name):
-    """As a study and a checkpoint write them down: defaults included."""
+def test_serialized_hyperparameters_restore_the_recipe(name):
+    """As studies and checkpoints store them, defaults included."""
     recipe = find_recipe(name)
     assert find_recipe(name, overrides=json.loads(json.dumps(plain(recipe)))) == recipe
 
 
-def test_quest_ranks_its_critical_layers_and_says_which(unconditional_pipeline):
-    class Notes(Progress):
+def test_quest_ranks_and_reports_its_critical_layers(unconditional_pipeline):
+    class NoteRecorder(Progress):
         def __init__(self):
             self.notes = []
 
         def note(self, message):
             self.notes.append(message)
 
-    progress = Notes()
+    progress = NoteRecorder()
     stepquant.quantize(
         unconditional_pipeline,
         "w4a4",
@@ -242,11 +242,11 @@ def test_quest_ranks_its_critical_layers_and_says_which(unconditional_pipeline):
     assert "conv" in note and "time_emb" not in note
 
 
-def test_critical_layers_are_those_of_most_relief_within_their_share():
+def test_critical_layers_reduce_the_error_most_within_their_share():
     bits = dict.fromkeys("abcde", LayerBits(4, 4))
     sizes = dict(zip("abcde", (10, 60, 10, 10, 10), strict=True))
-    relief = torch.tensor([[0.1], [0.9], [0.3], [0.2], [-0.1]], dtype=torch.float64)
-    ranking = Sensitivity("leave-one-out", bits, sizes, ((0, 0),), relief, torch.ones(1))
+    reduction = torch.tensor([[0.1], [0.9], [0.3], [0.2], [-0.1]], dtype=torch.float64)
+    ranking = Sensitivity("leave-one-out", bits, sizes, ((0, 0),), reduction, torch.ones(1))
     assert most_critical(ranking, 0.2, ()) == ("c", "d"), "b does not fit"
     assert most_critical(ranking, 0.2, ("c",)) == ("d", "a")
-    assert most_critical(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e relieves nothing"
+    assert most_critical(ranking, 1.0, ()) == ("b", "c", "d", "a"), "e does not reduce the error"

@@ -12,15 +12,15 @@ from stepquant.pipelines.request import make_request
 from stepquant.zoo.classifier import FashionClassifier
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
+def test_an_unknown_name_is_rejected_with_the_known_ones():
     with pytest.raises(StepquantError, match=r"no model 'nope'.*fashion-ddpm"):
         zoo.path("nope")
     with pytest.raises(StepquantError):
-        zoo.path("fashion-classifier")  # a feature extractor, no pipeline
+        zoo.path("fashion-classifier")  # a feature extractor, not a pipeline
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_each_model_draws_and_has_a_card(name):
+def test_each_model_generates_and_has_a_card(name):
     pipeline = resolve_pipeline(f"zoo:{name}")
     assert {
         weight.dtype
