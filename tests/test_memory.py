@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from stepquant import memory
+from stepquant.errors import StepquantError
 
 
 def test_peak_memory_grows_with_allocations(monkeypatch, tmp_path):
@@ -12,3 +14,8 @@ def test_peak_memory_grows_with_allocations(monkeypatch, tmp_path):
     assert memory.resident_bytes() > allocated.nbytes
     monkeypatch.setattr(memory, "STATUS", tmp_path / "none")  # as on macOS
     assert memory.peak_resident_bytes() > allocated.nbytes
+
+
+def test_a_failing_measurement_is_reported_in_one_line():
+    with pytest.raises(StepquantError, match=r"^the memory of net could not be measured: .*No module named .*nowhere$"):
+        memory.run_in_process("stepquant.nowhere", [], "net")

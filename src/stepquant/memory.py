@@ -1,11 +1,14 @@
-"""Resident memory of this process, in bytes."""
+"""Resident memory of this process in bytes, and measurements in a separate process."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+
+from stepquant.errors import StepquantError
 
 STATUS = Path("/proc/self/status")
 
@@ -28,3 +31,17 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run_in_process(module: str, arguments: list[str], name: str) -> str:
+    """Return the standard output of ``python -m MODULE ARGUMENTS``, which measures the memory of `name`.
+
+    Raises:
+        StepquantError: if the process fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise StepquantError(f"the memory of {name} could not be measured: {reason}")
+    return process.stdout

@@ -283,7 +283,7 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["owner/name", "zoo:fashion-ddpm"])
-def test_what_is_no_folder_is_told_what_loads_from_the_hub(name):
+def test_a_hub_id_is_rejected_with_how_to_load_it(name):
     with pytest.raises(StepquantError, match=f"^{name} is not a folder; .*hub .*DiffusionPipeline.from_pretrained"):
         stepquant.load(name)
 

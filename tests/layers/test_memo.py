@@ -135,7 +135,7 @@ def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time
         torch.testing.assert_close(model(x.half(), 3).sample, plain.half()(x.half(), 3).sample)
 
 
-def test_a_time_layer_that_is_no_linear_is_refused(unconditional_pipeline):
+def test_a_time_layer_that_is_not_linear_is_rejected(unconditional_pipeline):
     model = copy.deepcopy(unconditional_pipeline.unet)
     structure = {"timesteps": [0.0], "layers": {}, "attentions": {}}
     for name, message in (("conv_in", "expected a linear"), ("nowhere", "no layer 'nowhere'")):

@@ -133,6 +133,6 @@ def test_what_can_be_wrong(quantized_folder, tmp_path, monkeypatch, arguments, m
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_no_quantized_model(unconditional_folder, tmp_path):
+def test_a_folder_that_is_not_a_quantized_model(unconditional_folder, tmp_path):
     assert "not written by stepquant" in _fails(unconditional_folder, "--out", tmp_path / "page.html")
     assert "not written by stepquant" in _fails(tmp_path / "none", "--out", tmp_path / "page.html")

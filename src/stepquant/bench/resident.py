@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,10 +23,9 @@ from stepquant.bench.networks import example
 from stepquant.checkpoint.format import WEIGHTS
 from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
-from stepquant.errors import StepquantError
 from stepquant.layers.install import made_by_quantization
 from stepquant.layers.quantized import quantized_modules
-from stepquant.memory import peak_resident_bytes, resident_bytes
+from stepquant.memory import peak_resident_bytes, resident_bytes, run_in_process
 from stepquant.runtime import prepare
 
 
@@ -58,12 +56,9 @@ def measure_resident(name: str, model: nn.Module, batch: int, memory: str = "unp
         if quantized_modules(model):
             tensors = narrow_tensors(tensors, made_by_quantization(model))
         save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        command = [sys.executable, "-m", __name__, folder, str(batch), str(torch.get_num_threads()), memory]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode != 0:
-        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise StepquantError(f"the memory of {name} could not be measured: {reason}")
-    return Resident(name=name, **json.loads(process.stdout.splitlines()[-1]))
+        arguments = [folder, str(batch), str(torch.get_num_threads()), memory]
+        output = run_in_process(__name__, arguments, name)
+    return Resident(name=name, **json.loads(output.splitlines()[-1]))
 
 
 @torch.no_grad()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from torch import nn
 
-from stepquant.errors import StepquantError
+from stepquant.memory import run_in_process
 
 FLOAT32_BYTES = 4
 
@@ -31,9 +29,5 @@ def peak_memory_bytes(model: str, batch_size: int, backend: str = "auto", memory
     Raises:
         StepquantError: if that process fails.
     """
-    command = [sys.executable, "-m", "stepquant.evaluation.memory", model, str(batch_size), backend, memory]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode != 0:
-        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise StepquantError(f"the memory of {model} could not be measured: {reason}")
-    return int(process.stdout.split()[-1])
+    arguments = [model, str(batch_size), backend, memory]
+    return int(run_in_process("stepquant.evaluation.memory", arguments, model).split()[-1])
