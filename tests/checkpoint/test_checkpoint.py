@@ -47,7 +47,7 @@ def copied(saved, tmp_path) -> Path:
 
 
 def reseal(folder: Path) -> None:
-    """What an attacker can do: make all records and the digest fit the files as they are."""
+    """Update all records and the digest to match the files, as an attacker could."""
     manifest = read_manifest_unchecked(folder)
     files = {path.relative_to(folder).as_posix(): record(path) for path in folder.rglob("*") if path.is_file()}
     files.pop(MANIFEST)
@@ -60,7 +60,7 @@ def read_manifest_unchecked(folder: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("name", ["unconditional_pipeline", "class_pipeline", "text_pipeline"])
-def test_what_was_saved_is_what_was_measured(name, request, tmp_path):
+def test_saved_pipeline_generates_the_same_images(name, request, tmp_path):
     pipeline = request.getfixturevalue(name)
     quantized = stepquant.quantize(pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     quantized.save_pretrained(tmp_path / "a")
@@ -82,7 +82,7 @@ def test_what_was_saved_is_what_was_measured(name, request, tmp_path):
 
 @pytest.mark.parametrize("bits, most", [("w4a8", 0.16), ("w8a8", 0.28)])
 def test_files_are_small(bits, most, tmp_path):
-    """All overhead included, of a denoiser of over 10 M parameters."""
+    """Including all overhead, for a denoiser of over 10 M parameters."""
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(64, 128, 256), layers_per_block=2,
@@ -106,7 +106,7 @@ def test_files_are_small(bits, most, tmp_path):
     stepquant.load(tmp_path / "model")
 
 
-def test_weights_on_disk_are_packed_and_floats_as_narrow_as_they_can_be(saved, quantized):
+def test_stored_weights_are_packed_and_floats_losslessly_narrowed(saved, quantized):
     tensors = load_file(saved / "unet" / WEIGHTS)
     codes = tensors["mid_block.resnets.0.conv1.weight_packed"]
     assert codes.dtype == torch.uint8 and codes.numel() == 16 * 16 * 9 // 2
@@ -115,7 +115,7 @@ def test_weights_on_disk_are_packed_and_floats_as_narrow_as_they_can_be(saved, q
     assert narrow(torch.tensor([1e30])).dtype == torch.float32
 
 
-def test_a_hundred_random_damages_are_all_refused(copied):
+def test_random_damage_is_refused(copied):
     chance = random.Random(0)
     files = [path for path in sorted(copied.rglob("*")) if path.is_file() and path.name != CARD]
     for _ in range(100):
@@ -140,14 +140,14 @@ def test_a_hundred_random_damages_are_all_refused(copied):
 
 
 def json_equal(good: bytes, bad: bytes) -> bool:
-    """Damage to the manifest's white space changes nothing that it says."""
+    """Damage to white space does not change the manifest."""
     try:
         return json.loads(good) == json.loads(bad)
     except ValueError:
         return False
 
 
-def test_missing_foreign_and_newer_are_told_apart(copied, tmp_path):
+def test_messages_for_missing_foreign_and_newer_folders(copied, tmp_path):
     with pytest.raises(StepquantError, match="not a folder"):
         stepquant.load(tmp_path / "nothing")
     with pytest.raises(StepquantError, match="not written by stepquant"):
@@ -215,7 +215,7 @@ LAYER = "mid_block.resnets.0.conv1"
         lambda t: t.update({"mid_block.attentions.0.processor.query_scale": torch.tensor([[[-1.0]]])}),
     ],
 )
-def test_bad_values_are_refused_even_under_a_valid_digest(copied, change):
+def test_bad_values_are_refused_despite_a_valid_digest(copied, change):
     change_weights(copied, change)
     with pytest.raises(StepquantError, match="damaged"):
         stepquant.load(copied)
@@ -236,14 +236,14 @@ def test_bad_values_are_refused_even_under_a_valid_digest(copied, change):
         lambda c: structure(c).update(timesteps=[1.0, 0.0]),
     ],
 )  # fmt: skip
-def test_bad_configurations_are_refused_even_under_a_valid_digest(copied, change):
+def test_bad_configurations_are_refused_despite_a_valid_digest(copied, change):
     change_config(copied, change)
     with pytest.raises(StepquantError) as caught:
         stepquant.load(copied)
     assert "\n" not in str(caught.value)
 
 
-def test_no_code_of_the_folder_is_run(copied):
+def test_code_in_the_folder_is_not_run(copied):
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps(index | {"unet": ["evil_module", "Model"]}))
     reseal(copied)
@@ -251,7 +251,7 @@ def test_no_code_of_the_folder_is_run(copied):
         stepquant.load(copied)
 
 
-def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_previous_folder(quantized, copied, tmp_path, monkeypatch):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
@@ -283,12 +283,12 @@ def test_an_output_folder_is_never_lost(quantized, copied, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["owner/name", "zoo:fashion-ddpm"])
-def test_a_hub_id_is_rejected_with_how_to_load_it(name):
+def test_hub_id_message_names_from_pretrained(name):
     with pytest.raises(StepquantError, match=f"^{name} is not a folder; .*hub .*DiffusionPipeline.from_pretrained"):
         stepquant.load(name)
 
 
-def test_nothing_is_written_into_a_checkpoint(quantized, copied):
+def test_saving_inside_a_checkpoint_is_refused(quantized, copied):
     for folder in (copied / "other", copied / "unet" / "deeper" / "other"):
         with pytest.raises(StepquantError, match="lies inside the checkpoint"):
             quantized.save_pretrained(folder)
@@ -308,7 +308,7 @@ def test_files_have_the_mode_of_any_new_file(umask, mode, text_pipeline, tmp_pat
     assert set(modes.values()) == {mode}, modes
 
 
-def test_a_pipeline_with_a_safety_checker_loads_again(text_pipeline, tmp_path):
+def test_pipeline_with_safety_checker_round_trips(text_pipeline, tmp_path):
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -323,7 +323,7 @@ def test_a_pipeline_with_a_safety_checker_loads_again(text_pipeline, tmp_path):
     assert isinstance(loaded.safety_checker, StableDiffusionSafetyChecker)
 
 
-def test_the_source_recorded_names_no_path_of_the_machine(unconditional_folder, tmp_path):
+def test_recorded_source_contains_no_local_path(unconditional_folder, tmp_path):
     pipeline = DDIMPipeline.from_pretrained(unconditional_folder)
     stepquant.save(stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=SMALL), tmp_path / "out")
     assert read_manifest(tmp_path / "out").provenance["source"] == unconditional_folder.name

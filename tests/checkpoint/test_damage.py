@@ -1,4 +1,4 @@
-"""Damage and malice: whatever is done to a checkpoint, one sentence; no crash, no memory blow-up, no code run."""
+"""Damaged and malicious checkpoints are refused in one sentence, without a crash, high memory or running code."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def copied(saved, tmp_path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    """The sentence with which loading is refused, in a process whose memory is limited."""
+    """Load in a process with limited memory; returns the message of the refusal."""
     context = get_context("fork")
-    ours, theirs = context.Pipe()
+    parent, child = context.Pipe()
 
     def load() -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -50,21 +50,21 @@ def refused(folder: Path) -> str:
         torch.set_num_threads(1)
         try:
             stepquant.load(folder)
-            theirs.send("loaded")
+            child.send("loaded")
         except StepquantError as error:
-            theirs.send(f"refused: {error}")
+            child.send(f"refused: {error}")
         except BaseException as error:
-            theirs.send(f"{type(error).__name__}: {error}")
+            child.send(f"{type(error).__name__}: {error}")
         os._exit(0)
 
     process = context.Process(target=load)
     process.start()
-    assert ours.poll(60), "loading hangs"
-    said = ours.recv()
+    assert parent.poll(60), "loading hangs"
+    message = parent.recv()
     process.join()
     assert process.exitcode == 0
-    assert said.startswith("refused: ") and "\n" not in said, said
-    return said.removeprefix("refused: ")
+    assert message.startswith("refused: ") and "\n" not in message, message
+    return message.removeprefix("refused: ")
 
 
 def change_json(path: Path, change) -> None:
@@ -108,7 +108,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_configurations_that_ask_for_too_much(name, copied):
+def test_oversized_configurations_are_refused(name, copied):
     path, change = CONFIGURATIONS[name]
     change_json(copied / path, change)
     reseal(copied)
@@ -116,7 +116,7 @@ def test_configurations_that_ask_for_too_much(name, copied):
 
 
 @pytest.mark.parametrize("path", ["unet/config.json", "model_index.json", "scheduler/scheduler_config.json", MANIFEST])
-def test_json_bombs(path, copied):
+def test_json_bombs_are_refused(path, copied):
     good = (copied / path).read_text()
     for bomb in ("[" * 200_000, '{"a":' * 100_000, '{"a": ' + "1" * 10_000 + "}", " " * (17 << 20) + good, "\0", "[]"):
         (copied / path).write_text(bomb)
@@ -140,7 +140,7 @@ def touch(path: str) -> object:
     return Evil()
 
 
-def test_files_that_are_no_safetensors(copied, tmp_path):
+def test_files_that_are_not_safetensors(copied, tmp_path):
     weights = copied / "unet" / WEIGHTS
     good = weights.read_bytes()
     bad = {
@@ -187,7 +187,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_values_that_are_on_no_grid(name, copied):
+def test_values_off_the_grid(name, copied):
     tensors = load_file(copied / "unet" / WEIGHTS)
     VALUES[name](tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, copied / "unet" / WEIGHTS)
@@ -197,7 +197,7 @@ def test_values_that_are_on_no_grid(name, copied):
 
 
 @pytest.mark.parametrize("name", ["unet/../../secret", "/etc/hostname", "..", "unet\\..\\x", "unet/./config.json", ""])
-def test_names_that_lead_out_of_the_folder(name, copied):
+def test_names_outside_the_folder(name, copied):
     manifest = Manifest.model_validate_json((copied / MANIFEST).read_text())
     files = dict(manifest.files) | {name: next(iter(manifest.files.values()))}
     (copied / MANIFEST).write_text(manifest.model_copy(update={"files": files}).sealed().to_json())

@@ -1,4 +1,4 @@
-"""Folders of format version 1, written by the code of that version, whose outputs and codes lie beside them."""
+"""Folders of format version 1, written by the code of that version, with its outputs and codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(unet: UNet2DModel) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_version_1_folder_loads_and_is_saved_as_version_2(loader, tmp_path):
+def test_version_1_folder_loads_and_is_saved_as_version_2(loader, tmp_path):
     pipeline = LOADERS[loader](VERSION_1)
     check(pipeline.unet)
     assert pipeline.unet.config["quantization_config"]["spec"]["smoothing"] is True
@@ -56,7 +56,7 @@ def test_a_version_1_folder_loads_and_is_saved_as_version_2(loader, tmp_path):
     check(LOADERS[loader](tmp_path / "saved").unet)
 
 
-def test_a_text_encoder_of_version_1_loads_by_transformers(tmp_path):
+def test_version_1_text_encoder_loads_with_transformers(tmp_path):
     expected = load_file(DATA / "version1_text_encoder_expected.safetensors")
     model = CLIPTextModel.from_pretrained(DATA / "version1_text_encoder")
     model.save_pretrained(tmp_path)
@@ -76,14 +76,14 @@ def component(tmp_path: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("version", [3, 0, "1", None, 1.0])
-def test_an_unknown_version_is_refused(version, tmp_path):
+def test_unknown_version_is_refused(version, tmp_path):
     folder = component(tmp_path, lambda config: config.update(format_version=version))
     with pytest.raises(StepquantError, match=r"format version .*; expected 1 to 2") as caught:
         UNet2DModel.from_pretrained(folder)
     assert "\n" not in str(caught.value) and ("Upgrade stepquant" in str(caught.value)) == (version == 3)
 
 
-def test_an_unknown_transform_is_refused(tmp_path):
+def test_unknown_transform_is_refused(tmp_path):
     def change(config) -> None:
         config.update(upgrade_config(config, "config")[0])
         config["structure"]["layers"]["conv_out"]["transforms"] = [{"kind": "rotation"}]
@@ -107,7 +107,7 @@ def test_an_unknown_transform_is_refused(tmp_path):
         lambda config: config.update(provenance={"spec": 1}),
     ],
 )
-def test_a_damaged_version_1_configuration_is_refused(change, tmp_path):
+def test_damaged_version_1_configuration_is_refused(change, tmp_path):
     with pytest.raises(StepquantError) as caught:
         UNet2DModel.from_pretrained(component(tmp_path, change))
     assert "\n" not in str(caught.value)

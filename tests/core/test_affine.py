@@ -19,7 +19,7 @@ def plain_quantize(x: float, scale: float, zero_point: int, bits: int) -> int:
 
 @given(values, st.integers(2, 8), st.floats(2**-10, 10, width=32))
 @settings(max_examples=100, deadline=None)
-def test_codes_are_those_of_the_definition(numbers, bits, scale):
+def test_codes_match_the_definition(numbers, bits, scale):
     zero_point = (1 << bits) // 3
     codes = quantize(torch.tensor(numbers), torch.tensor(scale), torch.tensor(float(zero_point)), bits)
     assert codes.tolist() == [plain_quantize(x, scale, zero_point, bits) for x in numbers]
@@ -44,20 +44,20 @@ def test_error_is_at_most_half_a_step_and_zero_is_exact(numbers, bits, symmetric
 
 @given(values, st.integers(2, 8))
 @settings(max_examples=50, deadline=None)
-def test_quantizing_again_changes_nothing(numbers, bits):
+def test_quantization_is_idempotent(numbers, bits):
     x = torch.tensor(numbers)
     scale, zero_point = affine_from_range(x.min(), x.max(), bits)
     codes = quantize(x, scale, zero_point, bits)
     assert torch.equal(quantize(dequantize(codes, scale, zero_point), scale, zero_point, bits), codes)
 
 
-def test_symmetric_grid_has_its_zero_in_the_middle_and_holds_both_ends():
+def test_symmetric_grid_is_centered_and_covers_both_ends():
     scale, zero_point = affine_from_range(torch.tensor([-1.0, -0.1]), torch.tensor([0.5, 2.0]), 8, symmetric=True)
     assert zero_point.tolist() == [128, 128]
     assert scale[0].item() == pytest.approx(1 / 128)
     assert scale[1].item() == pytest.approx(2 / 127)
 
 
-def test_a_constant_tensor_has_a_usable_scale():
+def test_constant_tensor_has_positive_scale():
     scale, zero_point = affine_from_range(torch.zeros(3), torch.zeros(3), 8)
     assert bool((scale > 0).all()) and math.isfinite(float(fake_quantize(torch.zeros(3), scale, zero_point, 8).sum()))

@@ -35,7 +35,7 @@ def case(seed=0, inputs=24, outputs=10, rows=400):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_compensated_rounding_beats_rounding_to_nearest(bits, seed):
+def test_gptq_beats_rounding_to_nearest(bits, seed):
     weight, x = case(seed)
     scale, zero_point = grid(weight, bits)
     gptq = gptq_weight(weight, x.t() @ x, scale, zero_point, bits)
@@ -47,7 +47,7 @@ def test_compensated_rounding_beats_rounding_to_nearest(bits, seed):
 
 
 @pytest.mark.parametrize("columns", [4, 64])
-def test_the_greedy_choice_is_the_plain_algorithms(columns, monkeypatch):
+def test_gptq_matches_textbook_algorithm(columns, monkeypatch):
     """Against the textbook form: eliminate one input at a time from the inverse of the moments."""
     monkeypatch.setattr(core_gptq, "COLUMNS", columns)  # 6 inputs are two panels, or one
     weight, x = case(inputs=6, outputs=3)
@@ -68,7 +68,7 @@ def test_the_greedy_choice_is_the_plain_algorithms(columns, monkeypatch):
     assert torch.allclose(result, expected.float(), atol=1e-4)
 
 
-def test_inputs_that_never_occur_change_nothing():
+def test_inputs_that_are_always_zero():
     weight, x = case()
     x[:, 5] = 0
     scale, zero_point = grid(weight, 4)
@@ -77,7 +77,7 @@ def test_inputs_that_never_occur_change_nothing():
     assert torch.equal(result[:, 5], weight[:, 5])
 
 
-def test_alignment_undoes_a_linear_change_of_the_input():
+def test_alignment_inverts_a_linear_change_of_the_input():
     weight, x = case(rows=4000)
     changed = x * 0.5  # a gain lost on the way
     aligned = aligned_weight(weight, changed.t() @ changed, x.t() @ changed)
@@ -89,7 +89,7 @@ def test_alignment_undoes_a_linear_change_of_the_input():
 
 
 @pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), (1, 2, 2)])
-def test_input_rows_times_the_flat_weight_is_the_layer(stride, padding, dilation):
+def test_input_rows_times_flat_weight_equals_layer(stride, padding, dilation):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, 3, stride, padding, dilation, bias=False)
     x = torch.randn(2, 3, 9, 9)
@@ -100,7 +100,7 @@ def test_input_rows_times_the_flat_weight_is_the_layer(stride, padding, dilation
     assert torch.allclose(input_rows(x, linear) @ linear.weight.t(), linear(x).reshape(-1, 6), atol=1e-6)
 
 
-def test_large_images_give_fewer_rows_at_even_distances():
+def test_large_images_are_subsampled_evenly():
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     x = torch.randn(2, 2, 8, 8)
@@ -114,7 +114,7 @@ def test_large_images_give_fewer_rows_at_even_distances():
 
 
 @pytest.mark.parametrize("channels, taps, count", [(512, 9, 1), (2560, 9, 5), (1280, 9, 3), (5120, 1, 2), (999, 25, 6)])
-def test_wide_layers_are_taken_apart_between_channels(channels, taps, count):
+def test_wide_layers_are_split_between_channels(channels, taps, count):
     parts = split_inputs(channels, taps)
     assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == channels * taps
     assert all(one.stop == other.start for one, other in pairwise(parts))

@@ -17,16 +17,16 @@ def test_round_trip(bits, shape, random):
     assert torch.equal(unpack(packed, shape, bits), codes)
 
 
-def test_four_bit_layout_is_two_to_a_byte_low_nibble_first():
+def test_four_bit_layout_is_low_nibble_first():
     assert pack(torch.tensor([1, 2, 15], dtype=torch.uint8), 4).tolist() == [0x21, 0x0F]
 
 
 @pytest.mark.parametrize("packed", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2), torch.zeros(1, 2).byte()])
-def test_wrong_bytes_are_refused(packed):
+def test_wrong_size_or_dtype_is_refused(packed):
     with pytest.raises(StepquantError, match="damaged"):
         unpack(packed, (2, 2), 4)
 
 
-def test_a_code_with_too_many_bits_is_refused():
+def test_code_with_too_many_bits_is_refused():
     with pytest.raises(StepquantError, match="exceeds 6 bits"):
         unpack(torch.tensor([63, 64], dtype=torch.uint8), (2,), 6)

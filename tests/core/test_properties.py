@@ -34,7 +34,7 @@ def random(shape: list[int], seed: int, magnitude: float = 0.0) -> torch.Tensor:
 
 @given(shapes, seeds, magnitudes, bits, dtypes, st.booleans())
 @few
-def test_codes_are_within_their_bits_and_shapes_and_dtypes_are_kept(shape, seed, magnitude, width, dtype, symmetric):
+def test_codes_fit_their_bits_and_shapes_and_dtypes_are_preserved(shape, seed, magnitude, width, dtype, symmetric):
     x = random(shape, seed, magnitude)
     ends = (x.min(), x.max()) if x.numel() else (torch.tensor(0.0), torch.tensor(0.0))
     scale, zero_point = affine_from_range(*ends, width, symmetric=symmetric)
@@ -52,7 +52,7 @@ def test_codes_are_within_their_bits_and_shapes_and_dtypes_are_kept(shape, seed,
 
 @given(seeds, st.floats(-6, 30), bits, st.booleans())
 @few
-def test_the_error_is_bounded_by_the_step_at_any_magnitude(seed, magnitude, width, symmetric):
+def test_error_is_bounded_by_the_step_at_any_magnitude(seed, magnitude, width, symmetric):
     x = random([50], seed, magnitude)
     scale, zero_point = affine_from_range(x.min(), x.max(), width, symmetric=symmetric)
     error = (fake_quantize(x, scale, zero_point, width) - x).abs().max()
@@ -61,7 +61,7 @@ def test_the_error_is_bounded_by_the_step_at_any_magnitude(seed, magnitude, widt
 
 @given(seeds, magnitudes, bits)
 @few
-def test_quantizing_is_monotone_and_idempotent(seed, magnitude, width):
+def test_quantization_is_monotone_and_idempotent(seed, magnitude, width):
     x = random([60], seed, magnitude).sort().values
     scale, zero_point = affine_from_range(x[5], x[-5], width)
     codes = quantize(x, scale, zero_point, width)
@@ -74,7 +74,7 @@ def test_quantizing_is_monotone_and_idempotent(seed, magnitude, width):
 @given(seeds, st.floats(0, 30), bits)
 @few
 def test_scaling_by_a_power_of_two_scales_the_result(seed, exponent, width):
-    """Floating point is exact there, so codes must not depend on the unit of the data."""
+    """Such scaling is exact, so codes must not change."""
     x, factor = random([40], seed), 2.0 ** round(exponent)
     scale, zero_point = affine_from_range(x.min(), x.max(), width)
     larger = affine_from_range(x.min() * factor, x.max() * factor, width)
@@ -84,7 +84,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(seed, exponent, width):
 
 @given(seeds, magnitudes, bits, st.sampled_from(["minmax", "least-error"]), st.booleans())
 @few
-def test_ranges_found_lie_within_the_data_widened_to_zero(seed, magnitude, width, method, symmetric):
+def test_ranges_lie_within_the_data_widened_to_zero(seed, magnitude, width, method, symmetric):
     x = random([3, 30], seed, magnitude)
     low, high = find_range(x, width, method, symmetric=symmetric)
     assert bool((low <= high).all()) and bool(torch.isfinite(low).all()) and bool(torch.isfinite(high).all())
@@ -92,8 +92,8 @@ def test_ranges_found_lie_within_the_data_widened_to_zero(seed, magnitude, width
     assert bool((low >= x.amin(1).clamp(max=0) * slack).all()) and bool((high <= x.amax(1).clamp(min=0) * slack).all())
 
 
-def test_a_range_as_wide_as_float32_still_has_a_finite_scale():
-    """The spread of these ends, 6e38, is no float32 any more."""
+def test_range_as_wide_as_float32_has_finite_scale():
+    """The difference of the ends, 6e38, overflows float32."""
     scale, zero_point = affine_from_range(torch.tensor(-3e38), torch.tensor(3e38), 8)
     assert torch.isfinite(scale) and 0 <= zero_point <= 255
     assert torch.isfinite(fake_quantize(torch.tensor([-3e38, 0.0, 3e38]), scale, zero_point, 8)).all()
@@ -101,7 +101,7 @@ def test_a_range_as_wide_as_float32_still_has_a_finite_scale():
 
 @given(bits, shapes, seeds)
 @few
-def test_packing_loses_nothing_and_takes_no_more_bytes_than_it_says(width, shape, seed):
+def test_packing_is_lossless_and_has_the_computed_size(width, shape, seed):
     codes = torch.randint(0, 1 << width, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = pack(codes, width)
     assert packed.dtype == torch.uint8 and packed.numel() == packed_bytes(codes.numel(), width)
@@ -114,20 +114,20 @@ times = st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=20, unique=T
 
 @given(times, st.lists(st.floats(-10, 1100, width=32), min_size=1, max_size=8))
 @few
-def test_the_clock_is_monotone_and_a_batch_is_what_its_samples_are_alone(grid, asked):
+def test_clock_is_monotone_and_equal_for_batches_and_samples(grid, requested):
     clock = StepClock(torch.tensor(sorted(grid)))
     rows = []
-    for time in sorted(asked):
+    for time in sorted(requested):
         clock.set(time)
         rows.append(int(clock.row))
     assert rows == sorted(rows) and rows[0] >= 0 and rows[-1] < len(grid)
-    clock.set(torch.tensor(sorted(asked)))
-    assert clock.row.expand(len(asked)).tolist() == rows if clock.row.dim() == 0 else clock.row.tolist() == rows
+    clock.set(torch.tensor(sorted(requested)))
+    assert clock.row.expand(len(requested)).tolist() == rows if clock.row.dim() == 0 else clock.row.tolist() == rows
 
 
 @given(times)
 @few
-def test_a_calibrated_timestep_is_its_own_row(grid):
+def test_calibrated_timesteps_have_their_own_row(grid):
     ordered = sorted(grid)
     clock = StepClock(torch.tensor(ordered))
     for row, time in enumerate(ordered):

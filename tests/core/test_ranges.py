@@ -21,7 +21,7 @@ def plain_search(x: np.ndarray, bits: int) -> tuple[float, float]:
     return best[1], best[2]
 
 
-def test_least_error_is_that_of_a_plain_search():
+def test_least_error_matches_exhaustive_search():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 500, generator=generator) * torch.tensor([[0.1], [1], [5], [20]])
     low, high = least_error_range(values, 4)
@@ -30,7 +30,7 @@ def test_least_error_is_that_of_a_plain_search():
         assert abs(low[row] - a) < 1e-4 * abs(a) and abs(high[row] - b) < 1e-4 * abs(b)
 
 
-def test_least_error_beats_minmax_on_a_heavy_tail_and_keeps_all_of_a_uniform():
+def test_least_error_clips_a_heavy_tail_but_not_a_uniform():
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(1, 4000, generator=generator)
     values[0, 0] = 40
@@ -45,7 +45,7 @@ def test_least_error_beats_minmax_on_a_heavy_tail_and_keeps_all_of_a_uniform():
     assert low < -0.97 and high > 0.97
 
 
-def test_rows_that_are_searched_in_parts_have_the_same_ranges(monkeypatch):
+def test_searching_rows_in_parts_gives_the_same_ranges(monkeypatch):
     torch.manual_seed(0)
     values = torch.randn(7, 500) * torch.rand(7, 1)
     whole = least_error_range(values, 4), least_error_range(values, 8, low=values.amin(1) - 1, high=values.amax(1) + 1)
@@ -56,14 +56,14 @@ def test_rows_that_are_searched_in_parts_have_the_same_ranges(monkeypatch):
     )
 
 
-def test_true_ends_of_a_sample_are_used():
+def test_given_ends_are_used():
     sample = torch.tensor([[0.0, 0.5]])
     low, high = find_range(sample, 8, "minmax", low=torch.tensor([-3.0]), high=torch.tensor([4.0]))
     assert (low.item(), high.item()) == (-3, 4)
     assert minmax_range(sample)[1].item() == 0.5
 
 
-def test_the_gain_found_beats_its_neighbours():
+def test_least_error_gain_beats_its_neighbours():
     torch.manual_seed(0)
     values = torch.randn(3, 2000) * torch.tensor([0.5, 1.0, 2.0])[:, None]
     scale, zero_point = torch.full((3,), 0.3), torch.full((3,), 8.0)

@@ -16,13 +16,13 @@ def test_rectified_sigmoid_and_its_inverse():
     assert rectified_sigmoid(torch.tensor([-20.0, 20.0])).tolist() == [0, 1]
 
 
-def test_regularizer_is_zero_when_decided_and_counts_the_undecided():
+def test_regularizer_counts_undecided_weights():
     undecided = inverse_rectified_sigmoid(torch.full((7,), 0.5))
     assert rounding_regularizer(undecided, 2.0).item() == pytest.approx(7)
     assert rounding_regularizer(torch.tensor([-20.0, 20.0]), 20.0).item() == 0
 
 
-def test_beta_falls_from_20_to_2_after_the_warmup():
+def test_beta_decreases_from_20_to_2_after_warmup():
     assert annealed_beta(0.0) == annealed_beta(0.19) == 20
     assert annealed_beta(1.0) == pytest.approx(2)
     betas = [annealed_beta(step / 50) for step in range(51)]
@@ -30,7 +30,7 @@ def test_beta_falls_from_20_to_2_after_the_warmup():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gradients_are_those_of_straight_through_rounding(bits):
+def test_gradients_match_autograd_of_straight_through_rounding(bits):
     """Against autograd through ``x + (round(x) - x).detach()``; the scale's gradient times LSQ's factor."""
     generator = torch.Generator().manual_seed(bits)
     x = (torch.randn(5, 40, generator=generator) * 2).requires_grad_()

@@ -1,4 +1,4 @@
-"""``stepquant export``: from a checkpoint to a network that draws in the same pipeline."""
+"""``stepquant export``: from a checkpoint to a network that generates in the same pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(unconditional_pipeline, tmp_path_factory):
 @pytest.mark.parametrize(
     ("to", "network", "kind"), [("openvino", "unet.xml", OpenVinoDenoiser), ("onnx", "unet.onnx", OnnxDenoiser)]
 )
-def test_the_command(folder, tmp_path, to, network, kind):
+def test_command(folder, tmp_path, to, network, kind):
     if to == "openvino":
         pytest.importorskip("openvino")
     result = CliRunner().invoke(app, ["export", str(folder), "--to", to, "--out", str(tmp_path)])

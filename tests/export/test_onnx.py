@@ -65,7 +65,7 @@ def run(kernel, x, rows):
 
 
 def check(module, x):
-    """Every row's own codes and sums: equal to the reference but for the float32 rounding of the largest output."""
+    """Codes and sums of every row equal the reference up to float32 rounding of the largest output."""
     for row, found in enumerate(run(OnnxKernel(module), x, range(STEPS))):
         expected = ReferenceKernel(module)(x, torch.tensor(row))
         assert found.shape == expected.shape
@@ -86,7 +86,7 @@ def test_split_channels(split):
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 7)])
 def test_bits(bits):
-    """Values far off the grid are clamped to its ends, which below 8 bits lie inside a byte."""
+    """Values far off the grid are clamped to its ends, also below 8 bits."""
     check(linear(bits=bits, smoothed=True), torch.randn(4, 7) * 5)
     check(convolution(4, 5, 3, padding=1, bits=bits, bias=False), torch.randn(2, 4, 5, 5) * 5)
 
@@ -112,7 +112,7 @@ def exported(unet, tmp_path_factory):
 
 @torch.no_grad()
 def test_network(unet, exported):
-    """Each step's own result, for any batch; one code at a tie changes a few others behind it."""
+    """The result of each step, for any batch; a code at a tie changes a few later ones."""
     assert list(exported.parent.iterdir()) == [exported]
     reference, denoiser = copy.deepcopy(unet), OnnxDenoiser(exported, unet, threads=1)
     prepare(reference, "reference")
@@ -127,7 +127,7 @@ def test_network(unet, exported):
 
 
 def test_every_product_runs_in_integers(unet, exported, tmp_path):
-    """In the graph that onnxruntime makes of it: with scale and bias in the kernel, and weights of one byte."""
+    """In onnxruntime's optimized graph: fused scale and bias, and weights of one byte."""
     options, optimized = one_thread(), tmp_path / "optimized.onnx"
     options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
     onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
@@ -148,7 +148,7 @@ def test_every_product_runs_in_integers(unet, exported, tmp_path):
 
 
 @torch.no_grad()
-def test_what_knows_the_time(unconditional_pipeline, tmp_path):
+def test_time_layers_and_correction_follow_the_step(unconditional_pipeline, tmp_path):
     """Layers looked up by timestep, and the output's correction, are not frozen at the example's step."""
     spec = sq.QuantSpec.parse("w8a8").model_copy(update={"exact_time": True})
     calibration = sq.Calibration(samples=8, steps=4)
@@ -179,7 +179,7 @@ def test_in_a_pipeline(kind, request, tmp_path):
     assert float((found - expected).square().mean()) < 1e-3 * float(expected.square().mean())
 
 
-def test_calls_that_the_network_cannot_answer(unet, exported):
+def test_unsupported_calls(unet, exported):
     denoiser, x = OnnxDenoiser(exported, unet, threads=1), torch.randn(2, 1, 16, 16)
     with pytest.raises(StepquantError, match="several timesteps: an exported network takes one"):
         denoiser(x, torch.tensor([1, 2]))
@@ -200,7 +200,7 @@ def test_damaged_network(unet, tmp_path):
         OnnxDenoiser(tmp_path / "unet.onnx", unet)
 
 
-def test_a_failed_export_leaves_nothing(unet, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(unet, tmp_path, monkeypatch):
     arguments = {"sample": torch.randn(2, 1, 16, 16), "timestep": torch.tensor(500.0)}
     path = tmp_path / "unet.onnx"
     path.write_bytes(b"the one before")

@@ -21,7 +21,7 @@ assert unet is not None  # a fixture
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_folded_convolution(name):
-    """Every row's own scale and zero point, border included."""
+    """Every row of scales and zero points, borders included."""
     module = convolution(**CONVOLUTIONS[name])
     x = torch.randn(2, module.in_channels, 9, 7)
     for row in range(STEPS):
@@ -36,14 +36,14 @@ def test_folded_linear():
         torch.testing.assert_close(FoldedKernel(module)(x, torch.tensor(row)), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_folded():
+def test_unsupported_layers():
     assert not FoldedKernel.supports(linear(split=((2, 5), (3, 4))))
     assert not FoldedKernel.supports(linear(bits=(8, None)))
 
 
 @torch.no_grad()
 def test_network(unet, tmp_path):
-    """int8 weights inside, and each step's own result, for any batch."""
+    """int8 weights, and the result of each step, for any batch."""
     openvino = pytest.importorskip("openvino")
     sample = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     left = export_openvino(unet, {"sample": sample, "timestep": torch.tensor(500.0)}, tmp_path / "unet.xml")
@@ -62,7 +62,7 @@ def test_network(unet, tmp_path):
     assert signal_to_noise(exported(sample, 100).sample, reference(sample, 900).sample) < 25
 
 
-def test_a_failed_export_leaves_nothing(unet, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(unet, tmp_path, monkeypatch):
     openvino = pytest.importorskip("openvino")
 
     def full_disk(network, path, **_options):

@@ -49,7 +49,7 @@ def images(pipeline):
     return generate(pipeline, make_request(pipeline, 2, prompts=["a", "b"]), range(2), 0)
 
 
-def test_text_encoder_and_autoencoder_are_quantized_beside_the_denoiser(quantized, text_pipeline):
+def test_text_encoder_and_autoencoder_are_quantized_with_the_denoiser(quantized, text_pipeline):
     for name in ALSO:
         assert not quantized_modules(getattr(text_pipeline, name)), "the given pipeline has changed"
         layers = quantized_modules(getattr(quantized, name))
@@ -59,7 +59,7 @@ def test_text_encoder_and_autoencoder_are_quantized_beside_the_denoiser(quantize
     assert 0 < (images(quantized) - images(alone)).abs().mean() < 0.05
 
 
-def test_the_folder_loads_bit_for_bit(saved, quantized):
+def test_folder_loads_bit_for_bit(saved, quantized):
     expected = images(quantized)
     for loaded in (DiffusionPipeline.from_pretrained(saved), stepquant.load(saved)):
         assert all(quantized_modules(getattr(loaded, name)) for name in ALSO)
@@ -73,7 +73,7 @@ def test_the_folder_loads_bit_for_bit(saved, quantized):
     assert "text_encoder (w8a16), vae (w8a16)" in (saved / CARD).read_text()
 
 
-def test_what_was_loaded_is_saved_again_the_same(saved, tmp_path):
+def test_loaded_components_are_saved_identically(saved, tmp_path):
     for number, loaded in enumerate((DiffusionPipeline.from_pretrained(saved), stepquant.load(saved))):
         loaded.save_pretrained(tmp_path / str(number))
         tensors = [load_file(folder / TEXT) for folder in (saved, tmp_path / str(number))]
@@ -81,7 +81,7 @@ def test_what_was_loaded_is_saved_again_the_same(saved, tmp_path):
         assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
 
-def test_another_dtype_leaves_codes_and_scales_alone(saved):
+def test_torch_dtype_does_not_change_codes_and_scales(saved):
     exact = CLIPTextModel.from_pretrained(saved, subfolder="text_encoder")
     half = CLIPTextModel.from_pretrained(saved, subfolder="text_encoder", dtype=torch.bfloat16)
     assert half.embeddings.token_embedding.weight.dtype == torch.bfloat16
@@ -93,7 +93,7 @@ def test_another_dtype_leaves_codes_and_scales_alone(saved):
 
 
 def change(folder: Path, how) -> None:
-    """Under no manifest, so that the checks of each tensor are left alone."""
+    """Without a manifest, so that only the checks of tensors remain."""
     (folder / MANIFEST).unlink()
     tensors = load_file(folder / TEXT)
     how(tensors)
@@ -120,7 +120,7 @@ def test_damage_is_refused(copied, how):
         CLIPTextModel.from_pretrained(copied, subfolder="text_encoder")
 
 
-def test_hashes_are_checked_where_there_are_any(copied):
+def test_available_hashes_are_checked(copied):
     data = bytearray((copied / TEXT).read_bytes())
     data[-1] ^= 1
     (copied / TEXT).write_bytes(data)
@@ -131,15 +131,15 @@ def test_hashes_are_checked_where_there_are_any(copied):
         CLIPTextModel.from_pretrained(copied, subfolder="text_encoder")
 
 
-def test_weights_of_a_text_encoder_are_quantized_while_loading(text_folder, text_pipeline):
+def test_text_encoder_is_quantized_while_loading(text_folder, text_pipeline):
     config = PipelineQuantizationConfig(quant_mapping={"text_encoder": StepquantConfig("w4a16")})
     loaded = DiffusionPipeline.from_pretrained(text_folder, quantization_config=config)
     assert {layer.format.weight.bits for layer in quantized_modules(loaded.text_encoder).values()} == {4}
     assert 0 < (images(loaded) - images(text_pipeline)).abs().mean() < 0.2
 
 
-def test_layers_whose_parameters_a_model_reads_stay(tmp_path):
-    """T5's code asks for the type of ``wo``; and two names of its are one tensor."""
+def test_layers_kept_in_float32_are_not_quantized(tmp_path):
+    """T5's code reads the dtype of ``wo``, and T5 has tied weights."""
     _, encoder = tiny.t5()
     quantized = quantize_component(encoder, StepquantConfig("w8a16"))
     layers = quantized_modules(quantized)
@@ -161,19 +161,19 @@ def test_layers_whose_parameters_a_model_reads_stay(tmp_path):
         ({"vae": "eight"}, "not understood"),
     ],
 )
-def test_what_cannot_be_had_is_said(also, message, text_pipeline, unconditional_pipeline):
+def test_unsupported_components_are_refused(also, message, text_pipeline, unconditional_pipeline):
     with pytest.raises(StepquantError, match=message):
         stepquant.quantize(text_pipeline, "w8a8", recipe="minmax", calibration=SMALL, also=also)
     with pytest.raises(StepquantError, match="none, since it has no other"):
         check_components(unconditional_pipeline, {"vae": "w8a16"})
 
 
-def test_it_is_quantized_once(quantized):
+def test_component_cannot_be_quantized_twice(quantized):
     with pytest.raises(StepquantError, match="text_encoder is quantized already"):
         check_components(quantized, ALSO)
 
 
-def test_the_command(text_folder, tmp_path):
+def test_command(text_folder, tmp_path):
     arguments = ["quantize", str(text_folder), "--recipe", "minmax", "--samples", "4", "--steps", "2", "--out"]
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "model"), "--also", "vae=w8a16"])
     assert done.exit_code == 0, done.output

@@ -54,7 +54,7 @@ def load_unet(folder: Path, **arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_loads_a_quantized_folder_bit_for_bit(kind, request, tmp_path):
+def test_from_pretrained_loads_bit_for_bit(kind, request, tmp_path):
     pipeline = request.getfixturevalue(kind)
     quantized = stepquant.quantize(pipeline, "w4a8", recipe="minmax", calibration=SMALL)
     quantized.save_pretrained(tmp_path / "model")
@@ -68,13 +68,13 @@ def test_diffusers_loads_a_quantized_folder_bit_for_bit(kind, request, tmp_path)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "balanced"])
-def test_a_device_map(saved, quantized, device_map):
+def test_device_map(saved, quantized, device_map):
     loaded = DiffusionPipeline.from_pretrained(saved, device_map=device_map)
     assert torch.equal(images(quantized), images(loaded))
     assert load_unet(saved, device_map="auto").hf_device_map == {"": "cpu"}
 
 
-def test_another_dtype_leaves_codes_and_tables_alone(saved):
+def test_torch_dtype_does_not_change_codes_and_tables(saved):
     unet = load_unet(saved, torch_dtype=torch.bfloat16)
     assert unet.dtype == torch.bfloat16
     exact = load_unet(saved)
@@ -89,7 +89,7 @@ def test_another_dtype_leaves_codes_and_tables_alone(saved):
     assert difference.abs().max() < 0.1
 
 
-def test_what_diffusers_loads_is_saved_as_the_same_files(saved, quantized, tmp_path):
+def test_loaded_pipeline_is_saved_as_identical_files(saved, quantized, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(saved)
     loaded.save_pretrained(tmp_path / "again")
     files = [load_file(folder / "unet" / WEIGHTS) for folder in (tmp_path / "again", saved)]
@@ -119,7 +119,7 @@ def damage_weights(folder: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("written_by", ["stepquant", "diffusers"])
-def test_damage_is_found_by_diffusers_too(copied, tmp_path, written_by):
+def test_damage_is_refused(copied, tmp_path, written_by):
     folder = copied
     if written_by == "diffusers":
         folder = tmp_path / "again"
@@ -128,7 +128,7 @@ def test_damage_is_found_by_diffusers_too(copied, tmp_path, written_by):
     good = (folder / "unet" / WEIGHTS).read_bytes()
     for _ in range(20):
         damage_weights(folder, chance)
-        # A damaged header is refused by safetensors itself, before stepquant is asked.
+        # A damaged header is refused by safetensors itself, before stepquant reads it.
         with pytest.raises((StepquantError, OSError)):
             load_unet(folder)
         (folder / "unet" / WEIGHTS).write_bytes(good)
@@ -136,7 +136,7 @@ def test_damage_is_found_by_diffusers_too(copied, tmp_path, written_by):
 
 
 def change_tensors(folder: Path, change) -> None:
-    """What an attacker can do: without the manifest and the digest, only the checks of each value are left."""
+    """Without manifest and digest only the checks of values remain."""
     (folder / MANIFEST).unlink()
     tensors = load_file(folder / "unet" / WEIGHTS)
     change(tensors)
@@ -163,7 +163,7 @@ LAYER = "mid_block.resnets.0.conv1"
         ),
     ],
 )
-def test_bad_values_are_refused_by_diffusers_too(copied, change):
+def test_bad_values_are_refused(copied, change):
     change_tensors(copied, change)
     with pytest.raises(StepquantError, match="damaged"):
         load_unet(copied)
@@ -184,8 +184,8 @@ def test_links_and_other_formats_are_refused(copied, tmp_path):
         load_unet(copied)
 
 
-def test_a_folder_in_the_cache_of_the_hub(saved, quantized, tmp_path):
-    """There every file is a link into a folder of blobs."""
+def test_folder_in_the_hub_cache(saved, quantized, tmp_path):
+    """In the cache every file is a link into a folder of blobs."""
     repository = tmp_path / "models--owner--tiny"
     for index, path in enumerate(sorted(path for path in saved.rglob("*") if path.is_file())):
         link = repository / "snapshots" / "0" / path.relative_to(saved)
@@ -201,7 +201,7 @@ def test_a_folder_in_the_cache_of_the_hub(saved, quantized, tmp_path):
     assert torch.equal(images(quantized), images(stepquant.load(repository / "snapshots" / "0")))
 
 
-def test_a_newer_format_is_refused(copied):
+def test_newer_format_is_refused(copied):
     (copied / MANIFEST).unlink()
     path = copied / "unet" / "config.json"
     config = json.loads(path.read_text())
@@ -228,7 +228,7 @@ def test_weights_are_quantized_while_loading(text_pipeline, text_folder, tmp_pat
     assert torch.equal(images(loaded), images(stepquant.load(tmp_path / "complete")))
 
 
-def test_exceptions_and_groups_while_loading(text_folder):
+def test_overrides_and_groups_while_loading(text_folder):
     spec = {"bits": "w4a16", "overrides": {"conv_in|conv_out": "w16a16"}, "group_size": 8}
     layers = quantized_modules(load_unet(text_folder, quantization_config=StepquantConfig(spec=spec)))
     assert "conv_in" not in layers and "conv_out" not in layers
@@ -237,7 +237,7 @@ def test_exceptions_and_groups_while_loading(text_folder):
     assert "decoder.conv_out" in quantized_modules(vae)
 
 
-def test_what_cannot_be_had_while_loading_is_said(text_folder):
+def test_unsupported_configurations_while_loading(text_folder):
     with pytest.raises(StepquantError, match="need samples"):
         StepquantConfig("w4a8")
     with pytest.raises(StepquantError, match="either bits"):
@@ -251,7 +251,7 @@ def test_what_cannot_be_had_while_loading_is_said(text_folder):
         load_unet(text_folder, quantization_config=StepquantConfig(spec={"bits": "w8a16", "overrides": {".": "w8a8"}}))
 
 
-def test_the_card_says_what_it_is_and_may_be_edited(copied):
+def test_model_card_describes_the_model_and_may_be_edited(copied):
     card = (copied / CARD).read_text()
     head = card.split("---")[1]
     assert "library_name: diffusers" in head and "base_model: owner/tiny" in head and "- w4a8" in head
@@ -282,7 +282,7 @@ def test_push_to_hub_uploads_the_folder_with_its_card(quantized, monkeypatch):
     assert uploaded["repo"] == "me/tiny" and {CARD, MANIFEST, "model_index.json", "unet"} <= uploaded["files"]
 
 
-def test_arguments_of_save_pretrained_that_do_not_fit_are_said(quantized, tmp_path):
+def test_unsupported_arguments_of_save_pretrained(quantized, tmp_path):
     for arguments in ({"safe_serialization": False}, {"variant": "fp16"}, {"push_to_hub": True}):
         with pytest.raises(StepquantError, match="cannot be saved with"):
             quantized.save_pretrained(tmp_path / "model", **arguments)
@@ -305,8 +305,8 @@ print(sorted(unet.__dict__), type(unet).__mro__, sorted(set(auto.AUTO_QUANTIZER_
 """
 
 
-def test_imported_and_not_used_it_changes_nothing(text_folder):
-    """The same model, the same values, not a line more on either stream, and no optional package is brought in."""
+def test_import_does_not_change_diffusers(text_folder):
+    """Same values, no output, and no optional package is imported."""
     seen = []
     for first in ("", "import stepquant"):
         command = [sys.executable, "-c", LOAD.format(first=first), str(text_folder)]
@@ -315,7 +315,7 @@ def test_imported_and_not_used_it_changes_nothing(text_folder):
     assert seen[0] == seen[1] and seen[0][0]
 
 
-def test_a_diffusers_that_does_not_fit_is_told_in_one_sentence(monkeypatch, saved):
+def test_unsupported_version_of_diffusers(monkeypatch, saved):
     check = stepquant.integrations.diffusers.check_diffusers
     check()
     with pytest.raises(StepquantError, match=r"diffusers 0\.35\.2 is too old .* install diffusers 0\.40 or newer"):
@@ -327,7 +327,7 @@ def test_a_diffusers_that_does_not_fit_is_told_in_one_sentence(monkeypatch, save
         load_unet(saved)
 
 
-def test_registering_twice_changes_nothing():
+def test_registration_is_idempotent():
     from diffusers.quantizers import auto
 
     before = dict(auto.AUTO_QUANTIZER_MAPPING)

@@ -54,7 +54,7 @@ def results(processor, operands, mask):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_heads_may_be_taken_apart(learning, monkeypatch, masked):
+def test_processing_heads_in_parts(learning, monkeypatch, masked):
     mask = torch.randn(2, 1, 1, LENGTH) if masked else None
     expected, seen = results(*learning, mask)
     whole = 2 * HEADS * LENGTH**2
@@ -70,7 +70,7 @@ def test_heads_may_be_taken_apart(learning, monkeypatch, masked):
         learning[0].attend(*learning[1], mask)
 
 
-def test_numbers_drawn_at_random_are_not_drawn_again(learning, monkeypatch):
+def test_random_numbers_are_drawn_once(learning, monkeypatch):
     """Under QDrop a second forward pass would see other ones."""
     processor, operands = learning
     for point in processor.points.values():
@@ -125,7 +125,7 @@ def test_masks(dtype, mask, parts, monkeypatch):
     torch.testing.assert_close(produced, expected, atol=tolerance, rtol=0)
 
 
-def test_gradients_of_a_query_that_attends_to_nothing():
+def test_gradients_of_a_fully_masked_query():
     operands = [torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(3)]
     mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
     produced = torch.autograd.grad(AttentionProcessor().attend(*operands, mask).square().sum(), operands)

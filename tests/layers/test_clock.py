@@ -12,7 +12,7 @@ from stepquant.layers.clock import StepClock
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.floats(-10, 1100))
 @settings(max_examples=100, deadline=None)
 @pytest.mark.filterwarnings("ignore:timestep")
-def test_row_is_that_of_the_nearest_timestep(grid, time):
+def test_row_of_the_nearest_timestep(grid, time):
     timesteps = sorted(grid)
     clock = StepClock(torch.tensor(timesteps))
     clock.set(time)
@@ -20,7 +20,7 @@ def test_row_is_that_of_the_nearest_timestep(grid, time):
     assert distance <= min(abs(step - time) for step in timesteps) + 1e-3
 
 
-def test_a_batch_of_one_time_has_one_row_and_a_mixed_batch_a_row_each():
+def test_batches_of_one_and_of_several_timesteps():
     clock = StepClock(torch.tensor([0.0, 10.0, 20.0]))
     clock.set(torch.tensor([19, 19, 19]))
     assert clock.row.shape == () and clock.row == 2
@@ -34,7 +34,7 @@ def test_bad_grids_are_refused(grid):
         StepClock(torch.tensor(grid))
 
 
-def test_the_denoiser_sets_its_own_clock_however_it_is_called():
+def test_denoiser_sets_its_clock_for_any_call_signature():
     model = UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,

@@ -29,7 +29,7 @@ def quantized_linear() -> QuantizedLinear:
     return module
 
 
-def test_a_layer_gives_back_what_filled_it():
+def test_layer_round_trip():
     module = quantized_linear()
     other = QuantizedLinear(6, 5, True, module.format, module.clock)
     other.load_state_dict(module.state_dict())
@@ -37,7 +37,7 @@ def test_a_layer_gives_back_what_filled_it():
     assert torch.equal(other.layer().weight.dequantize(), module.layer().weight.dequantize())
 
 
-def test_half_leaves_scales_alone():
+def test_half_does_not_change_scales():
     module = quantized_linear()
     scale = module.input_scale.clone()
     module.half()
@@ -55,7 +55,7 @@ def test_bad_scales_are_refused(name, value):
         module.layer()
 
 
-def test_a_convolution_with_channel_groups_cannot_be_smoothed():
+def test_grouped_convolution_with_channel_groups_cannot_be_smoothed():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     layers = {"0": {"weight": {"bits": 4}, "input": {"bits": 4}, "transforms": [{"kind": "smoothing"}]}}
     with pytest.raises(StepquantError, match="channel groups"):
@@ -107,14 +107,14 @@ def test_groups_respect_the_split(channels, split, size, expected):
         {"attentions": {"a": {"query": {"bits": 8, "rows": 3}}}},
     ],
 )  # fmt: skip
-def test_a_malformed_structure_is_one_sentence(change):
+def test_malformed_structure_is_refused(change):
     with pytest.raises(StepquantError) as caught:
         Structure.parse({"timesteps": [0.0, 1.0], "layers": {}, "attentions": {}} | change)
     assert "\n" not in str(caught.value)
 
 
-def test_tables_are_float32_whatever_torch_makes():
-    """As where a model is built in half precision."""
+def test_tables_are_float32_under_another_default_dtype():
+    """As when a model is created in half precision."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         modules = [

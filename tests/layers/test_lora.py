@@ -54,7 +54,7 @@ def images(pipeline):
     return generate(pipeline, make_request(pipeline, 2), range(2), 0)
 
 
-def test_a_branch_beside_each_layer_does_what_it_does_in_full_precision(text_pipeline, fresh, lora):
+def test_adapter_has_the_same_effect_as_in_full_precision(text_pipeline, fresh, lora):
     plain = copy.copy(text_pipeline)
     plain.unet = copy.deepcopy(text_pipeline.unet)
     quantized_names = set(quantized_modules(fresh.unet))
@@ -69,13 +69,13 @@ def test_a_branch_beside_each_layer_does_what_it_does_in_full_precision(text_pip
     assert len(names) == sum(name.endswith(tuple(TARGETS)) for name in quantized_names)
 
 
-def test_without_peft_it_is_one_sentence(fresh, lora, monkeypatch):
+def test_missing_peft(fresh, lora, monkeypatch):
     monkeypatch.setattr("stepquant.layers.lora.find_spec", lambda name: None)
     with pytest.raises(StepquantError, match=r"pip install 'stepquant\[lora\]'"):
         fresh.load_lora_weights(lora)
 
 
-def test_it_is_switched_weighted_mixed_and_unloaded(quantized, fresh, text_pipeline, lora, tmp_path):
+def test_adapters_are_disabled_weighted_mixed_and_unloaded(quantized, fresh, text_pipeline, lora, tmp_path):
     untouched = images(quantized)
     fresh.load_lora_weights(lora, adapter_name="one")
     with_one = images(fresh)
@@ -95,7 +95,7 @@ def test_it_is_switched_weighted_mixed_and_unloaded(quantized, fresh, text_pipel
     assert set(quantized_modules(fresh.unet)) == set(quantized_modules(quantized.unet))
 
 
-def test_it_loads_on_what_diffusers_loaded(quantized, lora, tmp_path):
+def test_adapter_loads_after_from_pretrained(quantized, lora, tmp_path):
     quantized.save_pretrained(tmp_path / "model")
     results = []
     for pipeline in (stepquant.load(tmp_path / "model"), DiffusionPipeline.from_pretrained(tmp_path / "model")):
@@ -104,7 +104,7 @@ def test_it_loads_on_what_diffusers_loaded(quantized, lora, tmp_path):
     assert torch.equal(*results) and not torch.equal(results[0], images(quantized))
 
 
-def test_fused_before_quantizing(text_pipeline, lora):
+def test_adapter_fused_before_quantization(text_pipeline, lora):
     """The other way: merged into the full-precision weights, then quantized with them."""
     plain = copy.copy(text_pipeline)
     plain.unet = copy.deepcopy(text_pipeline.unet)
@@ -116,7 +116,7 @@ def test_fused_before_quantizing(text_pipeline, lora):
     assert (images(quantized) - images(plain)).abs().mean() < 0.5 * effect
 
 
-def test_what_does_not_work_is_told_in_one_sentence(fresh, lora, text_pipeline, tmp_path):
+def test_unsupported_operations(fresh, lora, text_pipeline, tmp_path):
     fresh.load_lora_weights(lora)
     with pytest.raises(StepquantError, match="fuse it into the full-precision pipeline"):
         fresh.fuse_lora()
@@ -134,7 +134,7 @@ def test_what_does_not_work_is_told_in_one_sentence(fresh, lora, text_pipeline, 
 
 
 @pytest.mark.parametrize("family", ["SD3", "Flux dev"])
-def test_transformers_take_one_too(family, tmp_path):
+def test_adapters_for_transformers(family, tmp_path):
     pipeline = tiny.FAMILIES[family](tmp_path / "model")
     pipeline.transformer.save_pretrained(tmp_path / "transformer")
     config = stepquant.StepquantConfig("w8a16")
@@ -178,7 +178,7 @@ def ip_adapter(unet, tokens: int = 4) -> dict:
     return {"image_proj": projection, "ip_adapter": attentions}
 
 
-def test_an_ip_adapter_loads_and_does_what_it_does_in_full_precision(text_pipeline, fresh):
+def test_ip_adapter_has_the_same_effect_as_in_full_precision(text_pipeline, fresh):
     plain = copy.copy(text_pipeline)
     plain.unet = copy.deepcopy(text_pipeline.unet)
     adapter = ip_adapter(text_pipeline.unet)

@@ -44,7 +44,7 @@ def times(scheduler, steps: int) -> torch.Tensor:
     st.integers(2, 40), st.sampled_from([1.0, 1e-3]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_every_time_of_any_scheduler_gets_the_row_of_the_nearest_calibrated_one(calibrated, run, of, to, unit):
+def test_schedulers_get_the_row_of_the_nearest_calibrated_timestep(calibrated, run, of, to, unit):
     """Integers, fractions of sigma schedules, flow times; in the scheduler's units, or in [0, 1] as Flux reads them."""
     every = SCHEDULERS | FLOW
     grid = times(every[calibrated](), of).mul(unit).unique()
@@ -74,7 +74,7 @@ def test_continuous_times_of_a_sigma_schedule():
         assert int(clock.row) == len(grid) - 1 - index
 
 
-def told(clock: StepClock, steps) -> list[str]:
+def warnings_of(clock: StepClock, steps) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for time in steps:
@@ -82,17 +82,18 @@ def told(clock: StepClock, steps) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_steps_unlike_the_calibrated_are_told_once():
+def test_uncalibrated_steps_warn_once():
     grid = times(diffusers.DDIMScheduler(), 50).unique()
-    assert told(StepClock(grid), times(diffusers.DDIMScheduler(), 50)) == []
-    assert told(StepClock(grid), times(diffusers.DDIMScheduler(steps_offset=1), 50)) == []
-    messages = told(StepClock(grid), times(diffusers.DDIMScheduler(), 37))
+    assert warnings_of(StepClock(grid), times(diffusers.DDIMScheduler(), 50)) == []
+    assert warnings_of(StepClock(grid), times(diffusers.DDIMScheduler(steps_offset=1), 50)) == []
+    messages = warnings_of(StepClock(grid), times(diffusers.DDIMScheduler(), 37))
     assert len(messages) == 1 and "was not calibrated" in messages[0] and "nearest" in messages[0]
-    assert told(StepClock(), times(diffusers.DDIMScheduler(), 37)) == [], "static scales need no step"
+    assert warnings_of(StepClock(), times(diffusers.DDIMScheduler(), 37)) == [], "static scales need no step"
     training = StepClock(torch.arange(1000).float())
-    assert told(training, times(diffusers.EulerDiscreteScheduler(), 37)) == [], "TDQ has a row for every timestep"
+    euler = times(diffusers.EulerDiscreteScheduler(), 37)
+    assert warnings_of(training, euler) == [], "TDQ has a row for every timestep"
     mixed = StepClock(grid)
-    assert len(told(mixed, [torch.tensor([0.0, 490.0, 980.0])])) == 1
+    assert len(warnings_of(mixed, [torch.tensor([0.0, 490.0, 980.0])])) == 1
 
 
 @pytest.fixture(scope="module")

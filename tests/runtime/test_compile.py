@@ -41,7 +41,7 @@ def method(pipeline):
         ("w8a16", {"recipe": "minmax"}, method, False),
     ],
 )
-def test_a_compiled_denoiser_generates_the_same(bits, arguments, compiled, kernels, text_pipeline):
+def test_compiled_denoiser_generates_the_same_images(bits, arguments, compiled, kernels, text_pipeline):
     """Traced, but run without a compiler behind it, which would take minutes; ``benchmarks/compiled.py`` has one."""
     pipeline = stepquant.quantize(text_pipeline, bits, calibration=SMALL, **arguments)
     expected = images(pipeline)
@@ -51,7 +51,7 @@ def test_a_compiled_denoiser_generates_the_same(bits, arguments, compiled, kerne
     for _ in range(2):
         assert torch.allclose(images(pipeline), expected, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
-    # The clock reads its timestep (Tensor.item), and integer kernels say themselves that they are not to be traced.
+    # The clock reads its timestep (Tensor.item), and integer kernels are excluded from tracing.
     reasons = list(counters["graph_break"])
     assert any("torch.compiler.disable" in reason for reason in reasons) == (kernels and native.supported() is None)
     assert all("torch.compiler.disable" in reason or "Tensor.item" in reason for reason in reasons)

@@ -28,7 +28,7 @@ def held(module: QuantizedModule) -> int:
 
 
 def check(module, x, row):
-    """Packed or not, with AMX or without: the same to the bit, and the weight can be had back."""
+    """Results are identical, packed or not, with AMX or without, and the kernel returns its weight."""
     expected = module.layer().weight
     for amx in {False, has_amx()}:
         kernels = [native.NativeKernel(module, amx=amx, packed=packed) for packed in (False, True)]
@@ -65,7 +65,7 @@ def test_many_rows_and_columns():
 
 
 @needs_native
-def test_no_weight_is_held_twice():
+def test_weights_are_held_once():
     modules = {bits: linear(inputs=640, outputs=320, bits=(bits, 8)) for bits in (4, 8)}
     model = nn.ModuleList(modules.values())
     codes = 640 * 320
@@ -78,7 +78,7 @@ def test_no_weight_is_held_twice():
 @needs_native
 @pytest.mark.parametrize("memory", ["unpacked", "packed"])
 @pytest.mark.parametrize("bits", BITS)
-def test_released_codes_come_back(bits, memory):
+def test_released_codes_are_restored(bits, memory):
     """In the state dict, in copies, for another runtime, and when others are loaded into the layer."""
     module = convolution(6, 9, 3, padding=1, bits=(bits, 8))
     codes = module.weight_packed.clone()

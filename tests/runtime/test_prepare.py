@@ -54,15 +54,17 @@ def too_wide():
 
 
 @pytest.mark.parametrize("kernel", SUPPORTED)
-def test_kernels_take_the_layers_that_they_can_execute(kernel):
+def test_kernels_support_the_layers_they_declare(kernel):
     assert {name for name, layer in LAYERS.items() if kernel.supports(layer())} == SUPPORTED[kernel]
 
 
-def test_a_transform_that_a_kernel_does_not_support_runs_by_the_reference(monkeypatch):
+def test_unsupported_transform_falls_back_to_the_reference(monkeypatch):
     monkeypatch.setitem(INTEGER, "onednn", lambda: None)
     monkeypatch.setattr(OneDnnKernel, "capabilities", Capabilities(transforms=frozenset()))
     model = nn.ModuleDict({"plain": linear(), "smoothed": linear(smoothed=True)})
-    with pytest.warns(UserWarning, match="no integer kernel in onednn, run by the reference, slowly: smoothed"):
+    with pytest.warns(
+        UserWarning, match="without an integer kernel in onednn, layers run in the slow reference: smoothed"
+    ):
         prepare(model, "onednn")
     assert isinstance(model["plain"].kernel, OneDnnKernel) and isinstance(model["smoothed"].kernel, ReferenceKernel)
 
@@ -104,7 +106,7 @@ def test_fallbacks_are_named(backend):
     assert isinstance(model["grouped"].kernel, ReferenceKernel)
 
 
-def test_kernels_stay_out_of_the_state_dict():
+def test_kernels_are_not_in_the_state_dict():
     model = nn.Sequential(convolution(4, 4, 3), linear(), linear(smoothed=True))
     before = set(model.state_dict())
     prepare(model)
@@ -146,23 +148,23 @@ def test_unsupported_backend(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS_HERE])
-def test_a_state_dict_that_is_loaded_later_runs(backend):
-    ours, other = (nn.Sequential(convolution(7, 5, 3, padding=1)) for _ in range(2))
+def test_layer_uses_a_state_dict_loaded_after_prepare(backend):
+    first, other = (nn.Sequential(convolution(7, 5, 3, padding=1)) for _ in range(2))
     fill(other[0], (), (), (8, 8))
     x = torch.randn(2, 7, 6, 6)
-    for model in (ours, other):
+    for model in (first, other):
         prepare(model, backend)
-    before, wanted = ours(x), other(x)
+    before, wanted = first(x), other(x)
     assert not torch.equal(before, wanted)
-    ours.load_state_dict(other.state_dict())
-    assert torch.equal(ours(x), wanted)
+    first.load_state_dict(other.state_dict())
+    assert torch.equal(first(x), wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditional_pipeline):
-    """Attentions and what is fused and recorded, too."""
+def test_model_uses_a_state_dict_loaded_after_prepare(backend, unconditional_pipeline):
+    """Including attentions, fused blocks and recordings."""
     calibration = stepquant.Calibration(samples=4, steps=2)
-    ours, other = (
+    first, other = (
         stepquant.quantize(
             unconditional_pipeline, "w8a8", recipe="minmax", calibration=calibration, seed=seed, backend=backend
         ).unet
@@ -171,42 +173,43 @@ def test_a_whole_models_state_dict_that_is_loaded_later_runs(backend, unconditio
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
         for _ in range(3):
-            before, wanted = ours(x, 500).sample, other(x, 500).sample
+            before, wanted = first(x, 500).sample, other(x, 500).sample
         assert not torch.equal(before, wanted)
-        ours.load_state_dict(other.state_dict())
+        first.load_state_dict(other.state_dict())
         for _ in range(3):
-            assert torch.equal(ours(x, 500).sample, wanted)
-    assert all(is_unchanged(block) for block in ours.modules() if is_fused(block)), "blocks are fused no longer"
-    assert backend != "native" or any(is_fused(block) for block in ours.modules())
+            assert torch.equal(first(x, 500).sample, wanted)
+    assert all(is_unchanged(block) for block in first.modules() if is_fused(block)), "blocks are fused no longer"
+    assert backend != "native" or any(is_fused(block) for block in first.modules())
 
 
 def grouped() -> nn.Sequential:
-    """One layer with a kernel everywhere, one that no processor has a kernel for, one with a float activation."""
+    """One layer with a kernel everywhere, one without a kernel on CPUs, one with a float activation."""
     return nn.Sequential(
         convolution(8, 8, 3, padding=1), convolution(8, 8, 3, padding=1, groups=2), linear(6, 6, bits=(8, None))
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_a_layer_without_an_integer_kernel_is_named_once(backend):
+def test_warning_names_layers_without_integer_kernel(backend):
     model = grouped()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         prepare(model, backend)
-    assert [str(warning.message) for warning in told] == [
-        f"no integer kernel in {backend}, run by the reference, slowly: 1."
+    assert [str(warning.message) for warning in caught] == [
+        f"without an integer kernel in {backend}, layers run in the slow reference: 1."
     ]
     expected = f"layers: 1 {backend}, 1 reference (1), 1 floating point (2)"
     assert summary(model).split("; ")[0] == expected
 
 
-def test_auto_says_why_it_took_a_slower_runtime(monkeypatch):
+def test_warning_explains_slower_runtime(monkeypatch):
     for name in ("native", "onednn"):
         monkeypatch.setitem(INTEGER, name, lambda name=name: f"no {name} today")
     model = nn.Sequential(linear())
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         assert prepare(model) == "reference"
-    assert [str(warning.message) for warning in told] == [
-        "stepquant runs by reference, not by a faster runtime (native: no native today; onednn: no onednn today)."
+    assert [str(warning.message) for warning in caught] == [
+        "stepquant uses the reference runtime, since faster ones are not available "
+        "(native: no native today; onednn: no onednn today)."
     ]
     assert summary(model) == "layers: 1 reference (0); no native: no native today; no onednn: no onednn today"
     monkeypatch.setitem(INTEGER, "native", lambda: None)

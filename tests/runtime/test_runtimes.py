@@ -32,14 +32,14 @@ CONVOLUTIONS = {
 SPLITS = {"one": ((), ()), "activation": ((), (3, 4)), "both": ((2, 5), (3, 4)), "weight": ((4, 3), ())}
 
 BACKENDS_HERE = [name for name, reason_of in INTEGER.items() if DEVICE[name] == "cpu" and reason_of() is None]
-"""Those of processors; for GPUs see ``cuda/``."""
+"""Integer runtimes for CPUs; see ``cuda/`` for GPUs."""
 needs_onednn = pytest.mark.skipif(onednn.supported() is not None, reason=str(onednn.supported()))
 
 
 def fill(
     module: QuantizedModule, weight_groups: tuple[int, ...], groups: tuple[int, ...], bits: tuple[int, int | None]
 ) -> QuantizedModule:
-    """Random codes and tables; zero points off the middle, so that padding with the wrong code would show."""
+    """Random codes and tables; zero points off the middle, so that tests detect padding with a wrong code."""
     weight_bits, activation_bits = bits
     shape = module.weight_shape
     weight_shape = (1, max(1, len(weight_groups)), shape[0])
@@ -194,16 +194,16 @@ def test_all_bits(bits):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_balanced_layers(split):
-    """Each channel is divided by its own smoothing before it is rounded; the integer product knows nothing of it."""
+def test_smoothed_layers(split):
+    """Each channel is divided by its smoothing factor before rounding; the integer product does not change."""
     row = torch.tensor([1, 0, 1])
     check(convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=True), torch.randn(3, 7, 6, 5), row)
     check(linear(split=SPLITS[split], bits=(4, 4), smoothed=True), torch.randn(3, 5, 7), row)
     check(linear(split=SPLITS[split], smoothed=True), torch.randn(3, 7), torch.tensor(2))
 
 
-def test_balance_changes_the_grid_and_not_the_function():
-    """With grids fine enough, a smoothed layer is the linear map of the weight its codes stand for, divided again."""
+def test_smoothing_does_not_change_the_function():
+    """On a fine grid, a smoothed layer multiplies by its dequantized weight divided by the factor."""
     module = linear(inputs=6, bits=(8, 8), bias=False, smoothed=True)
     x = torch.randn(50, 6)
     module.input_scale.fill_(2 * float((x / module.transforms[0].factor).abs().max()) / 255)
@@ -243,8 +243,8 @@ def test_onednn_accumulators_are_exact():
 
 @needs_onednn
 @pytest.mark.parametrize("bits", [3, 8])
-def test_codes_are_those_of_the_definition(bits):
-    """Ties, and values far off the grid, included."""
+def test_codes_match_the_definition(bits):
+    """Including ties and values far off the grid."""
     module = linear(bits=(8, bits))
     module.input_scale.fill_(0.25)
     kernel = OneDnnKernel(module)

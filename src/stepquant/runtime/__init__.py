@@ -94,10 +94,10 @@ def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
     problems = []
     if backend == "auto" and (left_out := _left_out(_device_of(model))):
         reasons = "; ".join(f"{other}: {reason}" for other, reason in left_out)
-        problems.append(f"stepquant runs by {name}, not by a faster runtime ({reasons}).")
+        problems.append(f"stepquant uses the {name} runtime, since faster ones are not available ({reasons}).")
     expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) is ReferenceKernel]
     if expected and name != "reference":
-        problems.append(f"no integer kernel in {name}, run by the reference, slowly: {_few(expected)}.")
+        problems.append(f"without an integer kernel in {name}, layers run in the slow reference: {_few(expected)}.")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The kernels for GPUs against the reference: on a GPU where there is one, else in Triton's interpreter."""
+"""CUDA kernels against the reference, on a GPU if available, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def on_gpu(module: QuantizedModule) -> CudaKernel:
 
 
 def run(module: QuantizedModule, x: Tensor, row: Tensor, **fused) -> Tensor:
-    """What the kernel makes of x, back on the CPU."""
+    """The kernel's output for x, on the CPU."""
     return on_gpu(module).run(x.to(GPU), row.to(GPU), **fused).cpu()
 
 
@@ -59,7 +59,7 @@ def test_accumulators_of_convolutions_are_exact(name, row, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_weight_can_be_had_back(split, bits):
+def test_kernel_returns_its_weight(split, bits):
     for module in (convolution(7, 6, (3, 2), split=SPLITS[split], bits=bits), linear(split=SPLITS[split], bits=bits)):
         assert torch.equal(on_gpu(module).integers().cpu(), module.layer().weight.integers())
 
@@ -92,7 +92,7 @@ def test_large_accumulators_are_exact():
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_split_and_balanced_channels(split, layout):
+def test_split_and_smoothed_channels(split, layout):
     module = convolution(7, 6, 3, padding=1, split=SPLITS[split], smoothed=True)
     x, row = torch.randn(2, 7, 6, 5).to(memory_format=layout), torch.tensor([1, 0])
     assert_close(run(module, x, row), ReferenceKernel(module)(x, row))
@@ -102,8 +102,8 @@ def test_split_and_balanced_channels(split, layout):
 
 
 @pytest.mark.parametrize("bits", [3, 8])
-def test_codes_are_those_of_the_definition(bits):
-    """Ties, and values far off the grid, included."""
+def test_codes_match_the_definition(bits):
+    """Including ties and values far off the grid."""
     module = linear(bits=(8, bits))
     module.input_scale.fill_(0.25)
     kernel = on_gpu(module)
@@ -119,7 +119,7 @@ def test_codes_are_those_of_the_definition(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_everything_fused(dtype):
-    """Equal to rounding, but for codes at a tie: few, and off by what one code is worth."""
+    """Equal up to rounding, except for few codes at a tie, off by one code."""
     channels, outputs = 19, 6
     module, row = convolution(channels, outputs, 3, padding=1), torch.tensor([2, 0])
     x = torch.randn(2, channels, 5, 4).to(dtype)
@@ -138,7 +138,7 @@ def test_everything_fused(dtype):
     assert error.max() <= float(module.input_scale.max() * module.weight_scale.max()) * 128
 
 
-def test_pieces_with_everything():
+def test_everything_fused_with_channel_groups():
     """Channel groups are summed in float32 before anything is added."""
     module = convolution(7, 6, 3, padding=1, split=((2, 5), (3, 4)))
     x, row, added = torch.randn(2, 7, 5, 5), torch.tensor([0, 2]), torch.randn(2, 6)
@@ -150,7 +150,7 @@ def test_pieces_with_everything():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_linear_with_norm_and_residual():
+def test_linear_with_norm_and_residual():
     module = linear(7, 5, bits=(4, 8))
     x, residual, row = torch.randn(2, 9, 7), torch.randn(2, 9, 5), torch.tensor(1)
     norm = Norm(torch.rand(2, 7) + 0.5, torch.randn(2, 7))
@@ -182,7 +182,7 @@ def test_group_norm(shape, dtype):
     torch.testing.assert_close(first * multiply + add, norm(first), atol=2e-5, rtol=2e-5)
 
 
-def test_group_norm_is_float32_whatever_torch_makes():
+def test_group_norm_is_float32_under_another_default_dtype():
     kernel, norm, x = (
         on_gpu(linear()),
         nn.GroupNorm(4, 8).to(GPU).requires_grad_(False),
@@ -204,11 +204,11 @@ def test_output_has_the_dtype_of_the_input(dtype):
     x = torch.randn(3, 7).to(dtype)
     y = run(module, x, row)
     assert y.dtype == dtype
-    # The interpreter cuts float32 to bfloat16, where a GPU rounds.
+    # The interpreter truncates float32 to bfloat16; a GPU rounds.
     expected = ReferenceKernel(module)(x.float(), row)
     torch.testing.assert_close(y.float(), expected, atol=0, rtol=torch.finfo(dtype).eps)
 
 
-def test_nothing_to_do():
+def test_empty_batch():
     assert run(linear(), torch.randn(0, 7), torch.tensor(0)).shape == (0, 5)
     assert run(convolution(4, 3, 3), torch.randn(0, 4, 5, 5), torch.tensor(0)).shape == (0, 3, 3, 3)

@@ -1,4 +1,4 @@
-"""NaN in an activation reaches the output of the kernels for GPUs, as in the reference runtime."""
+"""NaN in an activation reaches the output of CUDA kernels, as in the reference runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(cuda.supported() is not None, reason=str(cuda.su
 
 
 def assert_nan_as(found: Tensor, expected: Tensor, clean: Tensor) -> None:
-    """NaN wherever the reference has it, in sample 1 only; sample 0 as without NaN in the batch."""
+    """NaN wherever the reference has it, in sample 1; sample 0 is unaffected."""
     assert bool(expected.isnan().any()) and bool(found.isnan()[expected.isnan()].all())
     assert torch.equal(found[0], clean[0])
 
@@ -38,7 +38,7 @@ def test_layers(split, row, dtype):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_many_channels(bits):
-    """One program turns some of the channels into codes: NaN lies in the last."""
+    """Several programs quantize a row; NaN is in the last channel."""
     module, row, x = linear(300, 5, bits=bits), torch.tensor(1), torch.randn(2, 300)
     clean = run(module, x, row)
     x[1, 299] = torch.nan

@@ -1,4 +1,4 @@
-"""Where the kernels for GPUs are used: chosen, refused, moved, compiled, and held by CUDA graphs."""
+"""Selection of CUDA kernels, moving between devices, compilation and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def pretend(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor moved to a GPU, in `FakeTensorMode`, which a build of torch without GPUs has too."""
+    """Move a tensor to a fake GPU, in `FakeTensorMode`."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
 
@@ -40,7 +40,7 @@ def no_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_reasons(no_interpreter, monkeypatch):
+def test_reasons_for_missing_support(no_interpreter, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert cuda.supported() == "triton is not installed (pip install 'stepquant[cuda]', on Linux)"
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: "triton")
@@ -57,7 +57,7 @@ def test_reasons(no_interpreter, monkeypatch):
     assert cuda.supported() is None
 
 
-def test_nothing_needs_triton_until_it_is_used():
+def test_triton_is_imported_lazily():
     """In a process where importing it fails."""
     code = """
 import sys
@@ -78,7 +78,7 @@ except StepquantError as error:
 
 
 @needs_triton
-def test_which_layers_run_on_it():
+def test_supported_layers():
     layers = {
         "plain": convolution(4, 4, 3),
         "grouped": convolution(4, 4, 3, groups=2),
@@ -93,21 +93,21 @@ def test_which_layers_run_on_it():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_processor_keeps_its_own_kernels():
+def test_auto_on_a_cpu_selects_no_cuda_kernel():
     model = nn.Sequential(linear())
     assert prepare(model, "auto") != "cuda"
     assert not isinstance(model[0].kernel, CudaKernel)
 
 
 class Claimed(ReferenceKernel):
-    """In the place of a kernel that only a GPU runs."""
+    """Stands in for a kernel that needs a GPU."""
 
     def integers(self) -> torch.Tensor:
         return self.weight_0.to(torch.int8)
 
 
-def test_a_gpu_gets_its_kernels(monkeypatch):
-    """What a layer on a GPU gets, without one: its device is only claimed."""
+def test_auto_on_a_gpu_selects_cuda_kernels(monkeypatch):
+    """Without a GPU: the layer's device is patched."""
     model = nn.Sequential(linear(), convolution(4, 4, 3, bits=(4, None)))
     monkeypatch.setattr(type(model[0]), "device", torch.device("cuda", 0))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_args, **_more: self)
@@ -122,8 +122,8 @@ def test_a_gpu_gets_its_kernels(monkeypatch):
     assert prepare(model, "reference") == "reference"
 
 
-def test_a_moved_layer_gets_another_kernel():
-    """To a device that is only a pretence; codes stay here, since a kernel there has the weight in its own layout."""
+def test_moved_layer_gets_a_new_kernel():
+    """To a fake device; codes stay on the CPU, since a kernel there has the weight in another layout."""
     module = linear()
     prepare(module, "auto")
     original, made = module.kernel, []
@@ -143,9 +143,8 @@ def test_a_moved_layer_gets_another_kernel():
 @needs_triton
 @pytest.mark.parametrize("kind", ["cuda", "reference", "weights"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_step_waits_for_nothing(kind, split):
-    """On tensors without values, of a device of their own: all that is computed with lies there, and nothing is looked
-    at from here, so a CUDA graph can hold it."""
+def test_step_does_not_synchronize(kind, split):
+    """On the meta device: all operands are there and no value is read, so a CUDA graph can capture it."""
     bits = (4, None) if kind == "weights" else (4, 8)
     split = ((), ()) if kind == "weights" else SPLITS[split]
     make = {"cuda": CudaKernel, "reference": ReferenceKernel, "weights": WeightOnlyKernel}[kind]
@@ -166,9 +165,8 @@ def test_a_step_waits_for_nothing(kind, split):
 
 @needs_triton
 @torch.no_grad()
-def test_a_denoiser(unconditional_pipeline):
-    """Blocks are fused; most samples agree with the reference to float rounding, and a code at a tie shows in
-    decibels. Moved without being prepared again, it runs layer by layer, and as well."""
+def test_denoiser(unconditional_pipeline):
+    """Fused and layer by layer, outputs agree with the reference up to rounding and a few codes at ties."""
     full = copy.deepcopy(unconditional_pipeline.unet)
     quantized = quantize_network(full, example(full, 2), "w4a8", 3)
     seen = []
@@ -192,8 +190,8 @@ def test_a_denoiser(unconditional_pipeline):
 
 
 @needs_triton
-def test_they_compile_for_gpus():
-    """Without one, in a process that does not interpret: into integer tensor instructions that copies run beside."""
+def test_kernels_compile_for_gpus():
+    """Without a GPU or the interpreter: into integer tensor instructions with asynchronous copies."""
     command = [sys.executable, "-m", "benchmarks.cuda_compile", "--capability", "80", "--tiles", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -205,8 +203,8 @@ def test_they_compile_for_gpus():
 
 
 @needs_triton
-def test_operators_are_what_they_claim():
-    """Shapes, strides and dtypes that torch.compile reckons with; no argument changed or returned."""
+def test_operators_pass_opcheck():
+    """Schemas and fake implementations match; no argument is mutated or returned."""
     module, split = convolution(6, 5, 3, padding=1, bits=(4, 8)), linear(7, 5)
     kernel, flat = CudaKernel(module).to(GPU), CudaKernel(split).to(GPU)
     x, row = torch.randn(2, 12, 6, device=GPU), torch.tensor([1], device=GPU)
@@ -241,8 +239,8 @@ def test_operators_are_what_they_claim():
 
 
 @needs_triton
-def test_torch_compile_takes_layers_whole():
-    """One graph, no breaks; and the clock's row is read anew in each call."""
+def test_torch_compile_without_graph_breaks():
+    """One graph, which reads the clock's row in each call."""
     model = nn.Sequential(convolution(4, 6, 3, padding=1), nn.SiLU(), convolution(6, 4, 1, bits=(4, 8))).to(GPU)
     prepare(model, "cuda")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -258,7 +256,7 @@ def test_torch_compile_takes_layers_whole():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cuda_graph_runs_any_step():
+def test_cuda_graph_runs_any_step():
     module = convolution(4, 6, 3, padding=1)
     prepare(module.cuda(), "cuda")
     x, time = torch.randn(2, 4, 5, 5, device=GPU), torch.zeros((), device=GPU)

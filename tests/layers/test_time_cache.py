@@ -1,4 +1,4 @@
-"""Outputs by timestep: never another than what would be computed, and not computed twice."""
+"""Cached outputs by timestep are exact and not computed twice."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from stepquant.models import describe
 
 
 class Counted(nn.Linear):
-    """A linear that counts how often it computes."""
+    """A linear that counts its calls."""
 
     count = 0
 
@@ -26,27 +26,27 @@ class Counted(nn.Linear):
 
 
 class Rig:
-    """A memo in front of a counted linear."""
+    """A cache in front of a counted linear."""
 
     def __init__(self):
         torch.manual_seed(0)
-        self.linear, self.memo = Counted(6, 5), TimeCache()
+        self.linear, self.cache = Counted(6, 5), TimeCache()
 
     @torch.no_grad()
     def __call__(self, x, time, layer=None):
         before = self.linear.count
-        y = self.memo(x, torch.as_tensor(time, dtype=torch.float32), layer, self.linear)
+        y = self.cache(x, torch.as_tensor(time, dtype=torch.float32), layer, self.linear)
         torch.testing.assert_close(y, nn.functional.linear(x, self.linear.weight, self.linear.bias))
         return self.linear.count - before
 
 
-def test_an_embedding_is_computed_once_a_timestep_whatever_the_batch():
+def test_embedding_is_computed_once_per_timestep():
     rig, x = Rig(), {time: torch.randn(1, 6) for time in (3, 7)}
     counts = [rig(x[time].repeat(size, 1), time) for time, size in ((3, 4), (3, 4), (7, 4), (3, 9), (7, 1))]
     assert counts == [1, 0, 1, 0, 0]
 
 
-def test_what_does_not_depend_on_time_alone_is_computed():
+def test_other_inputs_are_computed():
     rig, same = Rig(), torch.randn(1, 6)
     rig(same.repeat(4, 1), 3)
     assert rig(torch.randn(4, 6), 3) == 1, "samples of different classes"
@@ -55,7 +55,7 @@ def test_what_does_not_depend_on_time_alone_is_computed():
     assert rig(same.repeat(2, 1).unsqueeze(0), 3) == 1
 
 
-def test_a_changed_layer_and_another_dtype_are_computed():
+def test_changed_layer_and_dtype_are_computed():
     rig, x = Rig(), torch.randn(2, 1, 6)[:, 0][:1].repeat(3, 1)
     assert [rig(x, 3, layer) for layer in ("old", "old", "new", "new")] == [1, 0, 1, 0]
     rig.linear.double()
@@ -66,21 +66,21 @@ def test_gradients_pass_through():
     rig, x = Rig(), torch.randn(2, 6)[:1].repeat(3, 1)
     rig(x, 3)
     x = x.clone().requires_grad_()
-    rig.memo(x, torch.tensor(3.0), None, rig.linear).sum().backward()
+    rig.cache(x, torch.tensor(3.0), None, rig.linear).sum().backward()
     assert x.grad is not None and rig.linear.count == 2
 
 
-def test_memory_is_bounded():
+def test_cachery_is_bounded():
     rig = Rig()
     for time in range(MOST_TIMESTEPS + 5):
         rig(torch.full((2, 6), float(time)), time)
-    assert len(rig.memo._known) == MOST_TIMESTEPS
+    assert len(rig.cache._known) == MOST_TIMESTEPS
     assert rig(torch.full((2, 6), 1000.0), 1000) == 0
     assert rig(torch.zeros(2, 6), 0) == 1
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "assigned", "bias"])
-def test_a_linear_whose_parameters_change_is_computed_again(change):
+def test_linear_with_changed_parameters_is_computed_again(change):
     torch.manual_seed(1)
     plain, clock = nn.Linear(40, 5), StepClock()
     linear = TimeLinear.like(plain, clock)
@@ -107,7 +107,7 @@ def _quantized(pipeline, **spec):
 
 
 @pytest.mark.parametrize("exact_time", [False, True])
-def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time, unconditional_pipeline, tmp_path):
+def test_cached_time_layers_do_not_change_the_model(exact_time, unconditional_pipeline, tmp_path):
     _quantized(unconditional_pipeline, exact_time=exact_time).save_pretrained(tmp_path / "out")
     # The native kernels compute the projections in residual blocks, which takes less than looking them up.
     model = stepquant.load(tmp_path / "out", backend="reference").unet
@@ -122,8 +122,8 @@ def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time
     with torch.no_grad():
         for time in (900, 3, torch.tensor([3, 900]), 900, 3, torch.tensor([3, 900]), 901):
             assert torch.equal(model(x, time).sample, plain(x, time).sample)
-        memos = [model.get_submodule(name).time_cache._known for name in names]
-        assert all(set(known) == {900.0, 3.0, 901.0} for known in memos)
+        caches = [model.get_submodule(name).time_cache._known for name in names]
+        assert all(set(known) == {900.0, 3.0, 901.0} for known in caches)
         copied = copy.deepcopy(model)
         assert not copied.get_submodule(names[0]).time_cache._known, "a copy starts empty"
         with ThreadPoolExecutor(2) as pool:
@@ -135,7 +135,7 @@ def test_a_model_looks_its_time_layers_up_and_stays_the_same_function(exact_time
         torch.testing.assert_close(model(x.half(), 3).sample, plain.half()(x.half(), 3).sample)
 
 
-def test_a_time_layer_that_is_not_linear_is_rejected(unconditional_pipeline):
+def test_time_layer_must_be_linear(unconditional_pipeline):
     model = copy.deepcopy(unconditional_pipeline.unet)
     structure = {"timesteps": [0.0], "layers": {}, "attentions": {}}
     for name, message in (("conv_in", "expected a linear"), ("nowhere", "no layer 'nowhere'")):
@@ -143,7 +143,7 @@ def test_a_time_layer_that_is_not_linear_is_rejected(unconditional_pipeline):
             install_empty(model, structure | {"time_layers": [name]})
 
 
-def test_classes_in_the_embedding_do_no_harm(class_pipeline):
+def test_class_embeddings(class_pipeline):
     model = _quantized(class_pipeline).transformer
     assert any(module.time_cache is not None for module in quantized_modules(model).values())
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 5])
