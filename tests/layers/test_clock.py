@@ -5,8 +5,10 @@ import torch
 from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from stepquant.layers.clock import StepClock
+from stepquant.errors import StepquantError
+from stepquant.layers.clock import StepClock, timestep_name
 
 
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.floats(-10, 1100))
@@ -52,3 +54,31 @@ def test_denoiser_sets_its_clock_for_any_call_signature():
     remove()
     model(x, 999)
     assert clock.row == 0
+
+
+@pytest.mark.parametrize("name", ["t", "timesteps", "timestep_ratio"])
+def test_the_timestep_is_read_under_any_name_and_position(name):
+    namespace: dict = {}
+    exec(f"def forward(self, x, condition=None, {name}=None): return x", namespace)
+    model = type("Denoiser", (nn.Module,), {"forward": namespace["forward"]})()
+    assert timestep_name(model) == name
+    clock = StepClock(torch.tensor([0.0, 0.5, 1.0]))
+    clock.attach(model, name)
+    model(torch.zeros(1), None, 0.9)
+    assert clock.row == 2
+    model(torch.zeros(1), **{name: torch.tensor([0.4, 0.1])})
+    assert clock.row.tolist() == [1, 0]
+
+
+def test_a_model_without_a_timestep_is_refused_with_the_names_that_are_known():
+    with pytest.raises(StepquantError, match="Linear has the parameters input; expected a timestep named timestep, "):
+        StepClock().attach(nn.Linear(1, 1))
+    with pytest.raises(StepquantError, match="expected a timestep named time_left"):
+        StepClock().attach(nn.Linear(1, 1), "time_left")
+
+
+def test_the_latest_of_a_samples_timesteps_counts():
+    """Image to video: the frames that are given have timestep 0."""
+    clock = StepClock(torch.tensor([0.0, 500.0, 999.0]))
+    clock.set(torch.tensor([[0.0, 999.0, 999.0], [0.0, 480.0, 480.0]]))
+    assert clock.row.tolist() == [2, 1]

@@ -47,8 +47,14 @@ class StepClock:
         self._caller: dict[str, int] = {}
 
     def set(self, timestep: Tensor | float | int) -> None:
-        """Set the time: a number or a tensor [] or [B], in the units of the scheduler's timesteps."""
+        """Set the time, as the denoiser is given it: a number or a tensor [] or [B].
+
+        Of a tensor [B, ...], with a timestep for each token or frame, the latest of each sample counts: those of
+        given frames are 0.
+        """
         time = torch.as_tensor(timestep).detach().float()
+        if time.dim() > 1:
+            time = time.flatten(1).amax(dim=1)
         on_cpu = time.device.type == "cpu"
         if on_cpu and time.dim() == 1 and bool((time == time[0]).all()):
             time = time[0]
@@ -70,13 +76,15 @@ class StepClock:
                 stacklevel=2,
             )
 
-    def attach(self, denoiser: nn.Module) -> Callable[[], None]:
+    def attach(self, denoiser: nn.Module, timestep: str | None = None) -> Callable[[], None]:
         """Read the timestep of every call of the denoiser; returns a function that removes the hooks.
+
+        `timestep` names the parameter of the denoiser's forward; None: see `timestep_name`.
 
         A call raises `StepquantError` while another thread is inside of the denoiser: the clock, and what the kernels
         record, belong to one call at a time. A compiled denoiser does not check this.
         """
-        hook = _ClockHook(self, TimestepReader.of(denoiser))
+        hook = _ClockHook(self, TimestepReader.of(denoiser, timestep))
         before = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
         after = denoiser.register_forward_hook(hook.leave, always_call=True)
 
@@ -116,25 +124,48 @@ def of_samples(values: Tensor, batch: int) -> Tensor:
     return values.repeat_interleave(batch // len(values), dim=0)
 
 
-def reads_timestep(model: nn.Module) -> bool:
-    """Return whether the model's forward has a parameter `timestep`: a denoiser does, an autoencoder does not."""
-    return "timestep" in inspect.signature(model.forward).parameters
+TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "time", "sigma", "sigmas", "noise_level")
+"""Names of the timestep among the parameters of a denoiser's forward, the most specific first."""
+
+
+def timestep_name(model: nn.Module) -> str | None:
+    """Return the name of the timestep among the parameters of the model's forward; None for one without, such as an
+    autoencoder."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in TIMESTEP_NAMES if name in parameters), None)
 
 
 @dataclass(frozen=True)
 class TimestepReader:
-    """Finds the timestep among the arguments of a denoiser's call."""
+    """Finds the timestep among the arguments of a denoiser's call.
 
+    Attributes:
+        name: of the parameter.
+        position: among the positional arguments.
+    """
+
+    name: str
     position: int
 
     @classmethod
-    def of(cls, denoiser: nn.Module) -> TimestepReader:
-        """Read the position off the signature of the denoiser's forward; the second by default."""
+    def of(cls, denoiser: nn.Module, name: str | None = None) -> TimestepReader:
+        """Find the parameter `name`, by default the one of `timestep_name`.
+
+        Raises:
+            StepquantError: if the denoiser's forward does not have such a parameter.
+        """
         names = list(inspect.signature(denoiser.forward).parameters)
-        return cls(names.index("timestep") if "timestep" in names else 1)
+        name = name or timestep_name(denoiser)
+        if name not in names:
+            raise StepquantError(
+                f"the forward of {type(denoiser).__name__} has the parameters {', '.join(names)}; expected a timestep "
+                f"named {name or ', '.join(TIMESTEP_NAMES[:-1]) + ' or ' + TIMESTEP_NAMES[-1]}. Wrap the model in a "
+                "module whose forward has a parameter `timestep`."
+            )
+        return cls(name, names.index(name))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs["timestep"] if "timestep" in kwargs else args[self.position]
+        return kwargs[self.name] if self.name in kwargs else args[self.position]
 
 
 class _ClockHook:

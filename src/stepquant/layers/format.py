@@ -72,6 +72,7 @@ class Structure(BaseModel):
         attentions: name of an `Attention` -> one of `OPERANDS` -> format.
         time_layers: linears, quantized or not, whose outputs are cached by timestep (`TimeCache`).
         correction_rows: rows of the output correction; 0 without one.
+        timestep: name of the timestep among the parameters of the denoiser's forward.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +82,7 @@ class Structure(BaseModel):
     attentions: dict[str, dict[str, GridFormat]]
     time_layers: list[str] = []
     correction_rows: Annotated[int, Field(ge=0, le=MOST_ROWS)] = 0
+    timestep: str = "timestep"
 
     @model_validator(mode="after")
     def _consistent(self) -> Structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.core.qtensor import QuantizedAttention, QuantizedLayer
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.clock import StepClock, reads_timestep
+from stepquant.layers.clock import StepClock
 from stepquant.layers.correction import Correction, OutputCorrection, correction_of
 from stepquant.layers.format import OPERANDS, LayerFormat, Structure
 from stepquant.layers.linear import QuantizedLinear
@@ -31,6 +32,7 @@ class Quantization:
         time_layers: names of linears whose input depends on the timestep alone.
         correction: correction of the denoiser's output, if one was estimated.
         parameters: floating-point parameters that training changed, such as those of norms.
+        timestep: name of the timestep among the parameters of the denoiser's forward.
     """
 
     timesteps: Tensor
@@ -39,6 +41,7 @@ class Quantization:
     time_layers: tuple[str, ...] = ()
     correction: Correction | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    timestep: str = "timestep"
 
     def structure(self) -> dict[str, Any]:
         """JSON-able `Structure` of this quantization."""
@@ -52,8 +55,10 @@ class Quantization:
             attentions=attentions,
             time_layers=list(self.time_layers),
             correction_rows=0 if self.correction is None else len(self.correction.timesteps),
+            timestep=self.timestep,
         )
-        return structure.model_dump(mode="json")
+        # Releases before this field read the structures that do not need it.
+        return structure.model_dump(mode="json", exclude={"timestep"} if self.timestep == "timestep" else set())
 
 
 def install(model: nn.Module, quantization: Quantization) -> StepClock:
@@ -105,8 +110,8 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             cache_by_time(model, name, clock)
         if structure.correction_rows:
             OutputCorrection(structure.correction_rows, clock).attach(model)
-    if reads_timestep(model):
-        clock.attach(model)
+    if structure.timestep in inspect.signature(model.forward).parameters:  # not a text encoder or autoencoder
+        clock.attach(model, structure.timestep)
     enable_lora(model)
     return clock
 

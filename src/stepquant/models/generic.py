@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from stepquant.errors import StepquantError
-from stepquant.layers.clock import reads_timestep
+from stepquant.layers.clock import timestep_name
 from stepquant.layers.quantized import can_quantize
 from stepquant.models.description import ModelDescription, describe_blocks, has_layers
 
@@ -26,7 +26,7 @@ def describe_generic(model: nn.Module) -> ModelDescription:
         StepquantError: if the model reads no timestep, or repeats no block.
     """
     name = type(model).__name__
-    if not reads_timestep(model):
+    if timestep_name(model) is None:
         raise StepquantError(f"{name} has no timestep; expected a denoiser whose forward has a parameter `timestep`.")
     lists = list(_repeated(model))
     if not lists:
