@@ -1,11 +1,25 @@
-"""Arguments of a denoiser's call as named tensors."""
+"""Arguments of a denoiser's call: by name, and as named tensors."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module` by name, so that ``module(**arguments)`` repeats it.
+
+    Arguments that were left out are absent.
+    """
+    signature = inspect.signature(module.forward)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -19,8 +19,11 @@ class StepCounter:
         self.step, self.calls, self.time = -1, 0, float("nan")
 
     def see(self, timestep: Tensor | float) -> bool:
-        """Count a call of the denoiser at `timestep`, a number or a tensor [] or [B]; returns whether a step begins."""
-        time = float(torch.as_tensor(timestep).reshape(-1)[0])
+        """Count a call of the denoiser at `timestep`, a number or a tensor of any shape; returns whether a step begins.
+
+        Of several timesteps the largest counts: image-to-video models give the frames they start from timestep 0.
+        """
+        time = float(torch.as_tensor(timestep).max())
         begins = time != self.time
         if begins:
             self.step, self.calls, self.time = self.step + 1, 0, time
