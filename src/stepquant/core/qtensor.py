@@ -194,6 +194,13 @@ class QuantizedLayer:
             if problem is not None:
                 raise InvalidGrid(problem)
 
+    def original_weight(self) -> Tensor:
+        """The dequantized weight of the layer without its transforms, float32 [out, in, *kernel]."""
+        weight = self.weight.dequantize()
+        for transform in reversed(self.transforms):
+            weight = transform.restore_weight(weight)
+        return weight
+
     @property
     def smoothing(self) -> Tensor | None:
         """float32 [in], the factor of the layer's `Smoothing`, if it has one."""

@@ -40,6 +40,10 @@ class LayerTransform:
         """The tensor that is quantized in place of the layer's input x."""
         return x
 
+    def restore_weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, in, *kernel] for the layer's own input, of one for the transformed input."""
+        return weight
+
     def transform_scale(self, scale: Tensor, channels: slice, dims: int, channel_dim: int) -> Tensor:
         """The input's scale on `channels`; `scale` broadcasts against an input of `dims` dimensions."""
         return scale
@@ -71,6 +75,9 @@ class Smoothing(LayerTransform):
         if not bool(torch.isfinite(factor).all()) or bool((factor <= 0).any()):
             return "a smoothing factor is not a positive number"
         return None
+
+    def restore_weight(self, weight: Tensor) -> Tensor:
+        return weight / self.factor.reshape(-1, *(1,) * (weight.dim() - 2))
 
     def transform_scale(self, scale: Tensor, channels: slice, dims: int, channel_dim: int) -> Tensor:
         shape = [1] * dims

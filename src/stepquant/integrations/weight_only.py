@@ -13,7 +13,7 @@ from stepquant.core.weights import group_channels, round_to_nearest
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.lora import enable_lora
-from stepquant.layers.quantized import can_quantize, quantized_like, replace_module
+from stepquant.layers.quantized import can_quantize, kept_in_float32, quantized_like, replace_module
 
 
 @torch.no_grad()
@@ -22,8 +22,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
 
     Ranges are min-max per output channel. Works for any model of diffusers or transformers, without a description of
     its family; so no layer counts as first or last, and layers that need more bits are overrides. Layers that the
-    model's class keeps in float32 (``_keep_in_fp32_modules``: T5's ``wo``, Wan's ``time_embedder``) are not replaced,
-    since its code reads the dtype of their parameters.
+    model's class keeps in float32 are not replaced.
 
     Returns:
         The structure of the quantized model, for its configuration.
@@ -32,10 +31,10 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         StepquantError: if there is nothing to quantize, or an override of the spec quantizes an activation.
     """
     layers, clock = {}, StepClock()
-    float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32_layers = kept_in_float32(model)
     for name, module in list(model.named_modules()):
         bits = spec.layer_bits(name)
-        if not can_quantize(module) or bits.is_float or float32 & set(name.split(".")):
+        if not can_quantize(module) or bits.is_float or name in float32_layers:
             continue
         if bits.activation < FLOAT_BITS:
             raise StepquantError(f"override {bits} of layer {name} needs samples; expected bits such as w8a16.")

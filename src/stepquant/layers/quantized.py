@@ -30,6 +30,7 @@ from stepquant.layers.clock import StepClock
 from stepquant.layers.format import LayerFormat
 from stepquant.layers.kernel import Kernel
 from stepquant.layers.time_cache import TimeCache
+from stepquant.layers.weight import DequantizedWeight
 
 QuantizedT = TypeVar("QuantizedT", bound="QuantizedModule")
 
@@ -44,6 +45,11 @@ class QuantizedModule(nn.Module):
         bias: float32 [out], or None.
         input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent if the activation is not quantized.
         transforms.0.factor, ...: tensors of the layer's transforms, in order.
+
+    Attributes:
+        weight: the dequantized weight, read-only; see `DequantizedWeight`.
+        anchor: an empty parameter, which is not stored. Its dtype and device are those of the layer it replaces, for
+            code that reads ``next(module.parameters())``.
 
     A subclass defines `channel_dim`, the channel dimension of the input, and `like`.
     """
@@ -76,7 +82,25 @@ class QuantizedModule(nn.Module):
             register_grid(self, "input", layer_format.input)
         identities = [KINDS[transform.kind].identity(inputs) for transform in layer_format.transforms]
         self.transforms = nn.ModuleList(TransformBuffers(identity) for identity in identities)
+        self.anchor = _anchor(torch.float32, "cpu")
         self.register_load_state_dict_post_hook(_renew_reloaded)
+
+    @property
+    def weight(self) -> Tensor:
+        return DequantizedWeight(self.weight_shape, self.dtype, self.device, self._dequantize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the layer that this one replaces; follows ``half()`` and ``to(dtype)``, unlike the buffers."""
+        return self.anchor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the module's buffers, except `weight_packed`."""
+        return self.weight_scale.device
+
+    def _dequantize(self) -> Tensor:
+        return self.layer().original_weight()
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -139,17 +163,17 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight_packed"] = self._packed()
+        del destination[f"{prefix}anchor"]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
         self._reloaded = has_buffers_of(self, state_dict, prefix)
         if self._reloaded:
             self.restore()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the module's buffers, except `weight_packed`."""
-        return self.weight_scale.device
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        if f"{prefix}anchor" in missing:
+            missing.remove(f"{prefix}anchor")
 
     def use(self, make_kernel: Callable[[QuantizedModule], Kernel]) -> None:
         """Run the kernel that `make_kernel` returns, created again on each device that the layer is moved to."""
@@ -159,6 +183,8 @@ class QuantizedModule(nn.Module):
     def _renew_kernel(self) -> None:
         if self.make_kernel is None or self.device.type == "meta":
             return
+        if self.anchor.device != self.device:  # moved tensor by tensor
+            self.anchor = _anchor(self.dtype, self.device)
         self.restore()
         if self.device.type != "cpu":
             self.weight_packed = self.weight_packed.cpu()
@@ -209,6 +235,17 @@ def can_quantize(module: nn.Module) -> bool:
     return _quantized_class(module) is not None
 
 
+def kept_in_float32(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that the model's class keeps in float32 (``_keep_in_fp32_modules`` of diffusers).
+
+    They must not be quantized: T5's ``wo`` overflows in half precision, and Wan embeds its time in their dtype.
+    """
+    parts = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return frozenset(
+        name for name, module in model.named_modules() if can_quantize(module) and parts & {*name.split(".")}
+    )
+
+
 def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -> QuantizedModule:
     """Create an empty quantized layer with the shape of `module`.
 
@@ -226,7 +263,9 @@ def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -
                 f"groups of {sum(grid.groups)} channels were given for a layer of {channels} input channels. "
                 "The checkpoint is damaged; quantize the model again."
             )
-    return cls.like(module, layer_format, clock)
+    layer = cls.like(module, layer_format, clock)
+    layer.anchor = _anchor(weight.dtype, "cpu")
+    return layer
 
 
 def quantized_like(module: nn.Module, layer: QuantizedLayer, clock: StepClock) -> QuantizedModule:
@@ -250,6 +289,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
     found = (cls for kind, cls in QUANTIZED.items() if isinstance(module, kind) and cls.accepts(module))
     return next(found, None)
+
+
+def _anchor(dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
 
 
 def _renew_reloaded(module: nn.Module, _incompatible_keys: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import can_quantize_attention
-from stepquant.layers.quantized import can_quantize
+from stepquant.layers.quantized import can_quantize, kept_in_float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ModelDescription:
         middle: module whose output, float [B, C, H, W] or [B, N, C], represents the content of the image best.
         skip_splits: layer after a skip concatenation -> number of its input channels that come from the trunk; the
             others come from the skip.
+        float32_layers: those of `layers` that stay in floating point because the model's class keeps them in float32
+            (`stepquant.layers.quantized.kept_in_float32`).
         time_unit: the denoiser's timestep per timestep of the scheduler: 1, or 1/1000 where it reads t / 1000.
     """
 
@@ -44,13 +46,15 @@ class ModelDescription:
     middle: str
     skip_splits: dict[str, int]
     time_unit: float = 1.0
+    float32_layers: frozenset[str] = frozenset()
 
     def quantized_bits(self, spec: QuantSpec) -> dict[str, LayerBits]:
         """Return name -> bits of the layers that `spec` quantizes, in the order of `layers`."""
         bits = {}
         for name in self.layers:
             layer = spec.layer_bits(name, first=name == self.first, last=name == self.last)
-            if not layer.is_float and not (spec.exact_time and name in self.time_layers):
+            exact = name in self.float32_layers or (spec.exact_time and name in self.time_layers)
+            if not layer.is_float and not exact:
                 bits[name] = layer
         return bits
 
@@ -114,6 +118,7 @@ def describe_blocks(
         middle=middle,
         skip_splits=dict(skip_splits or {}),
         time_unit=time_unit,
+        float32_layers=kept_in_float32(model) & set(layers),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +40,13 @@ class CalibratedLayer(nn.Module):
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, layer.bias)
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes, bias and the like of the full-precision layer, which models read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
 
     @property
     def weight(self) -> Tensor:
