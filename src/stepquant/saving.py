@@ -10,13 +10,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
-from torch import nn
 
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.write import ORIGINAL
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import DENOISERS
+from stepquant.models import denoisers
 from stepquant.runtime import Backend
 
 
@@ -37,11 +36,7 @@ def save(pipeline: Any, folder: Path | str, *, overwrite: bool = False) -> None:
 
 def quantized_component(pipeline: Any) -> str | None:
     """Name of the pipeline's denoiser if stepquant quantized it."""
-    for name in DENOISERS:
-        denoiser = getattr(pipeline, name, None)
-        if isinstance(denoiser, nn.Module) and quantized_modules(denoiser):
-            return name
-    return None
+    return next((name for name, denoiser in denoisers(pipeline).items() if quantized_modules(denoiser)), None)
 
 
 def provenance_of(denoiser: Any) -> dict[str, Any]:

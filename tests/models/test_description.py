@@ -4,7 +4,7 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name, describe
-from stepquant.pipelines.request import kind_of
+from stepquant.pipelines.call import kind_of
 
 PIPELINES = ("unconditional_pipeline", "class_pipeline", "text_pipeline")
 

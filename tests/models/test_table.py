@@ -16,8 +16,9 @@ from peft.utils import get_peft_model_state_dict
 import stepquant
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name, describe
+from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import generate
-from stepquant.pipelines.request import kind_of, make_request
+from stepquant.pipelines.request import make_request
 from stepquant.runtime import fallbacks, native, prepare
 from tests.emulation import emulated_if_needed
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.models import denoiser_name
-from stepquant.pipelines.request import kind_of
+from stepquant.pipelines.call import kind_of
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.jsonl", "metadata.csv")

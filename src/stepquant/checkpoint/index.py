@@ -22,7 +22,7 @@ def check_index(folder: Path) -> None:
     try:
         index = read_json(folder / "model_index.json")
         name = index["_class_name"]
-        libraries = {key: value[0] for key, value in index.items() if isinstance(value, list) and key[0] != "_"}
+        libraries = {key: value[0] for key, value in index.items() if _is_component(key, value)}
     except (StepquantError, KeyError, TypeError, IndexError, AttributeError):
         raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
     if not isinstance(name, str) or not hasattr(diffusers, name):
@@ -36,3 +36,9 @@ def check_index(folder: Path) -> None:
         )
         if not known or any((folder / component).glob("*.py")):
             raise StepquantError(f"component {component} of {folder} contains custom code, which is not run.")
+
+
+def _is_component(key: str, value: object) -> bool:
+    """Whether an entry is a component's library and class, and not a list of numbers (the text layers of Krea 2)."""
+    numbers = isinstance(value, list) and value and all(isinstance(part, int | float) for part in value)
+    return isinstance(value, list) and key[0] != "_" and not numbers

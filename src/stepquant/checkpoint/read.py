@@ -31,7 +31,6 @@ from stepquant.files import tensors_digest
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import OutputCorrection
 from stepquant.layers.install import install_empty
-from stepquant.models import DENOISERS
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
 
@@ -57,7 +56,7 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "
     verify(folder, manifest)
     check_index(folder)
     check_configurations(folder)
-    if manifest.component not in DENOISERS:
+    if f"{manifest.component}/{WEIGHTS}" not in manifest.files:
         raise StepquantError(f"{folder} names {manifest.component!r} as its denoiser: the checkpoint is damaged.")
     denoiser = load_denoiser(folder / manifest.component)
     prepare(denoiser, backend, memory)

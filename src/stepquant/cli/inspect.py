@@ -19,7 +19,7 @@ def inspect(model: AnyModel) -> None:
     from stepquant.layers.quantized import quantized_modules
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
-    from stepquant.pipelines.request import kind_of
+    from stepquant.pipelines.call import kind_of
     from stepquant.runtime import summary
     from stepquant.saving import provenance_of
 

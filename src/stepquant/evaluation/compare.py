@@ -24,8 +24,9 @@ from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
+from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import BATCH_SIZE, batches, generate, generate_many
-from stepquant.pipelines.request import Request, kind_of, make_request
+from stepquant.pipelines.request import Request, make_request
 from stepquant.progress import Progress
 from stepquant.runtime.files import resolve_backend
 

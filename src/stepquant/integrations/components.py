@@ -15,7 +15,7 @@ from stepquant.integrations.diffusers import StepquantConfig
 from stepquant.integrations.transformers import StepquantHfQuantizer
 from stepquant.integrations.weight_only import quantize_weights
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import DENOISERS
+from stepquant.models.denoisers import modules, primary_denoisers
 from stepquant.runtime import Backend, prepare
 
 Also = Mapping[str, QuantSpec | str | dict[str, Any]]
@@ -29,8 +29,8 @@ def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
         StepquantError: for a name that is not another model of the pipeline, a model that is already quantized, or bits
             that need samples.
     """
-    models = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
-    others = [name for name in models if name not in DENOISERS]
+    primary = primary_denoisers(pipeline)
+    others = [name for name, _ in modules(pipeline) if name not in primary]
     for name in also:
         if name not in others:
             raise StepquantError(

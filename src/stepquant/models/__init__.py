@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from stepquant.errors import StepquantError
+from stepquant.models.denoisers import denoiser_name, denoisers, primary_denoisers
 from stepquant.models.description import Describer, ModelDescription, describe_blocks
 from stepquant.models.dit import describe_dit
 from stepquant.models.flux import describe_flux
@@ -22,9 +23,6 @@ FAMILIES: dict[str, Describer] = {
     "FluxTransformer2DModel": describe_flux,
 }
 """Class name of a denoiser -> function that describes it; any other is described by its structure."""
-
-DENOISERS = ("unet", "transformer")
-"""Names of the denoiser among the components of a diffusers pipeline."""
 
 
 def describe(model: nn.Module) -> ModelDescription:
@@ -45,16 +43,6 @@ def register(denoiser: type[nn.Module], describer: Describer) -> None:
         )
 
 
-def denoiser_name(pipeline: object) -> str:
-    """Return the name of a pipeline's denoiser among its components, ``"unet"`` or ``"transformer"``."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    raise StepquantError(
-        f"{type(pipeline).__name__} has no denoiser; expected a component named {' or '.join(DENOISERS)}."
-    )
-
-
 MOST_SAMPLES = 8
 """Samples per call of the denoiser; on two cores, twice as many were no faster."""
 MOST_POSITIONS = 1 << 14
@@ -73,13 +61,14 @@ def chunk_size(denoiser: nn.Module) -> int:
 
 
 __all__ = [
-    "DENOISERS",
     "FAMILIES",
     "Describer",
     "ModelDescription",
     "chunk_size",
     "denoiser_name",
+    "denoisers",
     "describe",
     "describe_blocks",
+    "primary_denoisers",
     "register",
 ]

@@ -15,8 +15,8 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.models.description import main_tensor
+from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import batches
-from stepquant.pipelines.request import kind_of
 from stepquant.progress import Progress
 
 DROPPED = 0.1

@@ -1,4 +1,4 @@
-"""Generate images with any diffusers pipeline in the same way."""
+"""Generate samples with any diffusers pipeline in the same way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from torch import Tensor
 
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
-from stepquant.models import denoiser_name
+from stepquant.models.denoisers import primary_denoisers
+from stepquant.pipelines.call import call_parameters, gives_latents, step_parameters, takes_batches
+from stepquant.pipelines.outputs import samples_of
 from stepquant.pipelines.overflow import watched
-from stepquant.pipelines.request import Request, call_parameters, check_dtype, kind_of
+from stepquant.pipelines.request import Request, check_dtype
+from stepquant.pipelines.steps import StepCounter
 from stepquant.progress import Progress
 
 BATCH_SIZE = 16
-"""Default number of images generated at a time."""
+"""Default number of samples generated at a time."""
+
+
+MEDIA = ("image", "mask_image", "control_image", "video", "mask", "image_embeds", "audio")
+"""Parameters that some pipelines need although they have a default."""
 
 
 def generate(
@@ -30,51 +37,72 @@ def generate(
     decode: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Return the images with the given indices: float32 [N, C, H, W] in [-1, 1].
+    """Return the samples with the given indices: float32.
 
-    Image i starts from the noise of ``seed + i`` and has condition i of the request, so that it does not depend on the
-    batch that it is generated in. Nothing of the pipeline is changed, other than what its own call changes.
+    Images [N, C, H, W] and video [N, C, F, H, W] are in [-1, 1]; audio is [N, C, L].
+
+    Sample i starts from the noise of ``seed + i`` and has condition i of the request, so that it does not depend on the
+    batch that it is generated in. Nothing of the pipeline is changed, other than what its own call changes. A pipeline
+    that takes one sample at a time is called for each (`stepquant.pipelines.call.takes_batches`).
 
     Args:
         decode: whether to decode latents; ignored by a pipeline without an autoencoder.
         on_step: called once per denoising step.
 
     Raises:
-        StepquantError: if the denoiser outputs NaN or infinity, naming the layer and the step where it first occurs; if
+        StepquantError: if a denoiser outputs NaN or infinity, naming the layer and the step where it first occurs; if
             the pipeline rejects an argument, or cannot output images in its dtype.
     """
     check_dtype(pipeline)
-    arguments = _arguments(pipeline, request, indices, seed, decode)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    parts = [indices] if takes_batches(pipeline) else [[index] for index in indices]
+    samples = [_call(pipeline, _arguments(pipeline, request, part, seed, decode), request, on_step) for part in parts]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _call(pipeline: Any, arguments: dict[str, Any], request: Request, on_step: Callable[[], None] | None) -> Tensor:
+    counter = StepCounter()
     try:
-        with torch.no_grad(), _without_progress_bar(pipeline), watched(denoiser, on_step):
-            images = pipeline(**arguments).images
-    except ValueError as error:  # how pipelines reject arguments
-        raise StepquantError(f"{type(pipeline).__name__} rejects its arguments: {first_line(error)}.") from error
-    if isinstance(images, Tensor):
-        return images
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1
+        with (
+            torch.no_grad(),
+            _without_progress_bar(pipeline),
+            watched(primary_denoisers(pipeline).values(), on_step, counter),
+        ):
+            return samples_of(pipeline(**arguments))
+    except Exception as error:
+        if type(error).__module__ != "builtins":
+            raise
+        # A pipeline checks its arguments with exceptions of any class, before the first step or in it.
+        started = counter.step >= 0
+        if started and not isinstance(error, ValueError) and not (request.inputs or request.each):
+            raise
+        message = f"{type(pipeline).__name__} rejects its arguments: {first_line(error)}."
+        left_out = [name for name in call_parameters(pipeline) if name in MEDIA and arguments.get(name) is None]
+        if left_out and not started:
+            message += f" Pass what its call needs as `inputs`; it also takes {', '.join(left_out)}."
+        raise StepquantError(message) from error
 
 
 def _arguments(pipeline: Any, request: Request, indices: Sequence[int], seed: int, decode: bool) -> dict[str, Any]:
-    kind = kind_of(pipeline)
-    arguments: dict[str, Any] = {
-        "num_inference_steps": request.steps,
-        "generator": [torch.Generator().manual_seed(seed + index) for index in indices],
-        "output_type": "np" if decode or kind != "text" else "latent",
+    parameters = call_parameters(pipeline)
+    generators = [torch.Generator().manual_seed(seed + index) for index in indices]
+    arguments: dict[str, Any] = dict.fromkeys(step_parameters(pipeline), request.steps)
+    arguments |= {
+        "output_type": "latent" if not decode and gives_latents(pipeline) else "np",
+        "height": request.size,
+        "width": request.size,
+        "guidance_scale": request.guidance,
+        # PixArt would change the size to one it was trained on.
+        "use_resolution_binning": None if request.size is None else False,
+        "batch_size": len(indices),
     }
-    if request.size is not None:
-        arguments |= {"height": request.size, "width": request.size}
-        if "use_resolution_binning" in call_parameters(pipeline):
-            arguments["use_resolution_binning"] = False  # PixArt would change the size to one it was trained on
-    if request.guidance is not None and kind != "unconditional":
-        arguments["guidance_scale"] = request.guidance
-    if kind == "unconditional":
-        arguments["batch_size"] = len(indices)
-    else:
-        name = "class_labels" if kind == "class" else "prompt"
-        arguments[name] = [request.condition(index) for index in indices]
-    return arguments | dict(request.inputs)
+    batched = takes_batches(pipeline)
+    arguments["generator"] = generators if batched else generators[0]
+    if request.conditions:
+        conditions = [request.condition(index) for index in indices]
+        arguments["prompt" if "prompt" in parameters else "class_labels"] = conditions if batched else conditions[0]
+    fitting = {name: value for name, value in arguments.items() if name in parameters and value is not None}
+    inputs = request.inputs_of(indices) if batched else request.input_of(indices[0])
+    return fitting | inputs
 
 
 @contextmanager
@@ -100,10 +128,10 @@ def generate_many(
     batch_size: int = BATCH_SIZE,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """Return images 0 to ``count - 1``, generated in batches: float32 [count, C, H, W] in [-1, 1]; see `generate`.
+    """Return samples 0 to ``count - 1``, generated in batches: float32 [count, C, ...]; see `generate`.
 
     Args:
-        ranks: processes that share the batches; each returns all images.
+        ranks: processes that share the batches; each returns all samples.
 
     Raises:
         StepquantError: if `count` is less than 1.
@@ -112,10 +140,10 @@ def generate_many(
         raise StepquantError(f"count is {count}; expected at least 1 image.")
     with progress.task(description, count * request.steps) as advance:
 
-        def images_of(indices: range) -> Tensor:
+        def samples_at(indices: range) -> Tensor:
             return generate(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices)))
 
-        return torch.cat(list((ranks or Ranks()).map(images_of, batches(count, batch_size))))
+        return torch.cat(list((ranks or Ranks()).map(samples_at, batches(count, batch_size))))
 
 
 def batches(count: int, size: int = BATCH_SIZE) -> list[range]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,34 +16,52 @@ from stepquant.pipelines.steps import StepCounter
 
 
 @contextmanager
-def watched(denoiser: nn.Module, on_step: Callable[[], None] | None = None) -> Iterator[None]:
-    """Check every output of the denoiser for the duration of the context.
+def watched(
+    denoisers: Iterable[nn.Module], on_step: Callable[[], None] | None = None, counter: StepCounter | None = None
+) -> Iterator[None]:
+    """Check every output of the denoisers for the duration of the context.
 
     This costs one reduction per call. Only after a fault the call is repeated with a check of every module.
 
     Args:
-        on_step: called after the first call of the denoiser in each step.
+        on_step: called after the first call of a denoiser in each step.
+        counter: counts the steps of all denoisers together.
 
     Raises:
         StepquantError: at the first output with NaN or infinity, naming the layer and the step where it first occurs.
     """
-    counter, timestep_of = StepCounter(), TimestepReader.of(denoiser)
-
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        begins = counter.see(timestep_of(args, kwargs))
-        if _fault(output) is not None:
-            raise StepquantError(
-                f"the model fails at step {counter.step + 1} of the sampler (timestep {counter.time:g}): "
-                f"{_origin(module, args, kwargs)}. Check the weights of that layer, or load the model in a wider dtype."
-            )
-        if begins and on_step is not None:
-            on_step()
-
-    handle = denoiser.register_forward_hook(check, with_kwargs=True)
+    counter = counter or StepCounter()
+    handles = []
+    for denoiser in denoisers:
+        watcher = _Watcher(TimestepReader.of(denoiser), counter, on_step)
+        handles += [
+            denoiser.register_forward_pre_hook(watcher.enter, with_kwargs=True, prepend=True),
+            denoiser.register_forward_hook(watcher.leave, with_kwargs=True),
+        ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+class _Watcher:
+    """The hooks of one denoiser."""
+
+    def __init__(self, timestep_of: TimestepReader, counter: StepCounter, on_step: Callable[[], None] | None) -> None:
+        self.timestep_of, self.counter, self.on_step, self.begins = timestep_of, counter, on_step, False
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.begins = self.counter.see(self.timestep_of(args, kwargs))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _fault(output) is not None:
+            raise StepquantError(
+                f"the model fails at step {self.counter.step + 1} of the sampler (timestep {self.counter.time:g}): "
+                f"{_origin(module, args, kwargs)}. Check the weights of that layer, or load the model in a wider dtype."
+            )
+        if self.begins and self.on_step is not None:
+            self.on_step()
 
 
 def _origin(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
 from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import ZOO_PREFIX
-from stepquant.pipelines.request import kind_of, make_request
+from stepquant.pipelines.call import kind_of
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.report.sensitivity import SensitivityFile, read_sensitivity
 from stepquant.report.structure import (

@@ -19,8 +19,9 @@ from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes
 from stepquant.models import denoiser_name
+from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import generate_many
-from stepquant.pipelines.request import kind_of, make_request
+from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress, Stopwatch
 from stepquant.quiet import silence_libraries
 from stepquant.studies.reference import reference

@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
 from stepquant.images import grid
 from stepquant.loading import resolve_pipeline
-from stepquant.pipelines.request import kind_of
+from stepquant.pipelines.call import kind_of
 from stepquant.progress import Progress
 from stepquant.recipes import RECIPES
 

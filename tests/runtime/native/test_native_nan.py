@@ -144,12 +144,12 @@ def test_watcher_of_a_recorded_denoiser(static_unet):  # noqa: F811
     before = weight[0].item()
     try:
         weight[0] = torch.nan
-        with pytest.raises(StepquantError, match="NaN"), watched(static_unet):
+        with pytest.raises(StepquantError, match="NaN"), watched([static_unet]):
             static_unet(x, 500)
     finally:
         weight[0] = before
     x[1, 0, 3, 3] = torch.nan
-    with pytest.raises(StepquantError, match="its input already contains NaN"), watched(static_unet):
+    with pytest.raises(StepquantError, match="its input already contains NaN"), watched([static_unet]):
         static_unet(x, 500)
 
 
