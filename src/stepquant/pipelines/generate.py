@@ -54,12 +54,26 @@ def generate(
             the pipeline rejects an argument, or cannot output images in its dtype.
     """
     check_dtype(pipeline)
-    parts = [indices] if takes_batches(pipeline) else [[index] for index in indices]
-    samples = [_call(pipeline, _arguments(pipeline, request, part, seed, decode), request, on_step) for part in parts]
-    return samples[0] if len(samples) == 1 else torch.cat(samples)
+    has_inputs = bool(request.inputs or request.each)
+
+    def call(part: Sequence[int]) -> Tensor:
+        return _call(pipeline, _arguments(pipeline, request, part, seed, decode), has_inputs, on_step)
+
+    if len(indices) == 1 or takes_batches(pipeline):
+        try:
+            return call(indices)
+        except _RejectedError:
+            # Some pipelines take no image that several prompts share.
+            if len(indices) == 1 or not has_inputs:
+                raise
+    return torch.cat([call([index]) for index in indices])
 
 
-def _call(pipeline: Any, arguments: dict[str, Any], request: Request, on_step: Callable[[], None] | None) -> Tensor:
+class _RejectedError(StepquantError):
+    """A pipeline rejects its arguments."""
+
+
+def _call(pipeline: Any, arguments: dict[str, Any], has_inputs: bool, on_step: Callable[[], None] | None) -> Tensor:
     counter = StepCounter()
     try:
         with (
@@ -69,17 +83,15 @@ def _call(pipeline: Any, arguments: dict[str, Any], request: Request, on_step: C
         ):
             return samples_of(pipeline(**arguments))
     except Exception as error:
-        if type(error).__module__ != "builtins":
-            raise
-        # A pipeline checks its arguments with exceptions of any class, before the first step or in it.
-        started = counter.step >= 0
-        if started and not isinstance(error, ValueError) and not (request.inputs or request.each):
+        # A pipeline checks its arguments with exceptions of any class; wrong shapes may show up in a denoiser only.
+        of_arguments = isinstance(error, ValueError) or counter.step < 0 or has_inputs
+        if type(error).__module__ != "builtins" or not of_arguments:
             raise
         message = f"{type(pipeline).__name__} rejects its arguments: {first_line(error)}."
         left_out = [name for name in call_parameters(pipeline) if name in MEDIA and arguments.get(name) is None]
-        if left_out and not started:
+        if left_out and counter.step < 0:
             message += f" Pass what its call needs as `inputs`; it also takes {', '.join(left_out)}."
-        raise StepquantError(message) from error
+        raise _RejectedError(message) from error
 
 
 def _arguments(pipeline: Any, request: Request, indices: Sequence[int], seed: int, decode: bool) -> dict[str, Any]:
