@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
 from tests.letters import letter_tokenizer
 
@@ -38,30 +39,34 @@ def seeded(build: Any, seed: int = 0, /, **config: Any) -> Any:
     return build(**config).eval()
 
 
-def tokenizer(*special: str, template: str | None = None, length: int = 16, **options: Any) -> Any:
-    """Return a tokenizer of words: three known ones, the special ones, and ``<unk>`` for all others.
+def tokenizer(*special: str, template: str | None = None, length: int = 16, start: bool = False) -> Any:
+    """Return a tokenizer of words, punctuation and line ends: three words are known, the others are ``<unk>``.
 
     Args:
         special: further special tokens, one id each.
         template: chat template (Jinja).
         length: longest input in tokens.
+        start: whether to put ``<s>`` before every text.
     """
     names = ["<pad>", "</s>", "<unk>", "<s>", *special, "a", "red", "bicycle"]
     words = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
+    words.pre_tokenizer = Split(Regex(r"\w+|\n|[^\w\s]"), behavior="removed", invert=True)
+    if start:
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", names.index("<s>"))])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", bos_token="<s>",
-        additional_special_tokens=list(special), model_max_length=length, chat_template=template, **options,
+        additional_special_tokens=list(special), model_max_length=length, chat_template=template,
     )  # fmt: skip
 
 
-def clip(folder: Path, projected: bool = False, width: int = WIDTH) -> tuple[Any, Any]:
-    """Return a tokenizer of letters and a CLIP text encoder of two layers."""
+def clip(folder: Path, projected: bool = False, length: int = 16) -> tuple[Any, Any]:
+    """Return a tokenizer of letters and a CLIP text encoder of two layers, for `length` tokens."""
     folder.mkdir(parents=True)
     letters = letter_tokenizer(folder)
+    letters.model_max_length = length
     config = transformers.CLIPTextConfig(
-        vocab_size=len(letters), hidden_size=width, intermediate_size=32, projection_dim=width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, bos_token_id=letters.bos_token_id,
+        vocab_size=len(letters), hidden_size=WIDTH, intermediate_size=32, projection_dim=WIDTH, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=length, bos_token_id=letters.bos_token_id,
         eos_token_id=letters.eos_token_id, pad_token_id=letters.pad_token_id,
     )  # fmt: skip
     encoder = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel

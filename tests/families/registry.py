@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families import images
+from tests.families import images, images_llm, images_text
 from tests.families.family import Family
 
-FAMILIES: dict[str, Family] = images.FAMILIES
+FAMILIES: dict[str, Family] = images.FAMILIES | images_text.FAMILIES | images_llm.FAMILIES
