@@ -10,16 +10,8 @@ import stepquant
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import native
-from tests.emulation import emulated_if_needed
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
-
-
-@pytest.fixture(autouse=True)
-def native_kernels():
-    """Of a CPU without their instructions, emulated."""
-    with emulated_if_needed():
-        yield
 
 
 def images(pipeline):

@@ -14,7 +14,7 @@ from stepquant.layers.quantized import QuantizedModule
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import fallbacks, native, prepare
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 from tests.runtime.test_runtimes import BACKENDS_HERE, CONVOLUTIONS, SPLITS, convolution, linear
 
 needs_native = pytest.mark.skipif(native.supported() is not None, reason=str(native.supported()))
@@ -30,8 +30,8 @@ def held(module: QuantizedModule) -> int:
 def check(module, x, row):
     """Results are identical, packed or not, with AMX or without, and the kernel returns its weight."""
     expected = module.layer().weight
-    for amx in {False, has_amx()}:
-        kernels = [native.NativeKernel(module, amx=amx, packed=packed) for packed in (False, True)]
+    for instructions in available():
+        kernels = [native.NativeKernel(module, instructions=instructions, packed=packed) for packed in (False, True)]
         assert torch.equal(kernels[1](x, row), kernels[0](x, row))
         for kernel in kernels:
             assert torch.equal(kernel.integers(), expected.integers())

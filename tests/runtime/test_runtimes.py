@@ -16,7 +16,7 @@ from stepquant.layers.format import LayerFormat, TransformFormat
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime import DEVICE, INTEGER, native, onednn
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
 
@@ -163,8 +163,10 @@ def check(module: QuantizedModule, x: Tensor, row: Tensor) -> None:
     if onednn.supported() is None and OneDnnKernel.supports(module):
         assert (OneDnnKernel(module)(x, row).double() - expected).abs().max() <= tolerance
     if native.supported() is None and native.NativeKernel.supports(module):
-        for amx in {False, has_amx()}:
-            assert (native.NativeKernel(module, amx=amx)(x, row).double() - expected).abs().max() <= tolerance
+        for instructions in available():
+            assert (
+                native.NativeKernel(module, instructions=instructions)(x, row).double() - expected
+            ).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("row", [torch.tensor(2), torch.tensor([0, 2, 1, 2])], ids=["one step", "mixed steps"])

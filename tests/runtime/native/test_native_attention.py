@@ -12,7 +12,7 @@ from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
 from stepquant.layers.format import OPERANDS
 from stepquant.runtime.native.attention import NativeAttention
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 
 pytestmark = pytest.mark.usefixtures("kernels")
 STEPS = 3
@@ -45,8 +45,8 @@ def test_attention(shape, masked, row, zero_point):
     mask = torch.randn(2, 1, 1, keys) if masked else None
     expected = simulated.attend(query, key, value, mask)
     step = float(simulated.probability_scale.max()) * float(value.abs().max())
-    for amx in {False, has_amx()}:
-        found = NativeAttention(simulated, amx=amx)(query, key, value, mask, row)
+    for instructions in available():
+        found = NativeAttention(simulated, instructions=instructions)(query, key, value, mask, row)
         error = (found - expected).abs()
         assert (error > 1e-5 * expected.abs().max()).float().mean() < 0.01
         assert error.max() <= 1.5 * step

@@ -18,16 +18,46 @@ from tests.runtime.test_runtimes import linear
 
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch, tmp_path):
-    """Compile into a folder of each test, without emulation unless a test sets it, and cache nothing between tests."""
-    for function in (build._load_once, build._library_path, build.cpu_flags):
+    """Compile into a folder of each test, and cache nothing between tests."""
+    for function in (build._load_once, build._library_path, build.cpu_flags, build.available):
         monkeypatch.setattr(build, function.__name__, function.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def test_other_cpus_are_refused(monkeypatch):
-    monkeypatch.delenv("STEPQUANT_NATIVE_EMULATE", raising=False)
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"}))
-    assert build.supported() == "this CPU has no AVX512-VNNI instructions"
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx", "f16c"}))
+    assert build.supported() == "this CPU has no AVX2 instructions"
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (build.AVX2, ("avx2",)),
+        ((*build.AVX2, "avx_vnni"), ("avx-vnni", "avx2")),
+        ((*build.AVX2, *build.AVX512), ("avx512", "avx2")),
+        ((*build.AVX2, *build.AVX512, "avx_vnni"), ("avx512", "avx-vnni", "avx2")),
+    ],
+)
+def test_instruction_sets_of_a_cpu(flags, expected, monkeypatch):
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
+    assert build.available() == expected
+
+
+def test_environment_limits_the_instruction_set(monkeypatch):
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset((*build.AVX2, *build.AVX512)))
+    monkeypatch.setenv("STEPQUANT_INSTRUCTIONS", "avx-vnni")
+    assert build.available() == ("avx2",)
+    monkeypatch.setenv("STEPQUANT_INSTRUCTIONS", "sse")
+    with pytest.raises(StepquantError, match="STEPQUANT_INSTRUCTIONS is 'sse'; expected one of amx, avx512"):
+        build.available()
+
+
+@pytest.mark.parametrize("base", [build.AVX2, build.AVX512])
+def test_sources_compile_for_every_base(base, tmp_path):
+    """Also where the CPU cannot execute the result."""
+    if not _has_compiler():
+        pytest.skip("no C++ compiler")
+    build.compile_to(tmp_path / "library.so", base)
 
 
 def test_other_systems_are_refused(monkeypatch):
@@ -36,7 +66,7 @@ def test_other_systems_are_refused(monkeypatch):
 
 
 def test_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.AVX2))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.supported() == "no C++ compiler is available. Install g++"
@@ -59,7 +89,7 @@ def test_failing_compiler_runs_once(monkeypatch, tmp_path):
     compiler.write_text(f"#!/bin/sh\n{count}\necho 'x.cpp: error: broken' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.AVX2))
     monkeypatch.setattr(build, "_load_once", functools.cache(build._load_once))
     with pytest.warns(UserWarning, match="x.cpp: error: broken"):
         model = nn.Sequential(linear(), linear(), linear())
@@ -89,7 +119,7 @@ def once(kernels, tmp_path_factory):
 @pytest.fixture
 def compiled(once, monkeypatch, tmp_path):
     """The library's file in the cache; compiling it again copies it."""
-    monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
+    monkeypatch.setattr(build, "_compile", lambda _, draft: shutil.copy(once, draft))
     if build.supported() is not None:
         pytest.skip(build.supported())
     (path,) = tmp_path.rglob("*.so")
@@ -112,8 +142,8 @@ def _has_compiler() -> bool:
 
 
 def test_library_that_does_not_load_is_compiled_again(once, monkeypatch):
-    monkeypatch.setattr(build, "_compile", lambda draft: shutil.copy(once, draft))
-    path, whole = build._library_path(), once.read_bytes()
+    monkeypatch.setattr(build, "_compile", lambda _, draft: shutil.copy(once, draft))
+    path, whole = build._library_path(build.INSTRUCTION_SETS[build.available()[0]].base), once.read_bytes()
     path.parent.mkdir(mode=0o700, parents=True)
     path.write_bytes(b"of another system")
     assert isinstance(build.library(), ctypes.CDLL)
@@ -121,7 +151,7 @@ def test_library_that_does_not_load_is_compiled_again(once, monkeypatch):
 
 
 def test_library_that_never_loads(monkeypatch):
-    monkeypatch.setattr(build, "_compile", lambda draft: draft.write_bytes(b"no library"))
+    monkeypatch.setattr(build, "_compile", lambda _, draft: draft.write_bytes(b"no library"))
     with pytest.raises(StepquantError, match=r"cannot be loaded from .*XDG_CACHE_HOME"):
         build.library()
 
@@ -147,7 +177,7 @@ def test_cache_is_private(monkeypatch, compiled):
 
 
 def test_user_without_a_home(monkeypatch):
-    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.INSTRUCTIONS))
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(build.AVX2))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.runtime.native import kernel as kernel_module
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm, group_norm, layer_norm
 from stepquant.runtime.reference import ReferenceKernel
@@ -59,8 +59,8 @@ def test_everything_fused(shape, row, dtype):
     plain = F.interpolate(plain, scale_factor=2.0)
     expected = (ReferenceKernel(module)(plain, row) + added[..., None, None] + residual) * 0.5
     worth = float(module.input_scale.max() * module.weight_scale.max()) * 128
-    for amx in {False, has_amx()}:
-        found = NativeKernel(module, amx=amx).run(
+    for instructions in available():
+        found = NativeKernel(module, instructions=instructions).run(
             x,
             row,
             norm=norm,

@@ -10,7 +10,7 @@ from stepquant.errors import StepquantError
 from stepquant.pipelines.overflow import watched
 from stepquant.runtime import prepare
 from stepquant.runtime.native.attention import NativeAttention
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm, group_norm, layer_norm
 from stepquant.runtime.native.recording import Recording
@@ -47,8 +47,8 @@ def test_convolution(name, dtype, row):
     x[1, 4, 3, 2] = torch.nan
     expected = ReferenceKernel(module)(x, row)
     assert 0 < int(expected.isnan().sum()) < expected[1].numel()
-    for amx in {False, has_amx()}:
-        kernel = NativeKernel(module, amx=amx, packed=name == "4 bits")
+    for instructions in available():
+        kernel = NativeKernel(module, instructions=instructions, packed=name == "4 bits")
         found = kernel(x, row)
         assert found.dtype == dtype
         assert_nan_as(found, expected, x, kernel, lambda kernel, x: kernel(x, row))
@@ -121,16 +121,16 @@ def test_attention(operand, row):
         "value": torch.randn(3, 2, 5, 8, generator=generator),
         "mask": torch.randn(3, 2, 37, 5, generator=generator),
     }
-    clean = NativeAttention(simulated)(*operands.values(), row)
+    clean_operands = [x.clone() for x in operands.values()]
     operands[operand][1, 0, 3, 2] = torch.nan
     expected = simulated.attend(*operands.values())
-    for amx in {False, has_amx()}:
-        found = NativeAttention(simulated, amx=amx)(*operands.values(), row)
+    for instructions in available():
+        found = NativeAttention(simulated, instructions=instructions)(*operands.values(), row)
         assert bool(found.isnan()[expected.isnan()].all())
         whole = expected.isnan().any(-1)  # a query's channels are NaN together
         assert torch.equal(found.isnan().all(-1), whole)
-        if not has_amx():
-            assert torch.equal(found[~whole], clean[~whole])
+        clean = NativeAttention(simulated, instructions=instructions)(*clean_operands, row)
+        assert torch.equal(found[~whole], clean[~whole])
 
 
 @torch.no_grad()

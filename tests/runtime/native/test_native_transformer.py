@@ -13,7 +13,7 @@ from torch import nn
 import stepquant as sq
 from stepquant.layers.quantized import replace_module
 from stepquant.runtime import prepare
-from stepquant.runtime.native.build import has_amx
+from stepquant.runtime.native.build import available
 from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import layer_norm
 from stepquant.runtime.reference import ReferenceKernel
@@ -67,8 +67,8 @@ def test_gate_and_residual(row):
     module = linear(7, 5)
     x, gate, residual = torch.randn(3, 4, 7), torch.randn(3, 5), torch.randn(3, 4, 5)
     expected = ReferenceKernel(module)(x, row) * gate[:, None] + residual
-    for amx in {False, has_amx()}:
-        found = NativeKernel(module, amx=amx).run(x, row, gate=gate, residual=residual)
+    for instructions in available():
+        found = NativeKernel(module, instructions=instructions).run(x, row, gate=gate, residual=residual)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 

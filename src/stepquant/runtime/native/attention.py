@@ -14,7 +14,7 @@ from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProces
 from stepquant.layers.clock import of_samples
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import opaque
-from stepquant.runtime.native.build import has_amx, library
+from stepquant.runtime.native.build import INSTRUCTION_SETS, available, library
 from stepquant.runtime.native.library import TYPES, Attention, Heads, OperandGrid, no_memory
 from stepquant.runtime.native.recording import record
 from stepquant.runtime.native.tables import rows_of, table_row
@@ -29,13 +29,13 @@ class NativeAttention(AttentionKernel):
     An output row is NaN if a NaN is in its query, in a key or value of its head, or in its row of the mask.
 
     Args:
-        amx: use AMX instructions; by default where the CPU has them.
+        instructions: one of the available `INSTRUCTION_SETS`; by default the fastest.
     """
 
-    def __init__(self, processor: QuantizedAttentionProcessor, *, amx: bool | None = None) -> None:
+    def __init__(self, processor: QuantizedAttentionProcessor, *, instructions: str | None = None) -> None:
         super().__init__()
-        self.library = library()
-        self.amx = int(has_amx() if amx is None else amx)
+        self.library = library(instructions)
+        self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
         attention = processor.attention()
         self.tables: list[Grid] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
@@ -85,7 +85,7 @@ class NativeAttention(AttentionKernel):
             *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
             grids, None if mask is None else mask.data_ptr(), *strides,
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
-            batch, heads, length, key.shape[2], size, size**-0.5, self.amx, torch.get_num_threads(),
+            batch, heads, length, key.shape[2], size, size**-0.5, self.extension, torch.get_num_threads(),
         )  # fmt: skip
         if self.library.sq_attention(byref(attention)):
             raise no_memory()

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepquant.layers.clock import of_samples
 from stepquant.layers.kernel import Kernel, opaque
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.runtime.native.build import has_amx, library
+from stepquant.runtime.native.build import INSTRUCTION_SETS, available, library
 from stepquant.runtime.native.library import TYPES, Call, no_memory
 from stepquant.runtime.native.memory import scratch
 from stepquant.runtime.native.norms import Norm, dense, group_norm
@@ -31,7 +31,7 @@ class NativeKernel(Kernel):
     all of x as one sample.
 
     Args:
-        amx: use AMX instructions; by default where the CPU has them.
+        instructions: one of the available `INSTRUCTION_SETS`; by default the fastest.
         packed: store weights of up to 4 bits as codes, two to a byte, and unpack columns as they are multiplied. The
             results are the same.
     """
@@ -39,12 +39,12 @@ class NativeKernel(Kernel):
     fuses = True
     group_norm = staticmethod(group_norm)
 
-    def __init__(self, module: QuantizedModule, *, amx: bool | None = None, packed: bool = False) -> None:
+    def __init__(self, module: QuantizedModule, *, instructions: str | None = None, packed: bool = False) -> None:
         super().__init__()
         grid = module.layer().input
         assert grid is not None
-        self.library = library()
-        self.amx = int(has_amx() if amx is None else amx)
+        self.library = library(instructions)
+        self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
         self.layer = PackedLayer.of(module, nibbles=packed)
         self.scale, self.zero_point = grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()
         self.rows, self.groups = self.scale.shape
@@ -151,7 +151,7 @@ class NativeKernel(Kernel):
         return y if dtype is result_dtype else y.to(result_dtype)
 
     def _plan(self, request: Request) -> Plan:
-        plan = make_plan(self.layer, request, self.amx)
+        plan = make_plan(self.layer, request, self.extension)
         if len(self.plans) >= MOST_PLANS:
             self.plans.pop(next(iter(self.plans.copy())), None)  # a copy, because other threads may add to it
         self.plans[request] = plan

@@ -30,7 +30,7 @@ Source = _structure(
 )  # fmt: skip
 Layer = _structure(
     "Layer", weight=c_void_p, zero_point=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p,
-    taps=c_void_p, tap_count=c_int64, pieces=c_int64, outputs=c_int64,
+    taps=c_void_p, tap_count=c_int64, pieces=c_int64, outputs=c_int64, largest=c_int64,
 )  # fmt: skip
 Positions = _structure(
     "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
@@ -40,14 +40,14 @@ Call = _structure(
     "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,
     y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p, source=Source, plane=Plane,
     layer=Layer, positions=Positions, per_sample=c_int32, top=c_int32, norm_image=c_int64, epsilon=c_float,
-    activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, amx=c_int32, threads=c_int32,
+    activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, extension=c_int32, threads=c_int32,
 )  # fmt: skip
 OperandGrid = _structure("OperandGrid", scale=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
 Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=OperandGrid * 4, mask=c_void_p, mask_image=c_int64,
     mask_head=c_int64, mask_row=c_int64, y=c_void_p, y_type=c_int32, y_image=c_int64, y_row=c_int64, y_head=c_int64,
-    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float, amx=c_int32,
+    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float, extension=c_int32,
     threads=c_int32,
 )  # fmt: skip
 GroupNorm = _structure(

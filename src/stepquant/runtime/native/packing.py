@@ -31,6 +31,7 @@ class Piece(NamedTuple):
         taps, run: number of contiguous runs of bytes in a window, and bytes of a run.
         weight: int8, see `pack_columns`; with `zero_point`, uint8, see `pack_nibbles`.
         weight_sum: int32 [out, padded].
+        largest: no weight is outside of -largest to largest.
         weight_scale: float32 [out, padded].
         zero_point: uint8 [out, padded], if the weight is stored as codes of 4 bits.
     """
@@ -42,6 +43,7 @@ class Piece(NamedTuple):
     run: int
     weight: Tensor
     weight_sum: Tensor
+    largest: int
     weight_scale: Tensor
     zero_point: Tensor | None
 
@@ -125,6 +127,7 @@ def _pack(window: Window | None, nibbles: bool, channels: slice, group: int, par
         taps.shape[2],
         tiles if zero_point is None else pack_nibbles(tiles, zero_point),
         padded(total, torch.int32),
+        max(1, -int(weight.min()), int(weight.max())),
         padded(part.grid.scale[0, 0], torch.float32),
         zero_point,
     )

@@ -95,7 +95,7 @@ class Plan(NamedTuple):
     batch: int
 
 
-def make_plan(layer: PackedLayer, request: Request, amx: int) -> Plan:
+def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
     """Check a request and plan its calls.
 
     Raises:
@@ -133,13 +133,14 @@ def make_plan(layer: PackedLayer, request: Request, amx: int) -> Plan:
                 piece.weight.data_ptr(), None if piece.zero_point is None else piece.zero_point.data_ptr(),
                 piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
                 geometry.taps.data_ptr(), len(geometry.taps), (piece.run + 63) // 64, layer.outputs,
+                piece.largest,
             ),
             positions=geometry.positions,
             per_sample=request.per_step, top=layer.top,
             norm_image=layer.inputs if request.several_norms else 0, epsilon=request.epsilon or 0.0,
             activation=ACTIVATIONS[request.activation],
             y_type=TYPES[request.dtype if last else torch.float32], residual_type=residual_type,
-            factor=request.factor if last else 1.0, amx=amx, threads=request.threads,
+            factor=request.factor if last else 1.0, extension=extension, threads=request.threads,
         ))  # fmt: skip
     size = request.x_dtype.itemsize
     layout = torch.contiguous_format if window is None else torch.channels_last

@@ -22,48 +22,37 @@ Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
 
 // Writes the codes of one row of `size` values; returns whether a value is NaN.
 bool code_row(const Heads& h, int64_t at, int64_t size, const Quantizer& q, uint8_t* out) {
-  __m512i seen = _mm512_setzero_si512();
+  Ints seen = set(0);
   for (int64_t c = 0; c < size; c += 16) {
-    const __mmask16 mask = first(size - c);
+    const Mask mask = first(size - c);
     store_codes(out + c, mask, q(load16(h.x, h.type, at + c, mask)), seen);
   }
   return any_nan(seen);
 }
 
-int32_t sum_of(const uint8_t* codes, int64_t size) {
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t c = 0; c < size; c += 64) {
-    const __mmask64 mask = size - c >= 64 ? ~0ull : (1ull << (size - c)) - 1;
-    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, codes + c), _mm512_setzero_si512()));
-  }
-  return (int32_t)_mm512_reduce_add_epi64(sum);
-}
-
 // From codes to packed columns of code - 128. The channels of a key are the products of one column; the channels of a
 // value are one product each of as many columns.
 void pack_keys(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
-  const __m512i down = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(64));
-  const __m512i middle = _mm512_set1_epi8((char)128);
   for (int64_t k = 0; k < length; k++) {
     int8_t* tile = out + k / 16 * pieces * TILE + k % 16 * 4;
-    for (int64_t c = 0; c < size; c += 64, tile += TILE) {
-      const __mmask64 mask = size - c >= 64 ? ~0ull : (1ull << (size - c)) - 1;
-      const __m512i row = _mm512_maskz_loadu_epi8(mask, codes + k * stride + c);
-      _mm512_i32scatter_epi32(tile, down, _mm512_xor_si512(row, _mm512_maskz_mov_epi8(mask, middle)), 1);
-    }
+    for (int64_t c = 0; c < size; c += 64, tile += TILE) spread_fours(codes + k * stride + c, size - c, tile);
   }
 }
 
-void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
+// code - 128 of up to 16 codes; 0 beyond `count`.
+__m128i centered(const uint8_t* codes, int64_t count) {
   const __m128i middle = _mm_set1_epi8((char)128);
+  if (count >= 16) return _mm_xor_si128(_mm_loadu_si128((const __m128i*)codes), middle);
+  __m128i padded = middle;
+  memcpy(&padded, codes, count);
+  return _mm_xor_si128(padded, middle);
+}
+
+void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t size, int64_t pieces, int8_t* out) {
   for (int64_t k = 0; k < length; k += 4) {
     for (int64_t c = 0; c < size; c += 16) {
-      const __mmask16 mask = first(size - c);
       __m128i row[4];
-      for (int64_t i = 0; i < 4; i++) {
-        const __mmask16 real = k + i < length ? mask : 0;
-        row[i] = _mm_xor_si128(_mm_maskz_loadu_epi8(real, codes + (k + i) * stride + c), _mm_maskz_mov_epi8(real, middle));
-      }
+      for (int64_t i = 0; i < 4; i++) row[i] = k + i < length ? centered(codes + (k + i) * stride + c, size - c) : _mm_setzero_si128();
       const __m128i low = _mm_unpacklo_epi8(row[0], row[1]), high = _mm_unpackhi_epi8(row[0], row[1]);
       const __m128i low2 = _mm_unpacklo_epi8(row[2], row[3]), high2 = _mm_unpackhi_epi8(row[2], row[3]);
       __m128i* to = (__m128i*)(out + c / 16 * pieces * TILE + k / 4 * 64);
@@ -75,72 +64,66 @@ void pack_values(const uint8_t* codes, int64_t stride, int64_t length, int64_t s
   }
 }
 
-int32_t largest(const int32_t* row, int64_t length) {
-  __m512i top[4];
-  for (auto& part : top) part = _mm512_set1_epi32(INT32_MIN);
+int32_t largest_of(const int32_t* row, int64_t length) {
+  Ints top[4];
+  for (auto& part : top) part = set(INT32_MIN);
   int64_t c = 0;
   for (; c + 64 <= length; c += 64) {
-    for (int64_t i = 0; i < 4; i++) top[i] = _mm512_max_epi32(top[i], _mm512_loadu_si512(row + c + i * 16));
+    for (int64_t i = 0; i < 4; i++) top[i] = max(top[i], load(row + c + i * 16));
   }
-  for (; c < length; c += 16) top[0] = _mm512_mask_max_epi32(top[0], first(length - c), top[0], _mm512_loadu_si512(row + c));
-  return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(top[0], top[1]), _mm512_max_epi32(top[2], top[3])));
+  for (; c < length; c += 16) top[0] = keep(first(length - c), max(top[0], load(row + c)), top[0]);
+  return largest(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // Replaces a row of sums by the floats factor * (sum - top) + mask and returns the largest; NaN if one of them is NaN.
 // The row is padded to whole vectors.
 float masked_scores(int32_t* row, int64_t length, int32_t top, float factor, const float* added) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  uint32_t nan = 0;
+  Floats most = set(-INFINITY);
+  bool nan = false;
   for (int64_t c = 0; c < length; c += 16) {
-    const __mmask16 mask = first(length - c);
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(row + c), _mm512_set1_epi32(top)));
-    const __m512 score = _mm512_fmadd_ps(sum, _mm512_set1_ps(factor), _mm512_maskz_loadu_ps(mask, added + c));
-    nan |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q) & mask;
-    most = _mm512_mask_max_ps(most, mask, most, score);
-    _mm512_storeu_ps((float*)(row + c), score);
+    const Mask mask = first(length - c);
+    const Floats score = fma(to_floats(load(row + c) - set(top)), set(factor), load(mask, added + c));
+    nan |= has_nan(mask, score);
+    most = keep(mask, max(most, score), most);
+    store((float*)(row + c), score);
   }
-  return nan ? NAN : _mm512_reduce_max_ps(most);
+  return nan ? NAN : largest(most);
 }
 
 // Replaces a row by 2^score(row) and returns the sum.
 template <typename Score>
 float powers(int32_t* row, int64_t length, Score score) {
-  __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  Floats total[2] = {set(0.0f), set(0.0f)};
   int64_t c = 0;
   for (; c + 32 <= length; c += 32) {
     for (int64_t i = 0; i < 2; i++) {
-      const __m512 e = exp2_16_below(score(_mm512_loadu_si512(row + c + i * 16)));
-      _mm512_storeu_ps((float*)(row + c + i * 16), e);
-      total[i] = _mm512_add_ps(total[i], e);
+      const Floats e = exp2_16_below(score(load(row + c + i * 16)));
+      store((float*)(row + c + i * 16), e);
+      total[i] = total[i] + e;
     }
   }
   for (; c < length; c += 16) {
-    const __m512 e = exp2_16_below(score(_mm512_loadu_si512(row + c)));
-    _mm512_storeu_ps((float*)(row + c), e);
-    total[0] = _mm512_mask_add_ps(total[0], first(length - c), total[0], e);
+    const Floats e = exp2_16_below(score(load(row + c)));
+    store((float*)(row + c), e);
+    total[0] = keep(first(length - c), total[0] + e, total[0]);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
+  return sum(total[0] + total[1]);
 }
 
 // Writes the codes of share * row, which is not negative, in pieces of 64 that are `step` bytes apart; returns their sum.
 int32_t probability_codes(const float* row, int64_t length, float share, const Quantizer& q, uint8_t* out, int64_t step) {
-  const __m512 factor = _mm512_set1_ps(share / q.scale);
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  __m512i sum = _mm512_setzero_si512();
+  const Floats factor = set(share / q.scale);
+  ByteSum sum;
   for (int64_t c = 0; c < length; c += 64, out += step) {
-    __m512i four[4];
+    Ints four[4];
     for (int64_t i = 0; i < 4; i++) {
-      const __mmask16 mask = c + i * 16 < length ? first(length - c - i * 16) : 0;
-      const __m512 steps = _mm512_min_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + c + i * 16), factor), q.high);
-      four[i] = _mm512_maskz_add_epi32(mask, _mm512_cvtps_epi32(steps), q.zero);
+      const int64_t at = c + i * 16;
+      const Mask mask = at < length ? first(length - at) : none();
+      four[i] = keep(mask, to_ints(min(load(mask, row + at) * factor, q.high)) + q.zero);
     }
-    // To bytes, by quarters of each vector, and then the quarters in order.
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(four[0], four[1]), _mm512_packs_epi32(four[2], four[3]));
-    const __m512i codes = _mm512_permutexvar_epi32(order, bytes);
-    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(codes, _mm512_setzero_si512()));
-    _mm512_storeu_si512(out, codes);
+    store_64_bytes(out, four, sum);
   }
-  return (int32_t)_mm512_reduce_add_epi64(sum);
+  return sum.total();
 }
 
 void attend(const Attention a) {
@@ -161,11 +144,12 @@ void attend(const Attention a) {
   int8_t* const base = (int8_t*)(memory + starts_bytes);
   bool* const nan_of_pair = (bool*)(base + pairs * pair_bytes);  // whether a key or value is NaN
   char* const thread_memory = (char*)nan_of_pair + aligned(pairs);
-  const Product product = product_for(a.amx);
+  const Product score = product_for(a.extension, a.grids[0].top, 128);
+  const Product mix = product_for(a.extension, a.grids[3].top, 128);
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
   {
-    begin_products(a.amx);
+    begin_products(a.extension);
     int32_t* const scores = (int32_t*)(thread_memory + omp_get_thread_num() * thread_bytes);
     uint8_t* const codes = (uint8_t*)scores + scores_bytes;
     alignas(64) int32_t sums[4 * 256];
@@ -182,7 +166,7 @@ void attend(const Attention a) {
       for (int64_t i = 0; i < a.key_length; i++) {
         uint8_t* row = codes + i * a.size;
         nan |= code_row(a.key, b * a.key.image + i * a.key.row + h * a.key.head, a.size, k, row);
-        key_start[i] = -q.zero_point * (sum_of(row, a.size) - (int32_t)a.size * k.zero_point);
+        key_start[i] = -q.zero_point * (sum_of_bytes(row, a.size) - (int32_t)a.size * k.zero_point);
       }
       pack_keys(codes, a.size, a.key_length, a.size, pieces, keys);
       for (int64_t i = 0; i < a.key_length; i++) {
@@ -213,7 +197,7 @@ void attend(const Attention a) {
       Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
         const int32_t *left = key_start + n * 16, *right = left + 16;
-        product(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
+        score(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
                 {scores + n * 16, scores_stride, 16, 16 * scores_stride});
       }
       const float factor = q.scale * k.scale * a.factor;
@@ -221,23 +205,19 @@ void attend(const Attention a) {
       for (int64_t i = 0; i < many; i++) {
         int32_t* row = scores + i * scores_stride;
         // The zero point of keys adds the same to all scores of a row, which does not change the probabilities.
-        const int32_t top = largest(row, a.key_length);
+        const int32_t top = largest_of(row, a.key_length);
         float share;  // what turns a power into a probability
         if (a.mask) {
           const float* added = a.mask + b * a.mask_image + h * a.mask_head + (start + i) * a.mask_row;
           const float most = masked_scores(row, a.key_length, top, factor, added);
-          const __m512 down = _mm512_set1_ps(most), unit = _mm512_set1_ps(LOG2E);
-          share = 1.0f / powers(row, a.key_length, [&](__m512i x) {
-            return _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(x), down), unit);
-          });
+          const Floats down = set(most), unit = set(LOG2E);
+          share = 1.0f / powers(row, a.key_length, [&](Ints x) { return (as_floats(x) - down) * unit; });
           if (most == -INFINITY) share = 0;  // every key is masked
           if (!(most < INFINITY)) scale[i] = NAN;
         } else {
-          const __m512i most = _mm512_set1_epi32(top);
-          const __m512 unit = _mm512_set1_ps(factor * LOG2E);
-          share = 1.0f / powers(row, a.key_length, [&](__m512i x) {
-            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, most)), unit);
-          });
+          const Ints most = set(top);
+          const Floats unit = set(factor * LOG2E);
+          share = 1.0f / powers(row, a.key_length, [&](Ints x) { return to_floats(x - most) * unit; });
         }
         const int32_t sum =
             probability_codes((const float*)row, a.key_length, share, p, probabilities + i * 64, 32 * 64);
@@ -247,7 +227,7 @@ void attend(const Attention a) {
       operand = {{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
       for (int64_t n = 0; n < value_tiles; n += 2) {
         const int32_t *left = value_start + n * 16, *right = left + 16;
-        product(operand,
+        mix(operand,
                 {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}},
                 four_tiles(sums));
         for (int64_t t = 0; t < 4; t++) {
@@ -255,14 +235,14 @@ void attend(const Attention a) {
           if (c >= a.size) continue;
           for (int64_t i = 0; i < 16 && t / 2 * 16 + i < many; i++) {
             const int64_t row = t / 2 * 16 + i;
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * 256 + i * 16), _mm512_set1_epi32(code_sum[row]));
+            const Floats sum = to_floats(load(sums + t * 256 + i * 16) + set(code_sum[row]));
             store16(a.y, a.y_type, b * a.y_image + (start + row) * a.y_row + h * a.y_head + c, first(a.size - c),
-                    _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale[row])));
+                    sum * set(scale[row]));
           }
         }
       }
     }
-    end_products(a.amx);
+    end_products(a.extension);
   }
 }
 

@@ -25,6 +25,7 @@ struct Layer {
   const float* bias;            // [outputs rounded up to 32]
   const int64_t* taps;          // byte offsets
   int64_t tap_count, pieces, outputs;
+  int64_t largest;              // at most 128: no weight is outside of -largest to largest
 };
 
 struct Positions {
@@ -59,7 +60,7 @@ struct Call {
   int32_t activation;
   int32_t y_type, residual_type;
   float factor;                // multiplies the result
-  int32_t amx, threads;
+  int32_t extension, threads;
 };
 
 struct GroupNorm {  // of x [batch, pixels, channels], written as x * multiply + add
@@ -103,7 +104,7 @@ struct Attention {
   int64_t y_image, y_row, y_head;
   int64_t batch, heads, length, key_length, size;
   float factor;          // multiplies the scores: 1 / sqrt(size)
-  int32_t amx, threads;
+  int32_t extension, threads;
 };
 
 enum Kind : int64_t { LAYER, GROUP_NORM, ATTENTION, JOIN };

@@ -15,17 +15,17 @@ enum Normalization : int32_t { AFFINE = 1, LAYER = 2 };
 
 // Mean and reciprocal standard deviation of a pixel's channels.
 template <int32_t TYPE>
-void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m512& mean, __m512& inverse) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t c = 0; c < s.channels; c += 16) sum = _mm512_add_ps(sum, load16(x, TYPE, from + c, first(s.channels - c)));
-  mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / s.channels);
-  __m512 squares = _mm512_setzero_ps();
+void statistics(const void* x, const Source& s, int64_t from, float epsilon, Floats& mean, Floats& inverse) {
+  Floats total = set(0.0f);
+  for (int64_t c = 0; c < s.channels; c += 16) total = total + load16(x, TYPE, from + c, first(s.channels - c));
+  mean = set(sum(total) / s.channels);
+  Floats squares = set(0.0f);
   for (int64_t c = 0; c < s.channels; c += 16) {
-    const __mmask16 mask = first(s.channels - c);
-    const __m512 v = _mm512_maskz_sub_ps(mask, load16(x, TYPE, from + c, mask), mean);
-    squares = _mm512_fmadd_ps(v, v, squares);
+    const Mask mask = first(s.channels - c);
+    const Floats v = keep(mask, load16(x, TYPE, from + c, mask) - mean);
+    squares = fma(v, v, squares);
   }
-  inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / s.channels + epsilon));
+  inverse = set(1.0f / __builtin_sqrtf(sum(squares) / s.channels + epsilon));
 }
 
 // Writes the codes of a row of pixels; returns whether a value is NaN. `multiply`, `add` and `inverse` are [channels];
@@ -33,20 +33,20 @@ void statistics(const void* x, const Source& s, int64_t from, float epsilon, __m
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
 bool code_row(const void* x, const Source& s, int64_t from, const float* multiply, const float* add, float epsilon,
               const float* inverse, const Quantizer& quantizer, uint8_t* out) {
-  __m512 mean, deviation;
-  __m512i seen = _mm512_setzero_si512();
+  Floats mean, deviation;
+  Ints seen = set(0);
   for (int64_t column = 0; column < s.width; column += s.scale) {
     if (NORM == LAYER) statistics<TYPE>(x, s, from, epsilon, mean, deviation);
     for (int64_t c = 0; c < s.channels; c += 16) {
-      const __mmask16 mask = first(s.channels - c);
-      __m512 v = load16(x, TYPE, from + c, mask);
-      if (NORM == LAYER) v = _mm512_mul_ps(_mm512_sub_ps(v, mean), deviation);
-      if (NORM) v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, multiply + c), _mm512_maskz_loadu_ps(mask, add + c));
+      const Mask mask = first(s.channels - c);
+      Floats v = load16(x, TYPE, from + c, mask);
+      if (NORM == LAYER) v = (v - mean) * deviation;
+      if (NORM) v = fma(v, load(mask, multiply + c), load(mask, add + c));
       if (ACTIVATION == SILU) v = silu(v);
       if (ACTIVATION == GELU) v = gelu(v);
       if (ACTIVATION == GELU_TANH) v = gelu_tanh(v);
-      if (ACTIVATION == GEGLU) v = _mm512_mul_ps(v, gelu(load16(x, TYPE, from + s.gate + c, mask)));
-      store_codes(out + c, mask, inverse ? quantizer(v, _mm512_maskz_loadu_ps(mask, inverse + c)) : quantizer(v), seen);
+      if (ACTIVATION == GEGLU) v = v * gelu(load16(x, TYPE, from + s.gate + c, mask));
+      store_codes(out + c, mask, inverse ? quantizer(v, load(mask, inverse + c)) : quantizer(v), seen);
     }
     out += s.channels;
     if (s.scale == 2) {
@@ -127,15 +127,15 @@ void group_norm(const GroupNorm n) {
       for (int64_t i = start; i < stop; i += 4) {
         const int64_t many = std::min<int64_t>(4, stop - i);
         for (int64_t c = 0; c < n.channels; c += 16) {
-          const __mmask16 mask = first(n.channels - c);
-          __m512 total = _mm512_loadu_ps(sum + c), squares = _mm512_loadu_ps(square + c);
+          const Mask mask = first(n.channels - c);
+          Floats total = load(sum + c), squares = load(square + c);
           for (int64_t j = 0; j < many; j++) {
-            const __m512 v = load16(n.x, n.type, b * n.image + (i + j) * n.pixel + c, mask);
-            total = _mm512_add_ps(total, v);
-            squares = _mm512_fmadd_ps(v, v, squares);
+            const Floats v = load16(n.x, n.type, b * n.image + (i + j) * n.pixel + c, mask);
+            total = total + v;
+            squares = fma(v, v, squares);
           }
-          _mm512_storeu_ps(sum + c, total);
-          _mm512_storeu_ps(square + c, squares);
+          store(sum + c, total);
+          store(square + c, squares);
         }
       }
     }

@@ -16,14 +16,15 @@ namespace {
 
 // Unpacks rows of 64 weights of a tile: byte i of 32 holds the codes of weights i (low) and i + 32 (high).
 void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point, int8_t* out) {
-  const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zero_point));
-  const __m512i zero = _mm512_mullo_epi32(column, _mm512_set1_epi32(0x01010101));  // four weights of a column are adjacent
+  alignas(64) uint8_t zero[64];  // four weights of a column are adjacent
+  for (int i = 0; i < 64; i++) zero[i] = zero_point[i / 4];
+  const __m256i first_zero = _mm256_load_si256((const __m256i*)zero), last_zero = _mm256_load_si256((const __m256i*)zero + 1);
   const __m256i nibble = _mm256_set1_epi8(0xF);
   for (int64_t i = 0; i < rows; i++) {
     const __m256i both = _mm256_loadu_si256((const __m256i*)(codes + i * 32));
     const __m256i low = _mm256_and_si256(both, nibble), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-    const __m512i row = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    _mm512_storeu_si512(out + i * 64, _mm512_sub_epi8(row, zero));
+    _mm256_storeu_si256((__m256i*)(out + i * 64), _mm256_sub_epi8(low, first_zero));
+    _mm256_storeu_si256((__m256i*)(out + i * 64) + 1, _mm256_sub_epi8(high, last_zero));
   }
 }
 
@@ -55,12 +56,12 @@ void multiply(const Call call) {
   // unpacked are processed one block at a time.
   const int64_t together = l.zero_point ? 1 : std::clamp<int64_t>((1 << 20) / column_bytes, 1, column_blocks);
   const int64_t blocks = row_blocks * column_blocks;
-  const Product product = product_for(call.amx);
+  const Product product = product_for(call.extension, call.top, l.largest);
   static thread_local Scratch scratch;
   int8_t* const unpacked_columns = l.zero_point ? (int8_t*)scratch.of(call.threads * column_bytes) : nullptr;
 #pragma omp parallel num_threads(call.threads)
   {
-    begin_products(call.amx);
+    begin_products(call.extension);
     alignas(64) int32_t sums[4 * 256];
     int64_t pixel[2][16], image[2];
     Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, 64};
@@ -110,24 +111,24 @@ void multiply(const Call call) {
       for (int n = 0; n < 2; n++) {
         const int64_t o = cb * 32 + n * 16;
         if (o >= l.outputs) break;
-        const __mmask16 mask = first(l.outputs - o);
+        const Mask mask = first(l.outputs - o);
         for (int t = 0; t < 2; t++) {
           const int64_t at = (per_sample ? image[t] : 0) * wide + o;
-          const __m512 s = _mm512_loadu_ps(scale.data() + at), z = _mm512_loadu_ps(offset.data() + at);
+          const Floats s = load(scale.data() + at), z = load(offset.data() + at);
           const int32_t* from = sums + (t * 2 + n) * 256;
           for (int i = 0; i < 16; i++) {
             if (pixel[t][i] < 0) continue;
-            __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from + i * 16)), s, z);
+            Floats v = fma(to_floats(load(from + i * 16)), s, z);
             if (call.residual) {
-              const __m512 other = load16(call.residual, call.residual_type, pixel[t][i] * l.outputs + o, mask);
-              v = _mm512_fmadd_ps(other, _mm512_set1_ps(call.factor), v);
+              const Floats other = load16(call.residual, call.residual_type, pixel[t][i] * l.outputs + o, mask);
+              v = fma(other, set(call.factor), v);
             }
             store16(call.y, call.y_type, pixel[t][i] * l.outputs + o, mask, v);
           }
         }
       }
     }
-    end_products(call.amx);
+    end_products(call.extension);
   }
 }
 

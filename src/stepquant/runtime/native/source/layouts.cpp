@@ -24,13 +24,13 @@ const std::map<std::string, std::string>& layouts() {
       LAYOUT(Source, AT(type) + AT(scale) + AT(image) + AT(row) + AT(pixel) + AT(batch) + AT(height) + AT(width) +
              AT(channels) + AT(gate)),
       LAYOUT(Layer, AT(weight) + AT(zero_point) + AT(weight_sum) + AT(weight_scale) + AT(bias) + AT(taps) +
-             AT(tap_count) + AT(pieces) + AT(outputs)),
+             AT(tap_count) + AT(pieces) + AT(outputs) + AT(largest)),
       LAYOUT(Positions, AT(batch) + AT(image_bytes) + AT(row_bytes) + AT(pixel_bytes) + AT(height) + AT(width) +
              AT(flat)),
       LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
              AT(channel_add) + AT(gate) + AT(residual) + AT(smoothing) + AT(source) + AT(plane) + AT(layer) +
              AT(positions) + AT(per_sample) + AT(top) + AT(norm_image) + AT(epsilon) + AT(activation) + AT(y_type)
-             + AT(residual_type) + AT(factor) + AT(amx) + AT(threads)),
+             + AT(residual_type) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(GroupNorm, AT(x) + AT(weight) + AT(bias) + AT(multiply) + AT(add) + AT(type) + AT(epsilon) +
              AT(image) + AT(pixel) + AT(batch) + AT(pixels) + AT(channels) + AT(groups) + AT(threads)),
       LAYOUT(Join, AT(x) + AT(y) + AT(bytes) + AT(pixels) + AT(threads)),
@@ -38,7 +38,7 @@ const std::map<std::string, std::string>& layouts() {
       LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(per_sample) + AT(top)),
       LAYOUT(Attention, AT(query) + AT(key) + AT(value) + AT(grids) + AT(mask) + AT(mask_image) + AT(mask_head) +
              AT(mask_row) + AT(y) + AT(y_type) + AT(y_image) + AT(y_row) + AT(y_head) + AT(batch) + AT(heads) +
-             AT(length) + AT(key_length) + AT(size) + AT(factor) + AT(amx) + AT(threads)),
+             AT(length) + AT(key_length) + AT(size) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(Step, AT(kind) + AT(at)),
       LAYOUT(Pointer, AT(at) + AT(slot) + AT(offset) + AT(by_row)),
   };

@@ -32,6 +32,10 @@ static inline Sums four_tiles(int32_t* sums) { return {sums, 16, 256, 512}; }
 
 using Product = void (*)(const Operand&, const Columns&, const Sums&);
 
-Product product_for(bool amx);
-void begin_products(bool amx);  // on each thread, before its first product
-void end_products(bool amx);
+// Instructions beyond those that the library is compiled for; see build.py.
+enum Extension : int32_t { NO_EXTENSION = 0, AMX_INT8 = 1, AVX_VNNI = 2 };
+
+// The fastest product of codes up to `top` and weights from -`weight` to `weight` (128: any).
+Product product_for(int32_t extension, int32_t top, int32_t weight);
+void begin_products(int32_t extension);  // on each thread, before its first product
+void end_products(int32_t extension);
