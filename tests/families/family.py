@@ -22,12 +22,14 @@ class Family:
         call: further arguments of the pipeline's call, the `inputs` of `stepquant.quantize`: sizes, images, frames.
         steps: number of denoising steps of a call.
         denoisers: names of the components to quantize; the first is what `spec` alone means.
+        requires: packages without which diffusers cannot run this pipeline.
     """
 
     build: Callable[[Path], Any]
     call: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
     denoisers: tuple[str, ...] = ("transformer",)
+    requires: tuple[str, ...] = ()
 
     def arguments(self, pipeline: Any, seed: int = 0) -> dict[str, Any]:
         """Return the arguments of a plain call of the pipeline that generates one sample."""

@@ -17,7 +17,7 @@ from tests.families.language import (
     qwen_vl,
     qwen_vl_processor,
 )
-from tests.families.parts import WIDTH, autoencoder, clip, flow, image, seeded, tokenizer
+from tests.families.parts import WIDTH, autoencoder, flow, image, seeded, tokenizer
 
 SIZE = {"height": 16, "width": 16}
 SHORT = {"max_sequence_length": 8}
@@ -203,22 +203,8 @@ def cogview4(folder: Path) -> Any:
         rope_axes_dim=(8, 8),
     )  # fmt: skip
     return diffusers.CogView4Pipeline(
-        tokenizer=tokenizer(length=64, start=True), text_encoder=language_model(transformers.GlmModel), vae=autoencoder(),
-        transformer=transformer, scheduler=flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
-    )  # fmt: skip
-
-
-def kandinsky5_image(folder: Path) -> Any:
-    """The transformer of Kandinsky 5 with one frame."""
-    letters, text_encoder_2 = clip(folder / "clip", length=77)
-    transformer = seeded(
-        diffusers.Kandinsky5Transformer3DModel, 2, in_visual_dim=4, in_text_dim=WIDTH, in_text_dim2=WIDTH, time_dim=32,
-        out_visual_dim=4, patch_size=(1, 2, 2), model_dim=32, ff_dim=64, num_text_blocks=1, num_visual_blocks=2,
-        axes_dims=(4, 4, 8), visual_cond=False, attention_type="regular",
-    )  # fmt: skip
-    return diffusers.Kandinsky5T2IPipeline(
-        transformer=transformer, vae=autoencoder(), text_encoder=qwen_vl(), tokenizer=chat_tokenizer(),
-        text_encoder_2=text_encoder_2, tokenizer_2=letters, scheduler=flow(),
+        tokenizer=tokenizer(length=64, start=True), text_encoder=language_model(transformers.GlmModel),
+        vae=autoencoder(), transformer=transformer, scheduler=flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
     )  # fmt: skip
 
 
@@ -242,16 +228,10 @@ FAMILIES = {
     "FLUX.2 Klein": Family(flux2_klein, {"max_sequence_length": 16} | SIZE | LAYERS),
     "Qwen-Image": Family(qwen_image(), {"negative_prompt": "a", "true_cfg_scale": 2.0} | TEXT),
     "Qwen-Image-Edit": Family(
-        qwen_image("QwenImageEditPipeline"),
-        {
-            "image": image(),
-            "negative_prompt": "a",
-            "true_cfg_scale": 2.0,
-            "max_sequence_length": 64,
-            "height": 64,
-            "width": 64,
-        },
-    ),  # the pipeline resizes every image to one million pixels
+        qwen_image("QwenImageEditPipeline"),  # it resizes every image to one million pixels
+        {"image": image(), "height": 64, "width": 64, "negative_prompt": "a", "true_cfg_scale": 2.0},
+        requires=("torchvision",),
+    ),
     "Z-Image": Family(z_image, {"max_sequence_length": 16} | SIZE),
     "Sana": Family(
         sana("SanaPipeline", flow),
@@ -263,10 +243,9 @@ FAMILIES = {
     ),
     "Lumina 2": Family(lumina2, {"max_sequence_length": 32, "system_prompt": "a"} | SIZE),
     "Lumina-Next": Family(lumina, TEXT | {"clean_caption": False}),
-    "OmniGen": Family(omnigen, {"height": 32, "width": 32}),
+    "OmniGen": Family(omnigen, {"height": 32, "width": 32}, requires=("torchvision",)),
     "ERNIE-Image": Family(ernie_image, SIZE),
     "Krea 2": Family(krea2, {"max_sequence_length": 16} | SIZE),
     "CogView4": Family(cogview4, {"max_sequence_length": 16} | SIZE),
-    "Kandinsky 5 image": Family(kandinsky5_image, {"max_sequence_length": 16} | SIZE),
     "Ovis-Image": Family(ovis, TEXT),
 }
