@@ -149,7 +149,8 @@ def movq() -> Any:
     """Return the autoencoder of Kandinsky, whose decoder is normalized by the latents."""
     return seeded(
         diffusers.VQModel, block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), layers_per_block=1,
         latent_channels=4, norm_num_groups=32, norm_type="spatial", num_vq_embeddings=12, vq_embed_dim=4,
     )  # fmt: skip
 

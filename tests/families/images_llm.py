@@ -204,7 +204,8 @@ def cogview4(folder: Path) -> Any:
     )  # fmt: skip
     return diffusers.CogView4Pipeline(
         tokenizer=tokenizer(length=64, start=True), text_encoder=language_model(transformers.GlmModel),
-        vae=autoencoder(), transformer=transformer, scheduler=flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
+        vae=autoencoder(), transformer=transformer,
+        scheduler=flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
     )  # fmt: skip
 
 

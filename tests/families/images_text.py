@@ -175,7 +175,8 @@ def hidream(folder: Path) -> Any:
     return diffusers.HiDreamImagePipeline(
         scheduler=flow(), vae=autoencoder(shift_factor=0.0, **ONE_LEVEL), text_encoder=text_encoder,
         tokenizer=tokenizer_1, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
-        text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, text_encoder_4=seeded(transformers.LlamaForCausalLM, 1, config=llama),
+        text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+        text_encoder_4=seeded(transformers.LlamaForCausalLM, 1, config=llama),
         tokenizer_4=tokenizer(), transformer=transformer,
     )  # fmt: skip
 
