@@ -15,7 +15,7 @@ from stepquant.calibration.fake_quant.activation_quantizers import QDrop
 from stepquant.calibration.fake_quant.layers import CalibratedAttention
 from stepquant.core.noise import SampleNoise
 from stepquant.errors import StepquantError
-from stepquant.layers import attention
+from stepquant.layers import scaled_dot_product
 from stepquant.layers.attention import AttentionProcessor, can_quantize_attention
 from stepquant.layers.clock import StepClock
 from stepquant.layers.format import OPERANDS
@@ -59,7 +59,7 @@ def test_processing_heads_in_parts(learning, monkeypatch, masked):
     expected, seen = results(*learning, mask)
     whole = 2 * HEADS * LENGTH**2
     assert seen == [whole]
-    monkeypatch.setattr(attention, "MOST_SCORES", whole // 2)
+    monkeypatch.setattr(scaled_dot_product, "MOST_SCORES", whole // 2)
     produced, seen = results(*learning, mask)
     assert seen == 4 * [whole // 2], "each half once forward, and once again for the gradient"
     # LSQ divides the gradient of a scale by the root of the number of values, of which half are seen at a time.
@@ -75,7 +75,7 @@ def test_random_numbers_are_drawn_once(learning, monkeypatch):
     processor, operands = learning
     for point in processor.points.values():
         point.dropout = QDrop(0.5, SampleNoise(0, 0, range(2)))
-    monkeypatch.setattr(attention, "MOST_SCORES", 2 * LENGTH**2)
+    monkeypatch.setattr(scaled_dot_product, "MOST_SCORES", 2 * LENGTH**2)
     _, seen = results(processor, operands, None)
     assert seen == HEADS * [2 * LENGTH**2]
 
@@ -118,7 +118,7 @@ def test_masks(dtype, mask, parts, monkeypatch):
         torch.randn(2, HEADS, count, 8, generator=generator).to(dtype) for count in (QUERIES, KEYS, KEYS)
     )
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    monkeypatch.setattr(attention, "MOST_SCORES", 2 * HEADS * QUERIES * KEYS // parts)
+    monkeypatch.setattr(scaled_dot_product, "MOST_SCORES", 2 * HEADS * QUERIES * KEYS // parts)
     produced = AttentionProcessor().attend(query, key, value, mask)
     assert produced.dtype == dtype
     tolerance = {torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]

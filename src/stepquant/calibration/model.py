@@ -23,9 +23,15 @@ from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.install import Quantization
+from stepquant.layers.interception import install_attention
 from stepquant.layers.quantized import can_quantize, replace_module
 from stepquant.models import ModelDescription
 from stepquant.progress import Progress
+
+PROJECTIONS = {
+    operand: (f"to_{operand[0]}", f"{operand[0]}_proj", "to_qkv", "qkv") for operand in ("query", "key", "value")
+}
+"""Operand of an attention -> names of the layers that may compute it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class CalibrationModel:
         model: the copy; runs like the original. At first weights are rounded to nearest and activations pass through.
         clock: attached to `model`.
         layers: name -> layer under calibration; names are those of the original model.
-        attentions: name of an `Attention` -> its processor.
+        attentions: name (see `stepquant.layers.interception`) -> attention under calibration.
         time_layers: names of the linears whose input depends on the timestep alone, quantized or not.
         trained: names of the parameters outside `layers` that were trained, and are stored with them.
     """
@@ -151,22 +157,29 @@ def insert_fake_quantizers(
     grids = ranks.map(lambda point: (point.scale, point.zero_point), points)
     for point, grid in zip(points, grids, strict=True):
         point.set_grid(*grid)
-    attentions = {name: _wrap_attention(name, spec, clock, rows) for name in description.attentions}
+    attentions = {name: _wrap_attention(model, name, spec, clock, rows) for name in description.attentions}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     for name, attention in attentions.items():
-        model.get_submodule(name).set_processor(attention)  # type: ignore[operator]
+        install_attention(model, name, attention)
     clock.attach(model)
     time_layers = description.time_layers_in(description.layers)
     return CalibrationModel(model, clock, layers, attentions, time_layers)
 
 
-def _wrap_attention(name: str, spec: QuantSpec, clock: StepClock, rows: int) -> CalibratedAttention:
+def projection_of(model: nn.Module, attention: str, operand: str) -> str:
+    """Name of the layer that computes an operand of an attention; of the attention's module if that is unknown."""
+    path = attention.partition(":")[0]
+    module = model.get_submodule(path)
+    layers = (f"{path}.{layer}" for layer in PROJECTIONS.get(operand, ()) if hasattr(module, layer))
+    return next(layers, path)
+
+
+def _wrap_attention(model: nn.Module, name: str, spec: QuantSpec, clock: StepClock, rows: int) -> CalibratedAttention:
     """Query, key and value take the bits of the layers that compute them; the probabilities take the spec's."""
     points: dict[str, ActivationPoint] = {}
     for operand in OPERANDS:
-        projection = name if operand == "probability" else f"{name}.to_{operand[0]}"
-        bits = spec.layer_bits(projection).activation
+        bits = spec.layer_bits(projection_of(model, name, operand)).activation
         if operand == "probability" and bits != FLOAT_BITS:
             bits = spec.softmax_bits
         if bits != FLOAT_BITS:

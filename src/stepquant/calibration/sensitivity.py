@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
-from stepquant.calibration.model import CalibrationModel
+from stepquant.calibration.model import CalibrationModel, projection_of
 from stepquant.calibration.placement import answering
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import LayerBits
@@ -33,9 +33,6 @@ Method = Literal["one-at-a-time", "leave-one-out"]
 
 STEP_GROUPS = 10
 """Groups that the sampler's steps are divided into, unless there are fewer steps."""
-
-PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v"}
-"""Operand of an attention -> the layer that computes it, whose bits it takes."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ def layer_points(calibrated: CalibrationModel) -> dict[str, list[ActivationPoint
     }
     for name, attention in calibrated.attentions.items():
         for operand, point in attention.points.items():
-            layer = f"{name}.{PROJECTIONS.get(operand)}"
+            layer = projection_of(calibrated.model, name, operand)
             if layer in points and isinstance(point, ActivationPoint):
                 points[layer].append(point)
     return points

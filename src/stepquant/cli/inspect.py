@@ -75,7 +75,7 @@ def _float_table(denoiser: Any) -> Table:
 
 def _quantized_table(denoiser: Any) -> Table:
     """Layers and attentions of a quantized denoiser."""
-    from stepquant.layers.attention import QuantizedAttentionProcessor
+    from stepquant.layers.interception import quantized_attentions
     from stepquant.layers.quantized import quantized_modules
 
     layers = quantized_modules(denoiser)
@@ -90,11 +90,9 @@ def _quantized_table(denoiser: Any) -> Table:
         notes = [transform.kind for transform in layer.transforms]
         notes += ["cached per timestep"] * (module.time_cache is not None)
         table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, ", ".join(notes))
-    for name, module in denoiser.named_modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, QuantizedAttentionProcessor):
-            bits = ", ".join(f"{operand} {grid.bits}" for operand, grid in processor.formats.items())
-            table.add_row(name, "attention", "", bits, "", "", "")
+    for name, attention in quantized_attentions(denoiser).items():
+        bits = ", ".join(f"{operand} {grid.bits}" for operand, grid in attention.formats.items())
+        table.add_row(name, "attention", "", bits, "", "", "")
     return table
 
 

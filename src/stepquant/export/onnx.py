@@ -175,17 +175,19 @@ class OnnxAttention(AttentionKernel):
         super().__init__()
         self.grids = {name: processor.grid(name) for name in OPERANDS}
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor, scale: float | None = None
+    ) -> Tensor:
         def coded(name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             grid = self.grids[name]
             at = _within(grid, row)
             scales, zero_points = grid.scale[:, 0, 0], grid.zero_point[:, 0, 0]
-            scale, inverse, zero_point = scales[at], scales.reciprocal()[at], zero_points[at]
-            return _codes(x, inverse, zero_point, grid.bits), scale, zero_point
+            step, inverse, zero_point = scales[at], scales.reciprocal()[at], zero_points[at]
+            return _codes(x, inverse, zero_point, grid.bits), step, zero_point
 
-        codes, scale, zero_point = coded("key", key)
-        scores = _product(coded("query", query), (codes.transpose(-1, -2), scale, zero_point))
-        scores = scores * (int(query.shape[-1]) ** -0.5)
+        codes, step, zero_point = coded("key", key)
+        scores = _product(coded("query", query), (codes.transpose(-1, -2), step, zero_point))
+        scores = scores * (int(query.shape[-1]) ** -0.5 if scale is None else scale)
         if mask is not None:
             scores = scores + mask
         return _product(coded("probability", torch.softmax(scores, dim=-1)), coded("value", value))

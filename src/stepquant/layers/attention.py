@@ -1,9 +1,7 @@
 """Attention with quantized operands, as an attention processor of diffusers.
 
-    scores = Q(query) Q(key)^T / sqrt(d);   output = Q(softmax(scores)) Q(value)
-
-The operations around it (norms, projections, reshapes, residual) are the same in calibration and in inference;
-subclasses define what happens to the four operands.
+The operations around `ScaledDotProduct` (norms, projections, reshapes, residual) are the same in calibration and in
+inference. Attentions with other processors are quantized by `stepquant.layers.interception`.
 """
 
 from __future__ import annotations
@@ -14,18 +12,14 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stepquant.core.affine import fake_quantize
 from stepquant.core.qtensor import Grid, GridFormat, QuantizedAttention
-from stepquant.errors import StepquantError
 from stepquant.layers.buffers import fill_grid, has_buffers_of, keep_dtypes, read_grid, register_grid
 from stepquant.layers.clock import StepClock, of_samples
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import Kernel
-
-MOST_SCORES = 1 << 26
-"""Scores of an attention that are in memory at the same time: 256 MB in float32."""
+from stepquant.layers.scaled_dot_product import ScaledDotProduct
 
 REPRODUCED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "FluxAttnProcessor")
 """Attention processors of diffusers that `AttentionProcessor` computes the same as."""
@@ -38,7 +32,7 @@ def can_quantize_attention(module: nn.Module) -> bool:
     return known and hasattr(module, "set_processor") and hasattr(module, "to_q")
 
 
-class AttentionProcessor(nn.Module):
+class AttentionProcessor(ScaledDotProduct):
     """Full-precision attention, the base class; subclasses quantize in `operand`.
 
     Joint attentions (SD3, Flux) attend over text and image together, with separate projections for the text, and return
@@ -50,10 +44,6 @@ class AttentionProcessor(nn.Module):
         attention_mask: boolean (True: attend) or additive; see `_prepared_mask` for shapes.
         image_rotary_emb: rotary position embedding of joint attentions, two tensors [M + N, d].
     """
-
-    def operand(self, name: str, x: Tensor) -> Tensor:
-        """Quantize operand `name` of `OPERANDS`; x: [B, heads, N, d], or [B, heads, N, M] for the probabilities."""
-        return x
 
     def __call__(
         self,
@@ -145,84 +135,6 @@ class AttentionProcessor(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return self.attend(query, key, value, mask).transpose(1, 2).flatten(2)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether `operand` returns the same for the same x, so that a backward pass may compute it again."""
-        return True
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Scaled dot-product attention on quantized operands.
-
-        If all heads have more than `MOST_SCORES` scores, heads are processed in parts that stay below it, and a
-        backward pass computes the scores of a part again. At 64x64 the scores of one sample and eight heads take
-        0.5 GB, and training keeps half a dozen tensors of that size.
-
-        Args:
-            query: float [B, heads, N, d].
-            key, value: float [B, heads, M, d].
-            mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
-
-        Returns:
-            float [B, heads, N, d]; zeros for a query whose keys are all masked.
-        """
-        query, key = self.operand("query", query), self.operand("key", key)
-        batch, heads, length = query.shape[:3]
-        if mask is not None:
-            mask = additive_mask(mask, (batch, heads, length, key.shape[2]))
-        at_once = max(1, MOST_SCORES // (batch * length * key.shape[2]))
-        if at_once >= heads:
-            return self._attend_heads(query, key, value, mask)
-        recompute = torch.is_grad_enabled() and self.repeatable
-        parts = []
-        for start in range(0, heads, at_once):
-            part = [x[:, start : start + at_once] for x in (query, key, value)]
-            part.append(mask if mask is None or mask.shape[1] == 1 else mask[:, start : start + at_once])  # type: ignore[arg-type]
-            if recompute:
-                parts.append(checkpoint(self._attend_heads, *part, use_reentrant=False))
-            else:
-                parts.append(self._attend_heads(*part))
-        return torch.cat(parts, dim=1)
-
-    def _attend_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5)
-        probability = torch.softmax(scores, dim=-1) if mask is None else _masked_softmax(scores, mask)
-        return self.operand("probability", probability) @ self.operand("value", value)
-
-
-def additive_mask(mask: Tensor, scores: tuple[int, ...]) -> Tensor:
-    """Convert a mask to numbers that are added to scores.
-
-    Args:
-        mask: boolean (True: attend) or additive, broadcastable to `scores`.
-        scores: the shape [B, heads, N, M].
-
-    Returns:
-        float32 or float64, four dimensions that broadcast to `scores`.
-
-    Raises:
-        StepquantError: if the mask does not broadcast to `scores`.
-    """
-    sizes = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
-    if len(sizes) != len(scores) or any(size not in (1, full) for size, full in zip(sizes, scores, strict=True)):
-        raise StepquantError(
-            f"an attention mask has shape {list(mask.shape)}; expected one that broadcasts to the scores "
-            f"[B, heads, N, M] = {list(scores)}."
-        )
-    if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        mask = zeros.masked_fill_(mask.logical_not(), -torch.inf)
-    return (mask if mask.dtype == torch.float64 else mask.float()).view(sizes)
-
-
-def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """``softmax(scores + mask)`` over the last dimension, 0 in rows whose mask is -inf throughout.
-
-    In float32 at least: half precision cannot hold the sum of a score and its smallest number.
-    """
-    empty = (mask == -torch.inf).all(dim=-1, keepdim=True)
-    probability = torch.softmax(scores + mask.masked_fill(empty, 0.0), dim=-1)
-    return probability.masked_fill(empty, 0.0).to(scores.dtype)
-
 
 def _project(attn: Any, x: Tensor, layer: Any, norm: Any = None) -> Tensor:
     """Heads of ``norm(layer(x))``: [B, N, C] -> [B, N, heads, d]."""
@@ -243,7 +155,7 @@ def _prepared_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
 
 
 class AttentionKernel(Kernel):
-    """Executes an attention: ``forward(query, key, value, mask, row)`` computes `AttentionProcessor.attend`."""
+    """Executes an attention: ``forward(query, key, value, mask, row, scale)`` computes `ScaledDotProduct.attend`."""
 
     @staticmethod
     def supports(processor: Any) -> bool:
@@ -294,11 +206,14 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttentionProcessor:
         return keep_dtypes(self, lambda: super(QuantizedAttentionProcessor, self)._apply(fn, recurse))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+    ) -> Tensor:
         # Attention kernels exist only for the CPU.
-        if self.kernel is None or query.device.type != "cpu" or not self.kernel.fits(query, key):
-            return super().attend(query, key, value, mask)
-        return self.kernel(query, key, value, mask, self.clock.row)
+        alike = key.shape == value.shape and key.shape[1::2] == query.shape[1::2] and len(key) in (1, len(query))
+        if self.kernel is None or not alike or query.device.type != "cpu" or not self.kernel.fits(query, key):
+            return super().attend(query, key, value, mask, scale)
+        return self.kernel(query, key, value, mask, self.clock.row, scale)
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         if name not in self.formats:

@@ -69,7 +69,7 @@ class Structure(BaseModel):
     Attributes:
         timesteps: timesteps of the rows of per-step tables, strictly ascending.
         layers: module name -> format.
-        attentions: name of an `Attention` -> one of `OPERANDS` -> format.
+        attentions: name of an attention (see `stepquant.layers.interception`) -> one of `OPERANDS` -> format.
         time_layers: linears, quantized or not, whose outputs are cached by timestep (`TimeCache`).
         correction_rows: rows of the output correction; 0 without one.
         timestep: name of the timestep among the parameters of the denoiser's forward.

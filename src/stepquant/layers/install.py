@@ -15,6 +15,7 @@ from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.clock import StepClock
 from stepquant.layers.correction import Correction, OutputCorrection, correction_of
 from stepquant.layers.format import OPERANDS, LayerFormat, Structure
+from stepquant.layers.interception import install_attention, quantized_attentions
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.lora import enable_lora
 from stepquant.layers.quantized import QuantizedModule, empty_like, replace_module
@@ -28,7 +29,7 @@ class Quantization:
     Attributes:
         timesteps: float32 [R], ascending, timesteps of the rows of per-step tables ([1] if all are static).
         layers: module name -> integers and grids.
-        attentions: name of an `Attention` -> grids of its operands.
+        attentions: name of an attention (see `stepquant.layers.interception`) -> grids of its operands.
         time_layers: names of linears whose input depends on the timestep alone.
         correction: correction of the denoiser's output, if one was estimated.
         parameters: floating-point parameters that training changed, such as those of norms.
@@ -71,10 +72,9 @@ def install(model: nn.Module, quantization: Quantization) -> StepClock:
         module = model.get_submodule(name)
         assert isinstance(module, QuantizedModule)
         module.fill(layer)
+    installed = quantized_attentions(model)
     for name, attention in quantization.attentions.items():
-        processor = model.get_submodule(name).processor
-        assert isinstance(processor, QuantizedAttentionProcessor)
-        processor.fill(attention)
+        installed[name].fill(attention)
     correction = correction_of(model)
     if correction is not None and quantization.correction is not None:
         correction.fill(quantization.correction)
@@ -102,10 +102,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             except StepquantError as error:
                 raise StepquantError(f"layer {name!r}: {error}") from None
         for name, operands in structure.attentions.items():
-            attention = _submodule(model, name)
-            if not hasattr(attention, "set_processor"):
-                raise StepquantError(f"{name!r} is a {type(attention).__name__}; expected an attention.")
-            attention.set_processor(QuantizedAttentionProcessor(operands, clock))
+            install_attention(model, name, QuantizedAttentionProcessor(operands, clock))
         for name in structure.time_layers:
             cache_by_time(model, name, clock)
         if structure.correction_rows:

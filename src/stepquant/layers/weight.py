@@ -35,7 +35,7 @@ class DequantizedWeight(Tensor):
         """The values as an ordinary tensor."""
         return self._values().to(self.device, self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.dequantize())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

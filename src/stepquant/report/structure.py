@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +16,7 @@ from stepquant.core.qtensor import Grid
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.install import made_by_quantization
+from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.quantized import QuantizedModule, can_quantize, quantized_modules
 
 
@@ -82,7 +82,7 @@ def activation_ranges(denoiser: nn.Module) -> list[ActivationRange]:
     for name, module in quantized_modules(denoiser).items():
         if (grid := module.layer().input) is not None:
             ranges += _ranges_of(name, grid)
-    for name, processor in _processors(denoiser):
+    for name, processor in quantized_attentions(denoiser).items():
         for operand in processor.formats:
             ranges += _ranges_of(f"{name} {operand}", processor.grid(operand))
     return ranges
@@ -112,8 +112,9 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
         elif can_quantize(module):
             kind = "linear" if isinstance(module, nn.Linear) else "convolution"
             rows.append(LayerRow(name, kind, tuple(module.weight.shape), None, None, None, own, None))
-    for name, processor in _processors(denoiser):
-        own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{name}.processor."))
+    paths = {module: path for path, module in denoiser.named_modules()}
+    for name, processor in quantized_attentions(denoiser).items():
+        own = sum(size for tensor, size in stored.items() if tensor.startswith(f"{paths[processor]}."))
         by_operand = {operand: format.bits for operand, format in processor.formats.items()}
         different = len(set(by_operand.values())) > 1
         bits = ", ".join(
@@ -144,10 +145,12 @@ def bytes_by_content(denoiser: nn.Module) -> dict[str, int]:
     """Bytes of the denoiser's tensors in the checkpoint, by what they contain."""
     sizes: Counter[str] = Counter()
     layers = quantized_modules(denoiser)
+    kinds = QuantizedAttentionProcessor
+    attentions = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, kinds))
     for name, tensor in _stored_tensors(denoiser).items():
         owner, _, kind = name.partition(".transforms.")[0].rpartition(".")
         owner = name.partition(".transforms.")[0] if ".transforms." in name else owner
-        if ".processor." in name:
+        if name.startswith(attentions):
             content = "activation tables"
         elif owner not in layers:
             content = "parameters left in floating point"
@@ -167,10 +170,3 @@ _CONTENTS = {
 
 def _stored_tensors(denoiser: nn.Module) -> dict[str, Tensor]:
     return narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
-
-
-def _processors(denoiser: nn.Module) -> Iterator[tuple[str, QuantizedAttentionProcessor]]:
-    for name, module in denoiser.named_modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, QuantizedAttentionProcessor):
-            yield name, processor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.quantized import quantized_modules
 from stepquant.runtime.native import attention, blocks, replay
 from stepquant.runtime.native.build import supported
@@ -13,7 +13,7 @@ from stepquant.runtime.native.kernel import NativeKernel
 
 def finish(model: nn.Module) -> None:
     """Install integer attention, fusion and recordings, after every layer of `model` has its kernel."""
-    for processor in _processors(model):
+    for processor in quantized_attentions(model).values():
         if attention.NativeAttention.supports(processor):
             processor.kernel = attention.NativeAttention(processor)
     blocks.fuse(model)
@@ -26,13 +26,8 @@ def undo(model: nn.Module) -> None:
         module.restore()
     replay.remove(model)
     blocks.separate(model)
-    for processor in _processors(model):
+    for processor in quantized_attentions(model).values():
         processor.kernel = None
-
-
-def _processors(model: nn.Module) -> list[QuantizedAttentionProcessor]:
-    found = (getattr(module, "processor", None) for module in model.modules())
-    return [processor for processor in found if isinstance(processor, QuantizedAttentionProcessor)]
 
 
 __all__ = ["NativeKernel", "finish", "supported", "undo"]

@@ -10,10 +10,11 @@ from torch import Tensor
 from stepquant.core.affine import largest_code
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError
-from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor, additive_mask
+from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
 from stepquant.layers.clock import of_samples
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import opaque
+from stepquant.layers.scaled_dot_product import additive_mask
 from stepquant.runtime.native.build import INSTRUCTION_SETS, available, library
 from stepquant.runtime.native.library import TYPES, Attention, Heads, OperandGrid, no_memory
 from stepquant.runtime.native.recording import record
@@ -46,7 +47,9 @@ class NativeAttention(AttentionKernel):
         return max(2 * query.shape[-1], key.shape[-2]) <= MOST_PRODUCTS
 
     @opaque
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor, scale: float | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -54,6 +57,7 @@ class NativeAttention(AttentionKernel):
             key, value: float [B or 1, heads, M, d].
             mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
             row: row of the activation tables, int64 [] or [B].
+            scale: factor of the scores, 1 / sqrt(d) by default.
 
         Returns:
             float [B, heads, N, d], a view of [B, N, heads, d].
@@ -76,6 +80,7 @@ class NativeAttention(AttentionKernel):
         grids = (OperandGrid * 4)(*(grid for grid, _ in keep))
         y = torch.empty(batch, length, heads, size, dtype=query.dtype, device="cpu")
         strides = (0, 0, 0)
+        factor = size**-0.5 if scale is None else scale
         if mask is not None:
             scores = (batch, heads, length, key.shape[2])
             mask = additive_mask(mask, scores).float().expand(scores)
@@ -85,7 +90,7 @@ class NativeAttention(AttentionKernel):
             *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
             grids, None if mask is None else mask.data_ptr(), *strides,
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
-            batch, heads, length, key.shape[2], size, size**-0.5, self.extension, torch.get_num_threads(),
+            batch, heads, length, key.shape[2], size, factor, self.extension, torch.get_num_threads(),
         )  # fmt: skip
         if self.library.sq_attention(byref(attention)):
             raise no_memory()
