@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from stepquant.errors import StepquantError
-from stepquant.evaluation.features import ImageFolder, extract
+from stepquant.evaluation.features import DataImages, extract
 
 
 class _Mean:
@@ -48,7 +48,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     for name, code in (("b.png", 255), ("a.PNG", 0), ("c.jpg", 255)):
         Image.new("L", (6, 5), code).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    images = ImageFolder(tmp_path)
+    images = DataImages(tmp_path)
     assert len(images) == 3
     (batch,) = images
     assert batch.shape == (3, 3, 5, 6)
@@ -57,13 +57,13 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 
 def test_invalid_image_folders(tmp_path):
     with pytest.raises(StepquantError, match="is not a folder"):
-        ImageFolder(tmp_path / "none")
+        DataImages(tmp_path / "none")
     with pytest.raises(StepquantError, match="contains no images"):
-        ImageFolder(tmp_path)
+        DataImages(tmp_path)
     Image.new("L", (6, 5)).save(tmp_path / "a.png")
     Image.new("L", (6, 4)).save(tmp_path / "b.png")
     with pytest.raises(StepquantError, match=r"b.png is 6 x 4 pixels; expected 6 x 5"):
-        list(ImageFolder(tmp_path))
+        list(DataImages(tmp_path))
     (tmp_path / "b.png").write_bytes(b"not an image")
     with pytest.raises(StepquantError, match=r"b.png cannot be read"):
-        list(ImageFolder(tmp_path))
+        list(DataImages(tmp_path))

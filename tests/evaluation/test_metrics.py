@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import stepquant
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
-from stepquant.evaluation.features import ImageFolder
+from stepquant.evaluation.features import DataImages
 from stepquant.evaluation.metrics import MetricInputs, check_metrics, measure
 
 REWARD = """
@@ -38,7 +38,7 @@ def data(tmp_path):
 
 def test_classifier_proxies(data, tmp_path):
     full, images = _images(40, 1), (_images(40, 1) * 0.2)
-    inputs = MetricInputs("zoo:fashion-ddpm", images, full, data=ImageFolder(data), cache=tmp_path / "cache")
+    inputs = MetricInputs("zoo:fashion-ddpm", images, full, data=DataImages(data), cache=tmp_path / "cache")
     values = measure({"classifier": ""}, inputs)
     assert set(values) == {
         f"classifier_{name}" for name in ("frechet", "kernel_distance", "precision", "recall", "score")
@@ -53,7 +53,7 @@ def test_classifier_proxies(data, tmp_path):
     )
     assert len(list((tmp_path / "cache").glob("features-*"))) == 4
     with pytest.raises(StepquantError, match="no classifier for the data of somewhere"):
-        measure({"classifier": ""}, MetricInputs("somewhere", images, full, data=ImageFolder(data)))
+        measure({"classifier": ""}, MetricInputs("somewhere", images, full, data=DataImages(data)))
 
 
 def test_a_custom_reward(tmp_path):

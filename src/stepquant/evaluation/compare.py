@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
-from stepquant.evaluation.features import ImageFolder
+from stepquant.evaluation.features import DataImages
 from stepquant.evaluation.fidelity import Shadow, psnr, ssim
 from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.metrics import MetricInputs, MetricValue, check_metrics, measure
@@ -136,7 +136,7 @@ def evaluate(
     if count < 1:
         raise StepquantError(f"count is {count}; expected at least 1 image.")
     check_metrics(metrics, data)
-    real = None if data is None else ImageFolder(data)
+    real = None if data is None else DataImages(data)
     quantized, original = resolve_pipeline(str(folder), resolve_backend(backend), memory), resolve_pipeline(against)
     denoiser = _check_same(folder, quantized, against, original)
     _check_quantized(folder, getattr(quantized, denoiser), against, getattr(original, denoiser))

@@ -36,7 +36,7 @@ class FeatureExtractor(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class DataImages:
     """The image files of a folder in the order of their names, as batches float [N, 3, H, W] in [-1, 1].
 
     Raises:
@@ -87,7 +87,7 @@ def _read(file: Path) -> Tensor:
 
 def extract(
     extractor: FeatureExtractor,
-    images: Tensor | ImageFolder,
+    images: Tensor | DataImages,
     cache: Path | None = None,
     progress: Progress | None = None,
     description: str = "Extracting features",
