@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
+from stepquant.calibration.placement import device_of
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import fingerprint
@@ -36,6 +37,7 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
     kind, images = type(recipe), context.images
     custom = {"name": kind.__qualname__, "file": source_file(kind), "sha256": source_digest(kind)}
     spec, requested = context.spec.model_dump(mode="json"), given["requested"].model_dump(mode="json")
+    device = context.device or device_of(context.denoiser)
     entries = {
         "source": source or _source_of(context.pipeline),
         "recipe": recipe.called(),
@@ -54,7 +56,7 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
         "guidance": context.request.guidance,
         "inputs": {name: fingerprint(value) for name, value in context.request.inputs.items()},
         "dtype": str(next(context.denoiser.parameters()).dtype).removeprefix("torch."),
-        "device": None if context.device is None else str(context.device),
+        "device": None if device.type == "cpu" else str(device),
         "seed": context.seed,
         "versions": versions(),
     }

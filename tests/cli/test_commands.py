@@ -14,6 +14,8 @@ from stepquant import __version__, zoo
 from stepquant.cli.main import app
 from stepquant.recipes import RECIPES
 
+SMALL = ("--samples", 4, "--steps", 2)
+
 
 def _run(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -30,20 +32,8 @@ def _rows(output: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def quantized(unconditional_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("quantized") / "model"
-    small = ("--samples", 4, "--steps", 2)
-    output = _run(
-        "quantize",
-        unconditional_folder,
-        "--recipe",
-        "minmax",
-        "--bits",
-        "w4a8",
-        *small,
-        "--override",
-        "mid_block=w8a8",
-        "--out",
-        out,
-    )
+    given = ("--recipe", "minmax", "--bits", "w4a8", *SMALL, "--override", "mid_block=w8a8")
+    output = _run("quantize", unconditional_folder, *given, "--out", out)
     assert str(out) in output
     assert re.search(r" in \d+ s: ", output), "the duration"
     assert [path.name for path in out.parent.iterdir()] == ["model"], "the workspace is still there"
@@ -61,7 +51,7 @@ def test_inspect_shows_spec_and_bits(quantized):
 
 def test_train_writes_what_quantize_writes(unconditional_folder, tmp_path):
     out = tmp_path / "trained"
-    run = ("--bits", "w4a8", "--distill", "--set", "iterations=2", "--set", "batch_size=2", "--steps", 2)
+    run = ("--bits", "w4a8", "--distill", "--set", "iterations=2", "--set", "batch_size=2", *SMALL)
     output = _run("train", unconditional_folder, *run, "--out", out)
     assert str(out) in output
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
@@ -99,20 +89,8 @@ def test_sample_takes_conditions(kind, condition, request, tmp_path):
 def test_evaluate_writes_figures_and_images(quantized, unconditional_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("stepquant.evaluation.compare.peak_memory_bytes", lambda *_: 1)
     figures, grid = tmp_path / "figures.json", tmp_path / "grid.png"
-    output = _run(
-        "evaluate",
-        quantized,
-        "--against",
-        unconditional_folder,
-        "--count",
-        2,
-        "--steps",
-        2,
-        "--json",
-        figures,
-        "--grid",
-        grid,
-    )
+    files = ("--json", figures, "--grid", grid)
+    output = _run("evaluate", quantized, "--against", unconditional_folder, "--count", 2, "--steps", 2, *files)
     assert str(figures) in output
     assert str(grid) in output
     assert "PSNR" in output
@@ -172,8 +150,8 @@ def test_a_run_killed_after_writing_its_result_is_completed_by_the_same_command(
     verb, after, unconditional_folder, tmp_path, monkeypatch
 ):
     more = {
-        "quantize": ["--recipe", "minmax", "--samples", 4, "--steps", 2],
-        "train": ["--distill", "--set", "iterations=1", "--set", "batch_size=2", "--steps", 2],
+        "quantize": ["--recipe", "minmax", *SMALL],
+        "train": ["--distill", "--set", "iterations=1", "--set", "batch_size=2", *SMALL],
     }
     command = [verb, unconditional_folder, *more[verb]]
     rmtree, calls = shutil.rmtree, []

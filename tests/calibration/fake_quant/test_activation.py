@@ -25,7 +25,7 @@ def test_a_static_grid_spans_all_observations():
     assert torch.equal(point(x), x), "passes through until it has a range"
     point(2 * x)
     point.calibrate("minmax")
-    table = point.grid()
+    table = point.stored_grid()
     table.check()
     scale, zero_point = table.scale.item(), table.zero_point.item()
     assert abs(-zero_point * scale - 2 * x.min()) <= scale
@@ -41,7 +41,7 @@ def test_unobserved_steps_take_the_nearest_row():
     x = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-4, 4, 50)])
     point(x)
     point.calibrate("minmax")
-    scale = point.grid().scale[:, 0, 0]
+    scale = point.stored_grid().scale[:, 0, 0]
     assert torch.allclose(scale, torch.tensor([2 / 255, 8 / 255, 8 / 255]))
     mixed = point(x)
     for time, row in ((0, 0), (10, 1)):
@@ -100,7 +100,7 @@ def test_channel_groups_have_separate_grids():
     x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1)) * sizes
     point(x)
     point.calibrate("minmax")
-    table = point.grid()
+    table = point.stored_grid()
     assert table.group_sizes == (2, 3) and table.scale.shape == (1, 2, 1)
     for group, channels in enumerate((slice(0, 2), slice(2, 5))):
         expected = fake_quantize(x[:, channels], table.scale[0, group], table.zero_point[0, group].float(), 4)
@@ -170,7 +170,7 @@ def test_points_pass_through_while_bypassed_and_qdrop_needs_gradients():
 def test_points_refuse_what_they_have_no_grid_for():
     point = ActivationPoint(8, StepClock())
     with pytest.raises(InvalidGrid, match="was not calibrated"):
-        point.grid()
+        point.stored_grid()
     point.observe()
     with pytest.raises(RuntimeError, match="never observed"):
         point.calibrate("minmax")

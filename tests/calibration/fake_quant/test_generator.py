@@ -49,7 +49,7 @@ def test_a_trained_generator_follows_the_range_and_is_stored_as_a_table():
     point.freeze()
     assert type(point.quantizer) is FixedGrid
     assert float((point(x) - x).square().mean()) < 0.75 * static
-    table = point.grid()
+    table = point.stored_grid()
     assert table.scale.shape == (100, 1, 1)
     assert float(table.scale[90]) > 2 * float(table.scale[10])
     clock.set(37)
@@ -76,7 +76,7 @@ def test_a_generator_starts_near_the_ranges_of_single_steps():
     torch.manual_seed(0)
     point.learn_over_time()
     point.freeze()
-    scale = point.grid().scale[:, 0, 0]
+    scale = point.stored_grid().scale[:, 0, 0]
     assert float(scale[95] / scale[5]) > 3  # the spread of x grows from 0.68 to 3.8
     roughness = scale.diff().abs().sum() / (scale[-1] - scale[0]).abs()
     assert float(roughness) < 1.5, "smooth: a free table of one sample a step would jitter"
@@ -87,10 +87,10 @@ def test_a_second_generator_starts_at_the_frozen_scale():
     torch.manual_seed(0)
     point.learn_over_time()
     point.freeze()
-    frozen = point.grid().scale
+    frozen = point.stored_grid().scale
     point.learn_over_time()
     point.freeze()
-    assert torch.allclose(point.grid().scale, frozen, rtol=1e-5)
+    assert torch.allclose(point.stored_grid().scale, frozen, rtol=1e-5)
 
 
 def test_periods_of_the_fastest_feature():

@@ -126,7 +126,7 @@ class ActivationPoint(nn.Module):
         if isinstance(self.quantizer, FixedGrid):
             self.quantizer = self.quantizer.frozen()
 
-    def grid(self) -> Grid:
+    def stored_grid(self) -> Grid:
         """The grid as it is stored; raises `InvalidGrid` before there is one."""
         if not self.calibrated:
             raise InvalidGrid("an activation was not calibrated")

@@ -66,9 +66,9 @@ class CalibratedLayer(nn.Module):
 
     def to_quantized(self) -> QuantizedLayer:
         """Integers and grids as they are stored."""
-        weight = QTensor(self.weight_point.codes(self.weight).cpu().clone(), self.weight_point.grid())
+        weight = QTensor(self.weight_point.codes(self.weight).cpu().clone(), self.weight_point.stored_grid())
         bias = None if self.inner.bias is None else self.inner.bias.detach().float().cpu().clone()
-        grid = None if self.input_point is None else self.input_point.grid()
+        grid = None if self.input_point is None else self.input_point.stored_grid()
         factor = self.weight_point.smoothing
         transforms = () if factor is None else (Smoothing(factor.float().cpu().clone()),)
         return QuantizedLayer(weight, bias, grid, transforms)
@@ -92,7 +92,7 @@ class CalibratedAttention(AttentionProcessor):
     def to_quantized(self) -> QuantizedAttention:
         """Grids as they are stored."""
         return QuantizedAttention(
-            **{name: self.points[name].grid() if name in self.points else None for name in OPERANDS}  # type: ignore[operator]
+            **{name: self.points[name].stored_grid() if name in self.points else None for name in OPERANDS}  # type: ignore[operator]
         )
 
 

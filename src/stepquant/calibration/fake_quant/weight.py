@@ -86,7 +86,7 @@ class WeightPoint(nn.Module):
         assert isinstance(self.quantizer, AdaRound)
         return self.quantizer.regularizer(beta)
 
-    def grid(self) -> Grid:
+    def stored_grid(self) -> Grid:
         """The grid as it is stored."""
         return self.quantizer.grid.stored()
 
