@@ -108,15 +108,16 @@ def measure(
     network = _Network(calibrated, blocks, method)
     with progress.task(f"Ranking layers ({method})", len(batches) * len(names)) as advance:
         for index, rows in enumerate(batches):
-            missing = [name for name in names if f"{index}.layer.{name}" not in measured]
-            advance(len(names) - len(missing))
+            done = measured.get(f"{index}.layers", torch.zeros(0, groups.count, dtype=torch.float64))
+            missing = names[len(done) :]
+            advance(len(done))
             if not missing:
                 continue
             network.start(samples.arguments(rows))
             sums = partial(groups.sums, rows=rows)
             measured |= {f"{index}.power": sums(network.target), f"{index}.whole": sums(network.whole_error)}
-            for name, error in zip(missing, workspace.ranks.map(network.error, missing), strict=True):
-                measured[f"{index}.layer.{name}"] = sums(error)
+            for error in workspace.ranks.map(network.error, missing):
+                measured[f"{index}.layers"] = done = torch.cat([done, sums(error)[None]])
                 workspace.save(stage, measured)
                 advance(1)
             network.quantize(names, rest=True)
@@ -126,7 +127,7 @@ def measure(
 
     power = summed("power").clamp(min=1e-12)
     whole = summed("whole") / power
-    errors = torch.stack([summed(f"layer.{name}") / power for name in names])
+    errors = summed("layers") / power
     bits = {name: layer.bits for name, layer in calibrated.layers.items()}
     sizes = {name: layer.weight.numel() for name, layer in calibrated.layers.items()}
     errors = errors if method == "one-at-a-time" else whole - errors
