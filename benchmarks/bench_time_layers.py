@@ -23,7 +23,8 @@ from torch import nn
 
 import stepquant
 from stepquant.loading import resolve_pipeline
-from stepquant.models import describe
+from stepquant.pipelines.description import describe_component
+from stepquant.pipelines.request import make_request
 
 RESULTS = Path(__file__).parent / "results" / "time_layers.jsonl"
 STEPS = 20
@@ -54,7 +55,8 @@ def main() -> None:
         ).unet
         for exact in (False, True)
     )
-    names = [name for name in describe(pipeline.unet).layers if name in describe(pipeline.unet).time_layers]
+    description = describe_component(pipeline, "unet", make_request(pipeline, steps=4))
+    names = description.time_layers_in(description.layers)
     models = {
         "computed in int8": computing(quantized, names),
         "computed in float32": computing(exact, names),

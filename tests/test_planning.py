@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 import stepquant
-from stepquant.models import describe
 from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
 from stepquant.recipes import EFFORTS, QAT, RECIPES, Context, MinMax, QDiffusion, QuEST
 from stepquant.workspace import Workspace
+from tests.described import described
 
 
 def plan_of(pipeline, samples, steps, recipe):
@@ -25,13 +25,13 @@ def test_a_plan_counts_passes_and_iterations(unconditional_pipeline):
     handle = unet.register_forward_pre_hook(lambda *_: calls.append(1))
     plan = plan_of(unconditional_pipeline, 128, 20, QDiffusion(iterations=50, batch_size=8))
     handle.remove()
-    assert len(calls) == 2, "only two steps of one image are measured"
+    assert len(calls) == 2 + 3, "two steps of one image are measured, after the description has been traced"
     assert plan.parameters == sum(parameter.numel() for parameter in unet.parameters())
     (collect, collecting), (blocks, learning) = plan.stages
     assert collect.passes == 64 * 20 and blocks.passes == 4 * 128 + 3 * 50 * 8
     assert collecting > 0 and learning / collecting == pytest.approx(blocks.passes / collect.passes)
     assert plan.memory > 4 * plan.parameters
-    count = len(describe(unet).blocks)
+    count = len(described(unet).blocks)
     assert f"{count} blocks, 50 iterations each" in str(plan) and "128 samples from 64 images of 20 steps" in str(plan)
     assert "iterations" not in str(plan_of(unconditional_pipeline, 4, 2, MinMax()))
 

@@ -25,7 +25,7 @@ from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
 from stepquant.integrations.components import Also, check_components, quantize_component
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
 from stepquant.pipelines.request import check_dtype, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
@@ -174,6 +174,7 @@ def sensitivity(
     spec: QuantSpec | str | dict[str, Any],
     *,
     method: Method = "one-at-a-time",
+    budget: float | str | None = None,
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
@@ -190,6 +191,7 @@ def sensitivity(
 
     Args:
         method: quantize one layer (``"one-at-a-time"``), or all but one (``"leave-one-out"``).
+        budget: only checked, before the ranking starts; the ranking does not depend on it.
         calibration: by default 64 samples of 16 images: the order of layers needs fewer than their ranges do.
         pipeline, spec, prompts, guidance, inputs, seed, workspace, cache, progress, device: as for `quantize`.
 
@@ -197,8 +199,9 @@ def sensitivity(
         StepquantError: for a spec or a pipeline that does not work, in one sentence.
     """
     given = RANKING if calibration is None else Calibration.parse(calibration)
+    most = parse_budget(budget) if isinstance(budget, str) else budget
     with _opened(
-        pipeline, QuantSpec.parse(spec), None, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
+        pipeline, QuantSpec.parse(spec), most, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
         workspace=workspace, cache=cache, progress=progress, device=device,
     ) as context:  # fmt: skip
         return rank_layers(context, check_method(method))
@@ -232,22 +235,23 @@ def _opened(
     """Check everything, take hold of the workspace and place the denoiser, until the context ends."""
     if not isinstance(seed, int) or seed < 0:
         raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
-    denoiser = check_quantizable(pipeline, spec, budget)
+    denoiser = _denoiser_of(pipeline)
+    spec.check_quantizes()
     where = check_device(device)
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
     )
     ranks = Ranks.current()
-    with (
-        tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary,  # mapped on Windows
-        Workspace(Path(workspace or temporary), ranks) as kept,
-        placed(denoiser, describe(denoiser).blocks, where),
-    ):
+    with tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary:  # mapped on Windows
+        kept = Workspace(Path(workspace or temporary), ranks)
         # Not entered: its stages are whole files, nothing to lock.
         shared = Workspace(Path(cache), ranks) if cache else None
-        yield Context(
+        context = Context(
             pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where, images
         )
+        _check_spec(context, budget)
+        with kept, placed(denoiser, context.description.blocks, where):
+            yield context
 
 
 def _quantize(
@@ -292,23 +296,21 @@ def _quantize(
     return quantized
 
 
-def check_quantizable(pipeline: Any, spec: QuantSpec, budget: float | None = None) -> nn.Module:
-    """The pipeline's denoiser.
-
-    Raises:
-        StepquantError: if there is nothing to quantize, an override matches no layer, or the budget is out of range.
-    """
+def _denoiser_of(pipeline: Any) -> nn.Module:
+    """The pipeline's denoiser; raises `StepquantError` if it is quantized already, or cannot run in its dtype."""
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_modules(denoiser):
         raise StepquantError("the pipeline is quantized already: give the full-precision one.")
     check_dtype(pipeline)
-    spec.check_quantizes()
-    description = describe(denoiser)
-    check_overrides(description, spec)
-    if budget is not None:
-        bits = description.quantized_bits(spec)
-        check_budget(spec, bits, weight_sizes(denoiser, bits), budget)
     return denoiser
+
+
+def _check_spec(context: Context, budget: float | None) -> None:
+    """Raise `StepquantError` if an override matches no layer, or the budget is out of range."""
+    check_overrides(context.description, context.spec)
+    if budget is not None:
+        bits = context.description.quantized_bits(context.spec)
+        check_budget(context.spec, bits, weight_sizes(context.denoiser, bits), budget)
 
 
 def check_device(device: torch.device | str | None) -> torch.device | None:

@@ -9,7 +9,7 @@ from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.sensitivity import Sensitivity
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
-from stepquant.models import describe
+from tests.described import described
 
 FRAGILE = "up_blocks.1.resnets.1.conv2"
 
@@ -86,7 +86,7 @@ def test_the_spec_within_a_budget_reaches_the_layers(fragile_pipeline, tmp_path)
     chosen = within_budget(spec, measured, 5.5)
     assert next(iter(chosen.overrides)) == "conv_shortcut"
     unet = fragile_pipeline.unet
-    layers = insert_fake_quantizers(unet, describe(unet), chosen).layers
+    layers = insert_fake_quantizers(unet, described(unet), chosen).layers
     bits = {name: layer.weight_point.bits for name, layer in layers.items()}
     assert bits[FRAGILE] == 8
     assert all(bits[name] == 6 for name in bits if name.endswith("conv_shortcut"))

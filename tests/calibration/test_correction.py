@@ -12,8 +12,8 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.correction import Correction, correction_of
-from stepquant.models import describe
 from stepquant.progress import Progress
+from tests.described import described
 
 CALIBRATION = stepquant.Calibration(samples=16, steps=4)
 
@@ -42,7 +42,7 @@ def samples():
 
 def test_gain_and_variance_are_estimated(unconditional_pipeline, samples):
     unet = unconditional_pipeline.unet
-    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w8a16"))
+    calibrated = insert_fake_quantizers(unet, described(unet), QuantSpec.parse("w8a16"))
     distorted = copy.copy(calibrated)
     object.__setattr__(distorted, "model", Distorted(unet, {1.0: 1.25, 500.0: 0.8}, 0.1))
     correction = estimate_correction(unet, distorted, samples, 7, Progress())

@@ -16,9 +16,10 @@ from stepquant.cli.main import app
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
+from tests.described import described
 
 KINDS = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 SMALL = stepquant.Calibration(samples=6, steps=2)
@@ -63,7 +64,7 @@ def test_the_output_equals_that_of_float32_weights(pipeline, dtype):
 
 def test_weights_are_shared_and_unchanged(pipeline):
     half = denoiser_of(in_type(pipeline, torch.bfloat16))
-    calibrated = insert_fake_quantizers(computing_in_float32(half), describe(half), QuantSpec.parse("w4a8"))
+    calibrated = insert_fake_quantizers(computing_in_float32(half), described(half), QuantSpec.parse("w4a8"))
     first = next(half.parameters())
     for name, layer in calibrated.layers.items():
         original = half.get_submodule(name).weight

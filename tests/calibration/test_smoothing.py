@@ -13,8 +13,8 @@ from stepquant.calibration.smoothing import best_smoothing, find_smoothing
 from stepquant.config import QuantSpec
 from stepquant.layers.clock import StepClock
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import describe
 from stepquant.progress import Progress
+from tests.described import described
 
 
 def error_of(layer, x):
@@ -54,7 +54,7 @@ def test_the_search_observes_full_precision_and_changes_nothing(unconditional_pi
     with torch.no_grad():
         for resnet in (module for module in unet.modules() if hasattr(module, "norm2")):
             resnet.norm2.weight.copy_(torch.logspace(-2, 1, len(resnet.norm2.weight)))
-    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w4a4"))
+    calibrated = insert_fake_quantizers(unet, described(unet), QuantSpec.parse("w4a4"))
     samples = CalibrationSet({"sample": torch.randn(6, 1, 16, 16), "timestep": torch.arange(6.0)}, torch.arange(6))
     factors = find_smoothing(calibrated, samples, 4, Progress())
     assert {name for name in calibrated.layers if name.endswith("conv2")} <= set(factors)

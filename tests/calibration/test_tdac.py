@@ -8,10 +8,10 @@ import torch
 import stepquant
 from stepquant.calibration.tdac import dense_and_diverse_steps, density, distribute, diversity, step_features
 from stepquant.errors import StepquantError
-from stepquant.models import describe
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
+from tests.described import described
 
 MORE_CALLS = {
     "PNDM": (diffusers.PNDMScheduler(skip_prk_steps=True), 5),
@@ -28,7 +28,7 @@ def with_scheduler(pipeline, scheduler):
 
 def features_of(pipeline, denoiser, request):
     """What `step_features` makes of two images, and the middle's output at each call."""
-    middle = denoiser.get_submodule(describe(denoiser).middle)
+    middle = denoiser.get_submodule(described(denoiser).middle)
     seen = []
     handle = middle.register_forward_hook(lambda _module, _inputs, output: seen.append(output.flatten(2).mT))
     found = step_features(pipeline, denoiser, middle, request, 2, 0, Progress())

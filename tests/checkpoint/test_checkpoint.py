@@ -21,9 +21,10 @@ from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.install import Quantization
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
+from tests.described import described
 
 SMALL = stepquant.Calibration(samples=4, steps=2)
 
@@ -91,7 +92,7 @@ def test_files_are_small(bits, most, tmp_path):
     )  # fmt: skip
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count > 10_000_000
-    spec, description, clock = QuantSpec.parse(bits), describe(model), StepClock()
+    spec, description, clock = QuantSpec.parse(bits), described(model), StepClock()
     layers = {}
     for name in description.layers:
         width = spec.layer_bits(name, first=name == description.first, last=name == description.last).weight

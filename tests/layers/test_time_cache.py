@@ -12,7 +12,7 @@ from stepquant.layers.clock import StepClock
 from stepquant.layers.install import install_empty
 from stepquant.layers.quantized import quantized_modules
 from stepquant.layers.time_cache import MOST_TIMESTEPS, TimeCache, TimeLinear
-from stepquant.models import describe
+from tests.described import described
 
 
 class Counted(nn.Linear):
@@ -111,7 +111,7 @@ def test_cached_time_layers_do_not_change_the_model(exact_time, unconditional_pi
     _quantized(unconditional_pipeline, exact_time=exact_time).save_pretrained(tmp_path / "out")
     # The native kernels compute the projections in residual blocks, which takes less than looking them up.
     model = stepquant.load(tmp_path / "out", backend="reference").unet
-    names = [name for name in describe(unconditional_pipeline.unet).layers if "time_emb" in name]
+    names = [name for name in described(unconditional_pipeline.unet).layers if "time_emb" in name]
     assert len(names) > 4
     plain = copy.deepcopy(model)
     for name in names:

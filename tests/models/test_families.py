@@ -17,7 +17,8 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation.fidelity import Shadow
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
+from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 
@@ -50,9 +51,14 @@ def denoiser_of(pipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
+def description_of(pipeline):
+    request = make_request(pipeline, 2, prompts=PROMPTS, size=16, inputs=inputs_of(pipeline))
+    return describe_component(pipeline, denoiser_name(pipeline), request)
+
+
 def test_blocks_are_complete_and_in_execution_order(pipeline):
     model = denoiser_of(pipeline)
-    description = describe(model)
+    description = description_of(pipeline)
     ran: list[str] = []
     handles = [
         model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
@@ -64,14 +70,14 @@ def test_blocks_are_complete_and_in_execution_order(pipeline):
     assert ran[: len(description.blocks)] == list(description.blocks)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     assert set(description.layers) == layers and len(description.layers) == len(layers)
-    assert {description.first, description.last} <= layers and description.time_layers <= layers
+    assert {*description.firsts, *description.lasts} <= layers and description.time_layers <= layers
     assert description.attentions and model.get_submodule(description.middle)
 
 
 def test_time_layers_depend_only_on_the_timestep(pipeline):
     """With other images and prompts, the inputs of time layers stay the same; those of other layers change."""
     model = denoiser_of(pipeline)
-    description = describe(model)
+    description = description_of(pipeline)
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in description.layers}
     handles = [
         model.get_submodule(layer).register_forward_pre_hook(
@@ -92,7 +98,7 @@ def test_time_layers_depend_only_on_the_timestep(pipeline):
 def test_quantize_save_load_and_sample(pipeline, tmp_path):
     quantized = quantize(pipeline, recipe="q-diffusion", hyperparameters={"iterations": 1})
     layers = quantized_modules(denoiser_of(quantized))
-    assert set(layers) == set(describe(denoiser_of(pipeline)).layers)
+    assert set(layers) == set(description_of(pipeline).layers)
     processors = [
         module for module in denoiser_of(quantized).modules() if isinstance(module, QuantizedAttentionProcessor)
     ]
@@ -115,7 +121,7 @@ def test_unquantized_joint_attention_equals_diffusers(tmp_path):
         pipeline = build(tmp_path / build.__name__)
         copied = copy.copy(pipeline)
         model = copy.deepcopy(pipeline.transformer)
-        for name in describe(model).attentions:
+        for name in description_of(pipeline).attentions:
             model.get_submodule(name).set_processor(QuantizedAttentionProcessor())
         copied.transformer = model
         assert torch.allclose(images(copied), images(pipeline), atol=1e-4)
@@ -128,63 +134,6 @@ def test_tdq_on_flux_has_a_row_for_every_timestep(tmp_path):
     timesteps = quantized.transformer.config.quantization_config["structure"]["timesteps"]
     assert len(timesteps) == 1000 and max(timesteps) == pytest.approx(0.999)
     assert torch.isfinite(images(quantized)).all()
-
-
-def wan() -> nn.Module:
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-
-def motion() -> nn.Module:
-    return diffusers.UNetMotionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), motion_num_attention_heads=2,
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), num_attention_heads=2,
-    ).eval()  # fmt: skip
-
-
-VIDEO = {
-    "Wan": (wan, {"hidden_states": torch.randn(1, 4, 3, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 16)}),
-    "AnimateDiff": (motion, {"sample": torch.randn(1, 4, 3, 8, 8), "encoder_hidden_states": torch.randn(3, 5, 16)}),
-}
-
-
-@pytest.mark.parametrize("name", VIDEO)
-def test_a_family_without_a_description_is_described_by_structure(name, tmp_path):
-    build, arguments = VIDEO[name]
-    torch.manual_seed(3)
-    model = build()
-    description = describe(model)
-    assert "by structure: 2 " in description.family
-    layers = {layer for layer, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    assert set(description.layers) == layers and description.time_layers
-    ran: list[str] = []
-    for block in description.blocks:
-        model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: ran.append(block))
-    expected = model(timestep=torch.tensor([300]), **arguments).sample
-    assert set(ran) == set(description.blocks)
-    model.save_pretrained(tmp_path / "model")
-    loaded = type(model).from_pretrained(tmp_path / "model", quantization_config=stepquant.StepquantConfig("w8a16"))
-    # Wan reads the dtype of its time embedding's parameters, and its class keeps them in float32.
-    assert set(quantized_modules(loaded)) == {layer for layer in layers if ".time_embedder." not in layer}
-    produced = loaded(timestep=torch.tensor([300]), **arguments).sample
-    assert 0 < (produced - expected).norm() / expected.norm() < 0.05
-
-
-def test_a_model_without_repeated_blocks_is_rejected():
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, sample, timestep):
-            return self.layer(sample)
-
-    with pytest.raises(StepquantError, match="Flat is not of a known family"):
-        describe(Flat())
-    assert "timestep" in inspect.signature(Flat.forward).parameters
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,13 @@ from peft.utils import get_peft_model_state_dict
 
 import stepquant
 from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
 from stepquant.pipelines.call import kind_of
+from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import fallbacks, native, prepare
+from tests.emulation import emulated_if_needed
 
 FIXTURES = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
 
@@ -65,8 +67,13 @@ def denoiser_of(pipeline):
     return getattr(pipeline, denoiser_name(pipeline))
 
 
+def description_of(pipeline):
+    request = make_request(pipeline, 2, size=size(pipeline), **options(pipeline))
+    return describe_component(pipeline, denoiser_name(pipeline), request)
+
+
 def test_quantize(pipeline, quantized):
-    assert set(quantized_modules(denoiser_of(quantized))) == set(describe(denoiser_of(pipeline)).layers)
+    assert set(quantized_modules(denoiser_of(quantized))) == set(description_of(pipeline).layers)
 
 
 def test_save(folder):
@@ -88,10 +95,11 @@ def test_sample(pipeline, quantized):
 def test_int8_runtime(pipeline, quantized):
     """Every layer but the first, whose input stays in floating point, has a native kernel."""
     denoiser = copy.deepcopy(denoiser_of(quantized))
-    if (reason := native.supported()) is not None:
-        pytest.skip(reason)
-    prepare(denoiser, "native")
-    assert fallbacks(denoiser) == [describe(denoiser_of(pipeline)).first]
+    with emulated_if_needed():
+        if (reason := native.supported()) is not None:
+            pytest.skip(reason)
+        prepare(denoiser, "native")
+    assert fallbacks(denoiser) == list(description_of(pipeline).firsts)
 
 
 def test_lora(pipeline, quantized, tmp_path):

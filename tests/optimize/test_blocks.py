@@ -13,7 +13,7 @@ from stepquant.config import QuantSpec
 from stepquant.evaluation.fidelity import psnr
 from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
-from stepquant.models import denoiser_name, describe
+from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
 from stepquant.optimize.blocks import Reconstruction, reconstruct
 from stepquant.optimize.objectives import LayerOutputs, error
@@ -22,6 +22,7 @@ from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
+from tests.described import described
 
 PIPELINES = ["unconditional_pipeline", "class_pipeline", "text_pipeline"]
 
@@ -37,7 +38,7 @@ def samples_of(pipeline, count=6):
 def test_replayed_inputs_and_outputs_equal_those_of_the_whole_network(name, request, tmp_path):
     denoiser, samples = samples_of(request.getfixturevalue(name))
     seen: dict[str, tuple] = {}
-    blocks = describe(denoiser).blocks
+    blocks = described(denoiser).blocks
     handles = []
     for block in blocks:
 
@@ -67,11 +68,11 @@ def test_replayed_blocks_use_the_scales_of_each_timestep(name, request, tmp_path
     denoiser, samples = samples_of(request.getfixturevalue(name))
     timesteps = samples.tensors["timestep"].float().unique()
     assert len(timesteps) == 3
-    model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
+    model = insert_fake_quantizers(denoiser, described(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
     calibrate_ranges(model, samples, "minmax", 4, Progress())
     for point in model.activation_points():
         point.set_grid(point.scale * torch.tensor([1.0, 4.0, 16.0])[:, None], point.zero_point)  # per-step
-    blocks = describe(denoiser).blocks
+    blocks = described(denoiser).blocks
     with torch.no_grad(), LayerOutputs.recorded({"last": model.model.get_submodule(blocks[-1])}) as expected:
         model.model(**samples.arguments(slice(0, len(samples))))
     replay = Replay(model.model, samples, 5, tmp_path, model.clock)
@@ -160,7 +161,7 @@ def test_the_last_layer_is_not_compared_if_the_error_of_the_block_counts(
 ):
     """Otherwise a block of one layer would not train."""
     denoiser, samples = samples_of(unconditional_pipeline)
-    model = insert_fake_quantizers(denoiser, describe(denoiser), QuantSpec(bits="w4a8"))
+    model = insert_fake_quantizers(denoiser, described(denoiser), QuantSpec(bits="w4a8"))
     seen, losses = [], []
 
     def spy(outputs, targets, *weights):

@@ -11,10 +11,10 @@ from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.core import gptq as core_gptq
 from stepquant.distributed import Ranks
-from stepquant.models import describe
 from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
 from stepquant.optimize.replay import BlockInputs
+from tests.described import described
 
 BLOCK, COUNT = "up_blocks.0.resnets.0", 64
 
@@ -40,7 +40,7 @@ def seen(unconditional_pipeline):
 def errors(unet, seen):
     """Error of the block's output with weights of 3 bits, rounded to nearest and by GPTQ."""
     samples, inputs, expected = seen
-    calibrated = insert_fake_quantizers(unet, describe(unet), QuantSpec.parse("w3a16"))
+    calibrated = insert_fake_quantizers(unet, described(unet), QuantSpec.parse("w3a16"))
     block = calibrated.model.get_submodule(BLOCK)
 
     def error() -> float:

@@ -102,7 +102,8 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     """
     timesteps = torch.linspace(0, 999, rows) if rows > 1 else None
     spec = QuantSpec.parse(bits)
-    calibrated = insert_fake_quantizers(model, describe(model), spec, timesteps=timesteps, weight_range="minmax")
+    description = describe(model, arguments)
+    calibrated = insert_fake_quantizers(model, description, spec, timesteps=timesteps, weight_range="minmax")
     points = list(calibrated.activation_points())
     for point in points:
         point.observe()

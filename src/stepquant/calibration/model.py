@@ -44,6 +44,7 @@ class CalibrationModel:
         layers: name -> layer under calibration; names are those of the original model.
         attentions: name (see `stepquant.layers.interception`) -> attention under calibration.
         time_layers: names of the linears whose input depends on the timestep alone, quantized or not.
+        timestep: name of the timestep among the parameters of the denoiser's forward.
         trained: names of the parameters outside `layers` that were trained, and are stored with them.
     """
 
@@ -52,6 +53,7 @@ class CalibrationModel:
     layers: dict[str, CalibratedLayer]
     attentions: dict[str, CalibratedAttention]
     time_layers: tuple[str, ...] = ()
+    timestep: str = "timestep"
     trained: list[str] = field(default_factory=list)
 
     def activation_points(self, block: str | None = None) -> Iterator[ActivationPoint]:
@@ -84,6 +86,7 @@ class CalibrationModel:
             {name: _quantized(name, attention) for name, attention in self.attentions.items() if attention.points},
             self.time_layers,
             parameters={name: self.model.get_parameter(name).detach().cpu().clone() for name in self.trained},
+            timestep=self.timestep,
         )
 
 
@@ -162,9 +165,9 @@ def insert_fake_quantizers(
         replace_module(model, name, layer)
     for name, attention in attentions.items():
         install_attention(model, name, attention)
-    clock.attach(model)
+    clock.attach(model, description.timestep)
     time_layers = description.time_layers_in(description.layers)
-    return CalibrationModel(model, clock, layers, attentions, time_layers)
+    return CalibrationModel(model, clock, layers, attentions, time_layers, description.timestep)
 
 
 def projection_of(model: nn.Module, attention: str, operand: str) -> str:

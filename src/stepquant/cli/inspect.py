@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
 from stepquant.cli.options import AnyModel
-from stepquant.cli.output import print_table
+from stepquant.cli.output import print_table, table_of
+
+if TYPE_CHECKING:
+    from stepquant.models import ModelDescription
 
 
 def inspect(model: AnyModel) -> None:
@@ -20,6 +24,8 @@ def inspect(model: AnyModel) -> None:
     from stepquant.loading import locate, resolve_pipeline
     from stepquant.models import denoiser_name
     from stepquant.pipelines.call import kind_of
+    from stepquant.pipelines.description import describe_component
+    from stepquant.pipelines.request import make_request
     from stepquant.runtime import summary
     from stepquant.saving import provenance_of
 
@@ -28,12 +34,24 @@ def inspect(model: AnyModel) -> None:
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     quantized = bool(quantized_modules(denoiser))
-    print_table(_quantized_table(denoiser) if quantized else _float_table(denoiser))
+    described = {}
+    if quantized:
+        print_table(_quantized_table(denoiser))
+    else:
+        description = describe_component(pipeline, name, make_request(pipeline, steps=2))
+        for table in _float_tables(denoiser, description):
+            print_table(table)
+        described = {
+            "first": ", ".join(description.firsts),
+            "last": ", ".join(description.lasts),
+            "middle": description.middle,
+            "timestep": f"{description.timestep}, in units of {description.time_unit:g} timesteps of the scheduler",
+        }
     stored = folder_bytes(folder / name) / 1e6
     lines = {
         "pipeline": f"{type(pipeline).__name__}, {kind_of(pipeline)}, {type(pipeline.scheduler).__name__}",
         "denoiser": f"{type(denoiser).__name__}, {stored:.2f} MB on disk",
-    }
+    } | described
     correction = correction_of(denoiser)
     if correction is not None:
         gain, residual = correction.gain, correction.variance.sqrt()
@@ -50,26 +68,35 @@ def inspect(model: AnyModel) -> None:
         typer.echo(f"{key}: {value}")
 
 
-def _float_table(denoiser: Any) -> Table:
-    """Layers of a full-precision denoiser, by block."""
-    from stepquant.models import describe
-
-    description = describe(denoiser)
-    table = Table(title=f"{description.family}: {len(description.blocks)} blocks, {len(description.layers)} layers")
-    for column in ("block", "layer", "kind", "weight", "notes"):
-        table.add_column(column, overflow="fold")
+def _float_tables(denoiser: Any, description: ModelDescription) -> Iterator[Table]:
+    """Layers of a full-precision denoiser, by block, and what cannot be quantized."""
+    table = table_of(
+        f"{description.family}: {len(description.blocks)} blocks, {len(description.layers)} layers",
+        ("block", "layer", "kind", "weight", "notes"),
+    )
+    roles = {"first": description.firsts, "last": description.lasts, "timestep only": description.time_layers}
     for layer in description.layers:
         block = next(block for block in description.blocks if f"{layer}.".startswith(f"{block}."))
         module = denoiser.get_submodule(layer)
-        notes = []
-        if layer in (description.first, description.last):
-            notes.append("first" if layer == description.first else "last")
-        if layer in description.time_layers:
-            notes.append("timestep only")
+        notes = [role for role, names in roles.items() if layer in names]
         if layer in description.skip_splits:
             notes.append(f"skip from channel {description.skip_splits[layer]}")
         kind = type(module).__name__
         table.add_row(block, layer.removeprefix(f"{block}."), kind, _shape(module.weight.shape), ", ".join(notes))
+    yield table
+    attentions = table_of(f"{len(description.attentions)} attentions", ("attention", "kind"))
+    for name in description.attentions:
+        attentions.add_row(name, type(denoiser.get_submodule(name)).__name__)
+    yield attentions
+    if description.unquantized:
+        yield _unquantized_table(denoiser, description.unquantized)
+
+
+def _unquantized_table(denoiser: Any, reasons: dict[str, str]) -> Table:
+    """Layers and attentions that stay in floating point, and why."""
+    table = table_of(f"{len(reasons)} layers and attentions stay in floating point", ("name", "kind", "reason"))
+    for name, reason in reasons.items():
+        table.add_row(name, type(denoiser.get_submodule(name)).__name__, reason)
     return table
 
 
@@ -79,9 +106,8 @@ def _quantized_table(denoiser: Any) -> Table:
     from stepquant.layers.quantized import quantized_modules
 
     layers = quantized_modules(denoiser)
-    table = Table(title=f"{len(layers)} quantized layers")
-    for column in ("layer", "kind", "weight", "bits", "groups", "table rows", "notes"):
-        table.add_column(column, overflow="fold")
+    columns = ("layer", "kind", "weight", "bits", "groups", "table rows", "notes")
+    table = table_of(f"{len(layers)} quantized layers", columns)
     for name, module in layers.items():
         layer = module.format
         bits = f"w{layer.weight.bits}a{16 if layer.input is None else layer.input.bits}"

@@ -51,7 +51,6 @@ def sensitivity(
     After an interruption the same command continues; another budget reuses the finished ranking.
     """
     import stepquant
-    from stepquant.api import check_quantizable
     from stepquant.calibration.allocation import exact_name, mean_weight_bits, parse_budget, within_budget
     from stepquant.calibration.sensitivity import check_method
     from stepquant.config import LayerBits, QuantSpec
@@ -63,12 +62,11 @@ def sensitivity(
     budget_bits = None if budget is None else parse_budget(budget)
     lines = o.prompts_from(prompts)
     pipeline = resolve_pipeline(model, dtype=dtype.torch)
-    if budget_bits is not None:
-        check_quantizable(pipeline, spec, budget_bits)  # the ranking does not depend on it
     measured = stepquant.sensitivity(
         pipeline,
         spec,
         method=check_method(method),
+        budget=budget_bits,
         calibration=RANKING.model_copy(update={"samples": samples, "steps": steps, "size": size}),
         prompts=lines,
         guidance=guidance,

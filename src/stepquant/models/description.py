@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,13 @@ from torch import Tensor, nn
 from stepquant.config import LayerBits, QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import can_quantize_attention
+from stepquant.layers.clock import TimestepReader
 from stepquant.layers.quantized import can_quantize, kept_in_float32
+from stepquant.models.blocks import Blocks
+from stepquant.models.dataflow import DataFlow, is_layer, leaves_of, trace
+
+TIME_ARGUMENTS = re.compile(r"(^|_)(timesteps?|time)(_r|_ratio)?$|^(t|sigmas?|noise_level)$")
+"""Names of arguments that depend on the sampler's step alone, such as LTX-2's `audio_timestep`."""
 
 
 @dataclass(frozen=True)
@@ -20,41 +28,41 @@ class ModelDescription:
     """A denoiser, described by the dotted names of its modules.
 
     Attributes:
-        family: display name of the family.
+        family: class name of the denoiser.
         blocks: units of reconstruction in execution order: disjoint modules that together contain all `layers`.
         layers: all linears and convolutions that can be quantized, block by block. Inside of a block they are in
             registration order; `stepquant.models.tracing.execution_order` observes the order of execution.
-        first, last: layer that reads the noisy sample, and layer that writes the output.
-        time_layers: layers whose input depends on the timestep alone.
-        attentions: modules with diffusers' `Attention` interface whose operands can be quantized. Others, such as
-            linear attention, keep their processor, and their operands stay in floating point.
+        firsts, lasts: layers that read the noisy sample, and layers that write the output; several where there are
+            several modalities, such as video and audio.
+        time_layers: linears whose input depends on the timestep alone.
+        attentions: modules with diffusers' `Attention` interface whose operands can be quantized.
         middle: module whose output, float [B, C, H, W] or [B, N, C], represents the content of the image best.
         skip_splits: layer after a skip concatenation -> number of its input channels that come from the trunk; the
             others come from the skip.
-        float32_layers: those of `layers` that stay in floating point because the model's class keeps them in float32
-            (`stepquant.layers.quantized.kept_in_float32`).
+        timestep: name of the timestep among the parameters of the denoiser's forward.
         time_unit: the denoiser's timestep per timestep of the scheduler: 1, or 1/1000 where it reads t / 1000.
+        unquantized: layer or attention that stays in floating point -> reason.
     """
 
     family: str
     blocks: tuple[str, ...]
     layers: tuple[str, ...]
-    first: str
-    last: str
+    firsts: tuple[str, ...]
+    lasts: tuple[str, ...]
     time_layers: frozenset[str]
     attentions: tuple[str, ...]
     middle: str
     skip_splits: dict[str, int]
-    time_unit: float = 1.0
-    float32_layers: frozenset[str] = frozenset()
+    timestep: str
+    time_unit: float
+    unquantized: dict[str, str]
 
     def quantized_bits(self, spec: QuantSpec) -> dict[str, LayerBits]:
         """Return name -> bits of the layers that `spec` quantizes, in the order of `layers`."""
         bits = {}
         for name in self.layers:
-            layer = spec.layer_bits(name, first=name == self.first, last=name == self.last)
-            exact = name in self.float32_layers or (spec.exact_time and name in self.time_layers)
-            if not layer.is_float and not exact:
+            layer = spec.layer_bits(name, first=name in self.firsts, last=name in self.lasts)
+            if not layer.is_float and not (spec.exact_time and name in self.time_layers):
                 bits[name] = layer
         return bits
 
@@ -63,82 +71,145 @@ class ModelDescription:
         return tuple(name for name in names if name in self.time_layers)
 
 
-Describer = Callable[[nn.Module], ModelDescription]
+def describe(model: nn.Module, arguments: dict[str, Any], scheduler_time: float | None = None) -> ModelDescription:
+    """Describe a denoiser by the data flow of one call.
 
-
-def describe_blocks(
-    model: nn.Module,
-    family: str,
-    blocks: list[str],
-    *,
-    first: str,
-    last: str,
-    time_layers: list[str],
-    middle: str,
-    skip_splits: dict[str, int] | None = None,
-    time_unit: float = 1.0,
-) -> ModelDescription:
-    """Complete a description from its blocks: find their layers and attentions, and check that it fits the model.
+    Args:
+        arguments: of its forward, by name, as recorded while a pipeline runs. One sample is enough.
+        scheduler_time: the scheduler's timestep of this call, to compare with the timestep that the denoiser reads;
+            None: both are in the same unit.
 
     Raises:
-        StepquantError: if a layer is outside of all blocks (an unknown variant of the family) or inside of two, or if
-            the model does not have a module that is named.
+        StepquantError: if the forward has no timestep, or no linear or convolution reads an argument.
     """
-    modules = dict(model.named_modules())
-    _check_names(model, family, [*blocks, middle], modules, "module")
-    layers: list[str] = []
-    for block in blocks:
-        layers += [
-            f"{block}.{name}".rstrip(".")
-            for name, submodule in modules[block].named_modules()
-            if can_quantize(submodule)
+    timestep = TimestepReader.of(model).name
+    if timestep not in arguments:
+        raise StepquantError(
+            f"the call of {type(model).__name__} has the arguments {', '.join(arguments)}; expected {timestep} among "
+            "them. Pass the timestep by name."
+        )
+    time = torch.as_tensor(arguments[timestep])
+    arguments = arguments | {timestep: time}
+    flow = trace(model, arguments)
+    samples = _sample_arguments(model, arguments, flow)
+    firsts = [layer for argument in samples for layer in _first_layers(flow, argument)]
+    if not firsts:
+        raise StepquantError(
+            f"no linear or convolution of {type(model).__name__} reads {' or '.join(samples) or 'its input'}; expected "
+            "a denoiser that embeds the noisy sample. Check the arguments of the call."
+        )
+    blocks = Blocks(model, flow)
+    unquantized = _float_layers(model, flow) | _float_attentions(model, flow)
+    layers = {
+        block: [
+            name
+            for name, module in ((f"{block}.{path}".rstrip("."), module) for path, module in submodules)
+            if is_layer(module) and name not in unquantized
         ]
-    twice = sorted({name for name in layers if layers.count(name) > 1})
-    if twice:
-        raise StepquantError(
-            f"the {family} description of {type(model).__name__} has overlapping blocks: {twice[0]} is in two of them."
-        )
-    every = {name for name, module in modules.items() if can_quantize(module)}
-    outside = sorted(every - set(layers))
-    if outside:
-        raise StepquantError(
-            f"{type(model).__name__} has layers outside of the blocks of the {family} description: "
-            f"{', '.join(outside[:5])}. This variant of the model is not supported yet."
-        )
-    _check_names(model, family, [first, last, *time_layers, *(skip_splits or {})], every, "linear or convolution")
-    attentions = [name for name, module in modules.items() if can_quantize_attention(module)]
+        for block, submodules in ((block, model.get_submodule(block).named_modules()) for block in blocks.names)
+    }
+    times = frozenset(name for name in flow.arguments if TIME_ARGUMENTS.search(name)) | {timestep}
+    attentions = [name for name, module in model.named_modules() if can_quantize_attention(module)]
     return ModelDescription(
-        family=family,
-        blocks=tuple(blocks),
-        layers=tuple(layers),
-        first=first,
-        last=last,
-        time_layers=frozenset(time_layers),
-        attentions=tuple(attentions),
-        middle=middle,
-        skip_splits=dict(skip_splits or {}),
-        time_unit=time_unit,
-        float32_layers=kept_in_float32(model) & set(layers),
+        family=type(model).__name__,
+        blocks=tuple(block for block in blocks.names if layers[block]),
+        layers=tuple(layer for block in blocks.names for layer in layers[block]),
+        firsts=tuple(dict.fromkeys(firsts)),
+        lasts=tuple(dict.fromkeys(_last_layer(flow, index, samples) for index in range(len(flow.outputs)))),
+        time_layers=frozenset(
+            name
+            for name, sources in flow.inputs.items()
+            if sources.arguments and sources.arguments <= times and isinstance(model.get_submodule(name), nn.Linear)
+        ),
+        attentions=tuple(name for name in attentions if name in flow.order),
+        middle=_middle(flow, blocks, samples),
+        skip_splits={name: split for name, split in flow.splits.items() if name not in unquantized},
+        timestep=timestep,
+        time_unit=_time_unit(float(time.max()), scheduler_time),
+        unquantized=unquantized,
     )
 
 
-def _check_names(model: nn.Module, family: str, names: list[str], known: Container[str], what: str) -> None:
-    """Raise `StepquantError` for the first of `names` that the model does not have."""
-    for name in names:
-        if name not in known:
-            raise StepquantError(
-                f"the {family} description names {name!r}, which is not a {what} of this {type(model).__name__}."
-            )
+def _sample_arguments(model: nn.Module, arguments: dict[str, Any], flow: DataFlow) -> list[str]:
+    """The leaves of the first argument, and for each output of another shape an argument of that shape."""
+    leaves = {name: leaf for name, leaf in leaves_of(arguments).items() if _is_floating(leaf)}
+    order = [name for name in inspect.signature(model.forward).parameters if name in arguments]
+    ranked = sorted(leaves, key=lambda name: order.index(name.split(".")[0]))
+    if not ranked:
+        return []
+    samples = [name for name in ranked if name.split(".")[0] == ranked[0].split(".")[0]]
+    for shape in flow.output_shapes:
+        same = [name for name in ranked if leaves[name].shape == shape]
+        if same and not set(same) & set(samples):
+            samples.append(same[0])
+    return samples
 
 
-def has_layers(module: nn.Module | None) -> bool:
-    """Return whether a module contains a layer that can be quantized."""
-    return module is not None and any(can_quantize(submodule) for submodule in module.modules())
+def _first_layers(flow: DataFlow, argument: str) -> list[str]:
+    """The layers that read an argument with no layer before them that does."""
+    return [
+        name
+        for name, sources in flow.inputs.items()
+        if argument in sources.arguments
+        and not any(argument in flow.inputs[layer].arguments for layer in sources.layers - {name})
+    ]
 
 
-def numbered(model: nn.Module, name: str) -> list[str]:
-    """Return the dotted names of the members of a list of modules."""
-    return [f"{name}.{index}" for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+def _last_layer(flow: DataFlow, index: int, samples: list[str]) -> str:
+    """The layer that writes an output: of several that are added, the last executed one that knows the sample."""
+    direct = [name for name in flow.inputs if name in flow.outputs[index].layers]
+    knowing = [name for name in direct if flow.inputs[name].arguments & set(samples)]
+    return (knowing or direct or list(flow.inputs))[-1]
+
+
+def _middle(flow: DataFlow, blocks: Blocks, samples: list[str]) -> str:
+    """What comes before the first skip connection ends, else the middle one of the repeated blocks."""
+    if flow.splits and flow.before_first_skip:
+        return flow.before_first_skip
+    repeated = [name for name in blocks.repeated if flow.depends_on(name, frozenset(samples))] or blocks.names
+    return repeated[len(repeated) // 2]
+
+
+def _float_layers(model: nn.Module, flow: DataFlow) -> dict[str, str]:
+    """Linears and convolutions that are not quantized -> reason."""
+    kept = kept_in_float32(model)
+    reasons = {}
+    for name, module in model.named_modules():
+        if not is_layer(module):
+            continue
+        if name not in flow.inputs:
+            reasons[name] = "was not called"
+        elif not can_quantize(module):
+            reasons[name] = f"{type(module).__name__} has no quantized form"
+        elif name in kept:
+            reasons[name] = f"{type(model).__name__} keeps it in float32"
+    return reasons
+
+
+def _float_attentions(model: nn.Module, flow: DataFlow) -> dict[str, str]:
+    """Attentions whose operands are not quantized -> reason."""
+    reasons = {}
+    for name, module in model.named_modules():
+        attends, projects = name in flow.attentions, hasattr(module, "to_q") and name in flow.order
+        if can_quantize_attention(module) or not (attends or projects or name in flow.manual_attentions):
+            continue
+        if attends:
+            processor = type(getattr(module, "processor", module)).__name__
+            reasons[name] = f"{processor} is not one of the attention processors that can be quantized"
+        elif name in flow.manual_attentions:
+            reasons[name] = "computes attention without scaled_dot_product_attention"
+        else:
+            reasons[name] = "linear attention"
+    return reasons
+
+
+def _time_unit(time: float, scheduler_time: float | None) -> float:
+    """1/1000 for a time in [0, 1] where the scheduler counts to 1000."""
+    return 1e-3 if scheduler_time is not None and time <= 1 < scheduler_time else 1.0
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def main_tensor(output: Any) -> Tensor:

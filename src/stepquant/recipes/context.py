@@ -18,7 +18,8 @@ from stepquant.calibration.samples import Calibration
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
-from stepquant.models import ModelDescription, chunk_size, describe
+from stepquant.models import ModelDescription, chunk_size, denoiser_name
+from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.request import Request
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
@@ -41,6 +42,7 @@ class Context:
             `workspace`.
         device: where blocks compute, one at a time; None: where the denoiser is.
         images: what training learns from, besides full precision.
+        memo: what was found out about the denoiser, shared with contexts made from this one by ``replace``.
     """
 
     pipeline: Any
@@ -54,15 +56,20 @@ class Context:
     cache: Workspace | None = None
     device: torch.device | None = None
     images: ImageFolder | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def reference(self) -> nn.Module:
         """What the quantized denoiser is fitted to: the denoiser, computing in float32 whatever its weights are in."""
         return computing_in_float32(self.denoiser)
 
-    @cached_property
+    @property
     def description(self) -> ModelDescription:
-        return describe(self.denoiser)
+        """Description of the denoiser; the pipeline runs up to one call of it when this is first read."""
+        if "description" not in self.memo:
+            component = denoiser_name(self.pipeline)
+            self.memo["description"] = describe_component(self.pipeline, component, self.request, self.seed)
+        return self.memo["description"]
 
     @cached_property
     def chunk(self) -> int:

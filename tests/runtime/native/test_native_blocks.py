@@ -14,9 +14,9 @@ from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.config import QuantSpec
 from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
-from stepquant.models import describe
 from stepquant.runtime import prepare
 from stepquant.runtime.native.kernel import NativeKernel
+from tests.described import described
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -28,7 +28,7 @@ def unet(unconditional_pipeline):
     full = unconditional_pipeline.unet
     timesteps = torch.tensor([100.0, 500.0, 900.0])
     spec = QuantSpec.parse("w8a8")
-    calibrated = insert_fake_quantizers(full, describe(full), spec, timesteps=timesteps, weight_range="minmax")
+    calibrated = insert_fake_quantizers(full, described(full), spec, timesteps=timesteps, weight_range="minmax")
     for quantizer in calibrated.activation_points():
         quantizer.observe()
     with torch.no_grad():

@@ -19,7 +19,6 @@ from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
-from stepquant.models import describe
 from stepquant.runtime import prepare
 from stepquant.runtime.native import recording, replay
 from stepquant.runtime.native.arena import Memory, lay_out
@@ -27,6 +26,7 @@ from stepquant.runtime.native.kernel import NativeKernel
 from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.native.recording import Recorder, Recording
 from stepquant.runtime.native.replay import step_by_step
+from tests.described import described
 from tests.runtime.native.test_native_blocks import Twice
 from tests.runtime.test_runtimes import convolution, linear
 
@@ -74,7 +74,7 @@ unet_case = pytest.fixture(build, scope="module", params=UNETS, name="unet_case"
 def static_unet(unconditional_pipeline):
     """One grid for all steps, so that no kernel reads the step."""
     full = unconditional_pipeline.unet
-    calibrated = insert_fake_quantizers(full, describe(full), QuantSpec.parse("w8a8"), weight_range="minmax")
+    calibrated = insert_fake_quantizers(full, described(full), QuantSpec.parse("w8a8"), weight_range="minmax")
     for quantizer in calibrated.activation_points():
         quantizer.observe()
     with torch.no_grad():
