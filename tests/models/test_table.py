@@ -21,7 +21,6 @@ from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import fallbacks, native, prepare
-from tests.emulation import emulated_if_needed
 
 FIXTURES = {"DDPM": "unconditional_pipeline", "DiT": "class_pipeline", "Stable Diffusion 1": "text_pipeline"}
 
@@ -95,10 +94,9 @@ def test_sample(pipeline, quantized):
 def test_int8_runtime(pipeline, quantized):
     """Every layer but the first, whose input stays in floating point, has a native kernel."""
     denoiser = copy.deepcopy(denoiser_of(quantized))
-    with emulated_if_needed():
-        if (reason := native.supported()) is not None:
-            pytest.skip(reason)
-        prepare(denoiser, "native")
+    if (reason := native.supported()) is not None:
+        pytest.skip(reason)
+    prepare(denoiser, "native")
     assert fallbacks(denoiser) == list(description_of(pipeline).firsts)
 
 
