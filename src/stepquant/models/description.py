@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class ModelDescription:
         firsts, lasts: layers that read the noisy sample, and layers that write the output; several where there are
             several modalities, such as video and audio.
         time_layers: linears whose input depends on the timestep alone.
-        attentions: modules with diffusers' `Attention` interface whose operands can be quantized.
+        attentions: attentions whose operands can be quantized, named as in `stepquant.layers.interception`.
         middle: module whose output, float [B, C, H, W] or [B, N, C], represents the content of the image best.
         skip_splits: layer after a skip concatenation -> number of its input channels that come from the trunk; the
             others come from the skip.
@@ -109,7 +109,6 @@ def describe(model: nn.Module, arguments: dict[str, Any], scheduler_time: float 
         for block, submodules in ((block, model.get_submodule(block).named_modules()) for block in blocks.names)
     }
     times = frozenset(name for name in flow.arguments if TIME_ARGUMENTS.search(name)) | {timestep}
-    attentions = [name for name, module in model.named_modules() if can_quantize_attention(module)]
     return ModelDescription(
         family=type(model).__name__,
         blocks=tuple(block for block in blocks.names if layers[block]),
@@ -121,7 +120,7 @@ def describe(model: nn.Module, arguments: dict[str, Any], scheduler_time: float 
             for name, sources in flow.inputs.items()
             if sources.arguments and sources.arguments <= times and isinstance(model.get_submodule(name), nn.Linear)
         ),
-        attentions=tuple(name for name in attentions if name in flow.order),
+        attentions=tuple(_attentions(model, flow)),
         middle=_middle(flow, blocks, samples),
         skip_splits={name: split for name, split in flow.splits.items() if name not in unquantized},
         timestep=timestep,
@@ -186,19 +185,27 @@ def _float_layers(model: nn.Module, flow: DataFlow) -> dict[str, str]:
     return reasons
 
 
+def _attentions(model: nn.Module, flow: DataFlow) -> Iterator[str]:
+    """Attentions with a processor that is reproduced, and every call of `scaled_dot_product_attention` by a module."""
+    for name, module in model.named_modules():
+        if can_quantize_attention(module):
+            yield from [name] if name in flow.order else []
+        elif name and any(module.children()):
+            yield from (f"{name}:{index}" if index else name for index in range(flow.attentions[name]))
+
+
 def _float_attentions(model: nn.Module, flow: DataFlow) -> dict[str, str]:
     """Attentions whose operands are not quantized -> reason."""
     reasons = {}
     for name, module in model.named_modules():
-        attends, projects = name in flow.attentions, hasattr(module, "to_q") and name in flow.order
-        if can_quantize_attention(module) or not (attends or projects or name in flow.manual_attentions):
+        if can_quantize_attention(module):
             continue
-        if attends:
-            processor = type(getattr(module, "processor", module)).__name__
-            reasons[name] = f"{processor} is not one of the attention processors that can be quantized"
+        if name in flow.attentions:
+            if not name or not any(module.children()):
+                reasons[name] = "its module contains no other"
         elif name in flow.manual_attentions:
             reasons[name] = "computes attention without scaled_dot_product_attention"
-        else:
+        elif hasattr(module, "to_q") and name in flow.order:
             reasons[name] = "linear attention"
     return reasons
 
