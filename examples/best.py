@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import stepquant
 from stepquant.loading import resolve_pipeline
-from stepquant.optimize.blocks import LearnScales
+from stepquant.optimize.reconstruction import LearnScales
 from stepquant.recipes import Recipe, Stage
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, Finetune, RankLayers, ReconstructBlocks, Smooth
 from stepquant.settings import Iterations, Weight

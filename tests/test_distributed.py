@@ -17,7 +17,7 @@ import torch.distributed as dist
 import stepquant
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.optimize.blocks import GPTQ
+from stepquant.optimize.reconstruction import GPTQ
 from stepquant.pipelines.generate import generate, generate_many
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepquant.core.ranges import Range
-from stepquant.optimize.blocks import LearnScales
+from stepquant.optimize.reconstruction import LearnScales
 from stepquant.recipes import Recipe, Stage
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks
 from stepquant.settings import Iterations

@@ -17,7 +17,8 @@ from stepquant.distributed import Ranks
 from stepquant.layers.clock import StepClock
 from stepquant.layers.quantized import can_quantize
 from stepquant.optimize.block import Block
-from stepquant.optimize.blocks import Reconstruction, _compared_layers
+from stepquant.optimize.blocks import _compared_layers
+from stepquant.optimize.reconstruction import Reconstruction
 from stepquant.optimize.replay import BlockInputs
 
 RESNET = ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]

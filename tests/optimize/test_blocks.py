@@ -15,8 +15,9 @@ from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
-from stepquant.optimize.blocks import Reconstruction, reconstruct
+from stepquant.optimize.blocks import reconstruct
 from stepquant.optimize.objectives import LayerOutputs, error
+from stepquant.optimize.reconstruction import Reconstruction
 from stepquant.optimize.replay import Replay
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request

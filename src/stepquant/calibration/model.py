@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.activation_quantizers import Start
 from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, wrap
+from stepquant.calibration.fake_quant.observer import ActivationRange
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
@@ -194,7 +196,7 @@ def _wrap_attention(model: nn.Module, name: str, spec: QuantSpec, clock: StepClo
 def calibrate_ranges(
     calibrated: CalibrationModel,
     samples: CalibrationSet,
-    method: Range,
+    method: ActivationRange,
     batch_size: int,
     progress: Progress,
     *,
@@ -228,11 +230,12 @@ def calibrate_ranges(
 
 def search_ranges(
     points: Sequence[ActivationPoint],
-    method: Range,
+    method: ActivationRange,
     *,
     per_row: bool,
     ranks: Ranks,
     neighbours: int = 0,
+    row_zero_points: bool = False,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """`ActivationPoint.calibrate` for points that observed each process's share of the samples."""
@@ -240,7 +243,11 @@ def search_ranges(
         for point in points:
             observations = point.observer.observations
             observations.merge(ranks.gather(observations.parts()))
-    grids = ranks.map(lambda point: point.observer.search(method, per_row=per_row, neighbours=neighbours), points)
+
+    def search(point: ActivationPoint) -> tuple[Tensor, Tensor, Start | None]:
+        return point.observer.search(method, per_row=per_row, neighbours=neighbours, row_zero_points=row_zero_points)
+
+    grids = ranks.map(search, points)
     for point, grid in zip(points, grids, strict=True):
         point.set_grid(*grid)
         advance(1)

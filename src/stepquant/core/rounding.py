@@ -40,8 +40,19 @@ def annealed_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end
     return end + 0.5 * (start - end) * (1 + float(torch.cos(torch.tensor(phase * torch.pi))))
 
 
+def linear_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
+    """As `annealed_beta`, falling along a line (BRECQ's public code)."""
+    return start if progress < warmup else end + (start - end) * (1 - (progress - warmup) / (1 - warmup))
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """x rounded, exactly, with the gradient of x."""
+    return torch.round(x).detach() + (x - x.detach())
+
+
 class _LearnedQuantize(torch.autograd.Function):
-    """Fake quantization whose gradient reaches x (straight through, clipped) and the scale (LSQ, arXiv 1902.08153)."""
+    """Fake quantization whose gradient reaches x (straight through, clipped), the scale (LSQ, arXiv 1902.08153) and the
+    zero point (LSQ+, arXiv 2004.09576: minus the scale where x is clipped, else 0)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -59,17 +70,20 @@ class _LearnedQuantize(torch.autograd.Function):
         grad_out, dtype = grad.to(scale.dtype), grad.dtype
         # The gradient where x is inside the range, else 0, in one pass over memory instead of five.
         grad_x = torch.ops.aten.hardtanh_backward(grad_out, steps + zero_point, -EDGE, ctx.largest_code + EDGE)
-        grad_scale = None
+        grad_scale = grad_zero = None
+        values_a_scale = grad_out.numel() / scale.numel()
         if ctx.needs_input_grad[1]:
             # d x'/d s is code - x/s where x is inside the range, and the end of the range where it is clipped.
             slope = (grad_out * codes).addcmul_(grad_x, steps, value=-1)
-            values_a_scale = slope.numel() / scale.numel()
             grad_scale = slope.sum_to_size(scale.shape) / (values_a_scale * ctx.largest_code) ** 0.5
-        return grad_x.to(dtype), grad_scale, None, None
+        if ctx.needs_input_grad[2]:
+            slope = (grad_x - grad_out) * scale
+            grad_zero = slope.sum_to_size(zero_point.shape) / (values_a_scale * ctx.largest_code) ** 0.5
+        return grad_x.to(dtype), grad_scale, grad_zero, None
 
 
 def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """`fake_quantize` with gradients to x and, times LSQ's ``1 / sqrt(numel * qmax)``, to the scale.
+    """`fake_quantize` with gradients to x and, times LSQ's ``1 / sqrt(numel * qmax)``, to scale and zero point.
 
     Args:
         x: float, any shape.

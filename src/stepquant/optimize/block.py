@@ -9,16 +9,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
 from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.models.tracing import execution_order, fed_by_block_input
 from stepquant.optimize.replay import BlockInputs
-
-LEARN_ROUNDING_BELOW = 8
-"""Bits. At 8, rounding to nearest leaves so little error that GPTQ or learning adds more than it removes in any budget
-tried (``docs/results/defaults.md``); the weights of such layers are only rounded to nearest."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Block:
         clean, inputs: what the block is called with in full precision, and as the quantized blocks before it make it.
         batch_size: samples passed through the block at a time.
         ranks: share the samples.
+        left_alone: names of layers that are not reconstructed.
     """
 
     name: str
@@ -42,6 +40,7 @@ class Block:
     samples: CalibrationSet
     batch_size: int
     ranks: Ranks
+    left_alone: frozenset[str] = frozenset()
 
     @property
     def original(self) -> nn.Module:
@@ -57,12 +56,23 @@ class Block:
         """The layers under calibration by name, in the order in which the block executes them."""
         known = self.calibrated.layers_in(self.name)
         executed = [self._full_name(name) for name in ("", *execution_order(self.original, self._call))]
-        return {name: known[name] for name in executed if name in known}
+        return {name: known[name] for name in executed if name in known and name not in self.left_alone}
+
+    def layers_below(self, bits: int) -> dict[str, CalibratedLayer]:
+        """The layers whose weights have fewer than `bits` bits, in execution order."""
+        return {name: layer for name, layer in self.layers.items() if layer.weight_point.bits < bits}
 
     @property
-    def coarse_layers(self) -> dict[str, CalibratedLayer]:
-        """The layers whose rounding is worth more than rounding to nearest, in execution order."""
-        return {name: layer for name, layer in self.layers.items() if layer.weight_point.bits < LEARN_ROUNDING_BELOW}
+    def points(self) -> list[ActivationPoint]:
+        """The activation points of the block, but those of the layers left alone."""
+        layers = [self.calibrated.layers[name] for name in self.left_alone if name in self.calibrated.layers]
+        left = {id(layer.input_point) for layer in layers}
+        return [point for point in self.calibrated.activation_points(self.name) if id(point) not in left]
+
+    @property
+    def last_layer(self) -> str | None:
+        """The layer that is executed last."""
+        return next(reversed(self.layers), None)
 
     @property
     def final_layer(self) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stepquant.calibration.fake_quant.generator import Generation, IntervalGenerator
 from stepquant.calibration.model import CalibrationModel
 from stepquant.errors import StepquantError
 from stepquant.files import digest
@@ -42,6 +43,10 @@ class Training(Settings):
     """Learning rate of the networks that generate intervals."""
     over_time: bool = True
     """Generate intervals from the timestep (TDQ); else they are static, or a free table."""
+    generation: Generation = Generation(turns=None)
+    """How they are generated."""
+    from_codes: bool = True
+    """Start from the rounded weights, such as GPTQ's; else from the full-precision ones."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Above 0, what ships is the moving average of everything that was trained."""
     clip_norm: Weight = 1.0
@@ -53,7 +58,6 @@ def train(
     batches: Batches,
     training: Training,
     *,
-    turns: float | None,
     workspace: Workspace,
     key: str,
     seed: int,
@@ -68,7 +72,6 @@ def train(
     Args:
         calibrated: the copy to train, its quantizers calibrated; frozen afterwards.
         batches: of what it learns from.
-        turns: of the generators' fastest feature, see `IntervalGenerator`.
         key: stands for all that the result depends on besides `seed`.
 
     Raises:
@@ -78,8 +81,11 @@ def train(
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        groups = _release(calibrated, training, turns)
-        model.eval()  # no dropout, that of the generators included
+        groups = _release(calibrated, training)
+        model.eval()  # no dropout, that of the generators included,
+        for generator in model.modules() if training.generation.published else ():
+            if isinstance(generator, IntervalGenerator):
+                generator.train()  # which the paper has
         _set_memory_format(model, torch.channels_last)
         mean = _Mean(max(1, training.iterations // REPORTS), progress)
 
@@ -88,6 +94,7 @@ def train(
             batch = batches(iteration, generator, workspace.ranks)
             if batch.share == 0:
                 return torch.zeros(())
+            torch.manual_seed(seed * 1_000_003 + iteration)  # for the generators' dropout
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 error = denoising_error(model, batch)
             if not bool(torch.isfinite(error)):
@@ -133,7 +140,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _release(calibrated: CalibrationModel, training: Training, turns: float | None) -> list[dict[str, Any]]:
+def _release(calibrated: CalibrationModel, training: Training) -> list[dict[str, Any]]:
     """Let everything learn; the parameter groups for the optimizer."""
     model = calibrated.model
     weights = dict(model.named_parameters())
@@ -143,12 +150,14 @@ def _release(calibrated: CalibrationModel, training: Training, turns: float | No
     inside = tuple(f"{name}." for name in calibrated.layers)
     calibrated.trained[:] = [name for name in weights if not name.startswith(inside)]
     scales = [
-        parameter for layer in calibrated.layers.values() for parameter in layer.weight_point.lsq(layer.inner.weight)
+        parameter
+        for layer in calibrated.layers.values()
+        for parameter in layer.weight_point.lsq(layer.inner.weight, from_codes=training.from_codes)
     ]
     intervals = [
         parameter
         for point in calibrated.activation_points()
-        for parameter in (point.learn_over_time(turns) if training.over_time else point.learn_table())
+        for parameter in (point.learn_over_time(training.generation) if training.over_time else point.learn_table())
     ]
     interval_rate = training.generator_rate if training.over_time else training.scale_rate
     groups = [

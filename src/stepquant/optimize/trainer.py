@@ -36,6 +36,11 @@ def cosine(optimizer: torch.optim.Optimizer, iterations: int, done: int) -> LRSc
     return LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations)), last_epoch=done - 1)
 
 
+def constant(optimizer: torch.optim.Optimizer, _iterations: int, done: int) -> LRScheduler:
+    """Rates that stay."""
+    return LambdaLR(optimizer, lambda _: 1.0, last_epoch=done - 1)
+
+
 def optimize(
     groups: list[dict[str, Any]],
     loss: Callable[[int], Tensor],

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from stepquant.optimize.blocks import LearnScales
+from stepquant.optimize.reconstruction import LearnScales
 from stepquant.recipes.recipe import Recipe
 from stepquant.recipes.stage import Stage
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks, Smooth, Train

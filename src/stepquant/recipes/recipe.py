@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from stepquant.calibration.model import CalibrationModel
 from stepquant.errors import StepquantError
-from stepquant.optimize.blocks import GPTQ, AdaRound, LearnScales
+from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales
 from stepquant.recipes.context import Context
 from stepquant.recipes.stage import Stage, State
 from stepquant.recipes.stages import ReconstructBlocks, Smooth

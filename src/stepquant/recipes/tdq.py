@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from stepquant.optimize.blocks import LearnScales
+from stepquant.optimize.reconstruction import LearnScales
 from stepquant.recipes.recipe import BlockRecipe
 from stepquant.recipes.stage import Stage
 from stepquant.recipes.stages import AddQuantizers, CollectSamples, Smooth

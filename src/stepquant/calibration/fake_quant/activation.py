@@ -10,13 +10,13 @@ from stepquant.calibration.fake_quant.activation_quantizers import (
     FixedGrid,
     GeneratedScale,
     LearnedScale,
+    LearnedValue,
     QDrop,
     Start,
 )
-from stepquant.calibration.fake_quant.generator import TURNS
-from stepquant.calibration.fake_quant.observer import Observer
+from stepquant.calibration.fake_quant.generator import Generation
+from stepquant.calibration.fake_quant.observer import ActivationRange, Observer
 from stepquant.core.qtensor import Grid, InvalidGrid, stored_zero_point
-from stepquant.core.ranges import Range
 from stepquant.layers.clock import StepClock
 
 
@@ -68,6 +68,11 @@ class ActivationPoint(nn.Module):
         return isinstance(self.quantizer, FixedGrid)
 
     @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn while gradients are recorded."""
+        return self.dropout is not None or (isinstance(self.quantizer, GeneratedScale) and self.quantizer.gain.training)
+
+    @property
     def fixed(self) -> FixedGrid:
         """The grid; raises `RuntimeError` before there is one."""
         if not isinstance(self.quantizer, FixedGrid):
@@ -95,7 +100,7 @@ class ActivationPoint(nn.Module):
         """Record what passes through from now on."""
         self.quantizer = Observer(self.layout)
 
-    def calibrate(self, method: Range, *, per_row: bool = True, neighbours: int = 0) -> None:
+    def calibrate(self, method: ActivationRange, *, per_row: bool = True, neighbours: int = 0) -> None:
         """Search the grid of what was observed, quantize to it, and discard the observations; see `Observer.search`."""
         self.set_grid(*self.observer.search(method, per_row=per_row, neighbours=neighbours))
 
@@ -103,18 +108,15 @@ class ActivationPoint(nn.Module):
         """Quantize to a given grid, float32 [R, G] twice; `start` as in `FixedGrid`."""
         self.quantizer = FixedGrid(self.layout, scale, zero_point, start)
 
-    def learn_table(self) -> list[nn.Parameter]:
-        """Learn a scale for each table row; returns the parameters."""
-        self.quantizer = LearnedScale(self.fixed)
+    def learn_table(self, *, relative: bool = True) -> list[nn.Parameter]:
+        """Learn a scale for each table row; returns the parameters: gains on the scales, or with ``relative=False`` the
+        scales themselves."""
+        self.quantizer = LearnedScale(self.fixed) if relative else LearnedValue(self.fixed)
         return self.parameters_in_training()
 
-    def learn_over_time(self, turns: float | None = TURNS) -> list[nn.Parameter]:
-        """Learn the scale as a smooth function of the timestep (TDQ); returns the parameters.
-
-        Args:
-            turns: of that function's fastest feature, see `IntervalGenerator`.
-        """
-        self.quantizer = GeneratedScale(self.fixed, turns)
+    def learn_over_time(self, generation: Generation | None = None) -> list[nn.Parameter]:
+        """Learn the scale as a smooth function of the timestep (TDQ); returns the parameters."""
+        self.quantizer = GeneratedScale(self.fixed, generation or Generation())
         return self.parameters_in_training()
 
     def parameters_in_training(self) -> list[nn.Parameter]:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.fake_quant.generator import IntervalGenerator, TableGain
+from stepquant.calibration.fake_quant.generator import Generation, IntervalGenerator, TableGain
+from stepquant.core.affine import SMALLEST_SCALE, affine_from_range, largest_code
 from stepquant.core.noise import SampleNoise
-from stepquant.core.rounding import learned_quantize
+from stepquant.core.rounding import learned_quantize, round_straight_through
 from stepquant.layers.attention import per_sample
 from stepquant.layers.clock import StepClock
 
-Start = tuple[Tensor, Tensor]
-"""Table rows, int64 [K], and the best gain on a shared scale in each, float32 [K, G]."""
+SILU_MINIMUM = -0.2785
+"""The smallest value of SiLU (TDQ, public code)."""
+
+
+class Start(NamedTuple):
+    """Where a generator starts: what is best in each observed table row.
+
+    Attributes:
+        rows: int64 [K].
+        gains: float32 [K, G], on the scale shared by all rows.
+        zero_points: float32 [K, G]; the shared one, unless gains were found together with other zero points.
+    """
+
+    rows: Tensor
+    gains: Tensor
+    zero_points: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class ActivationLayout:
         group_sizes: sizes of consecutive channel groups, each with a scale; () for one scale.
         rows: 1 for a static grid, else the number of the clock's timesteps.
         unsigned: x lies in [0, 1] (attention probabilities), so the zero point is 0.
+        kind: of grid. ``"affine"``: spans the range. TDQ's others are ``"signed"``, symmetric about 0, and ``"silu"``,
+            from SiLU's smallest value up, as near as a whole zero point allows.
     """
 
     bits: int
@@ -36,6 +54,22 @@ class ActivationLayout:
     group_sizes: tuple[int, ...] = ()
     rows: int = 1
     unsigned: bool = False
+    kind: Literal["affine", "signed", "silu"] = "affine"
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a range, float [G] each."""
+        if self.kind == "affine":
+            return affine_from_range(low, high, self.bits)
+        if self.kind == "silu":
+            scale = (high / largest_code(self.bits)).clamp(min=SMALLEST_SCALE)
+            return scale, self.silu_zero_point(scale)
+        half = 1 << (self.bits - 1)
+        scale = (torch.maximum(-low, high) / (half - 1)).clamp(min=SMALLEST_SCALE)
+        return scale, torch.full_like(scale, half)
+
+    def silu_zero_point(self, scale: Tensor) -> Tensor:
+        """The zero point at which SiLU's smallest value has code 0, rounded straight through."""
+        return round_straight_through((-SILU_MINIMUM / scale).clamp(0, largest_code(self.bits)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,11 +120,15 @@ class FixedGrid(nn.Module):
         """float32 [R, G], or [G] or [B, G] at a row of shape [] or [B]."""
         return self.scale if row is None else self.scale[row]
 
+    def current_zero_point(self, row: Tensor | None, scale: Tensor) -> Tensor:
+        """Of the shape of `scale`, which is `current_scale` at this row."""
+        return self.zero_point if row is None else self.zero_point[row]
+
     def forward(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
         row = self.layout.row
-        scale, zero_point = (
-            self.layout.broadcast(values, x) for values in (self.current_scale(row), self.zero_point[row])
-        )
+        current = self.current_scale(row)
+        zero_point = self.layout.broadcast(self.current_zero_point(row, current), x)
+        scale = self.layout.broadcast(current, x)
         if smoothing is not None:
             scale = scale * self.layout.along_channels(smoothing, x)
         return learned_quantize(x, scale, zero_point, self.layout.bits)
@@ -98,7 +136,8 @@ class FixedGrid(nn.Module):
     @torch.no_grad()
     def frozen(self) -> FixedGrid:
         """The grid at the scale reached; a later generator starts there."""
-        return FixedGrid(self.layout, self.current_scale(), self.zero_point)
+        scale = self.current_scale()
+        return FixedGrid(self.layout, scale, self.current_zero_point(None, scale))
 
 
 class LearnedScale(FixedGrid):
@@ -112,24 +151,65 @@ class LearnedScale(FixedGrid):
         every = torch.arange(self.layout.rows, device=self.scale.device)
         return super().current_scale(row) * self.gain(every if row is None else row)
 
+    def current_zero_point(self, row: Tensor | None, scale: Tensor) -> Tensor:
+        if self.layout.kind == "silu":
+            return self.layout.silu_zero_point(scale)
+        return super().current_zero_point(row, scale)
+
+
+class LearnedValue(LearnedScale):
+    """Learns the scales themselves, as the papers' public code does: learning rates are in their units."""
+
+    def __init__(self, grid: FixedGrid) -> None:
+        super().__init__(grid, nn.Identity())
+        self.value = nn.Parameter(grid.scale.clone())
+
+    def current_scale(self, row: Tensor | None = None) -> Tensor:
+        scale = self.value if row is None else self.value[row]
+        return scale.clamp(min=SMALLEST_SCALE)
+
 
 class GeneratedScale(LearnedScale):
-    """Learns the gain on the scale as a function of the timestep (TDQ, arXiv 2306.02316)."""
+    """Learns the scale as a function of the timestep (TDQ, arXiv 2306.02316)."""
 
-    def __init__(self, grid: FixedGrid, turns: float | None) -> None:
-        generator = IntervalGenerator(grid.layout.clock.timesteps, grid.layout.shape[1], turns=turns)
+    gain: IntervalGenerator
+
+    def __init__(self, grid: FixedGrid, generation: Generation) -> None:
+        groups = grid.layout.shape[1]
+        clock, zero_points = grid.layout.clock, generation.zero_points
+        generator = IntervalGenerator(clock.timesteps, groups, turns=generation.turns, zero_points=zero_points)
         super().__init__(grid, generator)
-        if grid.start is not None:
-            rows, gains = grid.start
-            generator.fit(rows.to(self.scale.device), gains.to(self.scale.device))
+        self.generation, top = generation, largest_code(grid.layout.bits)
+        if generation.published:
+            generator.start(self.scale[0], self.zero_point[0] / top)
+        elif grid.start is not None:
+            start = Start(*(values.to(self.scale.device) for values in grid.start))
+            generator.fit(start.rows, start.gains, start.zero_points / top)
             generator.eval()  # without dropout, which would only disturb tens of iterations
+        elif zero_points:
+            every = torch.arange(grid.layout.rows, device=self.scale.device)
+            generator.fit(every, torch.ones_like(self.scale), self.zero_point / top)
 
     def current_scale(self, row: Tensor | None = None) -> Tensor:
         training = self.gain.training
         self.gain.train(training and torch.is_grad_enabled())  # dropout only while gradients are recorded
-        scale = super().current_scale(row)
+        if self.generation.published:
+            every = torch.arange(self.layout.rows, device=self.scale.device)
+            scale = self.gain(every if row is None else row).clamp(min=SMALLEST_SCALE)
+        else:
+            scale = super().current_scale(row)
         self.gain.train(training)
         return scale
+
+    def current_zero_point(self, row: Tensor | None, scale: Tensor) -> Tensor:
+        if not self.generation.zero_points:
+            return super().current_zero_point(row, scale)
+        training, top = self.gain.training, largest_code(self.layout.bits)
+        self.gain.train(training and torch.is_grad_enabled())
+        every = torch.arange(self.layout.rows, device=self.scale.device)
+        share = self.gain.zero_points(every if row is None else row)
+        self.gain.train(training)
+        return round_straight_through((top * share).clamp(0, top))
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class CalibratedAttention(AttentionProcessor):
 
     @property
     def repeatable(self) -> bool:
-        """False while QDrop draws random numbers."""
-        return all(point.dropout is None for point in self.points.children())
+        """False while QDrop or a generator's dropout draws random numbers."""
+        return not any(point.random for point in self.points.children())
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         return self.points[name](x) if name in self.points else x

@@ -33,6 +33,7 @@ class Observations:
         self._memory = torch.empty(groups, 0)
         self._rows: list[list[int]] = []
         self._counts: list[int] = []
+        self._ends: list[Tensor] = []
         self._positions: dict[int, Tensor] = {}
 
     @property
@@ -46,11 +47,18 @@ class Observations:
         groups = [group.detach().float() for group in groups]
         ends = [group.aminmax(dim=1) for group in groups]
         index = rows[:, None].expand(-1, len(groups))
-        self.low.scatter_reduce_(0, index, torch.stack([low for low, _ in ends], dim=1).cpu(), "amin")
-        self.high.scatter_reduce_(0, index, torch.stack([high for _, high in ends], dim=1).cpu(), "amax")
+        low, high = (torch.stack(values, dim=1).cpu() for values in zip(*ends, strict=True))
+        self.low.scatter_reduce_(0, index, low, "amin")
+        self.high.scatter_reduce_(0, index, high, "amax")
+        self._ends.append(torch.cat([rows[:, None, None].expand(-1, len(groups), 1), torch.stack([low, high], 2)], 2))
         count = self._make_room(len(rows), min(group.shape[1] for group in groups))
         positions = {group.shape[1]: self._positions_in(group.shape[1])[:count] for group in groups}
         self._store(rows.tolist(), torch.stack([group[:, positions[group.shape[1]]] for group in groups]).cpu())
+
+    def ends(self, rows: list[int]) -> Tensor:
+        """Minimum and maximum of each sample in some table rows, in the order observed: float32 [n, G, 2]."""
+        every = torch.cat(self._ends)
+        return every[torch.isin(every[:, 0, 0], torch.tensor(rows).float()), :, 1:]
 
     def values(self, row: int | None = None) -> Tensor:
         """Recorded values of one table row, or of all: float32 [G, n]."""
@@ -72,20 +80,20 @@ class Observations:
             at += size
         return result
 
-    def merge(self, others: list[tuple[Tensor, Tensor, int, list[tuple[list[int], Tensor]]]]) -> None:
+    def merge(self, others: list[tuple[Tensor, Tensor, int, list[tuple[list[int], Tensor]], list[Tensor]]]) -> None:
         """Become the observations of all samples that `others` observed, in order; see `parts`."""
-        self._rows, self._counts = [], []
-        for low, high, kept, _ in others:
+        self._rows, self._counts, self._ends = [], [], [ends for *_, part in others for ends in part]
+        for low, high, kept, *_ in others:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
             self._kept = min(self._kept, kept)
-        for _, _, _, state in others:
+        for _, _, _, state, _ in others:
             for rows, values in state:
                 count = self._make_room(len(rows), values.shape[2])
                 self._store(rows, values[..., :count])
 
-    def parts(self) -> tuple[Tensor, Tensor, int, list[tuple[list[int], Tensor]]]:
+    def parts(self) -> tuple[Tensor, Tensor, int, list[tuple[list[int], Tensor]], list[Tensor]]:
         """The whole state, to be sent to another process and merged there."""
-        return self.low, self.high, self._kept, [(rows, values.clone()) for rows, values in self.state()]
+        return self.low, self.high, self._kept, [(rows, values.clone()) for rows, values in self.state()], self._ends
 
     def _used(self, kept: int) -> int:
         """Values per group in memory with at most `kept` per sample."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.activation_quantizers import ActivationLayout, Start
 from stepquant.calibration.fake_quant.observations import Observations
-from stepquant.core.affine import affine_from_range
 from stepquant.core.ranges import Range, find_range, least_error_gain
 
 NEIGHBOURS = 2
 """Observed rows on either side that are included when a row's best gain is searched."""
+
+PublishedRange = Literal["deviations", "moving-average"]
+"""``"deviations"``, TDQ's start: mean plus 3 standard deviations, behind SiLU 16. ``"moving-average"``, QuEST's: the
+ends of the first samples, averaged with those of all further ones; up to 4 bits the range of least error."""
+ActivationRange = Range | PublishedRange
+"""How the range of an activation is found."""
+DEVIATIONS, SILU_DEVIATIONS = 3, 16
+FIRST_SAMPLES, MOMENTUM, SEARCHED_BELOW = 64, 0.95, 4
 
 SEARCHED_VALUES = 1 << 16
 """Values that a search looks at, of all that were recorded."""
@@ -38,16 +46,17 @@ class Observer(nn.Module):
         return x
 
     def search(
-        self, method: Range, *, per_row: bool = True, neighbours: int = 0
+        self, method: ActivationRange, *, per_row: bool = True, neighbours: int = 0, row_zero_points: bool = False
     ) -> tuple[Tensor, Tensor, Start | None]:
         """Search the grid of what was observed.
 
         A table row without observations takes the grid of the nearest row that has some.
 
         Args:
-            method: of the range search, or a function, see `find_range`.
+            method: of the range search, or a function, see `find_range`; or one of `PublishedRange`.
             per_row: search each row; False searches one range for all rows, and the best gain on it in each.
             neighbours: observed rows on either side that are included in a row's search.
+            row_zero_points: with ``per_row=False``, find the gain in each row together with a zero point.
 
         Returns:
             Scale and zero point, float32 [R, G] each, and the gains of a search with ``per_row=False``.
@@ -59,23 +68,30 @@ class Observer(nn.Module):
         if not rows:
             raise RuntimeError("no range can be searched: the activation was never observed")
         if per_row:
-            grids = [
-                affine_from_range(*self._range(method, near, values), bits)
-                for near, values in self._neighbourhoods(neighbours)
-            ]
+            scale, zero_point = self._row_grids(method, neighbours)
             nearest = (torch.arange(count)[:, None] - torch.tensor(rows)).abs().argmin(dim=1)
-            scale, zero_point = (torch.stack(values)[nearest] for values in zip(*grids, strict=True))
-            return scale, zero_point, None
-        scale, zero_point = affine_from_range(*self._range(method, rows, self.observations.values()), bits)
+            return scale[nearest], zero_point[nearest], None
+        scale, zero_point = self.layout.grid(*self._range(method, rows, self.observations.values()))
         start = None
-        if count > 1:
+        if count > 1 and row_zero_points:
+            scales, zero_points = self._row_grids(method, NEIGHBOURS)
+            start = Start(torch.tensor(rows), scales / scale, zero_points)
+        elif count > 1:
             # On the neighbours' values as well: a row has few samples, whose range clips what other images need.
             gains = [
                 least_error_gain(self._thinned(values), scale, zero_point, bits)
                 for _, values in self._neighbourhoods(NEIGHBOURS)
             ]
-            start = torch.tensor(rows), torch.stack(gains)
+            start = Start(torch.tensor(rows), torch.stack(gains), zero_point.expand(len(rows), -1))
         return scale.expand(count, -1).clone(), zero_point.expand(count, -1).clone(), start
+
+    def _row_grids(self, method: ActivationRange, neighbours: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each observed row, float32 [K, G] each."""
+        grids = [
+            self.layout.grid(*self._range(method, near, values)) for near, values in self._neighbourhoods(neighbours)
+        ]
+        scale, zero_point = (torch.stack(values) for values in zip(*grids, strict=True))
+        return scale, zero_point
 
     def _neighbourhoods(self, neighbours: int) -> Iterator[tuple[list[int], Tensor]]:
         """Each observed row with its `neighbours` on either side, and the values recorded there, float [G, n]."""
@@ -85,12 +101,28 @@ class Observer(nn.Module):
             near = slice(max(0, index - neighbours), index + neighbours + 1)
             yield rows[near], torch.cat(recorded[near], dim=1)
 
-    def _range(self, method: Range, rows: list[int], values: Tensor) -> tuple[Tensor, Tensor]:
+    def _range(self, method: ActivationRange, rows: list[int], values: Tensor) -> tuple[Tensor, Tensor]:
         """The range, float [G] twice, of `values`, float [G, n], which were observed in `rows`."""
+        if method == "moving-average" and self.layout.bits > SEARCHED_BELOW and not self.layout.unsigned:
+            return self._moving_average(rows)
+        if method == "deviations" and self.layout.kind != "affine":
+            deviations = SILU_DEVIATIONS if self.layout.kind == "silu" else DEVIATIONS
+            high = values.mean(dim=1) + deviations * values.std(dim=1)
+            return -high, high
+        search: Range = method if callable(method) or method == "minmax" else "least-error"
         low, high = self.observations.low[rows].amin(0), self.observations.high[rows].amax(0)
         if self.layout.unsigned:
             low = torch.zeros_like(low)
-        return find_range(self._thinned(values), self.layout.bits, method, low=low, high=high)
+        return find_range(self._thinned(values), self.layout.bits, search, low=low, high=high)
+
+    def _moving_average(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of the first samples, then averaged with those of batches of as many."""
+        ends = self.observations.ends(rows).split(FIRST_SAMPLES)
+        low, high = ends[0][..., 0].amin(dim=0), ends[0][..., 1].amax(dim=0)
+        for batch in ends[1:]:
+            low = torch.lerp(batch[..., 0].amin(dim=0), low, MOMENTUM)
+            high = torch.lerp(batch[..., 1].amax(dim=0), high, MOMENTUM)
+        return low, high
 
     def _thinned(self, values: Tensor) -> Tensor:
         """About `SEARCHED_VALUES` of the values at most: float [G, n]."""

@@ -11,6 +11,7 @@ from stepquant.calibration.fake_quant.weight_quantizers import (
     FixedCodes,
     RoundToNearest,
     StraightThrough,
+    TrainedWeight,
     WeightGrid,
     WeightQuantizer,
 )
@@ -122,15 +123,28 @@ class WeightPoint(nn.Module):
         self.quantizer = learned = StraightThrough(self.quantizer.grid, weight, self.codes(weight), cell)
         return learned.shift
 
-    @torch.no_grad()
-    def lsq(self, weight: Tensor) -> list[nn.Parameter]:
-        """Train weight and scale together (LSQ), from the present codes on; returns the parameters of the scale.
+    def train_weight(self, weight: Tensor, *, held: bool) -> nn.Parameter:
+        """Train the weight itself through the rounding, from its full-precision value on, on a fixed grid.
 
         Args:
-            weight: changed in place, see `LSQ.start`.
+            held: round each weight in the direction of its present code; else to nearest.
+
+        Returns:
+            The weight that is trained.
         """
-        weight.copy_(LSQ.start(self.quantizer.grid, weight, self.codes(weight)))
-        self.quantizer = learned = LSQ(self.quantizer.grid)
+        self.quantizer = learned = TrainedWeight(self.quantizer.grid, weight, self.codes(weight), held=held)
+        return learned.weight
+
+    @torch.no_grad()
+    def lsq(self, weight: Tensor, *, from_codes: bool = True) -> list[nn.Parameter]:
+        """Train weight and scale together (LSQ); returns the parameters of the scale.
+
+        Args:
+            weight: with `from_codes` changed in place to start from the present codes, see `LSQ.start`.
+        """
+        if from_codes:
+            weight.copy_(LSQ.start(self.quantizer.grid, weight, self.codes(weight)))
+        self.quantizer = learned = LSQ(self.quantizer.grid, per_tensor=self.rounding.per_tensor)
         return list(learned.gain.parameters())
 
     def freeze(self, weight: Tensor) -> None:

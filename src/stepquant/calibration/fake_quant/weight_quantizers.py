@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.generator import TableGain
-from stepquant.core.affine import affine_from_range, largest_code
+from stepquant.core.affine import SMALLEST_SCALE, affine_from_range, largest_code
 from stepquant.core.qtensor import Grid, expand_groups, stored_zero_point
 from stepquant.core.ranges import Range, find_range
 from stepquant.core.rounding import (
@@ -117,7 +119,12 @@ class RoundToNearest(WeightQuantizer):
     """Rounds every weight to the nearest code.
 
     A custom quantizer is a class with this constructor and these three methods.
+
+    Attributes:
+        per_tensor: whether all output channels share a scale, also while it is trained (LSQ).
     """
+
+    per_tensor: ClassVar[bool] = False
 
     @staticmethod
     def search(values: Tensor, bits: int, method: Range) -> tuple[Tensor, Tensor]:
@@ -138,6 +145,38 @@ class RoundToNearest(WeightQuantizer):
     def codes(self, weight: Tensor) -> Tensor:
         scale, zero_point = self.grid.expanded(weight)
         return self._clamped(torch.round(weight * scale.reciprocal()) + zero_point)
+
+
+class LeastError(RoundToNearest):
+    """Rounds to nearest in the range of least error at 8 bits, too, as the public code of the papers does.
+
+    At 8 bits the grid stays symmetric: integer kernels take no zero point of an 8-bit weight.
+    """
+
+    @staticmethod
+    def search(values: Tensor, bits: int, method: Range) -> tuple[Tensor, Tensor]:
+        return RoundToNearest.search(values, bits, "least-error" if method == "minmax" else method)
+
+
+class PerChannelLSQ(RoundToNearest):
+    """Rounds to nearest on the symmetric grid that LSQ starts at: ``s = 2 mean |w| / sqrt(2^(b-1) - 1)``."""
+
+    @staticmethod
+    def search(values: Tensor, bits: int, method: Range) -> tuple[Tensor, Tensor]:
+        half = 1 << (bits - 1)
+        scale = 2 * values.abs().mean(dim=1) / math.sqrt(half - 1)
+        return scale.clamp(min=SMALLEST_SCALE), torch.full_like(scale, half)
+
+
+class PerTensorLSQ(PerChannelLSQ):
+    """One such grid for all output channels."""
+
+    per_tensor = True
+
+    @staticmethod
+    def search(values: Tensor, bits: int, method: Range) -> tuple[Tensor, Tensor]:
+        scale, zero_point = PerChannelLSQ.search(values.reshape(1, -1), bits, method)
+        return scale.repeat(len(values)), zero_point.repeat(len(values))
 
 
 class FixedCodes(WeightQuantizer):
@@ -212,12 +251,51 @@ class StraightThrough(WeightQuantizer):
         return self._clamped((self.start + self.shift).round())
 
 
-class LSQ(WeightQuantizer):
-    """Trains the scale, as a gain, together with the weight (LSQ, arXiv 1902.08153)."""
+class TrainedWeight(WeightQuantizer):
+    """Trains the weight itself on a fixed grid, with gradients straight through the rounding (QuEST, arXiv 2402.03666).
 
-    def __init__(self, grid: WeightGrid) -> None:
+    Attributes:
+        weight: what is trained, in the weight's own units.
+        up: uint8 [out, in, *kernel], what is added to the floor of each weight, if its direction is held; else None,
+            and weights are rounded to nearest.
+    """
+
+    up: Tensor | None
+
+    def __init__(self, grid: WeightGrid, weight: Tensor, codes: Tensor, *, held: bool) -> None:
         super().__init__(grid)
-        self.gain = TableGain(*grid.scale.shape).to(grid.scale.device)
+        scale, zero_point = grid.expanded(weight)
+        up = (codes.to(weight.dtype) - zero_point - torch.floor(weight.detach() / scale)).clamp(0, 1)
+        self.register_buffer("up", up.to(torch.uint8) if held else None)
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    def _rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        steps = self.weight.detach() / scale
+        rounded = torch.round(steps) if self.up is None else torch.floor(steps) + self.up
+        return (rounded + zero_point).clamp(0, self.grid.top)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale, zero_point = self.grid.expanded(self.weight)
+        codes, inside = self._rounded(scale, zero_point), self.weight / scale + zero_point
+        inside = inside.clamp(-0.5, self.grid.top + 0.5)
+        return (codes + inside - inside.detach() - zero_point) * scale
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        return self._rounded(*self.grid.expanded(self.weight)).to(torch.uint8)
+
+
+class LSQ(WeightQuantizer):
+    """Trains the scale, as a gain, together with the weight (LSQ, arXiv 1902.08153).
+
+    Args:
+        per_tensor: one gain for all output channels.
+    """
+
+    def __init__(self, grid: WeightGrid, *, per_tensor: bool = False) -> None:
+        super().__init__(grid)
+        groups, outputs = grid.scale.shape
+        self.gain = TableGain(groups, 1 if per_tensor else outputs).to(grid.scale.device)
 
     @staticmethod
     def start(grid: WeightGrid, weight: Tensor, codes: Tensor) -> Tensor:

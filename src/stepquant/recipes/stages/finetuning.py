@@ -71,6 +71,8 @@ class Finetune(Finetuning, Stage):
     layers: tuple[str, ...]
     """Which: ``"time"``, those that depend on the timestep alone; ``"critical"``, those that `RankLayers` chose; or
     regular expressions over names."""
+    frozen: tuple[str, ...] = ()
+    """Those whose scales stay as they are."""
 
     def check(self, context: Context) -> None:
         context.check_whole("finetuning")
@@ -85,16 +87,17 @@ class Finetune(Finetuning, Stage):
             context.reference,
             state.model,
             state.samples,
-            tuple(dict.fromkeys(self._names(context, state))),
+            tuple(dict.fromkeys(self._names(self.layers, context, state))),
             self,
+            frozen=frozenset(self._names(self.frozen, context, state)),
             workspace=context.workspace,
             key=self.key(context, state),
             seed=context.seed,
             progress=context.progress,
         )
 
-    def _names(self, context: Context, state: State) -> Iterator[str]:
-        for group in self.layers:
+    def _names(self, groups: tuple[str, ...], context: Context, state: State) -> Iterator[str]:
+        for group in groups:
             if group == TIME:
                 yield from _time_layers(context, state)
             elif group == CRITICAL:
@@ -128,13 +131,14 @@ class Train(Training, Stage):
     def run(self, context: Context, state: State) -> None:
         images = context.images
         # Noised images come at every timestep, and the paper's features serve; trajectories leave some out.
-        turns = TURNS if images is None else None
+        generation = self.generation
+        if images is None and not generation.published:
+            generation = generation.replace(turns=TURNS)
         learned_from = "trajectories" if images is None else images.key()
         train(
             state.model,
             self._batches(context, learned_from),
-            self,
-            turns=turns,
+            self.replace(generation=generation),
             workspace=context.workspace,
             key=digest([self.key(context, state), learned_from]),
             seed=context.seed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stepquant.optimize.blocks import Reconstruction, reconstruct
+from stepquant.optimize.blocks import reconstruct
+from stepquant.optimize.reconstruction import Reconstruction
 from stepquant.recipes.context import Context
 from stepquant.recipes.stage import LEARNING, Cost, Stage, State, Workload
 
