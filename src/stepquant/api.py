@@ -29,7 +29,7 @@ from stepquant.models import denoiser_name
 from stepquant.pipelines.request import check_dtype, make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
-from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe
+from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe, published_calibration
 from stepquant.recipes.recipe import run_recipe
 from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
 from stepquant.runtime import Backend
@@ -75,7 +75,8 @@ def quantize(
             ``stepquant.recipes.RECIPES``; or a custom class, also as ``"path.py:ClassName"``.
         preset: of a recipe by name: ``"fast"``, the default, or ``"paper"``.
         effort: ``"quick"``, ``"standard"`` or ``"thorough"``: number of calibration samples and steps, unless
-            `calibration` is given, and the factor of the recipe's iteration counts.
+            `calibration` is given, and the factor of the recipe's iteration counts. Of the preset ``"paper"``,
+            ``"thorough"`` is the published budget, and the others are parts of it.
         hyperparameters: of the recipe, with other values than preset and effort give them.
         budget: most bits of a weight, on average, as 4.5 or ``"4.5bits"``: the layers that suffer most keep 8 within it
             (see `sensitivity`).
@@ -106,8 +107,9 @@ def quantize(
     named = {"preset": None if isinstance(recipe, Recipe) else preset or "fast", "effort": effort}
     return _quantize(
         pipeline, spec, chosen, None, named, budget=budget, correction=correction, also=also, backend=backend,
-        calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,
-        inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=device,
+        calibration=_calibration(calibration, effort, published_calibration(recipe, preset)), seed=seed,
+        source=source, prompts=prompts, guidance=guidance, inputs=inputs, workspace=workspace, cache=cache,
+        progress=progress, device=device,
     )  # fmt: skip
 
 
@@ -207,11 +209,12 @@ def sensitivity(
         return rank_layers(context, check_method(method))
 
 
-def _calibration(calibration: Calibration | dict[str, Any] | None, effort: str) -> Calibration:
-    """The calibration as given; what is left out is up to the effort."""
+def _calibration(
+    calibration: Calibration | dict[str, Any] | None, effort: str, published: Calibration | None = None
+) -> Calibration:
+    """The calibration as given; what is left out is up to the effort, and to the preset's published one."""
     if isinstance(calibration, dict) or calibration is None:
-        chosen = find_effort(effort)
-        return Calibration.parse({"samples": chosen.samples, "steps": chosen.steps} | (calibration or {}))
+        return Calibration.parse(find_effort(effort).calibration(published) | (calibration or {}))
     return Calibration.parse(calibration)
 
 

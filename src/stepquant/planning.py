@@ -52,7 +52,9 @@ def make_plan(context: Context, recipe: Recipe) -> Plan:
     description = context.description
     call, activations = _measure_call(context)
     workload = Workload(context.calibration, len(description.blocks), len(description.layers))
-    costs = [cost for cost in (stage.cost(workload) for stage in recipe.checked_stages()) if cost.passes]
+    costs = [
+        cost for cost in (stage.cost(workload) for stage in recipe.fitted(context).checked_stages()) if cost.passes
+    ]
     parameters = sum(parameter.numel() for parameter in context.denoiser.parameters())
     held = max((KEPT * cost.held * activations + 4 * cost.copies * parameters for cost in costs), default=0.0)
     return Plan(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ class CalibrationModel:
         root = self.model if block is None else self.model.get_submodule(block)
         return (module for module in root.modules() if isinstance(module, ActivationPoint))
 
+    def use_signed_grids(self, behind_silu: Container[str]) -> None:
+        """Quantize activations to TDQ's grids, see `ActivationLayout.kind`; attention probabilities stay unsigned.
+
+        Args:
+            behind_silu: names of the layers whose input is SiLU's output.
+        """
+        shifted = {id(layer.input_point) for name, layer in self.layers.items() if name in behind_silu}
+        for point in self.activation_points():
+            if not point.layout.unsigned:
+                point.layout = replace(point.layout, kind="silu" if id(point) in shifted else "signed")
+
     def layers_in(self, block: str) -> dict[str, CalibratedLayer]:
         """The layers inside one block, which may itself be a layer."""
         return {name: layer for name, layer in self.layers.items() if name == block or name.startswith(f"{block}.")}
@@ -117,6 +128,7 @@ def insert_fake_quantizers(
     spec: QuantSpec,
     *,
     timesteps: Tensor | None = None,
+    tabled: Container[str] | None = None,
     weight_range: Range = "least-error",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -126,6 +138,7 @@ def insert_fake_quantizers(
 
     Args:
         timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
+        tabled: names of the layers whose inputs have such a table, all others being static; None means all.
         weight_range: method of the weights' range search, or a function, see `find_range`.
         ranks: share the search.
         rounding: rounds weights that are not learned, see `WeightPoint`.
@@ -153,7 +166,7 @@ def insert_fake_quantizers(
                 clock,
                 split=description.skip_splits.get(name) if spec.split_skips else None,
                 group_size=spec.group_size,
-                rows=rows,
+                rows=rows if tabled is None or name in tabled else 1,
                 # The grids of the others are searched by other processes.
                 weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
                 rounding=rounding,
@@ -162,7 +175,8 @@ def insert_fake_quantizers(
     grids = ranks.map(lambda point: (point.scale, point.zero_point), points)
     for point, grid in zip(points, grids, strict=True):
         point.set_grid(*grid)
-    attentions = {name: _wrap_attention(model, name, spec, clock, rows) for name in description.attentions}
+    static = 1 if tabled is not None else rows
+    attentions = {name: _wrap_attention(model, name, spec, clock, static) for name in description.attentions}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     for name, attention in attentions.items():

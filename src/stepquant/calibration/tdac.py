@@ -64,13 +64,14 @@ def step_features(
     return torch.stack([torch.stack(calls).mean(dim=0) for calls in recorded.values()]).cpu()
 
 
-def density(features: Tensor, quantile: float = 0.3) -> Tensor:
+def density(features: Tensor, quantile: float = 0.3, radius: float | None = None) -> Tensor:
     """Number of other steps within a radius of each step, scaled to [0, 1].
 
     Args:
         features: float [T, ...].
         quantile: the radius is this quantile of all pairwise mean squared distances, so that it adapts to the model;
-            the paper sets a radius per model (3.0 on CIFAR-10, 0.3 on latent models).
+            it is used where no radius is given.
+        radius: of a mean squared distance; the paper sets one per model (3.0 on CIFAR-10, 0.3 on most latent models).
 
     Returns:
         float32 [T].
@@ -78,8 +79,8 @@ def density(features: Tensor, quantile: float = 0.3) -> Tensor:
     flat = features.flatten(1)
     distance = torch.cdist(flat, flat).square() / flat.shape[1]
     others = ~torch.eye(len(flat), dtype=torch.bool)
-    radius = distance[others].quantile(quantile)
-    return _scaled(((distance <= radius) & others).sum(dim=1).float())
+    limit = distance[others].quantile(quantile) if radius is None else torch.tensor(radius)
+    return _scaled(((distance <= limit) & others).sum(dim=1).float())
 
 
 def diversity(features: Tensor) -> Tensor:
@@ -116,14 +117,19 @@ def distribute(weights: Tensor, samples: int) -> Tensor:
 
 
 def dense_and_diverse_steps(
-    features: Tensor, samples: int, generator: torch.Generator, diversity_weight: float = 1.0, quantile: float = 0.3
+    features: Tensor,
+    samples: int,
+    generator: torch.Generator,
+    diversity_weight: float = 1.0,
+    quantile: float = 0.3,
+    radius: float | None = None,
 ) -> Tensor:
     """Choose the steps of the calibration samples, in proportion to ``D_i + lambda V_i`` (density and diversity).
 
     Args:
         features: float [T, B, positions, C], from `step_features`.
         diversity_weight: lambda.
-        quantile: see `density`.
+        quantile, radius: see `density`.
 
     Returns:
         int64 [samples], shuffled.
@@ -133,7 +139,7 @@ def dense_and_diverse_steps(
     """
     steps = len(features)
     check_enough(samples, steps)
-    counts = distribute(density(features, quantile) + diversity_weight * diversity(features), samples)
+    counts = distribute(density(features, quantile, radius) + diversity_weight * diversity(features), samples)
     chosen = torch.arange(steps).repeat_interleave(counts)
     return chosen[torch.randperm(samples, generator=generator)]
 

@@ -24,7 +24,7 @@ from stepquant.optimize.gptq import gptq
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales, Reconstruction
 from stepquant.optimize.replay import Replay
-from stepquant.optimize.trainer import constant, optimize
+from stepquant.optimize.trainer import by_group, optimize
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
@@ -167,7 +167,6 @@ def _learn(
             args, kwargs = inputs.mixed(block.clean, chosen, settings.dropped, noise)
             missed = missed_by(chosen, args, kwargs) * (len(chosen) / len(minibatch))
         unit = ranks.all_reduce(missed.detach()).clamp(min=1e-12) if unit is None else unit
-        published = isinstance(rounding, AdaRound) and rounding.published
         whole = missed if published else missed / unit
         if ranks.is_main and isinstance(rounding, AdaRound):
             weights = max(1, sum(layer.weight.numel() for layer in learned))
@@ -181,8 +180,8 @@ def _learn(
         chosen = torch.arange(min(CUT_SAMPLES, inputs.samples))
         return max(1e-12, float(missed_by(chosen, *inputs.at(chosen))))
 
-    fixed_rate = isinstance(rounding, AdaRound) and not rounding.decay
-    schedule = constant if fixed_rate else _cosine
+    published = isinstance(rounding, AdaRound) and rounding.published
+    schedule = by_group if published else _cosine
     optimize(groups, loss, settings.iterations, ranks=ranks, advance=advance, schedule=schedule, fused=False)
     soft = error_now() if learned and isinstance(rounding, AdaRound) and settings.iterations else None
     for layer in learned:
@@ -216,7 +215,8 @@ def _weight_groups(layers: list[CalibratedLayer], rounding: GPTQ | AdaRound | No
         learned = [layer.weight_point.adaround(layer.weight) for layer in layers]
     else:
         learned = [layer.weight_point.finetune(layer.weight, HOLD) for layer in layers]
-    return [{"params": learned, "lr": rounding.rate}]
+    fixed = isinstance(rounding, AdaRound) and not rounding.decay
+    return [{"params": learned, "lr": rounding.rate, "constant": fixed}]
 
 
 def _block_state(calibrated: CalibrationModel, block: str) -> dict[str, Tensor]:

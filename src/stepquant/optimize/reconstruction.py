@@ -38,7 +38,7 @@ class AdaRound(Settings):
     """The loss of BRECQ's public code: the regularizer is a sum over all weights, added to the plain squared error
     after a fifth of the iterations, with beta falling along a line."""
     decay: bool = True
-    """Let the learning rate fall to 0 along a cosine; else it stays."""
+    """With `published`: let the learning rate fall to 0 along a cosine; else it stays."""
 
     def weight_and_beta(self, progress: float, weights: int) -> tuple[float, float]:
         """Factor and exponent of the summed regularizer of `weights` variables at `progress` in [0, 1]."""

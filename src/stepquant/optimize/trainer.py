@@ -41,6 +41,16 @@ def constant(optimizer: torch.optim.Optimizer, _iterations: int, done: int) -> L
     return LambdaLR(optimizer, lambda _: 1.0, last_epoch=done - 1)
 
 
+def by_group(optimizer: torch.optim.Optimizer, iterations: int, done: int) -> LRScheduler:
+    """`constant` for the parameter groups with ``constant=True``, `cosine` for the others."""
+
+    def fall(i: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * i / iterations))
+
+    rates = [(lambda _: 1.0) if group.get("constant") else fall for group in optimizer.param_groups]
+    return LambdaLR(optimizer, rates, last_epoch=done - 1)
+
+
 def optimize(
     groups: list[dict[str, Any]],
     loss: Callable[[int], Tensor],

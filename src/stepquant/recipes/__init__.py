@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stepquant.calibration.samples import Calibration
 from stepquant.errors import StepquantError
 from stepquant.recipes.context import Context
 from stepquant.recipes.eda_dm import EDADM
@@ -37,7 +38,8 @@ def find_recipe(
         recipe: a name in `RECIPES`, a class in a file as ``path.py:ClassName``, a class, or an object.
         preset: of a name or class: ``"fast"``, the default, or ``"paper"``.
         overrides: hyperparameters with other values than preset and effort give them.
-        effort: multiplies every number of iterations, see `EFFORTS`.
+        effort: multiplies every number of iterations, see `EFFORTS`; ``"thorough"`` is the published budget of the
+            preset ``"paper"``, which the others do a part of.
 
     Raises:
         StepquantError: for a recipe, preset, hyperparameter or effort that there is not.
@@ -47,7 +49,14 @@ def find_recipe(
         raise StepquantError(
             f"preset is {preset!r}, but the recipe has its hyperparameters already: give {recipe.called()} by name."
         )
-    return found.with_effort(find_effort(effort).factor).replace(**overrides or {})
+    chosen = find_effort(effort)
+    factor = chosen.factor if published_calibration(recipe, preset) is None else chosen.share
+    return found.with_effort(factor).replace(**overrides or {})
+
+
+def published_calibration(recipe: str | type[Recipe] | Recipe, preset: str | None) -> Calibration | None:
+    """The calibration that a recipe's preset fixes, at its whole budget; None where it is up to the effort."""
+    return None if isinstance(recipe, Recipe) or preset != "paper" else find_class(recipe).PUBLISHED
 
 
 def find_class(recipe: str | type[Recipe]) -> type[Recipe]:
@@ -82,4 +91,5 @@ __all__ = [
     "find_class",
     "find_effort",
     "find_recipe",
+    "published_calibration",
 ]

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+from stepquant.calibration.fake_quant.weight_quantizers import LeastError, RoundToNearest
 from stepquant.calibration.model import CalibrationModel
+from stepquant.calibration.samples import Calibration
 from stepquant.errors import StepquantError
 from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales
 from stepquant.recipes.context import Context
@@ -27,6 +29,8 @@ class Recipe(Settings):
     name: ClassVar[str] = ""
     """Where recipes are named; a class without one goes by its own name."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {}}
+    PUBLISHED: ClassVar[Calibration | None] = None
+    """The calibration of the preset ``"paper"`` at its whole budget."""
 
     @classmethod
     def label(cls) -> str:
@@ -53,6 +57,10 @@ class Recipe(Settings):
         """The recipe with every number of iterations multiplied."""
         return self.scaled(factor)
 
+    def fitted(self, context: Context) -> Self:
+        """The recipe with the hyperparameters decided that depend on the model or the bits."""
+        return self
+
     def stages(self) -> list[Stage]:
         """The algorithm, step by step."""
         raise NotImplementedError
@@ -78,38 +86,71 @@ class BlockRecipe(Recipe):
     rounding_rate: Weight = 3e-2
     """Learning rate of AdaRound's variables."""
     rounding_weight: Weight = 0.1
-    """Weight of AdaRound's regularizer, relative to the block's error before learning."""
+    """Weight of AdaRound's regularizer, relative to the block's error before learning; if `published`, in the plain
+    loss."""
     scale_rate: Weight = 1e-3
-    """Learning rate of activation scales, relative to their size."""
+    """Learning rate of activation scales, relative to their size; if `published`, in their own units."""
+    published: bool = False
+    """Follow the public code: its loss, scales learned in their own units, 8-bit weights rounded like the others, in
+    ranges of least error; and where the recipe says so, its order of steps."""
 
     def reconstruct(self, **settings: Any) -> ReconstructBlocks:
         """The stage with these hyperparameters; further `settings` of it come first."""
-        given = {"scales": LearnScales(rate=self.scale_rate)} | settings
-        return ReconstructBlocks(
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            rounding=rounding_method(self.rounding, self.rounding_rate, self.rounding_weight),
-            **given,
-        )
+        rate, weight = self.rounding_rate, self.rounding_weight
+        given = {
+            "iterations": self.iterations,
+            "batch_size": self.batch_size,
+            "rounding": rounding_method(self.rounding, rate, weight, published=self.published),
+            "scales": LearnScales(rate=self.scale_rate, relative=not self.published),
+        }
+        return ReconstructBlocks(**given | settings)
+
+    @property
+    def weights(self) -> type[RoundToNearest]:
+        """How weights are rounded before they are learned."""
+        return LeastError if self.published else RoundToNearest
 
 
-def rounding_method(name: str, rate: float, regularizer: float) -> GPTQ | AdaRound:
+def rounding_method(name: str, rate: float, regularizer: float, *, published: bool = False) -> GPTQ | AdaRound:
     """The rounding called `name`; rate and regularizer are AdaRound's."""
-    return AdaRound(rate=rate, regularizer=regularizer) if name == "adaround" else GPTQ()
+    if name == "gptq":
+        return GPTQ()
+    return published_adaround(rate, regularizer) if published else AdaRound(rate=rate, regularizer=regularizer)
+
+
+def published_adaround(rate: float, regularizer: float, *, decay: bool = False) -> AdaRound:
+    """AdaRound as in the public code of BRECQ and QDrop, of 8-bit weights, too."""
+    return AdaRound(rate=rate, regularizer=regularizer, below=9, published=True, decay=decay)
 
 
 class Effort(NamedTuple):
-    """Calibration samples, denoising steps they come from, and what iterations are multiplied by."""
+    """How much is done.
+
+    Attributes:
+        samples, steps: calibration samples, and denoising steps they come from.
+        factor: what iterations of our own variants are multiplied by.
+        share: what published iterations are multiplied by.
+    """
 
     samples: int
     steps: int
     factor: float
+    share: float
+
+    def calibration(self, published: Calibration | None) -> dict[str, int]:
+        """Samples and steps; of a published calibration, the part that this effort is of a thorough one."""
+        if published is None:
+            return {"samples": self.samples, "steps": self.steps}
+        part = self.samples / EFFORTS["thorough"].samples
+        steps, samples = min(self.steps, published.steps), max(1, round(published.samples * part))
+        images = published.trajectories or published.samples
+        return {"samples": samples, "steps": steps, "trajectories": max(1, round(images * part))}
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(64, 20, 0.1),
-    "standard": Effort(256, 50, 1.0),
-    "thorough": Effort(1024, 100, 4.0),
+    "quick": Effort(64, 20, 0.1, 0.01),
+    "standard": Effort(256, 50, 1.0, 0.1),
+    "thorough": Effort(1024, 100, 4.0, 1.0),
 }
 
 
@@ -126,7 +167,7 @@ def run_recipe(recipe: Recipe, context: Context) -> CalibrationModel:
     Raises:
         StepquantError: if a stage cannot work here, before any has run; or the recipe makes no model.
     """
-    stages = recipe.checked_stages()
+    stages = recipe.fitted(context).checked_stages()
     for stage in stages:
         stage.check(context)
     if context.spec.smoothing and not any(isinstance(stage, Smooth) for stage in stages):

@@ -2,7 +2,7 @@
 
 from stepquant.recipes.stages.finetuning import Finetune, RankLayers, Train
 from stepquant.recipes.stages.quantizers import AddQuantizers, CalibrateRanges, Smooth
-from stepquant.recipes.stages.reconstruction import ReconstructBlocks
+from stepquant.recipes.stages.reconstruction import ReconstructBlocks, ReconstructTimeLayers
 from stepquant.recipes.stages.samples import CollectSamples
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Finetune",
     "RankLayers",
     "ReconstructBlocks",
+    "ReconstructTimeLayers",
     "Smooth",
     "Train",
 ]

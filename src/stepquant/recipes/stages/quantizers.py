@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepquant.calibration.fake_quant.observer import ActivationRange
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.model import calibrate_ranges, insert_fake_quantizers
 from stepquant.calibration.placement import place
+from stepquant.calibration.silu import layers_behind_silu
 from stepquant.calibration.smoothing import find_smoothing
 from stepquant.core.ranges import Range
 from stepquant.recipes.context import Context
@@ -27,8 +29,12 @@ class AddQuantizers(Stage):
     rows: Literal["one", "calibrated", "training"] = "one"
     """Scales of an activation: one for all steps; one for each step that was calibrated; or one for each timestep of
     training."""
+    rows_of: Literal["all", "time"] = "all"
+    """Which layers' activations have these rows: all, or the layers that depend on the timestep alone."""
     rounding: type[RoundToNearest] = RoundToNearest
     """Rounds weights that are not learned: a class with the interface of `RoundToNearest`."""
+    activations: Literal["affine", "signed"] = "affine"
+    """Grids of activations: affine; or symmetric, and behind SiLU from its smallest value up (TDQ)."""
 
     def run(self, context: Context, state: State) -> None:
         spec = context.spec
@@ -39,12 +45,19 @@ class AddQuantizers(Stage):
             context.description,
             spec,
             timesteps=self._timesteps(context, state),
+            tabled=None if self.rows_of == "all" else context.description.time_layers,
             weight_range=self.weight_range,
             progress=context.progress,
             ranks=context.workspace.ranks,
             rounding=self.rounding,
         )
+        if self.activations == "signed":
+            state.model.use_signed_grids(self._behind_silu(context, state))
         place(state.model.model, context.description.blocks, context.device)
+
+    def _behind_silu(self, context: Context, state: State) -> frozenset[str]:
+        arguments = state.samples.arguments(slice(0, 1))
+        return layers_behind_silu(context.reference, state.model.layers, lambda: context.reference(**arguments))
 
     def _timesteps(self, context: Context, state: State) -> Tensor | None:
         """Of the rows of activation tables, as the denoiser is given them: float [R]; None for one row."""
@@ -85,7 +98,7 @@ class Smooth(Stage):
 class CalibrateRanges(Stage):
     """Set the range of every activation from what the whole network does on the samples."""
 
-    method: Range = "least-error"
+    method: ActivationRange = "least-error"
     per_row: bool = True
     """A range for every table row; else one for all."""
     quantized_weights: bool = False

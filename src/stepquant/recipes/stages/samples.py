@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,10 @@ class CollectSamples(Stage):
     deviation: Weight = 0.35
     diversity_weight: Weight = 1.0
     """lambda in ``w_i = D_i + lambda V_i`` of tdac."""
+    radius: Weight | None = None
+    """Mean squared distance up to which the features of two steps are alike; None: one that adapts to the model."""
+    features: Literal["middle", "attention"] = "middle"
+    """Of the block in the middle of the network, or of the first in that block's list of attentions, if it has one."""
 
     def check(self, context: Context) -> None:
         if self.selection == "tdac":
@@ -57,12 +61,15 @@ class CollectSamples(Stage):
     def _dense_and_diverse(self, context: Context) -> Tensor:
         images = min(context.calibration.images, FEATURE_IMAGES)
         middle = context.denoiser.get_submodule(context.description.middle)
+        attentions: Any = getattr(middle, "attentions", None)
+        if self.features == "attention" and attentions and attentions[0] is not None:
+            middle = attentions[0]
         seed = context.seed + NOISE_OFFSET
         features = step_features(
             context.pipeline, context.denoiser, middle, context.request, images, seed, context.progress
         )
         count = context.calibration.samples
-        return dense_and_diverse_steps(features, count, context.generator(), self.diversity_weight)
+        return dense_and_diverse_steps(features, count, context.generator(), self.diversity_weight, radius=self.radius)
 
 
 def collect_samples(context: Context, steps: Tensor) -> CalibrationSet:
