@@ -63,22 +63,21 @@ def meaning(option: Any) -> str:
 
 
 def recipe(name: str) -> str:
-    """What a recipe does, its hyperparameters, and how it differs from its paper: from its docstrings and fields."""
+    """What a recipe does, both presets and what differs: from its docstrings and fields."""
     kind = QAT if name == "train" else RECIPES[name]
-    differences = (inspect.getdoc(inspect.getmodule(kind)) or "").partition("\n")[2].strip()
-    paper = kind.PRESETS.get("paper", {})
+    text = (inspect.getdoc(inspect.getmodule(kind)) or "").partition("\n")[2].strip()
+    presets = list(kind.PRESETS)
     rows = [
-        [
-            f"`{field}`",
-            " ".join(help.description.split()),
-            f"`{help.default}`",
-            f"`{paper[field]}`" if field in paper else "",
-        ]
-        for field, help in kind.fields().items()
+        [f"`{row.name}`", *(_differing(row, value) for value in row.values), " ".join(row.description.split())]
+        for row in kind.compared()
     ]
-    head = ("hyperparameter", "meaning", "default", "paper")
-    parts = [inspect.getdoc(kind) or "", tables.table(head, rows) if rows else "", differences]
+    head = ("hyperparameter", *(f"`{preset}`" for preset in presets), "meaning")
+    parts = [inspect.getdoc(kind) or "", text, tables.table(head, rows) if rows else ""]
     return "\n\n".join(part for part in parts if part)
+
+
+def _differing(row: Any, value: str) -> str:
+    return f"**`{value}`**" if row.differs else f"`{value}`"
 
 
 def generated(kind: str, words: list[str]) -> str:

@@ -120,6 +120,7 @@ def train(
     data: Path | str | None = None,
     distill: bool = False,
     recipe: QAT | None = None,
+    preset: str | None = None,
     effort: str = "standard",
     hyperparameters: Mapping[str, Any] | None = None,
     budget: float | str | None = None,
@@ -145,6 +146,7 @@ def train(
         distill: learn what full precision answers instead; on `data` if there is any, else on trajectories of the
             pipeline's own sampler, as many at a time as `calibration` has images.
         recipe: hyperparameters as one object, such as ``stepquant.recipes.QAT(iterations=500)``.
+        preset: instead of a recipe: ``"fast"``, the default, or ``"paper"``.
         hyperparameters: those with other values than the recipe and effort give them.
         calibration: of the ranges that training starts at.
         pipeline, spec, effort, budget, correction, also, prompts, guidance, inputs, seed, workspace, cache, progress,
@@ -162,8 +164,8 @@ def train(
     fixed: dict[str, Any] = {"distill": True} if distill else {}
     if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
         fixed["intervals"] = "static"  # no activation has an interval
-    chosen = find_recipe(recipe or QAT(), None, {**(hyperparameters or {}), **fixed}, effort)
-    named = {"preset": None, "effort": effort}
+    chosen = find_recipe(recipe or QAT, preset, {**(hyperparameters or {}), **fixed}, effort)
+    named = {"preset": preset, "effort": effort}
     return _quantize(
         pipeline, spec, chosen, images, named, budget=budget, correction=correction, also=also, backend=backend,
         calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,

@@ -22,24 +22,23 @@ def recipes(
         return
     for recipe in RECIPES.values():
         typer.echo(f"{recipe.name}: {recipe.summary()}")
-        for preset, values in _differences(recipe).items():
-            typer.echo(f"    {preset}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
-
-
-def _differences(recipe: Any) -> dict[str, dict[str, Any]]:
-    """Preset -> the hyperparameters whose values differ between presets."""
-    names = [name for name in recipe.model_fields if any(name in changed for changed in recipe.PRESETS.values())]
-    presets = {preset: recipe.preset(preset) for preset in recipe.PRESETS} if names else {}
-    return {preset: {name: getattr(values, name) for name in names} for preset, values in presets.items()}
+        rows = [row for row in recipe.compared() if row.differs]
+        for index, preset in enumerate(recipe.PRESETS if rows else ()):
+            typer.echo(f"    {preset}: " + ", ".join(f"{row.name}={row.values[index]}" for row in rows))
 
 
 def _print_recipe(recipe: Any) -> None:
-    presets = {preset: recipe.preset(preset) for preset in recipe.PRESETS}
-    table = table_of(f"{recipe.called()}: {recipe.summary()}", ("hyperparameter", *presets, "expected", "description"))
-    for name, field in recipe.fields().items():
-        values = (str(getattr(values, name)) for values in presets.values())
-        table.add_row(name, *values, field.expected, " ".join(field.description.split()))
+    import inspect
+
+    presets = list(recipe.PRESETS)
+    title = f"{recipe.called()}: {recipe.summary()}" + (" * differs between presets" if len(presets) > 1 else "")
+    table = table_of(title, ("hyperparameter", *presets, "expected", "description"))
+    for row in recipe.compared():
+        mark = " *" if row.differs else ""
+        table.add_row(row.name + mark, *row.values, row.expected, " ".join(row.description.split()))
     print_table(table)
+    text = (inspect.getdoc(inspect.getmodule(recipe)) or "").partition("\n")[2].strip()
+    typer.echo("\n".join(part for part in (inspect.getdoc(recipe) or "", "", text) if part or text))
 
 
 def zoo() -> None:

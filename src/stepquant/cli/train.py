@@ -24,6 +24,9 @@ def train(
     distill: Annotated[
         bool, typer.Option("--distill", help="Learn from the full-precision model; works with and without --data.")
     ] = False,
+    preset: Annotated[
+        str | None, typer.Option(metavar="fast|paper", help="Hyperparameters to start from; default: fast.")
+    ] = None,
     set_: o.Set = None,
     bits: o.Bits = "w4a4",
     override: o.Override = None,
@@ -55,4 +58,7 @@ def train(
     import stepquant
     from stepquant.recipes import QAT
 
-    write_checkpoint(stepquant.train, QAT, options, disk_factor=DISK_FACTOR, data=data, distill=distill, move_to=device)
+    write_checkpoint(
+        stepquant.train, QAT, options, disk_factor=DISK_FACTOR, data=data, distill=distill, preset=preset,
+        move_to=device,
+    )  # fmt: skip

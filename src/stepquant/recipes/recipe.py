@@ -18,6 +18,24 @@ from stepquant.settings import Iterations, Positive, Settings, Weight
 from stepquant.user_code import identity, is_custom
 
 
+class Row(NamedTuple):
+    """One hyperparameter in all presets of a recipe.
+
+    Attributes:
+        values: in the order of the presets.
+        expected: the values it takes, in words.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    description: str
+    expected: str
+
+    @property
+    def differs(self) -> bool:
+        return len(set(self.values)) > 1
+
+
 class Recipe(Settings):
     """A way to quantize. Subclasses have hyperparameters as fields, and `stages`.
 
@@ -52,6 +70,23 @@ class Recipe(Settings):
         if name not in cls.PRESETS:
             raise StepquantError(f"preset of {cls.label()} is {name!r}: expected one of {', '.join(cls.PRESETS)}.")
         return cls(**cls.PRESETS[name])
+
+    @classmethod
+    def compared(cls) -> list[Row]:
+        """Hyperparameters and calibration of every preset, at the whole budget of ``"paper"``."""
+        recipes = [cls.preset(name) for name in cls.PRESETS]
+        rows = [
+            Row(name, tuple(str(getattr(recipe, name)) for recipe in recipes), field.description, field.expected)
+            for name, field in cls.fields().items()
+        ]
+        if cls.PUBLISHED is None:
+            return rows
+        for name, description in (("samples", "Calibration samples."), ("steps", "Denoising steps they come from.")):
+            values = (
+                str(getattr(cls.PUBLISHED if preset == "paper" else Calibration(), name)) for preset in cls.PRESETS
+            )
+            rows.append(Row(name, tuple(values), description, "a whole number, 1 or more"))
+        return rows
 
     def with_effort(self, factor: float) -> Self:
         """The recipe with every number of iterations multiplied."""
