@@ -15,7 +15,7 @@ from tests.described import described
 def plan_of(pipeline, samples, steps, recipe):
     calibration = stepquant.Calibration(samples=samples, steps=steps)
     request, spec = make_request(pipeline, steps), stepquant.QuantSpec.parse("w4a8")
-    context = Context(pipeline, pipeline.unet, spec, calibration, request, 0, Workspace(Path("unused")))
+    context = Context(pipeline, "unet", spec, calibration, request, 0, Workspace(Path("unused")))
     return make_plan(context, recipe)
 
 

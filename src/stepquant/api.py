@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from stepquant import provenance
 from stepquant.assembly import assemble
-from stepquant.calibration.allocation import check_budget, parse_budget, weight_sizes
+from stepquant.calibration.allocation import parse_budget
 from stepquant.calibration.image_folder import ImageFolder, open_images
-from stepquant.calibration.model import check_overrides
 from stepquant.calibration.placement import placed
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import Method, Sensitivity, check_method
@@ -24,21 +22,23 @@ from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError, first_line
 from stepquant.integrations.components import Also, check_components, quantize_component
-from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoiser_name
-from stepquant.pipelines.request import check_dtype, make_request
+from stepquant.layers.install import Quantization
+from stepquant.models import primary_denoisers
+from stepquant.pipelines.inputs import Inputs
+from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe, published_calibration
 from stepquant.recipes.recipe import run_recipe
 from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
 from stepquant.runtime import Backend
+from stepquant.targets import Spec, check_quantizable, check_spec, parse_specs
 from stepquant.workspace import Workspace
 
 
 def quantize(
     pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
+    spec: Spec,
     *,
     recipe: str | type[Recipe] | Recipe = "q-diffusion",
     preset: str | None = None,
@@ -50,7 +50,7 @@ def quantize(
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
     workspace: Path | str | None = None,
     cache: Path | str | None = None,
@@ -68,9 +68,12 @@ def quantize(
     components. Its ``save_pretrained(folder)`` writes a checkpoint that `stepquant.load` reads.
 
     Args:
-        pipeline: a full-precision pipeline with a UNet or a transformer. In bfloat16 or float16 its weights stay so
-            while they are calibrated, at half the memory, and so does what the quantized pipeline keeps of it.
-        spec: bits such as ``"w4a8"``, or a `QuantSpec`.
+        pipeline: a full-precision pipeline with a denoiser: a component whose forward takes a timestep. In bfloat16 or
+            float16 its weights stay so while they are calibrated, at half the memory, and so does what the quantized
+            pipeline keeps of it.
+        spec: bits such as ``"w4a8"``, or a `QuantSpec`, for every denoiser of the pipeline but ControlNets; or one for
+            each: ``{"transformer": "w4a8", "transformer_2": "w4a8", "controlnet": "w8a8"}``. Each is calibrated on the
+            calls that it gets.
         recipe: a recipe with its hyperparameters, such as ``stepquant.recipes.QuEST(iterations=50)``; its name in
             ``stepquant.recipes.RECIPES``; or a custom class, also as ``"path.py:ClassName"``.
         preset: of a recipe by name: ``"fast"``, the default, or ``"paper"``.
@@ -87,7 +90,9 @@ def quantize(
         calibration: how many samples, over how many steps: a `Calibration`, or a dictionary of its attributes.
         prompts: calibrate on these; by default the model's own examples.
         guidance: scale of classifier-free guidance while calibrating; by default the pipeline's.
-        inputs: what else the pipeline's call needs, such as the `image` of an inpainting or ControlNet pipeline.
+        inputs: what else the pipeline's call needs, such as the `image` of an inpainting or ControlNet pipeline: a
+            dictionary of values that all samples share, or of lists with one entry per prompt; or a list of
+            dictionaries, one per sample, used in turn.
         seed: 0 or more; same seed, same machine, same versions: same integers.
         workspace: folder that keeps finished stages, so that the same call continues after an interruption; by
             default a temporary one.
@@ -115,7 +120,7 @@ def quantize(
 
 def train(
     pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
+    spec: Spec,
     *,
     data: Path | str | None = None,
     distill: bool = False,
@@ -129,7 +134,7 @@ def train(
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
     workspace: Path | str | None = None,
     cache: Path | str | None = None,
@@ -162,7 +167,7 @@ def train(
         )
     images = None if data is None else open_images(data, pipeline)
     fixed: dict[str, Any] = {"distill": True} if distill else {}
-    if QuantSpec.parse(spec).default_bits.activation == FLOAT_BITS:
+    if all(given.default_bits.activation == FLOAT_BITS for given in parse_specs(pipeline, spec).values()):
         fixed["intervals"] = "static"  # no activation has an interval
     chosen = find_recipe(recipe or QAT, preset, {**(hyperparameters or {}), **fixed}, effort)
     named = {"preset": preset, "effort": effort}
@@ -175,14 +180,14 @@ def train(
 
 def sensitivity(
     pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
+    spec: Spec,
     *,
     method: Method = "one-at-a-time",
     budget: float | str | None = None,
     calibration: Calibration | dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     guidance: float | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
     workspace: Path | str | None = None,
     cache: Path | str | None = None,
@@ -204,10 +209,16 @@ def sensitivity(
     """
     given = RANKING if calibration is None else Calibration.parse(calibration)
     most = parse_budget(budget) if isinstance(budget, str) else budget
+    specs = parse_specs(pipeline, spec)
+    if len(specs) > 1:
+        raise StepquantError(
+            f"spec is for {' and '.join(specs)}; expected one denoiser, whose layers are ranked. Give its name, such "
+            f"as {{{next(iter(specs))!r}: 'w4a8'}}."
+        )
     with _opened(
-        pipeline, QuantSpec.parse(spec), most, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
+        pipeline, specs, most, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
         workspace=workspace, cache=cache, progress=progress, device=device,
-    ) as context:  # fmt: skip
+    ) as (context,):  # fmt: skip
         return rank_layers(context, check_method(method))
 
 
@@ -223,7 +234,7 @@ def _calibration(
 @contextmanager
 def _opened(
     pipeline: Any,
-    spec: QuantSpec,
+    specs: Mapping[str, QuantSpec],
     budget: float | None,
     calibration: Calibration,
     seed: int,
@@ -231,37 +242,46 @@ def _opened(
     images: ImageFolder | None = None,
     prompts: Sequence[str] | None,
     guidance: float | None,
-    inputs: Mapping[str, Any] | None,
+    inputs: Inputs | None,
     workspace: Path | str | None,
     cache: Path | str | None,
     progress: Progress | None,
     device: torch.device | str | None,
-) -> Iterator[Context]:
-    """Check everything, take hold of the workspace and place the denoiser, until the context ends."""
+) -> Iterator[list[Context]]:
+    """Check everything, take hold of the workspace and place the denoisers, until the context ends."""
     if not isinstance(seed, int) or seed < 0:
         raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
-    denoiser = _denoiser_of(pipeline)
-    spec.check_quantizes()
+    for name, spec in specs.items():
+        check_quantizable(pipeline, name, spec)
     where = check_device(device)
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
-    )
+    ).spread(calibration.images, seed)
     ranks = Ranks.current()
-    with tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary:  # mapped on Windows
+    with (
+        tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary,  # mapped on Windows
+        ExitStack() as stack,
+    ):
         kept = Workspace(Path(workspace or temporary), ranks)
         # Not entered: its stages are whole files, nothing to lock.
         shared = Workspace(Path(cache), ranks) if cache else None
-        context = Context(
-            pipeline, denoiser, spec, calibration, request, seed, kept, progress or Progress(), shared, where, images
-        )
-        _check_spec(context, budget)
-        with kept, placed(denoiser, context.description.blocks, where):
-            yield context
+        contexts = [
+            Context(
+                pipeline, name, spec, calibration, request, seed, kept, progress or Progress(), shared, where, images
+            )
+            for name, spec in specs.items()
+        ]
+        for context in contexts:
+            check_spec(context.denoiser, context.description, context.spec, budget)
+        stack.enter_context(kept)
+        for context in contexts:
+            stack.enter_context(placed(context.denoiser, context.description.blocks, where))
+        yield contexts
 
 
 def _quantize(
     pipeline: Any,
-    spec: QuantSpec | str | dict[str, Any],
+    spec: Spec,
     recipe: Recipe,
     images: ImageFolder | None,
     named: dict[str, Any],
@@ -276,46 +296,42 @@ def _quantize(
     **conditions: Any,
 ) -> Any:
     """`quantize` with its recipe found; `named` is how it was named."""
-    wanted = QuantSpec.parse(spec)
+    specs = parse_specs(pipeline, spec)
     most = parse_budget(budget) if isinstance(budget, str) else budget
-    others = check_components(pipeline, also or {})
-    with _opened(pipeline, wanted, most, calibration, seed, images=images, **conditions) as context:
-        context.progress.plan(lambda: make_plan(context, recipe))
-        if most is not None:
-            context = dataclasses.replace(context, spec=spec_within_budget(context, most))
-        model = run_recipe(recipe, context)
-        quantization = model.to_quantized()
-        if correction:
-            quantization = dataclasses.replace(quantization, correction=output_correction(context, model))
-    record = provenance.record(
-        context,
-        recipe,
-        source,
-        named | {"budget": most, "correction": correction, "requested": wanted, "prompts": conditions["prompts"]},
-    )
-    if others:
-        record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
-    quantized = assemble(context.pipeline, quantization, context.spec, record, backend)
+    others = check_components(pipeline, also or {}, specs)
+    primary = list(primary_denoisers(pipeline))
+    several = len(primary) > 1 or list(specs) != primary
+    named |= {
+        "budget": most,
+        "correction": correction,
+        "prompts": conditions["prompts"],
+        "components": {name: given.model_dump(mode="json") for name, given in specs.items()} if several else None,
+    }
+    quantized = pipeline
+    with _opened(pipeline, specs, most, calibration, seed, images=images, **conditions) as contexts:
+        for context in contexts:
+            context, quantization = _calibrated(context, recipe, most, correction)
+            record = provenance.record(context, recipe, source, named | {"requested": specs[context.component]})
+            if others:
+                record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
+            quantized = assemble(quantized, context.component, quantization, context.spec, record, backend)
     for name, config in others.items():
         quantized.register_modules(**{name: quantize_component(getattr(quantized, name), config, backend)})
     return quantized
 
 
-def _denoiser_of(pipeline: Any) -> nn.Module:
-    """The pipeline's denoiser; raises `StepquantError` if it is quantized already, or cannot run in its dtype."""
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if quantized_modules(denoiser):
-        raise StepquantError("the pipeline is quantized already: give the full-precision one.")
-    check_dtype(pipeline)
-    return denoiser
-
-
-def _check_spec(context: Context, budget: float | None) -> None:
-    """Raise `StepquantError` if an override matches no layer, or the budget is out of range."""
-    check_overrides(context.description, context.spec)
+def _calibrated(
+    context: Context, recipe: Recipe, budget: float | None, correction: bool
+) -> tuple[Context, Quantization]:
+    """Run the recipe on one denoiser; returns the context with the spec that fits the budget."""
+    context.progress.plan(lambda: make_plan(context, recipe))
     if budget is not None:
-        bits = context.description.quantized_bits(context.spec)
-        check_budget(context.spec, bits, weight_sizes(context.denoiser, bits), budget)
+        context = dataclasses.replace(context, spec=spec_within_budget(context, budget))
+    model = run_recipe(recipe, context)
+    quantization = model.to_quantized()
+    if correction:
+        quantization = dataclasses.replace(quantization, correction=output_correction(context, model))
+    return context, quantization
 
 
 def check_device(device: torch.device | str | None) -> torch.device | None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.placement import device_of
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
 from stepquant.config import QuantSpec
 from stepquant.layers.install import Quantization, install
-from stepquant.models import denoiser_name
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
 
 
 def assemble(
-    pipeline: Any, quantization: Quantization, spec: QuantSpec, provenance: dict[str, Any], backend: Backend = "auto"
+    pipeline: Any,
+    component: str,
+    quantization: Quantization,
+    spec: QuantSpec,
+    provenance: dict[str, Any],
+    backend: Backend = "auto",
 ) -> Any:
-    """A copy of `pipeline` whose denoiser carries `quantization` and has its kernels."""
-    component = denoiser_name(pipeline)
+    """Return a copy of `pipeline` of which one denoiser carries `quantization` and has its kernels."""
     original = getattr(pipeline, component)
     # What is replaced anyway is not copied: the copy gets layers without memory in those places.
     replaced = (original.get_submodule(name) for name in quantization.layers)
@@ -44,7 +48,7 @@ def assemble(
     own = {
         name: copy.deepcopy(part)
         for name, part in pipeline.components.items()
-        if name == "scheduler" or isinstance(part, PreTrainedTokenizerBase)
+        if isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
     }
     quantized.register_modules(**own | {component: denoiser})
     correct_sampler(quantized, denoiser)

@@ -32,7 +32,8 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
 
     Args:
         source: what the model is called; None: its hub id, or the name of its folder.
-        given: of the call: preset, effort, budget, correction, the requested spec, and the prompts.
+        given: of the call: preset, effort, budget, correction, the requested spec, the specs of all denoisers if there
+            are several, and the prompts.
     """
     kind, images = type(recipe), context.images
     custom = {"name": kind.__qualname__, "file": source_file(kind), "sha256": source_digest(kind)}
@@ -47,6 +48,7 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
         "hyperparameters": plain(recipe),
         "spec": spec,
         "requested_spec": None if requested == spec else requested,
+        "components": given["components"],
         "budget": given["budget"],
         "correction": given["correction"],
         "calibration": context.calibration.model_dump(mode="json"),
@@ -54,7 +56,7 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
         "conditions": list(context.request.conditions),
         "prompts_given": given["prompts"] is not None,
         "guidance": context.request.guidance,
-        "inputs": {name: fingerprint(value) for name, value in context.request.inputs.items()},
+        "inputs": {name: fingerprint(value) for name, value in context.request.all_inputs().items()},
         "dtype": str(next(context.denoiser.parameters()).dtype).removeprefix("torch."),
         "device": None if device.type == "cpu" else str(device),
         "seed": context.seed,
@@ -138,7 +140,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
         yield from ("quantize", provenance["source"])
         yield from ("--recipe", recipe if custom is None else f"{custom['file']}:{custom['name']}")
     options = {
-        "bits": spec["bits"],
+        "bits": None if "components" in provenance else spec["bits"],
         "preset": provenance.get("preset"),
         "effort": provenance["effort"],
         **{name: provenance["calibration"][name] for name in ("samples", "steps", "trajectories", "size")},
@@ -151,6 +153,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
             yield from (f"--{name}", str(value))
     for option, pairs in (
         ("--set", {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}),
+        ("--component", {name: other["bits"] for name, other in provenance.get("components", {}).items()}),
         ("--override", spec["overrides"]),
         ("--also", {name: other["bits"] for name, other in provenance.get("also", {}).items()}),
     ):

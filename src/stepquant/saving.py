@@ -14,8 +14,7 @@ from huggingface_hub import HfApi
 from stepquant.checkpoint import load_pipeline, save_pipeline
 from stepquant.checkpoint.write import ORIGINAL
 from stepquant.errors import StepquantError
-from stepquant.layers.quantized import quantized_modules
-from stepquant.models import denoisers
+from stepquant.models.denoisers import quantized_denoisers
 from stepquant.runtime import Backend
 
 
@@ -27,16 +26,10 @@ def save(pipeline: Any, folder: Path | str, *, overwrite: bool = False) -> None:
     Raises:
         StepquantError: if the pipeline is not quantized, or the folder exists and may not be replaced.
     """
-    component = quantized_component(pipeline)
-    if component is None:
+    components = list(quantized_denoisers(pipeline))
+    if not components:
         raise StepquantError("the pipeline is not quantized by stepquant. Quantize it first.")
-    provenance = provenance_of(getattr(pipeline, component))
-    save_pipeline(pipeline, component, provenance, folder, overwrite=overwrite)
-
-
-def quantized_component(pipeline: Any) -> str | None:
-    """Name of the pipeline's denoiser if stepquant quantized it."""
-    return next((name for name, denoiser in denoisers(pipeline).items() if quantized_modules(denoiser)), None)
+    save_pipeline(pipeline, components, provenance_of(getattr(pipeline, components[0])), folder, overwrite=overwrite)
 
 
 def provenance_of(denoiser: Any) -> dict[str, Any]:
@@ -44,19 +37,26 @@ def provenance_of(denoiser: Any) -> dict[str, Any]:
     return dict(denoiser.config.get("quantization_config") or {}).get("provenance") or {}
 
 
-def load(folder: Path | str, *, backend: Backend = "auto", memory: str = "unpacked") -> Any:
+def load(
+    folder: Path | str,
+    *,
+    backend: Backend = "auto",
+    memory: str = "unpacked",
+    pipeline_class: type[DiffusionPipeline] | None = None,
+) -> Any:
     """Load the quantized pipeline in `folder`, verified and ready to run.
 
     Args:
         backend: the runtime, one of ``stepquant.runtime.BACKENDS`` or a custom function (``KernelFactory``).
         memory: ``"unpacked"``, or ``"packed"``: weights of up to 4 bits stay two to a byte. Results are the same.
+        pipeline_class: class of the pipeline, if it is not one of diffusers.
 
     ``DiffusionPipeline.from_pretrained`` loads folders and models of the hub; it verifies the quantized component.
 
     Raises:
         StepquantError: if the folder is missing, not a checkpoint, damaged, or of a newer format.
     """
-    return load_pipeline(folder, backend, memory)[0]
+    return load_pipeline(folder, backend, memory, pipeline_class)[0]
 
 
 def extend_pipelines() -> None:
@@ -73,7 +73,7 @@ def extend_pipelines() -> None:
 def _extended(original: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (original if quantized_component(self) is None else extended)(self, *args, **kwargs)
+        return (extended if quantized_denoisers(self) else original)(self, *args, **kwargs)
 
     setattr(method, ORIGINAL, original)
     return method

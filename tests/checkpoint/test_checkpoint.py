@@ -100,7 +100,7 @@ def test_files_are_small(bits, most, tmp_path):
         layer = wrap(model.get_submodule(name), width, 8, clock, split=split, weight_range="minmax")
         layer.input_point.set_grid(*torch.ones(2, *layer.input_point.layout.shape))
         layers[name] = layer.to_quantized()
-    pipeline = assemble(DDIMPipeline(model, DDIMScheduler()), Quantization(clock.timesteps, layers), spec, {})
+    pipeline = assemble(DDIMPipeline(model, DDIMScheduler()), "unet", Quantization(clock.timesteps, layers), spec, {})
     pipeline.save_pretrained(tmp_path / "model")
     size = sum(path.stat().st_size for path in (tmp_path / "model" / "unet").iterdir())
     assert size <= most * 4 * count

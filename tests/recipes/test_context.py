@@ -22,11 +22,10 @@ CALIBRATION = stepquant.Calibration(samples=8, steps=4)
 
 
 def context(pipeline, folder, inputs=None, calibration=CALIBRATION):
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
     request = make_request(pipeline, calibration.steps)
     object.__setattr__(request, "inputs", inputs or {})
     spec = stepquant.QuantSpec.parse("w4a4")
-    return Context(pipeline, denoiser, spec, calibration, request, 0, Workspace(folder))
+    return Context(pipeline, denoiser_name(pipeline), spec, calibration, request, 0, Workspace(folder))
 
 
 def test_the_key_of_samples_depends_on_the_contents_of_inputs(unconditional_pipeline, tmp_path):

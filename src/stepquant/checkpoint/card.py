@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 CARD = "README.md"
 
 
-def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denoiser_bytes: int) -> str:
+def model_card(pipeline: Any, stored: Mapping[str, int], provenance: dict[str, Any]) -> str:
     """Write the model card: metadata for the hub, a description, and how to load the model.
 
     Args:
-        component: name of the quantized denoiser in the pipeline.
-        denoiser_bytes: size of the denoiser's weights on disk.
+        stored: name of each quantized denoiser -> size of its weights on disk.
     """
     source, recipe = str(provenance.get("source", "")), str(provenance.get("recipe", "round to nearest"))
     bits = str(provenance.get("spec", {}).get("bits", ""))
-    denoiser = getattr(pipeline, component)
     tags = ["stepquant", "quantized", *([bits] if bits else [])]
     head = ["---", "library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
     if source.count("/") == 1:
@@ -25,7 +24,9 @@ def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denois
     title = f"{source or type(pipeline).__name__} {bits}".strip()
     rows = {
         "pipeline": type(pipeline).__name__,
-        "denoiser": f"{type(denoiser).__name__}, {denoiser_bytes / 1e6:.2f} MB",
+        "denoiser": ", ".join(
+            f"{type(getattr(pipeline, name)).__name__}, {size / 1e6:.2f} MB" for name, size in stored.items()
+        ),
         "bits": bits,
         "recipe": recipe,
     } | {
@@ -47,8 +48,9 @@ def model_card(pipeline: Any, component: str, provenance: dict[str, Any], denois
     if others:
         named = ", ".join(f"{name} ({entry['bits']})" for name, entry in others.items())
         rest = f"Weights of other models were rounded to nearest: {named}. The rest of the folder is as it was."
+    quantized = "denoiser" if len(stored) == 1 else " and the ".join(stored)
     about = (
-        f"The denoiser of {source or 'a diffusers pipeline'}, quantized to {bits or 'integers'} by "
+        f"The {quantized} of {source or 'a diffusers pipeline'}, quantized to {bits or 'integers'} by "
         f"stepquant's recipe `{recipe}`. {rest}"
     )
     return "\n".join([*head, "---", "", f"# {title}", "", about, "", *code, "", *table, ""])

@@ -11,10 +11,13 @@ from stepquant.checkpoint.format import read_json
 from stepquant.errors import StepquantError
 
 
-def check_index(folder: Path) -> None:
+def check_index(folder: Path, pipeline_class: type | None = None) -> None:
     """Refuse an index that is damaged, or refers to code outside diffusers and transformers.
 
     Components may come from diffusers, from one of its pipelines (a safety checker does), or from transformers.
+
+    Args:
+        pipeline_class: a class of the user's own that loads the folder.
 
     Raises:
         StepquantError: for such an index.
@@ -25,10 +28,11 @@ def check_index(folder: Path) -> None:
         libraries = {key: value[0] for key, value in index.items() if _is_component(key, value)}
     except (StepquantError, KeyError, TypeError, IndexError, AttributeError):
         raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
-    if not isinstance(name, str) or not hasattr(diffusers, name):
+    if pipeline_class is None and not hasattr(diffusers, str(name)):
         raise StepquantError(
             f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks; "
-            "custom code is not run."
+            "custom code is not run. If the class is yours, load the folder with "
+            f"stepquant.load(folder, pipeline_class={name})."
         )
     for component, library in libraries.items():
         known = library in (None, "diffusers", "transformers") or isinstance(

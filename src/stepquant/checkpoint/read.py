@@ -38,10 +38,18 @@ PIECE = 64
 """Tensors read before the file is closed and reopened, which releases the memory of what was read."""
 
 
-def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "unpacked") -> tuple[Any, Manifest]:
+def load_pipeline(
+    folder: Path | str,
+    backend: Backend = "auto",
+    memory: str = "unpacked",
+    pipeline_class: type[diffusers.DiffusionPipeline] | None = None,
+) -> tuple[Any, Manifest]:
     """Load the pipeline in `folder`, with the kernels of `backend`; returns it and its manifest.
 
     Every file is checked against the manifest before it is opened; no code of the folder is executed.
+
+    Args:
+        pipeline_class: class of the pipeline, if it is not one of diffusers.
 
     Raises:
         StepquantError: if the folder is missing, not a checkpoint, damaged, or of a newer format.
@@ -54,27 +62,36 @@ def load_pipeline(folder: Path | str, backend: Backend = "auto", memory: str = "
         )
     manifest = read_manifest(folder)
     verify(folder, manifest)
-    check_index(folder)
+    check_index(folder, pipeline_class)
     check_configurations(folder)
-    if f"{manifest.component}/{WEIGHTS}" not in manifest.files:
-        raise StepquantError(f"{folder} names {manifest.component!r} as its denoiser: the checkpoint is damaged.")
-    denoiser = load_denoiser(folder / manifest.component)
-    prepare(denoiser, backend, memory)
+    quantized = {name: load_denoiser(folder / name) for name in _components(folder, manifest)}
+    for denoiser in quantized.values():
+        prepare(denoiser, backend, memory)
     try:
         with bounded_by(sorted(folder.glob("*/*.safetensors"))):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            pipeline = (pipeline_class or diffusers.DiffusionPipeline).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
                 torch_dtype=torch.float32,
-                **{manifest.component: denoiser},
+                **quantized,
             )
     except StepquantError:
         raise
     except Exception as error:  # other libraries read the other components, and can fail in any way
         raise StepquantError(f"{folder} cannot be loaded as a diffusers pipeline: {first_line(error)}.") from None
-    correct_sampler(pipeline, denoiser)
+    for denoiser in quantized.values():
+        correct_sampler(pipeline, denoiser)
     return pipeline, manifest
+
+
+def _components(folder: Path, manifest: Manifest) -> list[str]:
+    """Return the names of the quantized denoisers."""
+    names = list(dict.fromkeys([manifest.component, *manifest.provenance.get("components", {})]))
+    for name in names:
+        if f"{name}/{WEIGHTS}" not in manifest.files:
+            raise StepquantError(f"{folder} names {name!r} as its denoiser: the checkpoint is damaged.")
+    return names
 
 
 def load_denoiser(folder: Path) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ ORIGINAL = "stepquant_original"
 
 
 def save_pipeline(
-    pipeline: Any, component: str, provenance: dict[str, Any], out: Path | str, *, overwrite: bool = False
+    pipeline: Any, components: Sequence[str], provenance: dict[str, Any], out: Path | str, *, overwrite: bool = False
 ) -> Manifest:
-    """Write `pipeline`, whose denoiser is quantized, to the folder `out`; returns the manifest written.
+    """Write `pipeline`, some of whose denoisers are quantized, to the folder `out`; returns the manifest written.
 
     The folder appears under its name only when it is complete; one that it replaces is removed after that. An
     interruption (SIGINT) waits until then. Of several processes the main one writes, and the others wait for it.
+
+    Args:
+        components: names of the quantized denoisers.
+        provenance: of the first of them; those of all are in their configurations.
 
     Raises:
         StepquantError: if `out` exists and may not be replaced, or cannot be written.
@@ -39,40 +43,41 @@ def save_pipeline(
     manifest = None
     if ranks.is_main:
         with uninterrupted():
-            manifest = _save(pipeline, component, provenance, Path(out), overwrite)
+            manifest = _save(pipeline, components, provenance, Path(out), overwrite)
     return ranks.broadcast(manifest)
 
 
-def _save(pipeline: Any, component: str, provenance: dict[str, Any], out: Path, overwrite: bool) -> Manifest:
+def _save(pipeline: Any, components: Sequence[str], provenance: dict[str, Any], out: Path, overwrite: bool) -> Manifest:
     draft = draft_path(out)
     previous = out.with_name(f".{out.name}.previous")
     if previous.exists() and not out.exists():
         previous.rename(out)  # a process was killed between two renames
     check_out(out, overwrite=overwrite)
-    denoiser = getattr(pipeline, component)
     try:
         draft.mkdir(parents=True)
         remove_orphans(out)
         save = type(pipeline).save_pretrained
         getattr(save, ORIGINAL, save)(pipeline, draft, safe_serialization=True)
-        for path in (draft / component).glob("*.safetensors*"):
+        for path in (path for name in components for path in (draft / name).glob("*.safetensors*")):
             path.unlink()
         _complete(pipeline, draft)
         _forget_origin(draft)
         _load_in_float32(draft)
-        tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
-        # A single entry of metadata: safetensors writes several in an order that changes from run to run.
-        save_file(tensors, draft / component / WEIGHTS, metadata={"format": "pt"})
+        for name in components:
+            denoiser = getattr(pipeline, name)
+            tensors = narrow_tensors(denoiser.state_dict(), made_by_quantization(denoiser))
+            # A single entry of metadata: safetensors writes several in an order that changes from run to run.
+            save_file(tensors, draft / name / WEIGHTS, metadata={"format": "pt"})
         for path in draft.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(draft / "model_index.json", path)
         (draft / CARD).unlink(missing_ok=True)
         files = {
             path.relative_to(draft).as_posix(): record(path) for path in sorted(draft.rglob("*")) if path.is_file()
         }
-        stored = files[f"{component}/{WEIGHTS}"].bytes
-        (draft / CARD).write_text(model_card(pipeline, component, provenance, stored), encoding="utf-8")
+        stored = {name: files[f"{name}/{WEIGHTS}"].bytes for name in components}
+        (draft / CARD).write_text(model_card(pipeline, stored, provenance), encoding="utf-8")
         manifest = Manifest(
-            format_version=FORMAT_VERSION, component=component, provenance=provenance, files=files
+            format_version=FORMAT_VERSION, component=components[0], provenance=provenance, files=files
         ).sealed()
         (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for path in draft.rglob("*"):

@@ -119,11 +119,11 @@ def mark_finished(workspace: Path, arguments: dict[str, str], pipeline: Any) -> 
     """Record the result that is about to be written; only the main process does."""
     from stepquant.distributed import Ranks
     from stepquant.files import digest, write_atomic
-    from stepquant.models import denoiser_name
+    from stepquant.models.denoisers import quantized_denoisers
     from stepquant.saving import provenance_of
 
     if Ranks.current().is_main:
-        provenance = provenance_of(getattr(pipeline, denoiser_name(pipeline)))
+        provenance = provenance_of(next(iter(quantized_denoisers(pipeline).values())))
         write_atomic(
             workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance]), encoding="utf-8")
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepquant.errors import StepquantError
 from stepquant.evaluation.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
 from stepquant.evaluation.extractors import ClassifierExtractor, EmbeddingExtractor, InceptionExtractor, Lpips
-from stepquant.evaluation.features import BATCH_SIZE, FeatureExtractor, DataImages, extract
+from stepquant.evaluation.features import BATCH_SIZE, DataImages, FeatureExtractor, extract
 from stepquant.evaluation.intervals import Estimate, mean_interval
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.progress import Progress

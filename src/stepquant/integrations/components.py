@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,15 +22,18 @@ Also = Mapping[str, QuantSpec | str | dict[str, Any]]
 """Name of a component -> bits of its weights, such as ``{"text_encoder": "w8a16", "vae": "w8a16"}``."""
 
 
-def check_components(pipeline: Any, also: Also) -> dict[str, StepquantConfig]:
+def check_components(pipeline: Any, also: Also, chosen: Container[str] = ()) -> dict[str, StepquantConfig]:
     """Parse and check the bits of each component.
+
+    Args:
+        chosen: names of the denoisers that are quantized with activations.
 
     Raises:
         StepquantError: for a name that is not another model of the pipeline, a model that is already quantized, or bits
             that need samples.
     """
     primary = primary_denoisers(pipeline)
-    others = [name for name, _ in modules(pipeline) if name not in primary]
+    others = [name for name, _ in modules(pipeline) if name not in primary and name not in chosen]
     for name in also:
         if name not in others:
             raise StepquantError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from diffusers import SchedulerMixin
 from torch import nn
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import timestep_name
+from stepquant.layers.quantized import quantized_modules
 
 USUAL_NAMES = ("unet", "transformer")
 """Names that always denote a denoiser, even of a class whose forward hides its parameters."""
@@ -53,3 +55,22 @@ def primary_denoisers(pipeline: Any) -> dict[str, nn.Module]:
 def denoiser_name(pipeline: Any) -> str:
     """Return the name of the first primary denoiser; raises `StepquantError` if there is none."""
     return next(iter(primary_denoisers(pipeline)))
+
+
+def quantized_denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the denoisers that stepquant quantized, by name."""
+    return {name: part for name, part in denoisers(pipeline).items() if quantized_modules(part)}
+
+
+def schedulers(pipeline: Any) -> dict[str, Any]:
+    """Return the schedulers of a pipeline by name: one, or one for each of prior and decoder."""
+    names: Iterable[str] = getattr(pipeline, "config", None) or ()
+    found = {name: getattr(pipeline, name, None) for name in dict.fromkeys([*names, "scheduler"]) if name[0] != "_"}
+    return {name: part for name, part in found.items() if isinstance(part, SchedulerMixin)}
+
+
+def scheduler_of(pipeline: Any, component: str) -> Any:
+    """Return the scheduler of a denoiser: the one with its prefix (``prior_scheduler``), else the pipeline's."""
+    found = schedulers(pipeline)
+    prefix = component.split("_")[0]
+    return found.get(f"{prefix}_scheduler", found.get("scheduler", next(iter(found.values()), None)))

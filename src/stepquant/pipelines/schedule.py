@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CONTINUOUS = 1000
+"""Timesteps of training that stand for continuous time."""
+TINY = 1e-12
 
 
 def most_steps(scheduler: Any) -> int | None:
@@ -34,9 +39,29 @@ def training_timesteps(scheduler: Any) -> Tensor:
     """Return the timesteps that a model was trained at, in the scheduler's own time: float32 [T], ascending.
 
     A new scheduler has them: the integers of DDPM, the shifted ones of a flow, ``250 ln sigma`` of a consistency model.
+    One of continuous time without any (Stable Cascade) gives a thousand.
     """
     fresh = type(scheduler).from_config(scheduler.config)
     timesteps = getattr(fresh, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
-        return torch.arange(int(scheduler.config.num_train_timesteps)).float()
+        trained = scheduler.config.get("num_train_timesteps")
+        if trained is not None:
+            return torch.arange(int(trained)).float()
+        fresh.set_timesteps(CONTINUOUS)
+        timesteps = fresh.timesteps
     return torch.as_tensor(timesteps).detach().float().cpu().unique()
+
+
+def as_seen(timesteps: Tensor, seen: Tensor, steps: Tensor) -> Tensor:
+    """Convert timesteps of a scheduler to what its denoiser is given: float32 [T], ascending.
+
+    Pipelines pass them on, divide them by 1000 (Flux), or count from noise to image (Z-Image).
+
+    Args:
+        timesteps: float32 [T], ascending.
+        seen: float [N], the denoiser's timesteps in some calls, over the whole range of time.
+        steps: int64 [N], the steps of these calls; step 0 is at pure noise.
+    """
+    unit = 10.0 ** round(math.log10(max(float(seen.abs().max()), TINY) / max(float(timesteps.abs().max()), TINY)))
+    first, last = seen[steps.argmin()], seen[steps.argmax()]
+    return (timesteps if first >= last else (timesteps.max() - timesteps).flip(0)) * unit

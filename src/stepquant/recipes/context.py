@@ -18,20 +18,22 @@ from stepquant.calibration.samples import Calibration
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
-from stepquant.models import ModelDescription, chunk_size, denoiser_name
+from stepquant.models import ModelDescription, chunk_size
+from stepquant.models.denoisers import modules, schedulers
 from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.request import Request
+from stepquant.pipelines.share import own_steps
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Context:
-    """One quantization of one pipeline.
+    """The quantization of one denoiser of a pipeline.
 
     Attributes:
         pipeline: the full-precision diffusers pipeline; never modified.
-        denoiser: its UNet or transformer.
+        component: name of the denoiser among the pipeline's components, such as ``"transformer_2"``.
         spec: bits and overrides.
         calibration: how many samples, over how many steps.
         request: the conditions that calibration images are generated with.
@@ -46,7 +48,7 @@ class Context:
     """
 
     pipeline: Any
-    denoiser: nn.Module
+    component: str
     spec: QuantSpec
     calibration: Calibration
     request: Request
@@ -58,6 +60,17 @@ class Context:
     images: ImageFolder | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def denoiser(self) -> nn.Module:
+        """The full-precision denoiser."""
+        denoiser: nn.Module = getattr(self.pipeline, self.component)
+        return denoiser
+
+    @cached_property
+    def steps(self) -> int:
+        """Number of the sampler's steps that the denoiser takes part in."""
+        return own_steps(self.pipeline, self.component, self.request)
+
     @cached_property
     def reference(self) -> nn.Module:
         """What the quantized denoiser is fitted to: the denoiser, computing in float32 whatever its weights are in."""
@@ -67,8 +80,7 @@ class Context:
     def description(self) -> ModelDescription:
         """Description of the denoiser; the pipeline runs up to one call of it when this is first read."""
         if "description" not in self.memo:
-            component = denoiser_name(self.pipeline)
-            self.memo["description"] = describe_component(self.pipeline, component, self.request, self.seed)
+            self.memo["description"] = describe_component(self.pipeline, self.component, self.request, self.seed)
         return self.memo["description"]
 
     @cached_property
@@ -79,23 +91,21 @@ class Context:
     @cached_property
     def sampling_key(self) -> str:
         """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
-        others = {
-            name: part
-            for name, part in self.pipeline.components.items()
-            if isinstance(part, nn.Module) and part is not self.denoiser
-        }
+        others = {name: part for name, part in modules(self.pipeline) if part is not self.denoiser}
         return digest(
             [
                 [version.__version__, torch.__version__, diffusers.__version__],
-                tensors_digest(dict(self.denoiser.state_dict())),
+                [self.component, tensors_digest(dict(self.denoiser.state_dict()))],
                 # What encodes prompts and images.
                 {name: _weights_digest(part) for name, part in others.items()},
                 self.calibration.model_dump(),
                 self.chunk,
                 [list(self.request.conditions), self.request.steps, self.request.guidance],
-                fingerprint(self.request.inputs),
-                type(self.pipeline.scheduler).__name__,
-                {name: str(value) for name, value in sorted(self.pipeline.scheduler.config.items())},
+                fingerprint(self.request.all_inputs()),
+                [
+                    [name, type(part).__name__, {key: str(value) for key, value in sorted(part.config.items())}]
+                    for name, part in sorted(schedulers(self.pipeline).items())
+                ],
                 self.seed,
             ]
         )

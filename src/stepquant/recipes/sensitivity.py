@@ -70,6 +70,6 @@ def output_correction(context: Context, model: CalibrationModel) -> Correction:
     Uses separate trajectories: on the calibration samples, which the weights are fitted to, the error is smaller.
     """
     other = replace(context, seed=context.seed + CORRECTION_OFFSET)
-    steps = uniform_steps(context.calibration.samples, context.request.steps, other.generator())
+    steps = uniform_steps(context.calibration.samples, context.steps, other.generator())
     samples = collect_samples(other, steps)
     return estimate_correction(context.reference, model, samples, context.chunk, context.progress)

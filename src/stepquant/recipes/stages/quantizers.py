@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from stepquant.calibration.fake_quant.observer import ActivationRange
@@ -14,6 +13,8 @@ from stepquant.calibration.placement import place
 from stepquant.calibration.silu import layers_behind_silu
 from stepquant.calibration.smoothing import find_smoothing
 from stepquant.core.ranges import Range
+from stepquant.models.denoisers import scheduler_of
+from stepquant.pipelines.schedule import as_seen, training_timesteps
 from stepquant.recipes.context import Context
 from stepquant.recipes.stage import Cost, Stage, State, Workload
 from stepquant.settings import Count
@@ -63,10 +64,11 @@ class AddQuantizers(Stage):
         """Of the rows of activation tables, as the denoiser is given them: float [R]; None for one row."""
         if self.rows == "one":
             return None
+        seen = state.samples.tensors["timestep"].float()
         if self.rows == "calibrated":
-            return state.samples.tensors["timestep"].float().unique()
-        steps = int(context.pipeline.scheduler.config.num_train_timesteps)
-        return torch.arange(steps).float() * context.description.time_unit
+            return seen.unique()
+        timesteps = training_timesteps(scheduler_of(context.pipeline, context.component))
+        return as_seen(timesteps, seen, state.samples.steps)
 
 
 class Smooth(Stage):

@@ -37,7 +37,7 @@ class CollectSamples(Stage):
 
     def check(self, context: Context) -> None:
         if self.selection == "tdac":
-            check_enough(context.calibration.samples, context.request.steps)
+            check_enough(context.calibration.samples, context.steps)
 
     def cost(self, workload: Workload) -> Cost:
         calibration = workload.calibration
@@ -50,7 +50,7 @@ class CollectSamples(Stage):
 
     def steps(self, context: Context) -> Tensor:
         """The sampler step of each sample: int64 [N]."""
-        count, steps = context.calibration.samples, context.request.steps
+        count, steps = context.calibration.samples, context.steps
         if self.selection == "uniform":
             return uniform_steps(count, steps, context.generator())
         if self.selection == "normal":
