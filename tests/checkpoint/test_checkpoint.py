@@ -95,7 +95,7 @@ def test_files_are_small(bits, most, tmp_path):
     spec, description, clock = QuantSpec.parse(bits), described(model), StepClock()
     layers = {}
     for name in description.layers:
-        width = spec.layer_bits(name, first=name == description.first, last=name == description.last).weight
+        width = spec.layer_bits(name, first=name in description.firsts, last=name in description.lasts).weight
         split = description.skip_splits.get(name)
         layer = wrap(model.get_submodule(name), width, 8, clock, split=split, weight_range="minmax")
         layer.input_point.set_grid(*torch.ones(2, *layer.input_point.layout.shape))
