@@ -59,6 +59,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             remove(draft)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text, as UTF-8."""
+    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
 def draft_path(path: Path) -> Path:
     """Return a new name beside `path` for its unfinished content: ``.NAME.HOST.PROCESS.TOKEN.draft``."""
     return path.with_name(f".{path.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}.draft")

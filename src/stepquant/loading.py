@@ -12,8 +12,8 @@ from torch import nn
 
 from stepquant import zoo
 from stepquant.checkpoint import is_checkpoint, load_pipeline
+from stepquant.checkpoint.bounds import check_index
 from stepquant.checkpoint.format import MANIFEST
-from stepquant.checkpoint.index import check_index
 from stepquant.errors import StepquantError, first_line
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name

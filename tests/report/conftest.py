@@ -11,7 +11,7 @@ import torch
 import stepquant
 from stepquant.evaluation import EvaluationResult
 from stepquant.report import Report
-from stepquant.report.sensitivity import LayerSensitivity, SensitivityFile
+from stepquant.report.inputs import LayerSensitivity, SensitivityFile
 from stepquant.report.structure import ActivationRange, LayerRow
 
 STEP_ERROR = [0.01, 0.02, 0.2]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from stepquant.report.figures import line_chart, pareto, range_map, scatter, selected_rows, sensitivity_map
-from stepquant.report.sensitivity import LayerSensitivity, SensitivityFile
+from stepquant.report.inputs import LayerSensitivity, SensitivityFile
 from stepquant.report.structure import ActivationRange
 
 DARKEST, BRIGHTEST = (matplotlib.colormaps["magma"](end, bytes=True)[:3] for end in (0.0, 1.0))

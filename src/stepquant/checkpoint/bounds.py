@@ -1,4 +1,4 @@
-"""Resource limits for untrusted configurations.
+"""Checks of untrusted configurations before a model is built from them.
 
 A few bytes of JSON can describe a model of a million layers, or tables that fill the memory. What a configuration
 describes must not be much larger than the weight files beside it.
@@ -10,8 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import diffusers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -59,6 +61,43 @@ def check_numbers(path: Path, config: dict[str, Any]) -> None:
         width *= max(_integers(config.get("attention_head_dim")), default=1)
         if (side // patch) ** 2 * width > LARGEST_GRID:
             raise StepquantError(f"{path} describes images of {side} x {side}: too large, it is damaged.")
+
+
+def check_index(folder: Path, pipeline_class: type | None = None) -> None:
+    """Refuse an index that is damaged, or refers to code outside diffusers and transformers.
+
+    Components may come from diffusers, from one of its pipelines (a safety checker does), or from transformers.
+
+    Args:
+        pipeline_class: a class of the user's own that loads the folder.
+
+    Raises:
+        StepquantError: for such an index.
+    """
+    try:
+        index = read_json(folder / "model_index.json")
+        name = index["_class_name"]
+        libraries = {key: value[0] for key, value in index.items() if _is_component(key, value)}
+    except (StepquantError, KeyError, TypeError, IndexError, AttributeError):
+        raise StepquantError(f"{folder / 'model_index.json'} is damaged: expected the index of a pipeline.") from None
+    if pipeline_class is None and not hasattr(diffusers, str(name)):
+        raise StepquantError(
+            f"{folder} needs the pipeline class {name!r}, which diffusers {diffusers.__version__} lacks; "
+            "custom code is not run. If the class is yours, load the folder with "
+            f"stepquant.load(folder, pipeline_class={name})."
+        )
+    for component, library in libraries.items():
+        known = library in (None, "diffusers", "transformers") or isinstance(
+            getattr(diffusers.pipelines, str(library), None), ModuleType
+        )
+        if not known or any((folder / component).glob("*.py")):
+            raise StepquantError(f"component {component} of {folder} contains custom code, which is not run.")
+
+
+def _is_component(key: str, value: object) -> bool:
+    """Whether an entry is a component's library and class, and not a list of numbers (the text layers of Krea 2)."""
+    numbers = isinstance(value, list) and value and all(isinstance(part, int | float) for part in value)
+    return isinstance(value, list) and key[0] != "_" and not numbers
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stepquant.checkpoint.bounds import bounded_by, check_configurations, check_numbers
+from stepquant.checkpoint.bounds import bounded_by, check_configurations, check_index, check_numbers
 from stepquant.checkpoint.format import (
     DIGEST,
     QUANT_METHOD,
@@ -24,7 +24,6 @@ from stepquant.checkpoint.format import (
     read_manifest,
     verify,
 )
-from stepquant.checkpoint.index import check_index
 from stepquant.checkpoint.upgrade import expect_version, upgrade_config, upgrade_model
 from stepquant.errors import StepquantError, first_line
 from stepquant.files import tensors_digest

@@ -107,7 +107,7 @@ def _write_times(path: Path, out: Path, seconds: float, stopwatch: Stopwatch) ->
     import torch
 
     from stepquant.distributed import Ranks
-    from stepquant.report.times import Times
+    from stepquant.report.inputs import Times
 
     if Ranks.current().is_main:
         stages = {name: round(value, 1) for name, value in stopwatch.seconds.items()}
@@ -118,15 +118,13 @@ def _write_times(path: Path, out: Path, seconds: float, stopwatch: Stopwatch) ->
 def mark_finished(workspace: Path, arguments: dict[str, str], pipeline: Any) -> None:
     """Record the result that is about to be written; only the main process does."""
     from stepquant.distributed import Ranks
-    from stepquant.files import digest, write_atomic
+    from stepquant.files import digest, write_text
     from stepquant.models.denoisers import quantized_denoisers
     from stepquant.saving import provenance_of
 
     if Ranks.current().is_main:
         provenance = provenance_of(next(iter(quantized_denoisers(pipeline).values())))
-        write_atomic(
-            workspace / MARK, lambda draft: draft.write_text(digest([arguments, provenance]), encoding="utf-8")
-        )
+        write_text(workspace / MARK, digest([arguments, provenance]))
 
 
 def is_finished(workspace: Path, out: Path, arguments: dict[str, str]) -> bool:

@@ -28,6 +28,7 @@ def compare(
 
     It prints a table and writes a page with a Pareto plot and images.
     """
+    from stepquant.files import write_text
     from stepquant.report import comparison as reports
     from stepquant.report import origin_of
 
@@ -37,7 +38,7 @@ def compare(
         folders, against, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress()
     )
     print_table(_table(comparison))
-    reports.write_comparison(comparison, out)
+    write_text(out, reports.render_comparison(comparison))
     typer.echo(f"{len(folders)} models against {against}: {out}")
 
 

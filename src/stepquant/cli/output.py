@@ -17,7 +17,7 @@ from rich.table import Table
 from stepquant.cli.progress import RichProgress
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
-from stepquant.files import cannot_write, write_atomic
+from stepquant.files import cannot_write, write_text
 from stepquant.progress import Progress
 
 WIDTH = 160
@@ -58,7 +58,7 @@ def table_of(title: str, names: Sequence[str], numbers: Sequence[str] = ()) -> T
 def write_json(path: Path, figures: BaseModel | dict[str, Any]) -> None:
     """Write figures to a JSON file, whole or not at all."""
     text = figures.model_dump_json(indent=2) if isinstance(figures, BaseModel) else json.dumps(figures, indent=2)
-    write_atomic(path, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
+    write_text(path, text + "\n")
 
 
 def workspace_of(out: Path) -> Path:

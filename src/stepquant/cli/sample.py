@@ -33,8 +33,7 @@ def sample(
     from stepquant.models import denoiser_name
     from stepquant.pipelines.generate import generate_many
     from stepquant.pipelines.request import make_request
-    from stepquant.runtime import check_memory, summary
-    from stepquant.runtime.files import resolve_backend
+    from stepquant.runtime import check_memory, resolve_backend, summary
 
     check_memory(memory)
     image_format(out)

@@ -28,7 +28,7 @@ from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import BATCH_SIZE, batches, generate, generate_many
 from stepquant.pipelines.request import Request, make_request
 from stepquant.progress import Progress
-from stepquant.runtime.files import resolve_backend
+from stepquant.runtime import resolve_backend
 
 SHADOWED = 32
 """Minimum number of images for the error per step, a mean over so many values that more would only cost time."""
@@ -185,9 +185,9 @@ def _fidelity(images: Tensor, reference: Tensor) -> dict[str, Any]:
     return {
         "psnr_db": float(decibels.mean()),
         "psnr_db_lowest": float(decibels.min()),
-        "psnr_db_interval": mean_interval(decibels).interval,
+        "psnr_db_interval": mean_interval(decibels),
         "ssim": float(similarity.mean()),
-        "ssim_interval": mean_interval(similarity).interval,
+        "ssim_interval": mean_interval(similarity),
     }
 
 

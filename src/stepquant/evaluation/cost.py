@@ -1,14 +1,24 @@
-"""Cost of a pipeline: bytes on disk and bytes of memory."""
+"""Cost of a pipeline: bytes on disk and bytes of memory.
+
+``python -m stepquant.evaluation.cost MODEL BATCH BACKEND MEMORY`` prints the peak memory of generation.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from torch import nn
 
-from stepquant.memory import run_in_process
+from stepquant.loading import resolve_pipeline
+from stepquant.memory import peak_resident_bytes, run_in_process
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
+from stepquant.runtime import resolve_backend
 
 FLOAT32_BYTES = 4
+STEPS = 2
+"""The second step includes what stays allocated after the first."""
 
 
 def folder_bytes(folder: Path) -> int:
@@ -30,4 +40,15 @@ def peak_memory_bytes(model: str, batch_size: int, backend: str = "auto", memory
         StepquantError: if that process fails.
     """
     arguments = [model, str(batch_size), backend, memory]
-    return int(run_in_process("stepquant.evaluation.memory", arguments, model).split()[-1])
+    return int(run_in_process(__name__, arguments, model).split()[-1])
+
+
+def main(model: str, batch_size: str, backend: str, memory: str) -> None:
+    """Generate one batch and print the bytes."""
+    pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
+    generate(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
+    print(peak_resident_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.evaluation.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
 from stepquant.evaluation.extractors import ClassifierExtractor, EmbeddingExtractor, InceptionExtractor, Lpips
 from stepquant.evaluation.features import BATCH_SIZE, DataImages, FeatureExtractor, extract
-from stepquant.evaluation.intervals import Estimate, mean_interval
+from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.progress import Progress
 from stepquant.user_code import load_function
@@ -65,10 +65,10 @@ class MetricValue(BaseModel):
     note: str | None = None
 
     @classmethod
-    def of(cls, estimate: Estimate, full_precision: float | None = None) -> MetricValue:
-        return cls(
-            value=estimate.value, interval=estimate.interval, count=estimate.count, full_precision=full_precision
-        )
+    def of(cls, values: Tensor, full_precision: float | None = None) -> MetricValue:
+        """The mean of one value per image."""
+        mean, interval = float(values.double().mean()), mean_interval(values)
+        return cls(value=mean, interval=interval, count=len(values), full_precision=full_precision)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def measure(metrics: dict[str, str], inputs: MetricInputs, progress: Progress | 
         if name == "lpips":
             network = Lpips(Path(argument))
             pairs = zip(inputs.images.split(BATCH_SIZE), inputs.full_precision.split(BATCH_SIZE), strict=True)
-            values["lpips"] = MetricValue.of(mean_interval(torch.cat([network(*pair) for pair in pairs])))
+            values["lpips"] = MetricValue.of(torch.cat([network(*pair) for pair in pairs]))
         elif name in ("dino", "clip"):
             values |= _embeddings(name, EmbeddingExtractor(Path(argument)), inputs, progress)
         elif name == "reward":
@@ -133,11 +133,11 @@ def _embeddings(
         extract(extractor, images, inputs.cache, progress)["embedding"]
         for images in (inputs.images, inputs.full_precision)
     )
-    values = {f"{name}_similarity": MetricValue.of(mean_interval((quantized * full).sum(dim=1)))}
+    values = {f"{name}_similarity": MetricValue.of((quantized * full).sum(dim=1))}
     if name == "clip" and inputs.prompts:
         prompts = extractor.texts(inputs.prompts)
         mean = float(clip_scores(full, prompts).mean())
-        values["clip_score"] = MetricValue.of(mean_interval(clip_scores(quantized, prompts)), mean)
+        values["clip_score"] = MetricValue.of(clip_scores(quantized, prompts), mean)
     return values
 
 
@@ -159,7 +159,7 @@ def _reward(location: str, inputs: MetricInputs) -> MetricValue:
         raise StepquantError(
             f"{location} returned {len(quantized)} scores for {len(inputs.images)} images; expected one per image."
         )
-    return MetricValue.of(mean_interval(quantized), float(full.mean()))
+    return MetricValue.of(quantized, float(full.mean()))
 
 
 def _distribution_extractor(name: str, argument: str, model: str) -> FeatureExtractor:

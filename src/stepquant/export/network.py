@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -18,7 +19,7 @@ from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.layers.time_cache import TimeLinear
 from stepquant.models import denoiser_name
 from stepquant.pipelines.arguments import flatten, nest
-from stepquant.pipelines.generate import generate
+from stepquant.pipelines.recording import record_calls
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import KernelFactory, prepare
 
@@ -35,33 +36,17 @@ def example_arguments(pipeline: Any) -> dict[str, Tensor]:
     Raises:
         StepquantError: if the pipeline cannot generate from noise alone.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    signature, found = inspect.signature(denoiser.forward), {}
-
-    def read(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.update(signature.bind(*args, **kwargs).arguments)
-        raise _FirstCall
-
-    handle = denoiser.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        generate(pipeline, make_request(pipeline, 1), range(IMAGES), 0, decode=False)
-    except _FirstCall:
-        pass
-    finally:
-        handle.remove()
+    request = make_request(pipeline, 1)
+    found = record_calls(pipeline, denoiser_name(pipeline), request, range(IMAGES), seed=0)[0].arguments
     sample = next(value for value in found.values() if isinstance(value, Tensor))
     found[TIMESTEP] = torch.as_tensor(found[TIMESTEP]).reshape(-1).expand(len(sample))
     flat = {name: value for key, value in found.items() for name, value in flatten(key, value)}
-    tensors = {name: to_float32(value.detach().cpu()) for name, value in flat.items() if isinstance(value, Tensor)}
+    tensors = {name: to_float32(value.cpu()) for name, value in flat.items() if isinstance(value, Tensor)}
     halves = len(sample) // IMAGES
     rows = [image % halves * IMAGES + image for image in range(IMAGES)]
     return {
         name: value[rows] if value.dim() > 0 and len(value) == len(sample) else value for name, value in tensors.items()
     }
-
-
-class _FirstCall(Exception):
-    """Stops the pipeline at the first call of its denoiser."""
 
 
 def to_float32(tensor: Tensor) -> Tensor:
@@ -145,15 +130,16 @@ class ExportedDenoiser(nn.Module):
     def __init__(self, like: Any, names: list[str]) -> None:
         super().__init__()
         self.config, self.dtype, self.device = like.config, torch.float32, torch.device("cpu")
-        self.order = list(inspect.signature(like.forward).parameters)
-        self.names = names
+        self.names, self.signature = names, inspect.signature(like.forward)
+        self.forward = functools.partial(self._forward)
+        self.forward.__signature__ = self.signature  # type: ignore[attr-defined]  # what pipelines read
 
     def run(self, arguments: dict[str, Tensor]) -> Tensor:
         """Run the network on contiguous arguments, one for each of `names`."""
         raise NotImplementedError
 
-    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        given = dict(zip(self.order, args, strict=False)) | kwargs
+    def _forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        given = self.signature.bind_partial(*args, **kwargs).arguments
         given[TIMESTEP] = time = torch.as_tensor(given[TIMESTEP]).float().reshape(-1)
         if bool((time != time[0]).any()):
             raise StepquantError("the samples of a batch have several timesteps: an exported network takes one.")

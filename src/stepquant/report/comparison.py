@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
-from markupsafe import Markup
 from torch import Tensor
 
 from stepquant.checkpoint import read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
-from stepquant.files import write_atomic
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.progress import Progress
 from stepquant.report.figures import png_uri, scatter
-from stepquant.report.page import environment, source_of
+from stepquant.report.page import render_template
 
 MAX_IMAGES = 8
 
@@ -88,29 +84,19 @@ def compare(
 
 def render_comparison(comparison: Comparison) -> str:
     """Render the page, self-contained like a report and under the same policy."""
-    templates = environment()
-    style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
     contenders = comparison.contenders
     quality = [one.figures.psnr_db for one in contenders]
     labels = [one.name for one in contenders]
     sizes = [one.figures.denoiser_bytes / 1e6 for one in contenders]
     times = [one.figures.seconds_per_step * 1e3 for one in contenders]
     rows = [(comparison.against, comparison.full_precision)] + [(one.name, one.images) for one in contenders]
-    return templates.get_template("compare.html").render(
+    return render_template(
+        "compare.html",
         comparison=comparison,
         first=contenders[0].figures,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         by_size=scatter(sizes, quality, labels, "size of the denoiser, MB", "PSNR, dB"),
         by_time=scatter(times, quality, labels, "latency per step, ms", "PSNR, dB"),
         rows=[(name, [png_uri(grid(image[None])) for image in images]) for name, images in rows],
         small=min(comparison.full_precision.shape[-2:]) < SMALLEST_SIDE,
         frechet=any(one.figures.frechet_classifier is not None for one in contenders),
     )
-
-
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the page atomically; raises `StepquantError` if that fails."""
-    text = render_comparison(comparison)
-    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))

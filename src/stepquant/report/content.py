@@ -17,7 +17,7 @@ from stepquant.loading import ZOO_PREFIX
 from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
-from stepquant.report.sensitivity import SensitivityFile, read_sensitivity
+from stepquant.report.inputs import SensitivityFile, Times, read_sensitivity, read_times
 from stepquant.report.structure import (
     ActivationRange,
     LayerRow,
@@ -26,7 +26,6 @@ from stepquant.report.structure import (
     layer_rows,
     timesteps_of,
 )
-from stepquant.report.times import Times, read_times
 
 MAX_IMAGES = 16
 

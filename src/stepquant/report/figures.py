@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
-from stepquant.report.sensitivity import SensitivityFile
+from stepquant.report.inputs import SensitivityFile
 from stepquant.report.structure import ActivationRange
 
 INK, LINE, ACCENT, GROUND, SOFT = "#010101", "#020202", "#030303", "#040404", "#050505"

@@ -13,13 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stepquant.evaluation.compare import SHADOWED
-from stepquant.files import write_atomic
+from stepquant.files import write_text
 from stepquant.images import SMALLEST_SIDE, grid
 from stepquant.planning import duration
 from stepquant.recipes import RECIPES
 from stepquant.report.content import Report
 from stepquant.report.figures import line_chart, png_uri, range_map, selected_rows, sensitivity_map
-from stepquant.report.sensitivity import MEANING
+from stepquant.report.inputs import MEANING
 from stepquant.report.structure import ActivationRange, weights_by_bits
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -36,8 +36,7 @@ class Part:
 
 def write(report: Report, path: Path) -> None:
     """Write the page atomically; raises `StepquantError` if that fails."""
-    text = render(report)
-    write_atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_text(path, render(report))
 
 
 def render(report: Report) -> str:
@@ -45,20 +44,16 @@ def render(report: Report) -> str:
 
     Everything from the checkpoint is escaped, and a policy in the page allows only its own script and no requests.
     """
-    templates = environment()
-    style, script = (source_of(templates, name) for name in ("style.css", "script.js"))
     images = report.full_precision, report.quantized
     figures = report.figures
     steps = range(1, len(figures.step_error) + 1)
     curves = [_curve(activation, report) for activation in report.activations if len(activation.scale) > 1]
     recipe, spec = (report.provenance.get(key) for key in ("recipe", "spec"))
-    return templates.get_template("page.html").render(
+    return render_template(
+        "page.html",
         report=report,
         figures=figures,
         shadowed=SHADOWED,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         spec_bits=spec.get("bits", "") if isinstance(spec, dict) else "fewer bits",
         recipe_summary=RECIPES[recipe].summary() if isinstance(recipe, str) and recipe in RECIPES else "",
         pairs=list(zip(*([png_uri(grid(one[None])) for one in side] for side in images), strict=True)),
@@ -87,19 +82,18 @@ def render(report: Report) -> str:
     )
 
 
-def environment() -> Environment:
-    """Templates of pages: values are escaped, and a missing one is an error."""
-    templates = Environment(
-        loader=PackageLoader("stepquant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+def render_template(name: str, **values: Any) -> str:
+    """Render a page with the style and the script of all pages: values are escaped, and a missing one is an error."""
+    loader = PackageLoader("stepquant.report")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.filters |= {"size": _size, "text": _text}
-    return templates
-
-
-def source_of(templates: Environment, name: str) -> str:
-    """The source of a template: styles and scripts."""
-    assert templates.loader is not None
-    return templates.loader.get_source(templates, name)[0]
+    style, script = (loader.get_source(templates, source)[0] for source in ("style.css", "script.js"))
+    return templates.get_template(name).render(
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        **values,
+    )
 
 
 def _curve(activation: ActivationRange, report: Report) -> tuple[str, Markup]:

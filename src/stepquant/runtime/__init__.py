@@ -20,6 +20,7 @@ from stepquant.runtime.cuda import CudaKernel
 from stepquant.runtime.native import blocks
 from stepquant.runtime.onednn import OneDnnKernel
 from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
+from stepquant.user_code import load_function
 
 BACKENDS = ("auto", "native", "onednn", "cuda", "reference")
 INTEGER = {"native": native.supported, "onednn": onednn.supported, "cuda": cuda.supported}
@@ -144,6 +145,21 @@ def check_backend(name: str) -> None:
         raise StepquantError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}.")
 
 
+def resolve_backend(name: str) -> Backend:
+    """Return the name of a backend, or load the custom runtime that ``path.py:function`` names, which runs the file.
+
+    Never call it with a name from a checkpoint.
+
+    Raises:
+        StepquantError: if the backend, file or function does not exist, the file cannot be run, or the function takes
+            other arguments than a layer.
+    """
+    if ":" in name:
+        return load_function(name, "runtime", ["a layer"])
+    check_backend(name)  # here, since `prepare` is not called for full-precision models
+    return name
+
+
 def check_memory(memory: str) -> None:
     """Raise `StepquantError` unless `memory` is one of `MEMORY`."""
     if memory not in MEMORY:
@@ -227,5 +243,6 @@ __all__ = [
     "check_memory",
     "fallbacks",
     "prepare",
+    "resolve_backend",
     "summary",
 ]

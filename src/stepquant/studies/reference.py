@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from stepquant.files import digest, tensors_digest
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.generate import batches, generate
+from stepquant.pipelines.recording import on_call
 from stepquant.pipelines.request import Request
 from stepquant.studies.spec import Budget
 from stepquant.workspace import Workspace
@@ -75,11 +75,9 @@ def reference(pipeline: Any, request: Request, budget: Budget, noise: int, cache
 
 
 def _generate(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budget, noise: int) -> Reference:
-    signature = inspect.signature(denoiser.forward)
     calls: list[list[dict[str, Tensor]]] = []
 
-    def record(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        arguments = signature.bind(*args, **kwargs).arguments
+    def record(arguments: dict[str, Any], output: Any) -> None:
         flat = {name: value for key, given in arguments.items() for name, value in flatten(key, given)}
         tensors = {name: value.detach().clone() for name, value in flat.items() if isinstance(value, Tensor)}
         if "timestep" not in tensors:
@@ -87,11 +85,11 @@ def _generate(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budg
         calls[-1].append(tensors | {TARGET: main_tensor(output).detach().clone()})
 
     images = []
-    handle = denoiser.register_forward_hook(record, with_kwargs=True)
+    remove = on_call(denoiser, record)
     for indices in batches(budget.count):
         calls.append([])
         images.append(generate(pipeline, request, indices, noise))
-    handle.remove()
+    remove()
     for indices in batches(budget.images - budget.count):
         images.append(generate(pipeline, request, [budget.count + index for index in indices], noise))
     return Reference(torch.cat(images), calls)

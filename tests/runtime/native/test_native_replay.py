@@ -21,8 +21,8 @@ from stepquant.layers.install import install
 from stepquant.layers.quantized import replace_module
 from stepquant.runtime import prepare
 from stepquant.runtime.native import recording, replay
-from stepquant.runtime.native.arena import Memory, lay_out
 from stepquant.runtime.native.kernel import NativeKernel
+from stepquant.runtime.native.memory import Memory, lay_out
 from stepquant.runtime.native.norms import Norm
 from stepquant.runtime.native.recording import Recorder, Recording
 from stepquant.runtime.native.replay import step_by_step

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepquant.runtime.native.arena import ARENA, CODES, FIRST, NOWHERE, Memory, lay_out
 from stepquant.runtime.native.build import library
 from stepquant.runtime.native.library import TYPES, Attention, Call, GroupNorm, Join, Pointer, Step, no_memory
-from stepquant.runtime.native.memory import scratch
+from stepquant.runtime.native.memory import ARENA, CODES, FIRST, NOWHERE, Memory, lay_out, scratch
 from stepquant.runtime.native.tables import check_row
 
 MOST_BYTES = 1 << 28
