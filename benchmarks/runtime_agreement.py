@@ -42,7 +42,7 @@ from stepquant.models.description import main_tensor
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import Request, make_request
 from stepquant.runtime import INTEGER
-from stepquant.runtime.common import along_channels, linear_map
+from stepquant.runtime.common import along_channels
 from stepquant.studies.reference import TARGET, reference
 from stepquant.studies.spec import Budget
 

@@ -16,7 +16,7 @@ from stepquant.bench.measure import wall_seconds
 from stepquant.core.qtensor import GridFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
-from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.conv import QuantizedConv
 from stepquant.layers.format import LayerFormat
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import quantized_modules
@@ -86,7 +86,7 @@ def measure_roofline(model: nn.Module, arguments: dict[str, Tensor], rounds: int
     whole = _median_seconds(lambda: model(**arguments), rounds)
     restore = []
     for layer in layers.values():
-        part = "convolutions" if isinstance(layer, QuantizedConv2d) else "linear layers"
+        part = "convolutions" if isinstance(layer, QuantizedConv) else "linear layers"
         kernel: Any = layer.kernel
         restore.append((kernel, kernel.library, kernel.run))
         kernel.library = _Timed(kernel.library, record, part)

@@ -10,24 +10,22 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.layers.quantized import can_quantize
+from stepquant.layers.conv import linear_map, weight_by_output
+from stepquant.layers.quantized import QUANTIZED, can_quantize
 
 
-class WideLinear(nn.Linear):
-    """A linear layer that computes in float32 with a weight of any dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.float(), self.bias)
-
-
-class WideConv2d(nn.Conv2d):
-    """A convolution that computes in float32 with a weight of any dtype."""
+class _Wide(nn.Module):
+    """A linear or convolution that computes in float32 with a weight of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight.float(), self.bias)
+        layer: Any = self
+        return linear_map(layer)(input, weight_by_output(layer).float(), layer.bias)
+
+
+WIDE = {kind: type(f"Wide{kind.__name__}", (_Wide, kind), {"__module__": __name__}) for kind in QUANTIZED}
+"""Class of a layer -> its subclass that computes in float32."""
 
 
 def computing_in_float32(model: nn.Module) -> nn.Module:
@@ -49,5 +47,5 @@ def computing_in_float32(model: nn.Module) -> nn.Module:
             tensor.data = tensor.data.float()
     for module in wide.modules():
         if can_quantize(module):
-            module.__class__ = WideLinear if isinstance(module, nn.Linear) else WideConv2d
+            module.__class__ = next(wide for kind, wide in WIDE.items() if isinstance(module, kind))
     return wide

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
 from stepquant.calibration.model import CalibrationModel
@@ -141,8 +141,7 @@ def _range_error(values: Tensor, bits: int, *, minmax: bool) -> Tensor:
 
 
 def _can_smooth(layer: CalibratedLayer) -> bool:
-    grouped = isinstance(layer.inner, nn.Conv2d) and layer.inner.groups > 1
-    return layer.input_point is not None and not grouped
+    return layer.input_point is not None and getattr(layer.inner, "groups", 1) == 1
 
 
 def _size(values: Tensor, kind: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,25 +98,30 @@ def split_inputs(channels: int, taps: int) -> list[slice]:
     return [slice(start * taps, min(start + each, channels) * taps) for start in range(0, channels, each)]
 
 
-def row_step(samples: int, x: Tensor, module: nn.Linear | nn.Conv2d) -> int:
+def row_step(samples: int, x: Tensor, module: Any) -> int:
     """Smallest step between positions for which `samples` inputs of the shape of x give at most `MOST_ROWS` rows."""
     if isinstance(module, nn.Linear):
         rows = samples * x[0, ..., 0].numel()
         return math.ceil(rows / MOST_ROWS)
-    rows = samples * x.shape[-2] * x.shape[-1] // math.prod(module.stride)
-    return math.ceil(math.sqrt(rows / MOST_ROWS))
+    rows = samples * math.prod(x.shape[2:]) // math.prod(module.stride)
+    return math.ceil((rows / MOST_ROWS) ** (1 / len(module.stride)))
 
 
-def input_rows(x: Tensor, module: nn.Linear | nn.Conv2d, step: int = 1) -> Tensor:
+def input_rows(x: Tensor, module: Any, step: int = 1) -> Tensor:
     """Rows that a linear or an ungrouped convolution multiplies with its flattened weight: float [rows, in].
 
     Args:
-        x: the layer's input, float [B, ..., in] or [B, C, H, W]; for the latter, in is C times the kernel size.
-        step: stride between rows of a linear, or between positions of a convolution in both directions.
+        x: the layer's input, float [B, ..., in] or [B, C, *size]; for the latter, in is C times the kernel size.
+        step: stride between rows of a linear, or between positions of a convolution in every direction.
     """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])[::step]
     assert not isinstance(module.padding, str)
     stride = tuple(step * size for size in module.stride)
-    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, stride)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    if len(stride) == 2:
+        columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    x = F.pad(x, [size for padding in reversed(module.padding) for size in (padding, padding)])
+    for dim, (size, gap, each) in enumerate(zip(module.kernel_size, module.dilation, stride, strict=True), start=2):
+        x = x.unfold(dim, (size - 1) * gap + 1, each)[..., ::gap]
+    return x.movedim(1, len(stride) + 1).flatten(len(stride) + 1).flatten(0, len(stride))

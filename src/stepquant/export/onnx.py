@@ -27,11 +27,11 @@ from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
 from stepquant.files import write_atomic
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
-from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.conv import QuantizedConv2d, linear_map
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
-from stepquant.runtime.common import along_channels, linear_map
+from stepquant.runtime.common import along_channels
 
 OPSET = 17
 MOST_BYTES = (1 << 31) - (1 << 20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from stepquant.core.qtensor import QuantizedLayer
 from stepquant.core.weights import group_channels, round_to_nearest
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
+from stepquant.layers.conv import weight_by_output
 from stepquant.layers.lora import enable_lora
 from stepquant.layers.quantized import can_quantize, kept_in_float32, quantized_like, replace_module
 
@@ -38,8 +39,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
             continue
         if bits.activation < FLOAT_BITS:
             raise StepquantError(f"override {bits} of layer {name} needs samples; expected bits such as w8a16.")
-        weight: Any = module.weight
-        bias: Any = module.bias
+        weight, bias = weight_by_output(module), cast(Any, module.bias)
         group_size = None if getattr(module, "groups", 1) > 1 else spec.group_size
         rounded = round_to_nearest(weight, bits.weight, group_channels(weight.shape[1], None, group_size))
         layer = QuantizedLayer(rounded, None if bias is None else bias.detach().float().cpu(), None)

@@ -36,7 +36,8 @@ class Capabilities:
     Attributes:
         transforms: kinds of `LayerTransform`; None for all.
         integer: takes layers whose input is quantized, else those whose input stays in floating point.
-        kernel_dims: dimensions of the weight behind [out, in]: 0 for a linear, 2 for a 2-d convolution.
+        kernel_dims: dimensions of the weight behind [out, in]: 0 for a linear, 1 to 3 for a convolution.
+        transposed: transposed convolutions.
         channel_groups: several scales along the input channels, of the weight or the input.
         grouped_convolutions: convolutions with groups.
         grouped_both: grouped convolutions that have channel groups as well.
@@ -46,6 +47,7 @@ class Capabilities:
     transforms: frozenset[str] | None = frozenset({Smoothing.kind})
     integer: bool = True
     kernel_dims: frozenset[int] = frozenset({0, 2})
+    transposed: bool = False
     channel_groups: bool = True
     grouped_convolutions: bool = False
     grouped_both: bool = False
@@ -60,6 +62,7 @@ class Capabilities:
             (layer.input is not None) == self.integer
             and (self.transforms is None or {transform.kind for transform in layer.transforms} <= self.transforms)
             and len(shape) - 2 in self.kernel_dims
+            and (self.transposed or not getattr(module, "transposed", False))
             and (self.channel_groups or not split)
             and (self.grouped_convolutions or not grouped)
             and (self.grouped_both or not (grouped and split))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from stepquant.errors import StepquantError, first_line
-from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.conv import CONVOLVE, QuantizedConv
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import QuantizedModule, quantized_modules, replace_module
 
@@ -38,8 +38,10 @@ def _load_lora_adapter(model: Any, weights: Any, *args: Any, **kwargs: Any) -> N
     """
     if find_spec("peft") is None:
         raise StepquantError("a LoRA needs peft: pip install 'stepquant[lora]'.")
-    layers = quantized_modules(model)
-    adapted = {name: _with_empty_adapter(layer) for name, layer in layers.items() if not name.endswith("base_layer")}
+    layers = {name: layer for name, layer in quantized_modules(model).items() if not name.endswith("base_layer")}
+    # peft has no adapter for transposed convolutions.
+    layers = {name: layer for name, layer in layers.items() if not getattr(layer, "transposed", False)}
+    adapted = {name: _with_empty_adapter(layer) for name, layer in layers.items()}
     for name, layer in adapted.items():
         replace_module(model, name, layer)
     before = _count(model)
@@ -68,8 +70,7 @@ def _reason(error: Exception) -> str:
 
 
 def _with_empty_adapter(module: QuantizedModule) -> Any:
-    linear, convolution = _classes()
-    return linear(module) if isinstance(module, QuantizedLinear) else convolution(module)
+    return _classes()[len(module.weight_shape) - 2](module)
 
 
 def _count(model: nn.Module) -> int:
@@ -80,19 +81,19 @@ def _count(model: nn.Module) -> int:
 
 def _move(model: nn.Module) -> None:
     """Move adapters to the device of their layers, since peft finds no weight to determine it from."""
-    linear, convolution = _classes()
+    classes = tuple(_classes().values())
     for module in model.modules():
-        if isinstance(module, linear | convolution):
+        if isinstance(module, classes):
             device = module.base_layer.device
             module.lora_A.to(device)
             module.lora_B.to(device)
 
 
 @functools.cache
-def _classes() -> tuple[Any, Any]:
-    """LoRA layers around a quantized linear and convolution; created on first use, since peft is optional."""
+def _classes() -> dict[int, Any]:
+    """Kernel dimensions -> LoRA layer around a quantized layer; created on first use, since peft is optional."""
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import Conv2d, Linear
+    from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear
 
     class Unmerged:
         """Refuses merging, and provides the shapes of quantized layers."""
@@ -106,7 +107,7 @@ def _classes() -> tuple[Any, Any]:
         def _get_in_out_features(self, module: Any) -> Any:
             if isinstance(module, QuantizedLinear):
                 return module.in_features, module.out_features
-            assert isinstance(module, QuantizedConv2d)
+            assert isinstance(module, QuantizedConv)
             return module.in_channels, module.out_channels
 
     class QuantizedLoraLinear(Unmerged, Linear):
@@ -115,20 +116,25 @@ def _classes() -> tuple[Any, Any]:
             LoraLayer.__init__(self, base_layer)
             self.fan_in_fan_out = self.is_target_conv_1d_layer = False
 
-    class QuantizedLoraConv2d(Unmerged, Conv2d):
-        def __init__(self, base_layer: QuantizedConv2d) -> None:
-            nn.Module.__init__(self)
-            LoraLayer.__init__(self, base_layer)
-            self._kernel_dim, self.conv_fn = 4, nn.functional.conv2d
+    def convolution(dims: int, layer: type[nn.Module], base: Any) -> Any:
+        class QuantizedLoraConv(Unmerged, base):
+            base_layer: Any
 
-        def update_layer(self, *args: Any, **kwargs: Any) -> None:
-            # peft creates the branch from the class and geometry of the base layer.
-            quantized: Any = self.base_layer
-            geometry = (quantized.weight_shape[2:], quantized.stride, quantized.padding)
-            self.base_layer = nn.Conv2d(1, 1, *geometry)
-            try:
-                super().update_layer(*args, **kwargs)
-            finally:
-                self.base_layer = quantized
+            def __init__(self, base_layer: QuantizedConv) -> None:
+                nn.Module.__init__(self)
+                LoraLayer.__init__(self, base_layer)
+                self._kernel_dim, self.conv_fn = dims + 2, CONVOLVE[dims, False]
 
-    return QuantizedLoraLinear, QuantizedLoraConv2d
+            def update_layer(self, *args: Any, **kwargs: Any) -> None:
+                # peft creates the branch from the class and geometry of the base layer.
+                quantized = self.base_layer
+                self.base_layer = layer(1, 1, quantized.kernel_size, quantized.stride, quantized.padding)
+                try:
+                    super().update_layer(*args, **kwargs)
+                finally:
+                    self.base_layer = quantized
+
+        return QuantizedLoraConv
+
+    layers = ((1, nn.Conv1d, Conv1d), (2, nn.Conv2d, Conv2d), (3, nn.Conv3d, Conv3d))
+    return {0: QuantizedLoraLinear} | {dims: convolution(dims, layer, base) for dims, layer, base in layers}

@@ -87,7 +87,8 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return DequantizedWeight(self.weight_shape, self.dtype, self.device, self._dequantize)
+        shape = self.in_torch_layout(torch.empty(self.weight_shape, device="meta")).shape
+        return DequantizedWeight(shape, self.dtype, self.device, self._dequantize)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +101,11 @@ class QuantizedModule(nn.Module):
         return self.weight_scale.device
 
     def _dequantize(self) -> Tensor:
-        return self.layer().original_weight()
+        return self.in_torch_layout(self.layer().original_weight())
+
+    def in_torch_layout(self, weight: Tensor) -> Tensor:
+        """A weight [out, in, *kernel] as a view in the layout of the torch layer."""
+        return weight
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -231,7 +236,7 @@ def quantizes(kind: type[nn.Module]) -> Callable[[type[QuantizedT]], type[Quanti
 
 
 def can_quantize(module: nn.Module) -> bool:
-    """Whether `module` has a quantized form: a linear, or a 2-d convolution with zero padding."""
+    """Whether `module` has a quantized form: a linear, or a convolution with zero padding."""
     return _quantized_class(module) is not None
 
 
@@ -255,15 +260,15 @@ def empty_like(module: nn.Module, layer_format: LayerFormat, clock: StepClock) -
     cls = _quantized_class(module)
     if cls is None:
         raise StepquantError(f"a layer to be quantized is a {type(module).__name__}; expected a linear or convolution.")
-    weight: Any = module.weight
-    grouped = getattr(module, "groups", 1)
-    for grid, channels in ((layer_format.weight, weight.shape[1]), (layer_format.input, weight.shape[1] * grouped)):
+    layer = cls.like(module, layer_format, clock)
+    inputs = layer.weight_shape[1]
+    for grid, channels in ((layer_format.weight, inputs), (layer_format.input, inputs * getattr(layer, "groups", 1))):
         if grid is not None and grid.groups and sum(grid.groups) != channels:
             raise StepquantError(
                 f"groups of {sum(grid.groups)} channels were given for a layer of {channels} input channels. "
                 "The checkpoint is damaged; quantize the model again."
             )
-    layer = cls.like(module, layer_format, clock)
+    weight: Any = module.weight
     layer.anchor = _anchor(weight.dtype, "cpu")
     return layer
 
@@ -287,8 +292,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
-    found = (cls for kind, cls in QUANTIZED.items() if isinstance(module, kind) and cls.accepts(module))
+    found = (cls for kind, cls in QUANTIZED.items() if _computes_like(module, kind) and cls.accepts(module))
     return next(found, None)
+
+
+def _computes_like(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is of a class, or of a subclass that computes the same."""
+    cls = type(module)
+    same = cls.forward is kind.forward or cls.__module__.startswith(("stepquant.", "diffusers.models.lora"))
+    return isinstance(module, kind) and same
 
 
 def _anchor(dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

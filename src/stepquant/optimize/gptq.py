@@ -96,7 +96,8 @@ def _gptq_layer(layer: CalibratedLayer, moments: list[Tensor], cross: list[Tenso
 
 
 def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+    return isinstance(module, nn.Linear) or convolution
 
 
 def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

@@ -14,7 +14,7 @@ from stepquant.checkpoint.write import narrow_tensors
 from stepquant.core.affine import largest_code
 from stepquant.core.qtensor import Grid
 from stepquant.layers.attention import QuantizedAttentionProcessor
-from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.conv import QuantizedConv
 from stepquant.layers.install import made_by_quantization
 from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.quantized import QuantizedModule, can_quantize, quantized_modules
@@ -105,7 +105,7 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
         if isinstance(module, QuantizedModule):
             layer = module.format
             grid = module.layer().input
-            kind = "convolution" if isinstance(module, QuantizedConv2d) else "linear"
+            kind = "convolution" if isinstance(module, QuantizedConv) else "linear"
             bits = None if grid is None else str(grid.bits)
             count = None if grid is None else grid.rows
             rows.append(LayerRow(name, kind, module.weight_shape, layer.weight.bits, bits, count, own, _extent(grid)))

@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from stepquant.layers.conv import QuantizedConv2d
-from stepquant.layers.quantized import QuantizedModule
-
-Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``apply(x, weight, bias) -> y``."""
-
-
-def linear_map(module: QuantizedModule) -> Apply:
-    """The layer's linear or convolution as a function, for any dtype."""
-    if not isinstance(module, QuantizedConv2d):
-        return F.linear
-    stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
-    return lambda x, weight, bias: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def along_channels(values: Tensor, dim: int, output_dims: int) -> Tensor:

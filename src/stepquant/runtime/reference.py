@@ -6,6 +6,8 @@ An accumulator with a worst case below 2^24 is exact in float32; any other is co
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +16,27 @@ from stepquant.core.qtensor import Grid
 from stepquant.core.transforms import LayerTransform
 from stepquant.layers.attention import per_sample
 from stepquant.layers.buffers import TransformBuffers
+from stepquant.layers.conv import Apply, linear_map
 from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule
-from stepquant.runtime.common import Apply, along_channels, bound, linear_map
+from stepquant.runtime.common import along_channels, bound
 
 EXACT_IN_FLOAT32 = 1 << 24
+
+EVERY_LAYER = Capabilities(
+    transforms=None,
+    kernel_dims=frozenset({0, 1, 2, 3}),
+    transposed=True,
+    grouped_convolutions=True,
+    grouped_both=True,
+    most_products=UNLIMITED,
+)
 
 
 class WeightOnlyKernel(Kernel):
     """A layer whose activation stays in floating point: multiplies by the dequantized weight in the dtype of x."""
 
-    capabilities = Capabilities(integer=False, grouped_convolutions=True, grouped_both=True, most_products=UNLIMITED)
+    capabilities = replace(EVERY_LAYER, integer=False)
     weight: Tensor
     bias: Tensor | None
 
@@ -47,7 +59,7 @@ class WeightOnlyKernel(Kernel):
 class ReferenceKernel(Kernel):
     """Quantize, accumulate integers exactly, scale: ``y = sum over segments of acc * (s_x * s_w) + bias``."""
 
-    capabilities = Capabilities(transforms=None, grouped_convolutions=True, grouped_both=True, most_products=UNLIMITED)
+    capabilities = EVERY_LAYER
     input_scale: Tensor
     input_zero_point: Tensor
     bias: Tensor | None

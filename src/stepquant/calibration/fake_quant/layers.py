@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
@@ -17,6 +16,7 @@ from stepquant.core.transforms import Smoothing
 from stepquant.core.weights import group_channels
 from stepquant.layers.attention import AttentionProcessor
 from stepquant.layers.clock import StepClock
+from stepquant.layers.conv import linear_map, weight_by_output
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.quantized import can_quantize
 
@@ -30,16 +30,13 @@ class CalibratedLayer(nn.Module):
         input: quantizes its input; None where that stays in floating point.
     """
 
-    def __init__(self, inner: nn.Linear | nn.Conv2d, weight: WeightPoint, input: ActivationPoint | None) -> None:
+    def __init__(self, inner: Any, weight: WeightPoint, input: ActivationPoint | None) -> None:
         super().__init__()
         self.inner, self.weight_point, self.input_point = inner, weight, input
 
     def forward(self, input: Tensor, *_args: object, **_kwargs: object) -> Tensor:  # `input`: models call by keyword
         x = input if self.input_point is None else self.input_point(input)
-        weight, layer = self.weight_point(self.weight), self.inner
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, layer.bias)
-        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return linear_map(self.inner)(x, self.weight_point(self.weight), self.inner.bias)
 
     def __getattr__(self, name: str) -> Any:
         """Sizes, bias and the like of the full-precision layer, which models read."""
@@ -51,7 +48,7 @@ class CalibratedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """float32 [out, in, *kernel], converted where the weight is stored in half precision."""
-        return self.inner.weight.float()
+        return weight_by_output(self.inner).float()
 
     @property
     def bits(self) -> LayerBits:
@@ -116,14 +113,15 @@ def wrap(
         rows: of the input's grid.
         weight_range, rounding: see `WeightPoint`.
     """
-    assert can_quantize(module) and isinstance(module, nn.Linear | nn.Conv2d)
-    channels = module.weight.shape[1]
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
+    assert can_quantize(module)
+    weights = weight_by_output(module)
+    channels = weights.shape[1]
+    if getattr(module, "groups", 1) > 1:
         split = group_size = None
     groups = group_channels(channels, split, group_size)
-    weight = WeightPoint(module.weight, weight_bits, groups, weight_range, rounding)
+    weight = WeightPoint(weights, weight_bits, groups, weight_range, rounding)
     if activation_bits is None:
         return CalibratedLayer(module, weight, None)
     sides = group_channels(channels, split, None) if split is not None else ()
-    channel_dim = 1 if isinstance(module, nn.Conv2d) else -1
+    channel_dim = -1 if isinstance(module, nn.Linear) else 1
     return CalibratedLayer(module, weight, ActivationPoint(activation_bits, clock, channel_dim, sides, rows))
