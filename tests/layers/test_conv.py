@@ -37,7 +37,7 @@ CASES = {
 
 
 def integer_sums(x: Tensor, weight: Tensor, layer: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """The convolution of int64 x [B, in, *] by int64 weight [out, in / groups, *kernel], tap by tap: [B, out, *size]."""
+    """Convolve int64 x [B, in, *] with int64 weight [out, in / groups, *kernel], tap by tap: [B, out, *size]."""
     total = torch.zeros(len(x), len(weight), *size, dtype=torch.int64)
     groups = layer.groups
     for tap in product(*map(range, weight.shape[2:])):
