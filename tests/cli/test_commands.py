@@ -69,6 +69,18 @@ def test_inspect_shows_a_full_precision_model(kind, family, request):
     assert family in output
     assert "timestep only" in output
     assert "MB in float32" in output
+    lines = dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
+    assert lines["first"] == {"unconditional": "conv_in", "class": "pos_embed.proj"}[kind]
+    assert lines["timestep"] == "timestep, in units of 1 timesteps of the scheduler"
+
+
+def test_inspect_lists_what_stays_in_floating_point(unconditional_folder, tmp_path):
+    out = tmp_path / "model"
+    given = ("--recipe", "minmax", "--bits", "w8a8", *SMALL, "--override", "mid_block=w16a16")
+    _run("quantize", unconditional_folder, *given, "--out", out)
+    listed = _run("inspect", out).partition("stay in floating point")[2]
+    assert "mid_block.resnets.0.conv1" in listed and "left out by the spec" in listed
+    assert "conv_in " not in listed
 
 
 def test_sample_writes_a_grid(quantized, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,63 +13,61 @@ from stepquant.cli.options import AnyModel
 from stepquant.cli.output import print_table, table_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from stepquant.models import ModelDescription
 
 
 def inspect(model: AnyModel) -> None:
-    """Show the layers of a model and how it was quantized."""
-    from stepquant.evaluation.cost import float32_bytes, folder_bytes
-    from stepquant.layers.correction import correction_of
-    from stepquant.layers.quantized import quantized_modules
+    """Show the layers of a model and how it was quantized.
+
+    A full-precision model runs up to one call of each denoiser, whose data flow shows what its layers do.
+    """
     from stepquant.loading import locate, resolve_pipeline
-    from stepquant.models import denoiser_name
+    from stepquant.models import denoisers
     from stepquant.pipelines.call import kind_of
-    from stepquant.pipelines.description import describe_component
-    from stepquant.pipelines.request import make_request
-    from stepquant.runtime import summary
-    from stepquant.saving import provenance_of
 
     folder = locate(model)
     pipeline = resolve_pipeline(model)
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    quantized = bool(quantized_modules(denoiser))
-    described = {}
-    if quantized:
-        print_table(_quantized_table(denoiser))
-    else:
-        description = describe_component(pipeline, name, make_request(pipeline, steps=2))
-        for table in _float_tables(denoiser, description):
-            print_table(table)
-        described = {
-            "first": ", ".join(description.firsts),
-            "last": ", ".join(description.lasts),
-            "middle": description.middle,
-            "timestep": f"{description.timestep}, in units of {description.time_unit:g} timesteps of the scheduler",
-        }
-    stored = folder_bytes(folder / name) / 1e6
-    lines = {
-        "pipeline": f"{type(pipeline).__name__}, {kind_of(pipeline)}, {type(pipeline.scheduler).__name__}",
-        "denoiser": f"{type(denoiser).__name__}, {stored:.2f} MB on disk",
-    } | described
-    correction = correction_of(denoiser)
-    if correction is not None:
-        gain, residual = correction.gain, correction.variance.sqrt()
-        lines["output correction"] = (
-            f"{len(gain)} steps, output scaled by {gain.min():.3f} to {gain.max():.3f}, "
-            f"residual standard deviation {residual.min():.3f} to {residual.max():.3f}"
-        )
-    if quantized:
-        lines["runtime"] = summary(denoiser)
-        lines |= {key: json.dumps(value) for key, value in provenance_of(denoiser).items()}
-    else:
-        lines["denoiser"] += f", {float32_bytes(denoiser) / 1e6:.2f} MB in float32"
+    scheduler = getattr(pipeline, "scheduler", None)
+    kinds = [type(pipeline).__name__, kind_of(pipeline), *([type(scheduler).__name__] if scheduler else [])]
+    lines = {"pipeline": ", ".join(kinds)}
+    found = denoisers(pipeline)
+    for name in found:
+        prefix = f"{name}, " if len(found) > 1 else ""
+        lines |= {f"{prefix}{key}": value for key, value in _inspected(pipeline, name, folder / name).items()}
     for key, value in lines.items():
         typer.echo(f"{key}: {value}")
 
 
-def _float_tables(denoiser: Any, description: ModelDescription) -> Iterator[Table]:
-    """Layers of a full-precision denoiser, by block, and what cannot be quantized."""
+def _inspected(pipeline: Any, name: str, folder: Path) -> dict[str, str]:
+    """Print the tables of one denoiser; return what else there is to say, by name."""
+    from stepquant.evaluation.cost import float32_bytes, folder_bytes
+    from stepquant.layers.quantized import quantized_modules
+    from stepquant.pipelines.description import describe_component
+    from stepquant.pipelines.request import make_request
+
+    denoiser = getattr(pipeline, name)
+    size = f"{type(denoiser).__name__}, {folder_bytes(folder) / 1e6:.2f} MB on disk"
+    if quantized_modules(denoiser):
+        print_table(_quantized_table(denoiser))
+        _print_reasons(denoiser, _left_in_float(denoiser))
+        return {"denoiser": size} | _quantized_facts(denoiser)
+    description = describe_component(pipeline, name, make_request(pipeline, steps=2))
+    print_table(_layer_table(denoiser, description))
+    print_table(_attention_table(denoiser, description))
+    _print_reasons(denoiser, description.unquantized)
+    return {
+        "denoiser": f"{size}, {float32_bytes(denoiser) / 1e6:.2f} MB in float32",
+        "first": ", ".join(description.firsts),
+        "last": ", ".join(description.lasts),
+        "middle": description.middle,
+        "timestep": f"{description.timestep}, in units of {description.time_unit:g} timesteps of the scheduler",
+    }
+
+
+def _layer_table(denoiser: nn.Module, description: ModelDescription) -> Table:
+    """Layers of a full-precision denoiser, by block."""
     table = table_of(
         f"{description.family}: {len(description.blocks)} blocks, {len(description.layers)} layers",
         ("block", "layer", "kind", "weight", "notes"),
@@ -81,26 +79,51 @@ def _float_tables(denoiser: Any, description: ModelDescription) -> Iterator[Tabl
         notes = [role for role, names in roles.items() if layer in names]
         if layer in description.skip_splits:
             notes.append(f"skip from channel {description.skip_splits[layer]}")
-        kind = type(module).__name__
-        table.add_row(block, layer.removeprefix(f"{block}."), kind, _shape(module.weight.shape), ", ".join(notes))
-    yield table
-    attentions = table_of(f"{len(description.attentions)} attentions", ("attention", "kind"))
-    for name in description.attentions:
-        attentions.add_row(name, type(denoiser.get_submodule(name)).__name__)
-    yield attentions
-    if description.unquantized:
-        yield _unquantized_table(denoiser, description.unquantized)
-
-
-def _unquantized_table(denoiser: Any, reasons: dict[str, str]) -> Table:
-    """Layers and attentions that stay in floating point, and why."""
-    table = table_of(f"{len(reasons)} layers and attentions stay in floating point", ("name", "kind", "reason"))
-    for name, reason in reasons.items():
-        table.add_row(name, type(denoiser.get_submodule(name)).__name__, reason)
+        shape = _shape(module.weight.shape)
+        table.add_row(block, layer.removeprefix(f"{block}."), type(module).__name__, shape, ", ".join(notes))
     return table
 
 
-def _quantized_table(denoiser: Any) -> Table:
+def _attention_table(denoiser: nn.Module, description: ModelDescription) -> Table:
+    """Attentions of a full-precision denoiser that can be quantized, and by what."""
+    from stepquant.layers.attention import can_quantize_attention
+
+    table = table_of(f"{len(description.attentions)} attentions", ("attention", "kind", "quantized by"))
+    for name in description.attentions:
+        module = denoiser.get_submodule(name.partition(":")[0])
+        how = "its processor" if can_quantize_attention(module) else "its calls of scaled_dot_product_attention"
+        table.add_row(name, type(module).__name__, how)
+    return table
+
+
+def _print_reasons(denoiser: nn.Module, reasons: dict[str, str]) -> None:
+    """Print layers and attentions that stay in floating point, and why."""
+    table = table_of(f"{len(reasons)} layers and attentions stay in floating point", ("name", "kind", "reason"))
+    for name, reason in reasons.items():
+        table.add_row(name, type(denoiser.get_submodule(name)).__name__, reason)
+    if reasons:
+        print_table(table)
+
+
+def _left_in_float(denoiser: nn.Module) -> dict[str, str]:
+    """Layers and attentions of a quantized denoiser that are in floating point -> reason, as far as it shows."""
+    from stepquant.layers.interception import quantized_attentions
+    from stepquant.layers.quantized import can_quantize, kept_in_float32
+    from stepquant.models.dataflow import is_layer
+
+    kept, attentions = kept_in_float32(denoiser), quantized_attentions(denoiser)
+    reasons = {}
+    for name, module in denoiser.named_modules():
+        if name in kept:
+            reasons[name] = f"{type(denoiser).__name__} keeps it in float32"
+        elif is_layer(module):
+            reasons[name] = "left out by the spec, or was not called" if can_quantize(module) else "no quantized form"
+        elif hasattr(module, "to_q") and not {name, f"{name}.processor"} & set(attentions):
+            reasons[name] = "left out by the spec, or no scaled_dot_product_attention"
+    return reasons
+
+
+def _quantized_table(denoiser: nn.Module) -> Table:
     """Layers and attentions of a quantized denoiser."""
     from stepquant.layers.interception import quantized_attentions
     from stepquant.layers.quantized import quantized_modules
@@ -118,8 +141,27 @@ def _quantized_table(denoiser: Any) -> Table:
         table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, ", ".join(notes))
     for name, attention in quantized_attentions(denoiser).items():
         bits = ", ".join(f"{operand} {grid.bits}" for operand, grid in attention.formats.items())
-        table.add_row(name, "attention", "", bits, "", "", "")
+        how = "floating-point products" if attention.kernel is None else "integers"
+        table.add_row(name, "attention", "", bits, "", "", how)
     return table
+
+
+def _quantized_facts(denoiser: nn.Module) -> dict[str, str]:
+    """Correction, runtime and provenance of a quantized denoiser."""
+    from stepquant.layers.correction import correction_of
+    from stepquant.runtime import summary
+    from stepquant.saving import provenance_of
+
+    facts = {}
+    correction = correction_of(denoiser)
+    if correction is not None:
+        gain, residual = correction.gain, correction.variance.sqrt()
+        facts["output correction"] = (
+            f"{len(gain)} steps, output scaled by {gain.min():.3f} to {gain.max():.3f}, "
+            f"residual standard deviation {residual.min():.3f} to {residual.max():.3f}"
+        )
+    facts["runtime"] = summary(denoiser)
+    return facts | {key: json.dumps(value) for key, value in provenance_of(denoiser).items()}
 
 
 def _shape(shape: Any) -> str:
