@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import StepquantError
 from stepquant.loading import resolve_pipeline
+from stepquant.pipelines.generate import generate
+from stepquant.pipelines.request import make_request
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -108,3 +111,35 @@ def test_an_unreachable_hub(monkeypatch):
     monkeypatch.setattr("stepquant.loading.DiffusionPipeline.download", unreachable)
     with pytest.raises(StepquantError, match=r"'owner/name' .* hub: no route to host\.$"):
         resolve_pipeline("owner/name")
+
+
+def test_a_single_file_is_loaded_with_the_configuration_of_a_folder(tmp_path):
+    """The file holds the transformer; the other models come from the folder."""
+    pipeline = tiny.flux(tmp_path / "tokenizers")
+    pipeline.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        pipeline.transformer.x_embedder.weight.mul_(2)
+    state = pipeline.transformer.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "flux.safetensors")
+    loaded = resolve_pipeline(str(tmp_path / "flux.safetensors"), config=tmp_path / "model")
+    assert type(loaded) is type(pipeline)
+    assert torch.equal(loaded.transformer.x_embedder.weight, pipeline.transformer.x_embedder.weight)
+    request = make_request(pipeline, 2, prompts=["a"], size=16, inputs={"max_sequence_length": 8})
+    assert torch.equal(generate(loaded, request, [0], 0), generate(pipeline, request, [0], 0))
+
+
+def test_a_single_file_that_is_not_a_model(tmp_path, unconditional_folder):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(StepquantError, match=r"weights\.safetensors cannot be loaded"):
+        resolve_pipeline(str(tmp_path / "weights.safetensors"), config=unconditional_folder)
+    with pytest.raises(StepquantError, match=r"config is .*, but zoo:fashion-ddpm is not a \.safetensors file"):
+        resolve_pipeline("zoo:fashion-ddpm", config=unconditional_folder)
+    with pytest.raises(StepquantError, match="is a file; expected the folder of a diffusers pipeline"):
+        resolve_pipeline(str(unconditional_folder / "model_index.json"))
+
+
+def test_a_variant_of_the_weights(unconditional_pipeline, tmp_path):
+    unconditional_pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    with pytest.raises(StepquantError, match="cannot be loaded"):
+        resolve_pipeline(str(tmp_path / "model"))
+    assert resolve_pipeline(str(tmp_path / "model"), variant="fp16").unet is not None

@@ -78,7 +78,7 @@ def test_the_steps_of_a_schedule_replace_the_number_of_steps(consistency):
         ({"size": 16}, "generates images of one size"),
         ({"inputs": {"image": 1}}, "'image', which is not an argument of ConsistencyModelPipeline"),
         ({"inputs": {"generator": 1}}, "'generator', which is not an input. Give `seed` instead"),
-        ({"inputs": {"output_type": "pil"}}, "'output_type', which is not an input. Leave it out"),
+        ({"inputs": {"batch_size": 2}}, "'batch_size', which is not an input. Leave it out"),
         ({"inputs": [{"timesteps": [2]}, {}]}, "expected the same ones for every sample"),
         ({"inputs": [1]}, "expected one dictionary of arguments per sample"),
     ],

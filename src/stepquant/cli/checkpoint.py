@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from stepquant.cli.options import calibration_from, pairs_from, prompts_from, settings_from
+from stepquant.cli.options import calibration_from, inputs_from, origin_from, pairs_from, prompts_from, settings_from
 from stepquant.cli.output import (
     check_space,
     check_writable_file,
@@ -53,13 +53,13 @@ def write_checkpoint(
     model, out, overwrite, times = (options[name] for name in ("model", "out", "overwrite", "times"))
     arguments = {name: str(value) for name, value in options.items() if name not in ("overwrite", "times")}
     keywords |= _keywords(options, settings)
-    done = f"{model} quantized to {keywords['spec']} with {settings.called()}"
+    done = f"{model} quantized to {_bits(keywords['spec'])} with {settings.called()}"
     workspace = workspace_of(out)
     if not is_finished(workspace, out, arguments):
         check_out(out, overwrite=overwrite)
         check_writable_folder(out.parent)
         check_writable_file(times)
-        pipeline = resolve_pipeline(model, dtype=options["dtype"].torch)
+        pipeline = resolve_pipeline(model, dtype=options["dtype"].torch, **origin_from(options))
         # The weights as loaded take more than the checkpoint and the finished stages together.
         check_space(out.parent, disk_factor * _parameter_bytes(pipeline))
         if move_to is not None:
@@ -83,19 +83,26 @@ def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
 
     overrides = pairs_from(options["override"], "REGEX=BITS, such as mid_block=w8a8")
     spec = {name: options[name] for name in ("bits", "exact_time", "smoothing")} | {"overrides": overrides}
+    components = pairs_from(options["component"], "NAME=BITS, such as transformer_2=w4a8")
+    specs = {name: QuantSpec.parse(spec | {"bits": bits}) for name, bits in components.items()}
     return {
-        "spec": QuantSpec.parse(spec),
+        "spec": specs or QuantSpec.parse(spec),
         "hyperparameters": settings_from(options["set_"], settings),
         "effort": options["effort"].value,
         "calibration": calibration_from(options),
         "prompts": prompts_from(options["prompts"]),
         "guidance": options["guidance"],
+        "inputs": inputs_from(options["inputs"]),
         "budget": options["budget"],
         "correction": options["correct"],
         "also": pairs_from(options["also"], "NAME=BITS, such as text_encoder=w8a16"),
         "seed": options["seed"],
         "source": options["model"],
     }
+
+
+def _bits(spec: Any) -> str:
+    return ", ".join(f"{bits} ({name})" for name, bits in spec.items()) if isinstance(spec, dict) else str(spec)
 
 
 def _parameter_bytes(pipeline: Any) -> int:

@@ -36,7 +36,9 @@ class EffortName(StrEnum):
     thorough = "thorough"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or zoo:NAME.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, a .safetensors file, or zoo:NAME.")
+]
 AnyModel = Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A quantized folder, or any MODEL.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by stepquant quantize.")]
 Against = Annotated[
@@ -86,6 +88,26 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; default: the pipeline's.")]
 Prompts = Annotated[Path | None, typer.Option(help="File with one prompt per line; default: the model's own prompts.")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON file of arguments of the pipeline's call: values, paths of images and frames.",
+    ),
+]
+Component = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=BITS",
+        help="Quantize this denoiser (transformer_2=w4a8), in place of --bits; can be repeated.",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Pipeline folder to load a single .safetensors file with; default: the hub's."),
+]
 Backend = Annotated[
     str, typer.Option(help="Runtime of a quantized model: auto, native, onednn, cuda, reference, or path.py:function.")
 ]
@@ -150,3 +172,15 @@ def prompts_from(path: Path | None) -> list[str] | None:
     from stepquant.pipelines.request import read_prompts
 
     return None if path is None else read_prompts(path)
+
+
+def inputs_from(path: Path | None) -> Any:
+    """The inputs in a JSON file, None for no file."""
+    from stepquant.pipelines.input_files import read_inputs
+
+    return None if path is None else read_inputs(path)
+
+
+def origin_from(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `stepquant.loading.resolve_pipeline` that say which files of a model to load."""
+    return {name: options[name] for name in ("revision", "variant", "config")}

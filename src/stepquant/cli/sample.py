@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import AnyModel, Backend, Count, Guidance, Memory, Seed, Steps
+from stepquant.cli.options import AnyModel, Backend, Count, Guidance, Inputs, Memory, Seed, Steps, inputs_from
 from stepquant.cli.output import check_writable_file, progress
 
 
@@ -22,15 +22,15 @@ def sample(
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
+    inputs: Inputs = None,
     backend: Backend = "auto",
     memory: Memory = "unpacked",
 ) -> None:
     """Generate images and write them as one grid."""
     from stepquant.distributed import Ranks
     from stepquant.images import grid, image_format, save_image
-    from stepquant.layers.quantized import quantized_modules
     from stepquant.loading import resolve_pipeline
-    from stepquant.models import denoiser_name
+    from stepquant.models.denoisers import quantized_denoisers
     from stepquant.pipelines.generate import generate_many
     from stepquant.pipelines.request import make_request
     from stepquant.runtime import check_memory, resolve_backend, summary
@@ -39,11 +39,10 @@ def sample(
     image_format(out)
     check_writable_file(out)
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
     ranks = Ranks.current()
-    if quantized_modules(denoiser):
+    for denoiser in quantized_denoisers(pipeline).values():
         typer.echo(f"runtime: {summary(denoiser)}")
-    request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance)
+    request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance, inputs=inputs_from(inputs))
     images = generate_many(pipeline, request, count, seed, progress(), "Generating", ranks=ranks)
     if ranks.is_main:
         save_image(grid(images), out)

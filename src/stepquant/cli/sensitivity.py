@@ -32,6 +32,9 @@ DECADES = 4
 def sensitivity(
     model: o.Model,
     bits: o.Bits = "w4a8",
+    component: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Denoiser to rank, such as transformer_2; default: the only one.")
+    ] = None,
     method: Annotated[
         str, typer.Option(metavar="one-at-a-time|leave-one-out", help="Quantize one layer, or all layers but one.")
     ] = "one-at-a-time",
@@ -42,6 +45,7 @@ def sensitivity(
     size: o.Size = None,
     prompts: o.Prompts = None,
     guidance: o.Guidance = None,
+    inputs: o.Inputs = None,
     seed: o.Seed = 0,
     dtype: o.DType = o.FloatType.float32,
     device: o.Device = None,
@@ -60,16 +64,17 @@ def sensitivity(
 
     spec = QuantSpec.parse(bits)
     budget_bits = None if budget is None else parse_budget(budget)
-    lines = o.prompts_from(prompts)
+    lines, further = o.prompts_from(prompts), o.inputs_from(inputs)
     pipeline = resolve_pipeline(model, dtype=dtype.torch)
     measured = stepquant.sensitivity(
         pipeline,
-        spec,
+        spec if component is None else {component: spec},
         method=check_method(method),
         budget=budget_bits,
         calibration=RANKING.model_copy(update={"samples": samples, "steps": steps, "size": size}),
         prompts=lines,
         guidance=guidance,
+        inputs=further,
         seed=seed,
         workspace=out / ".work",
         progress=progress(),

@@ -82,6 +82,10 @@ def _call(pipeline: Any, arguments: dict[str, Any], has_inputs: bool, on_step: C
             watched(primary_denoisers(pipeline).values(), on_step, counter),
         ):
             return samples_of(pipeline(**arguments))
+    except (ImportError, NameError) as error:
+        raise StepquantError(
+            f"{type(pipeline).__name__} needs a package that is not installed: {first_line(error)}. Install it."
+        ) from error
     except Exception as error:
         # A pipeline checks its arguments with exceptions of any class; wrong shapes may show up in a denoiser only.
         of_arguments = isinstance(error, ValueError) or counter.step < 0 or has_inputs

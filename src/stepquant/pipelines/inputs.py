@@ -27,7 +27,6 @@ RESERVED = {
             "num_images_per_prompt",
             "num_videos_per_prompt",
             "num_waveforms_per_prompt",
-            "output_type",
             "return_dict",
         )
     ),
