@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 import stepquant as sq
-from stepquant.calibration.samples import nest
 from stepquant.core.affine import dequantize, quantize
 from stepquant.core.qtensor import expand_groups
 from stepquant.evaluation.fidelity import psnr
@@ -39,6 +38,7 @@ from stepquant.layers.quantized import QuantizedModule
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
+from stepquant.pipelines.arguments import nest
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import Request, make_request
 from stepquant.runtime import INTEGER

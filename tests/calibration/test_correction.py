@@ -37,7 +37,7 @@ def samples():
     times = torch.tensor([1.0, 500.0]).repeat(20)
     generator = torch.Generator().manual_seed(0)
     tensors = {"sample": torch.randn(40, 1, 16, 16, generator=generator), "timestep": times}
-    return CalibrationSet(tensors, (times == 1).long())
+    return CalibrationSet.of(tensors, (times == 1).long())
 
 
 def test_gain_and_variance_are_estimated(unconditional_pipeline, samples):

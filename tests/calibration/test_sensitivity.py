@@ -42,7 +42,7 @@ def test_the_fragile_layer_ranks_first(method, fragile_pipeline, tmp_path):
 def test_one_at_a_time_is_the_error_of_rounding_that_weight(unconditional_pipeline, tmp_path):
     measured = stepquant.sensitivity(unconditional_pipeline, "w4a16", workspace=tmp_path, **SMALL)
     parts = [load_file(path) for path in sorted(tmp_path.glob("samples-*.safetensors"))]
-    samples = {name: torch.cat([part[name] for part in parts]) for name in ("sample", "timestep")}
+    samples = {name: torch.cat([part[f"0/{name}"] for part in parts]) for name in ("sample", "timestep")}
     steps = 3 - samples["timestep"].unique(return_inverse=True)[1]  # the first step is at the latest time
     unet = copy.deepcopy(unconditional_pipeline.unet)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_blocks_before_a_layers_block_run_once_and_give_the_same_output(method, 
     first = description.layers[0]
     calibrated = insert_fake_quantizers(unet, description, QuantSpec.parse("w4a16"))
     timesteps = torch.tensor([900, 100, 500])
-    samples = CalibrationSet({"sample": torch.randn(3, 1, 16, 16), "timestep": timesteps}, torch.tensor([0, 2, 1]))
+    samples = CalibrationSet.of({"sample": torch.randn(3, 1, 16, 16), "timestep": timesteps}, torch.tensor([0, 2, 1]))
     runs = []
     calibrated.model.get_submodule(first).register_forward_hook(lambda *_: runs.append(1))
     progress, workspace = Progress(), Workspace(tmp_path)
@@ -191,8 +191,8 @@ def test_an_interrupted_ranking_continues_and_gives_the_same_numbers(method, unc
     with pytest.raises(KeyboardInterrupt):
         measure("parts", _Interrupted())
     continued = measure("parts")
-    # Not again: the four steps of the trajectories and the five layers.
-    assert len(passes) == needed - 4 - 5
+    # Not again: two images of four steps whose calls are compared, the trajectories' four steps, five layers.
+    assert len(passes) == needed - 2 * 4 - 4 - 5
     assert torch.equal(continued.errors, whole.errors) and torch.equal(continued.whole, whole.whole)
     assert continued.steps == whole.steps and continued.bits == whole.bits
     again = measure("parts")

@@ -55,7 +55,7 @@ def test_the_search_observes_full_precision_and_changes_nothing(unconditional_pi
         for resnet in (module for module in unet.modules() if hasattr(module, "norm2")):
             resnet.norm2.weight.copy_(torch.logspace(-2, 1, len(resnet.norm2.weight)))
     calibrated = insert_fake_quantizers(unet, described(unet), QuantSpec.parse("w4a4"))
-    samples = CalibrationSet({"sample": torch.randn(6, 1, 16, 16), "timestep": torch.arange(6.0)}, torch.arange(6))
+    samples = CalibrationSet.of({"sample": torch.randn(6, 1, 16, 16), "timestep": torch.arange(6.0)}, torch.arange(6))
     factors = find_smoothing(calibrated, samples, 4, Progress())
     assert {name for name in calibrated.layers if name.endswith("conv2")} <= set(factors)
     assert "conv_in" not in factors, "its input stays in floating point"

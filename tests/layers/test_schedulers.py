@@ -136,7 +136,7 @@ def test_flow_matching_with_other_steps(tmp_path):
 
 def test_calibration_sees_both_halves_of_guidance(text_pipeline, monkeypatch):
     """In one batch; and in a pipeline that calls its denoiser twice a step."""
-    from stepquant.calibration import samples as trajectories
+    from stepquant.calibration import collection as trajectories
     from stepquant.calibration.selection import uniform_steps
     from stepquant.progress import Progress
 
@@ -146,11 +146,11 @@ def test_calibration_sees_both_halves_of_guidance(text_pipeline, monkeypatch):
 
     def conditions(pipeline):
         samples = collect(pipeline, pipeline.unet, request, steps, SMALL, 0, Progress())
-        return samples.tensors["encoder_hidden_states"].flatten(1).unique(dim=0).shape[0]
+        return samples.arguments(slice(None))["encoder_hidden_states"].flatten(1).unique(dim=0).shape[0]
 
     assert conditions(text_pipeline) == 2
 
     pipeline = copy.copy(text_pipeline)
     pipeline.unet = tiny.HalvesApart(text_pipeline.unet)
     samples = collect(pipeline, text_pipeline.unet, request, steps, SMALL, 0, Progress())
-    assert samples.tensors["encoder_hidden_states"].flatten(1).unique(dim=0).shape[0] == 2
+    assert samples.arguments(slice(None))["encoder_hidden_states"].flatten(1).unique(dim=0).shape[0] == 2

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stepquant.calibration.collection import collect_all
 from stepquant.calibration.image_folder import ImageFolder
-from stepquant.calibration.samples import Calibration, collect_all
+from stepquant.calibration.samples import Calibration
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.optimize.batches import TrajectoryBatches, encode, image_batches
@@ -106,12 +107,14 @@ def test_trajectories_contain_full_precision_outputs_at_many_timesteps(class_pip
         for seed in (0, 0, 1)
     ]
     samples = collected[0]
-    assert torch.equal(samples.outputs, collected[1].outputs) and not torch.equal(samples.steps, collected[2].steps)
+    every = slice(None)
+    assert torch.equal(samples.outputs(every), collected[1].outputs(every))
+    assert not torch.equal(samples.steps, collected[2].steps)
     with torch.no_grad():
         outputs = class_pipeline.transformer(**samples.arguments(slice(0, 3))).sample
-    assert torch.allclose(samples.outputs[:3], outputs, atol=1e-5)
-    assert len(samples.tensors["timestep"].unique()) > 4, "each batch of trajectories takes another number of steps"
-    labels = samples.tensors["class_labels"].unique().tolist()
+    assert torch.allclose(samples.outputs(slice(0, 3)), outputs, atol=1e-5)
+    assert len(samples.timesteps.unique()) > 4, "each batch of trajectories takes another number of steps"
+    labels = samples.arguments(every)["class_labels"].unique().tolist()
     assert 1000 in labels and len(labels) > 3, "both halves of guidance, and more classes than one batch has"
 
     requested = []
@@ -127,6 +130,6 @@ def test_trajectories_contain_full_precision_outputs_at_many_timesteps(class_pip
     row = next(
         row
         for row in range(len(samples))
-        if torch.equal(samples.tensors["hidden_states"][row], batch.arguments["hidden_states"][0])
+        if torch.equal(samples.arguments(every)["hidden_states"][row], batch.arguments["hidden_states"][0])
     )
-    assert torch.equal(batch.target[0], samples.outputs[row])
+    assert torch.equal(batch.target[0], samples.outputs(every)[row])

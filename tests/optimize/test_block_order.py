@@ -8,7 +8,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.calibration.model import CalibrationModel
@@ -19,7 +18,7 @@ from stepquant.layers.quantized import can_quantize
 from stepquant.optimize.block import Block
 from stepquant.optimize.blocks import _compared_layers
 from stepquant.optimize.reconstruction import Reconstruction
-from stepquant.optimize.replay import BlockInputs
+from stepquant.optimize.replay import SampleValues
 
 RESNET = ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]
 TRANSFORMER = [
@@ -58,9 +57,8 @@ def block_of(module, arguments):
     whole, copy = nn.ModuleDict({"block": module.eval()}), nn.ModuleDict()
     names = [name for name, part in module.named_modules() if can_quantize(part)]
     layers = {f"block.{name}": wrap(module.get_submodule(name), 4, None, StepClock()) for name in names}
-    leaves, tree = pytree.tree_flatten((arguments, {}))
-    inputs = BlockInputs(leaves, tree, 2)
-    samples = CalibrationSet({"timestep": torch.zeros(2)}, torch.zeros(2, dtype=torch.long))
+    inputs = SampleValues.of((arguments, {}), 2)
+    samples = CalibrationSet.of({"timestep": torch.zeros(2)}, torch.zeros(2, dtype=torch.long))
     return Block("block", whole, CalibrationModel(copy, StepClock(), layers, {}), inputs, inputs, samples, 2, Ranks())
 
 
@@ -81,8 +79,8 @@ def test_layers_are_in_execution_order_and_the_final_one_makes_the_output(make, 
 def test_the_final_layer_of_a_block_of_one_layer():
     layer = nn.Linear(4, 4)
     whole = nn.ModuleDict({"block": layer})
-    inputs = BlockInputs(*pytree.tree_flatten(((torch.randn(2, 4),), {})), 2)
-    samples = CalibrationSet({"timestep": torch.zeros(2)}, torch.zeros(2, dtype=torch.long))
+    inputs = SampleValues.of(((torch.randn(2, 4),), {}), 2)
+    samples = CalibrationSet.of({"timestep": torch.zeros(2)}, torch.zeros(2, dtype=torch.long))
     model = CalibrationModel(nn.ModuleDict(), StepClock(), {"block": wrap(layer, 4, None, StepClock())}, {})
     block = Block("block", whole, model, inputs, inputs, samples, 2, Ranks())
     assert list(block.layers) == ["block"] and block.final_layer == "block"

@@ -6,8 +6,9 @@ import torch
 
 import stepquant
 from stepquant import zoo
+from stepquant.calibration.collection import collect
 from stepquant.calibration.model import calibrate_ranges, insert_fake_quantizers
-from stepquant.calibration.samples import Calibration, collect
+from stepquant.calibration.samples import Calibration
 from stepquant.calibration.selection import uniform_steps
 from stepquant.config import QuantSpec
 from stepquant.evaluation.fidelity import psnr
@@ -59,7 +60,7 @@ def test_replayed_inputs_and_outputs_equal_those_of_the_whole_network(name, requ
         for one, other in zip((*args, *kwargs.values()), (*expected_args, *expected_kwargs.values()), strict=True):
             if isinstance(other, torch.Tensor):
                 assert torch.allclose(one, other, atol=1e-5), block
-        assert torch.allclose(replay.run(block, inputs)[0], expected, atol=1e-5), block
+        assert torch.allclose(replay.run(block, inputs).at(slice(None)).block, expected, atol=1e-5), block
     assert all("forward" not in denoiser.get_submodule(block).__dict__ for block in blocks)
 
 
@@ -67,7 +68,7 @@ def test_replayed_inputs_and_outputs_equal_those_of_the_whole_network(name, requ
 def test_replayed_blocks_use_the_scales_of_each_timestep(name, request, tmp_path):
     """With per-step scales, a block uses the scale of each sample's timestep, as the network does."""
     denoiser, samples = samples_of(request.getfixturevalue(name))
-    timesteps = samples.tensors["timestep"].float().unique()
+    timesteps = samples.timesteps.unique()
     assert len(timesteps) == 3
     model = insert_fake_quantizers(denoiser, described(denoiser), QuantSpec(bits="w8a4"), timesteps=timesteps)
     calibrate_ranges(model, samples, "minmax", 4, Progress())
@@ -78,13 +79,13 @@ def test_replayed_blocks_use_the_scales_of_each_timestep(name, request, tmp_path
         model.model(**samples.arguments(slice(0, len(samples))))
     replay = Replay(model.model, samples, 5, tmp_path, model.clock)
     for block in blocks:
-        output, _ = replay.run(block, replay.inputs(block))
+        output = replay.run(block, replay.inputs(block)).at(slice(None)).block
     assert torch.allclose(output, expected["last"], atol=1e-3)
 
 
 def test_guided_sampling_yields_samples_with_and_without_the_condition(class_pipeline):
     _, samples = samples_of(class_pipeline, count=12)
-    labels = samples.tensors["class_labels"].tolist()
+    labels = samples.arguments(slice(None))["class_labels"].tolist()
     assert 1000 in labels and any(label < 10 for label in labels)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.calibration.samples import CalibrationSet
@@ -13,7 +12,7 @@ from stepquant.core import gptq as core_gptq
 from stepquant.distributed import Ranks
 from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
-from stepquant.optimize.replay import BlockInputs
+from stepquant.optimize.replay import SampleValues
 from tests.described import described
 
 BLOCK, COUNT = "up_blocks.0.resnets.0", 64
@@ -33,8 +32,11 @@ def seen(unconditional_pipeline):
         unet(**tensors)
     handle.remove()
     args, kwargs, output = calls[0]
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    return CalibrationSet(tensors, torch.zeros(COUNT, dtype=torch.long)), BlockInputs(leaves, tree, COUNT), output
+    return (
+        CalibrationSet.of(tensors, torch.zeros(COUNT, dtype=torch.long)),
+        SampleValues.of((args, kwargs), COUNT),
+        output,
+    )
 
 
 def errors(unet, seen):

@@ -4,9 +4,9 @@ from PIL import Image
 from test_network import Stop, StopIn
 
 import stepquant
+from stepquant.calibration.collection import collect_all
 from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.fake_quant.activation_quantizers import GeneratedScale
-from stepquant.calibration.samples import collect_all
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
 from stepquant.pipelines.request import make_request
@@ -63,7 +63,7 @@ def test_distillation_reduces_the_error_on_unseen_trajectories(unconditional_pip
         quantized = train(pipeline, "w2a8", iterations=iterations, weight_rate=1e-2, refresh=5)
         with torch.no_grad():
             output = quantized.unet(**samples.arguments(slice(None))).sample
-        return float((output - samples.outputs).square().mean())
+        return float((output - samples.outputs(slice(None))).square().mean())
 
     assert error(40) < 0.85 * error(0)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import stepquant
-from stepquant.calibration import samples as calibration_samples
+from stepquant.calibration import collection as calibration_samples
 from stepquant.errors import StepquantError
 from stepquant.models import denoiser_name
 from stepquant.pipelines.request import make_request

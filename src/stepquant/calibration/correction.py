@@ -40,14 +40,12 @@ def estimate_correction(
     Returns:
         Gain ``1 / (1 + k_t)`` and variance of the residual, float32 [T] each.
     """
-    timesteps, step = samples.tensors["timestep"].float().unique(return_inverse=True)
+    timesteps, step = samples.timesteps.unique(return_inverse=True)
     products, powers, quantized_powers, values = (torch.zeros(len(timesteps), dtype=torch.float64) for _ in range(4))
     with progress.task("Estimating the output correction", len(samples)) as advance:
         for chosen in samples.batches(batch_size):
             arguments = samples.arguments(chosen)
-            exact, quantized = (
-                main_tensor(model(**arguments, return_dict=False)) for model in (full_precision, calibrated.model)
-            )
+            exact, quantized = (main_tensor(model(**arguments)) for model in (full_precision, calibrated.model))
             channels = predicted_channels(full_precision, exact)
             exact, quantized = (out[:, :channels].double().flatten(1).cpu() for out in (exact, quantized))
             for sums, addend in (

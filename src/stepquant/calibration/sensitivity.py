@@ -203,7 +203,7 @@ class _Network:
 
     @torch.no_grad()
     def _output(self) -> Tensor:
-        return main_tensor(self.calibrated.model(**self.arguments, return_dict=False)).cpu()
+        return main_tensor(self.calibrated.model(**self.arguments)).cpu()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

@@ -220,12 +220,15 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """Return the tensor that represents a block's output: the output itself, or the first of a tuple.
+    """Return the tensor that represents an output: the output itself, or the first of a tuple.
 
-    A joint block outputs text and image, both [B, tokens, C]; they are concatenated along the tokens.
+    A joint block outputs text and image, both [B, tokens, C]; they are concatenated along the tokens. A list has one
+    tensor for each sample; they are stacked.
     """
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, list) and len({part.shape if isinstance(part, Tensor) else None for part in output}) == 1:
+        return torch.stack(output)
     tensors = [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple | list) else []
     if len(tensors) > 1 and all(part.dim() == 3 and part.shape[-1] == tensors[0].shape[-1] for part in tensors):
         return torch.cat(tensors, dim=1)

@@ -62,9 +62,8 @@ class TrajectoryBatches:
 
     def __call__(self, iteration: int, generator: torch.Generator, ranks: Ranks) -> Batch:
         samples = self.collected(iteration // self.refresh if self.refresh else 0)
-        assert samples.outputs is not None
-        chosen = torch.randint(len(samples), (self.size,), generator=generator)[ranks.share(self.size)]
-        return Batch(samples.arguments(chosen), samples.outputs[chosen], len(chosen) / self.size)
+        chosen = samples.minibatch(self.size, generator)[ranks.share(self.size)]
+        return Batch(samples.arguments(chosen), samples.outputs(chosen), len(chosen) / self.size)
 
 
 @dataclass(frozen=True)

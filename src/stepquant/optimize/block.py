@@ -15,7 +15,7 @@ from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.distributed import Ranks
 from stepquant.models.tracing import execution_order, fed_by_block_input
-from stepquant.optimize.replay import BlockInputs
+from stepquant.optimize.replay import SampleValues
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Block:
     name: str
     full_precision: nn.Module
     calibrated: CalibrationModel
-    clean: BlockInputs
-    inputs: BlockInputs
+    clean: SampleValues
+    inputs: SampleValues
     samples: CalibrationSet
     batch_size: int
     ranks: Ranks
@@ -91,7 +91,7 @@ class Block:
         """Run this process's share of the samples through the block under calibration."""
         for chosen in self._shared_batches():
             args, kwargs = self.inputs.at(chosen)
-            self.calibrated.clock.set(self.samples.tensors["timestep"][chosen])
+            self.calibrated.clock.set(self.samples.timesteps[chosen])
             self.module(*args, **kwargs)
 
     def _shared_batches(self) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import geometric_mean
 from typing import Any
 
@@ -23,7 +23,7 @@ from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales, Reconstruction
-from stepquant.optimize.replay import Replay
+from stepquant.optimize.replay import BlockOutputs, Replay
 from stepquant.optimize.trainer import by_group, optimize
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
@@ -71,7 +71,8 @@ def reconstruct(
             clean, inputs = original.inputs(name), quantized.inputs(name)
             block = Block(name, full_precision, calibrated, clean, inputs, samples, batch_size, ranks, left_alone)
             with staying(block.original, block.module):
-                target, layer_targets = original.run(name, clean, record=_compared_layers(block, settings))
+                compared = _compared_layers(block, settings)
+                targets = original.run(name, clean, compared)
                 stage = f"block-{key}-{index:03d}"
                 stored = workspace.load(stage)
                 if stored is None:
@@ -81,7 +82,7 @@ def reconstruct(
                         _initialize_ranges(block, settings.scales)
                         if isinstance(settings.rounding, GPTQ):
                             gptq(block, block.layers_below(settings.rounding.below))
-                        cuts[name] = _learn(block, LayerOutputs(target, layer_targets), settings, start, advance)
+                        cuts[name] = _learn(block, targets, compared, settings, start, advance)
                     workspace.save(stage, _block_state(calibrated, name))
                 else:
                     _restore(calibrated, name, stored)
@@ -135,16 +136,21 @@ def _initialize_ranges(block: Block, scales: LearnScales | None) -> None:
 
 
 def _learn(
-    block: Block, targets: LayerOutputs, settings: Reconstruction, seed: int, advance: Callable[[int], None]
+    block: Block,
+    targets: BlockOutputs,
+    layers: Sequence[str],
+    settings: Reconstruction,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> float:
     """Learn the weights and scales of a block; returns what deciding soft roundings multiplied its error by."""
     calibrated, inputs, ranks, rounding = block.calibrated, block.inputs, block.ranks, settings.rounding
-    timesteps = block.samples.tensors["timestep"]
+    timesteps = block.samples.timesteps
     points = block.points if settings.scales else []
     learned = list(block.layers_below(rounding.below).values()) if rounding else []
     groups = _parameter_groups(learned, points, settings)
     generator = torch.Generator().manual_seed(seed)
-    compared = {name: calibrated.layers[name] for name in targets.layers}
+    compared = {name: calibrated.layers[name] for name in layers}
     unit: Tensor | None = None
 
     def missed_by(chosen: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -155,7 +161,7 @@ def _learn(
 
     def loss(iteration: int) -> Tensor:
         nonlocal unit
-        minibatch = torch.randint(inputs.samples, (min(settings.batch_size, inputs.samples),), generator=generator)
+        minibatch = block.samples.minibatch(min(settings.batch_size, len(block.samples)), generator)
         share = ranks.share(len(minibatch))
         chosen = minibatch[share]
         missed = torch.zeros(())
@@ -177,7 +183,7 @@ def _learn(
 
     @torch.no_grad()
     def error_now() -> float:
-        chosen = torch.arange(min(CUT_SAMPLES, inputs.samples))
+        chosen = torch.arange(min(CUT_SAMPLES, inputs.ranges.sizes[0]))
         return max(1e-12, float(missed_by(chosen, *inputs.at(chosen))))
 
     published = isinstance(rounding, AdaRound) and rounding.published

@@ -56,7 +56,7 @@ def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
     moments, cross = _zeros(layer), _zeros(layer)
     for chosen in batches:
         wanted = _input_of(original, block.original, block.clean.at(chosen))
-        block.calibrated.clock.set(block.samples.tensors["timestep"][chosen])
+        block.calibrated.clock.set(block.samples.timesteps[chosen])
         given = _input_of(layer, block.module, block.inputs.at(chosen))
         if layer.input_point is not None:
             given = layer.input_point(given)

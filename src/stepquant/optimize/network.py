@@ -81,7 +81,7 @@ def finetune(
 
         def loss(iteration: int) -> Tensor:
             torch.manual_seed(seed * 100_003 + iteration)
-            chosen = torch.randint(len(samples), (min(settings.batch_size, len(samples)),))
+            chosen = samples.minibatch(min(settings.batch_size, len(samples)))
             return network_error(
                 full_precision, calibrated, samples, chosen, layers, settings.global_weight, ranks,
                 published=settings.published,
@@ -119,9 +119,9 @@ def network_error(
     arguments = samples.arguments(chosen)
     originals = {name: full_precision.get_submodule(name) for name in layers}
     with torch.no_grad(), LayerOutputs.recorded(originals) as targets:
-        target = main_tensor(full_precision(**arguments, return_dict=False))
+        target = main_tensor(full_precision(**arguments))
     with LayerOutputs.recorded({name: calibrated.layers[name] for name in layers}) as outputs:
-        output = main_tensor(calibrated.model(**arguments, return_dict=False))
+        output = main_tensor(calibrated.model(**arguments))
     share = len(chosen) / minibatch
     pairs = [(output, target), *((outputs[name], targets[name]) for name in layers)]
     weights = torch.ones(len(pairs), device=output.device)

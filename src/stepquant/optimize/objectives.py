@@ -21,10 +21,6 @@ class LayerOutputs:
     block: Tensor
     layers: dict[str, Tensor]
 
-    def at(self, chosen: Tensor) -> LayerOutputs:
-        """Those of some of the samples."""
-        return LayerOutputs(self.block[chosen], {name: output[chosen] for name, output in self.layers.items()})
-
     @staticmethod
     @contextmanager
     def recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:

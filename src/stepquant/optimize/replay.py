@@ -7,7 +7,10 @@ in execution order. Outputs are kept in files mapped into memory, so that they n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stepquant.calibration.buckets import Bucket, Ranges
 from stepquant.calibration.placement import answering, device_of
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.core.noise import SampleNoise
@@ -24,42 +28,62 @@ from stepquant.files import allocate
 from stepquant.layers.clock import StepClock
 from stepquant.models.description import main_tensor
 from stepquant.optimize.objectives import LayerOutputs
+from stepquant.pipelines.layout import UnknownLayoutError, find_layout, pack, unpack
 
 
-class BlockInputs:
-    """The arguments that one block is called with, for all N samples: a tree whose tensors are [N, ...]."""
+@dataclass(frozen=True)
+class SampleValues:
+    """A value of any structure for all N samples, whose parts are stored sample by sample.
 
-    def __init__(self, leaves: list[Any], structure: Any, samples: int) -> None:
-        self.leaves, self.structure, self.samples = leaves, structure, samples
+    Attributes:
+        buckets: samples for which the value has the same structure.
+        ranges: of the samples in each.
+    """
 
-    def at(self, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for some of the samples."""
-        return self._arguments([self._pick(leaf, chosen) for leaf in self.leaves], chosen)
+    buckets: tuple[Bucket, ...]
+    ranges: Ranges
 
-    def mixed(
-        self, other: BlockInputs, chosen: Tensor, probability: float, noise: SampleNoise
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @classmethod
+    def of(cls, value: Any, samples: int) -> SampleValues:
+        """A value whose tensors are [N, ...]."""
+        one, two = (pytree.tree_map_only(Tensor, itemgetter(slice(count)), value) for count in (1, 2))
+        return cls((Bucket(*pack(value, find_layout(one, two))),), Ranges((samples,)))
+
+    def at(self, chosen: slice | Tensor) -> Any:
+        """The value for some samples of one bucket."""
+        bucket, samples = self._chosen(chosen)
+        return unpack(bucket.template, bucket.tensors, samples)
+
+    def mixed(self, other: SampleValues, chosen: Tensor, probability: float, noise: SampleNoise) -> Any:
         """As `at`, but each floating element comes from `other` with the given probability (QDrop)."""
         if probability == 0:
             return self.at(chosen)
-        leaves = []
-        for mine, theirs in zip(self.leaves, other.leaves, strict=True):
-            leaf = self._pick(mine, chosen)
-            if self._has_samples(mine) and leaf.is_floating_point():
-                leaf = torch.where(noise.uniform(leaf) < probability, self._pick(theirs, chosen), leaf)
-            leaves.append(leaf)
-        return self._arguments(leaves, chosen)
+        mine, samples = self._chosen(chosen)
+        theirs, _ = other._chosen(chosen)
+        tensors = {
+            name: torch.where(noise.uniform(tensor) < probability, theirs.tensors[name], tensor)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in mine.tensors.items()
+        }
+        return unpack(mine.template, tensors, samples)
 
-    def _arguments(self, leaves: list[Any], chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        count = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
-        return args, {name: count if value is _BATCH else value for name, value in kwargs.items()}
+    def _chosen(self, chosen: slice | Tensor) -> tuple[Bucket, int]:
+        index, inside = self.ranges.locate(chosen)
+        size = self.ranges.sizes[index]
+        return self.buckets[index].at(inside), len(range(size)[inside]) if isinstance(inside, slice) else len(inside)
 
-    def _pick(self, leaf: Any, chosen: slice | Tensor) -> Any:
-        return leaf[chosen] if self._has_samples(leaf) else leaf
 
-    def _has_samples(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.samples
+class BlockOutputs:
+    """Outputs of a block and of layers inside it, for all samples."""
+
+    def __init__(self, values: SampleValues) -> None:
+        self.values = values
+
+    def at(self, chosen: slice | Tensor) -> LayerOutputs:
+        """Those for some samples of one bucket."""
+        value = self.values.at(chosen)
+        return LayerOutputs(main_tensor(value["block"]), value["layers"])
 
 
 class Replay:
@@ -85,99 +109,111 @@ class Replay:
     ) -> None:
         self.model, self.samples, self.batch_size, self.scratch = model, samples, batch_size, scratch
         self.clock, self.ranks = clock, ranks or Ranks()
-        self._outputs: dict[str, tuple[list[Any], Any]] = {}
+        self._outputs: dict[str, SampleValues] = {}
 
     @torch.no_grad()
-    def inputs(self, block: str) -> BlockInputs:
-        """What `block` is called with, given the recorded outputs of the blocks before it."""
+    def inputs(self, block: str) -> SampleValues:
+        """What `block` is called with, given the recorded outputs of the blocks before it: ``(args, kwargs)``.
+
+        Raises:
+            StepquantError: if the samples' parts of its arguments cannot be told apart.
+        """
         target = self.model.get_submodule(block)
         stubs = {name: self.model.get_submodule(name) for name in self._outputs}
-        position, home = {"chosen": slice(0, 0)}, device_of(self.model)
+        home, position = device_of(self.model), {"chosen": slice(0)}
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            raise Reached(args, {name: _BATCH if name == "batch_size" else value for name, value in kwargs.items()})
+            raise Reached(args, kwargs)
 
         def answer(name: str) -> Any:
             def forward(*_args: Any, **_kwargs: Any) -> Any:
-                leaves, tree = self._outputs[name]
-                chosen = position["chosen"]
-                return pytree.tree_unflatten(
-                    [leaf[chosen].clone().to(home) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
-                )
+                output = self._outputs[name].at(position["chosen"])
+                return pytree.tree_map_only(Tensor, lambda x: x.clone().to(home), output)
 
             return forward
 
-        def called_with(chosen: slice) -> tuple[list[Any], Any]:
+        def called_with(chosen: Any) -> Any:
             position["chosen"] = chosen
             try:
                 self.model(**self.samples.arguments(chosen))
             except Reached as reached:
-                return pytree.tree_flatten((reached.given, reached.named))
+                return reached.given, reached.named
             raise RuntimeError(f"block {block} was never reached: the description's order is wrong")
 
-        batches = list(self.samples.batches(self.batch_size))
         with answering({module: answer(name) for name, module in stubs.items()} | {target: stop}):
-            # The last batch may be smaller: with the first it tells which arguments have a row per sample.
-            first, last = called_with(batches[0])[0], called_with(batches[-1])[0]
-            joined = [
-                self._allocate(f"inputs-{index}", leaf)
-                if _is_per_sample((leaf, end), (batches[0], batches[-1]))
-                else leaf
-                for index, (leaf, end) in enumerate(zip(first, last, strict=True))
-            ]
-            for chosen in batches:
-                leaves, structure = called_with(chosen)
-                for memory, before, leaf in zip(joined, first, leaves, strict=True):
-                    if memory is not before:
-                        memory[chosen] = leaf
-        return BlockInputs(joined, structure, len(self.samples))
+            return self._stored("inputs", block, called_with, map)
 
     @torch.no_grad()
-    def run(self, block: str, inputs: BlockInputs, record: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run `block` on all its inputs and remember its output.
+    def run(self, block: str, inputs: SampleValues, record: Sequence[str] = ()) -> BlockOutputs:
+        """Run `block` on all its inputs, and remember its output.
 
-        Returns:
-            The output's main tensor, [N, ...], and those of the layers named in `record`.
+        Args:
+            record: names of layers whose outputs are recorded, too.
+
+        Raises:
+            StepquantError: if the samples' parts of its output cannot be told apart.
         """
         module = self.model.get_submodule(block)
-        leaves: list[Any] = []
-        kept: dict[str, Tensor] = {}
-        tree: Any = None
+        layers = {name: self.model.get_submodule(name) for name in record}
 
-        def put_out(chosen: slice) -> tuple[list[Any], list[Tensor], Any]:
+        def put_out(chosen: Any) -> Any:
             args, kwargs = inputs.at(chosen)
             if self.clock is not None:
-                self.clock.set(self.samples.tensors["timestep"][chosen])
-            with LayerOutputs.recorded({name: self.model.get_submodule(name) for name in record}) as layers:
-                produced, tree = pytree.tree_flatten(module(*args, **kwargs))
-            size = chosen.stop - chosen.start
-            if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in produced):
+                self.clock.set(self.samples.timesteps[chosen])
+            with LayerOutputs.recorded(layers) as recorded:
+                output = module(*args, **kwargs)
+            return {"block": output, "layers": dict(recorded)}
+
+        values = self._stored(block, block, put_out, self.ranks.map)
+        outputs = tuple(_member(bucket, "block") for bucket in values.buckets)
+        self._outputs[block] = SampleValues(outputs, values.ranges)
+        return BlockOutputs(values)
+
+    def _stored(
+        self,
+        name: str,
+        block: str,
+        compute: Callable[[Any], Any],
+        shared_map: Callable[[Callable[[slice], Any], Sequence[slice]], Iterator[Any]],
+    ) -> SampleValues:
+        """What `compute` returns for all samples.
+
+        Args:
+            name: of the files.
+            shared_map: computes batches, some of them in other processes.
+        """
+        ranges, numbers, buckets = self.samples.ranges, count(), []
+        for start, size in zip(ranges.starts, ranges.sizes, strict=False):
+            one, other = (compute(torch.full((number,), start)) for number in (1, 2))
+            try:
+                layout = find_layout(one, other)
+                template, first = pack(one, layout)
+            except UnknownLayoutError as error:
                 raise StepquantError(
-                    f"block {block} folds another dimension into the batch, which block reconstruction does not "
-                    "support. Use recipe minmax or ptq4dm."
-                )
-            return produced, [layers[name] for name in record], tree
+                    f"block {block} cannot be reconstructed: in its calls, {error.found}. Use a recipe that does not "
+                    "work block by block, such as minmax or ptq4dm."
+                ) from None
+            memory = {
+                part: allocate(self.scratch / f"{name}-{next(numbers)}.bin", (size, *tensor.shape[1:]), tensor.dtype)
+                for part, tensor in first.items()
+            }
 
-        batches = list(self.samples.batches(self.batch_size))
-        for chosen, put in zip(batches, self.ranks.map(put_out, batches), strict=True):
-            produced, layers, tree = put
-            if not leaves:
-                leaves = [self._allocate(f"{block}.{index}", leaf) for index, leaf in enumerate(produced)]
-                kept = {name: self._allocate(f"layer-{index}", layers[index]) for index, name in enumerate(record)}
-            for memory, leaf in zip(leaves + list(kept.values()), produced + layers, strict=True):
-                if isinstance(leaf, Tensor):
-                    memory[chosen] = leaf
-        self._outputs[block] = (leaves, tree)
-        return main_tensor(pytree.tree_unflatten(leaves, tree)), kept
+            def parts(chosen: slice, layout: Any = layout) -> dict[str, Tensor]:
+                return pack(compute(chosen), layout)[1]
 
-    def _allocate(self, name: str, like: Any) -> Any:
-        if not isinstance(like, Tensor):
-            return like
-        return allocate(self.scratch / f"{name}.bin", (len(self.samples), *like.shape[1:]), like.dtype)
+            batches = [
+                slice(at, min(at + self.batch_size, start + size)) for at in range(start, start + size, self.batch_size)
+            ]
+            for chosen, tensors in zip(batches, shared_map(parts, batches), strict=True):
+                for part, rows in memory.items():
+                    rows[chosen.start - start : chosen.stop - start] = tensors[part]
+            buckets.append(Bucket(template, memory))
+        return SampleValues(tuple(buckets), ranges)
 
 
-_BATCH = object()
-"""Stands for an argument that is the number of samples in the batch."""
+def _member(bucket: Bucket, name: str) -> Bucket:
+    """One member of a bucket of dictionaries."""
+    return Bucket(bucket.template[name], {part: x for part, x in bucket.tensors.items() if part.split(".")[0] == name})
 
 
 class Reached(Exception):
@@ -186,11 +222,3 @@ class Reached(Exception):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.given, self.named = args, kwargs
-
-
-def _is_per_sample(leaves: tuple[Any, Any], batches: tuple[slice, slice]) -> bool:
-    """Whether an argument, seen in two batches, has as many rows as each batch has samples."""
-    return all(
-        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == chosen.stop - chosen.start
-        for leaf, chosen in zip(leaves, batches, strict=True)
-    )

@@ -72,7 +72,7 @@ def temporal_block(
     Raises:
         StepquantError: if a layer is not called once with a row for each sample.
     """
-    timesteps = samples.tensors["timestep"]
+    timesteps = samples.timesteps
     values, owner = timesteps.unique(return_inverse=True)
     first = torch.stack([(owner == row).nonzero()[0, 0] for row in range(len(values))])
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -85,8 +85,8 @@ def temporal_block(
 
     handles = [denoiser.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
-        for chosen in first.split(batch_size):
-            denoiser(**samples.arguments(chosen), return_dict=False)
+        for chosen in samples.ranges.split(first, batch_size):
+            denoiser(**samples.arguments(chosen))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,11 +13,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.errors import StepquantError
-from stepquant.layers.clock import timestep_name
+from stepquant.layers.clock import TimestepReader, timestep_name
+from stepquant.models.denoisers import denoisers
 from stepquant.pipelines.arguments import named_arguments
 from stepquant.pipelines.generate import generate
+from stepquant.pipelines.layout import Entries, Layout, Part, Rows, divided, find_layout, samples_in
 from stepquant.pipelines.request import Request
 from stepquant.pipelines.steps import StepCounter
+
+OUTPUT = "-> output"
+"""Name of the output among the recorded arguments of a call; not a valid argument name."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,116 @@ def on_call(module: nn.Module, receive: Callable[[dict[str, Any], Any], None]) -
     return module.register_forward_hook(hook, with_kwargs=True).remove
 
 
+@dataclass(frozen=True)
+class CallPattern:
+    """What the calls of a denoiser by its pipeline have in common.
+
+    Attributes:
+        timestep: name of the argument.
+        layout: of the arguments and of the output, named `OUTPUT`; the parts of each sample. Both halves of guidance
+            are samples of their own.
+    """
+
+    timestep: str
+    layout: Layout
+
+    def completed(self, arguments: dict[str, Any], output: Any = None) -> dict[str, Any]:
+        """Arguments of a call with a timestep for every sample, and with its output unless None."""
+        complete = {name: value for name, value in arguments.items() if name != "return_dict"}
+        time = torch.as_tensor(complete[self.timestep])
+        if time.numel() == 1:
+            others = {name: value for name, value in complete.items() if name != self.timestep}
+            complete[self.timestep] = time.reshape(1).expand(samples_in(self.layout, others))
+        return complete if output is None else complete | {OUTPUT: plain_output(output)}
+
+
+def observe_calls(pipeline: Any, denoiser: nn.Module, request: Request, seed: int) -> CallPattern:
+    """Compare the calls of a denoiser while one image is generated, and the same image twice in one batch.
+
+    Few calls are computed: where the arguments have known shapes, the denoisers of the pipeline return an earlier
+    output, because the form of the calls does not depend on it.
+
+    Raises:
+        StepquantError: if the calls differ in more than the number of samples, or as `generate`.
+    """
+    timestep = TimestepReader.of(denoiser).name
+    one = _forms_of_calls(pipeline, denoiser, request, [0], seed)
+    two = _forms_of_calls(pipeline, denoiser, request, [0, 0], seed)
+    if len(one) != len(two) or not one:
+        raise StepquantError(
+            f"{type(pipeline).__name__} calls its {type(denoiser).__name__} {len(one)} times for one image and "
+            f"{len(two)} times for two; expected the same calls with more samples. Quantize it through a pipeline that "
+            "generates batches."
+        )
+    layout: dict[str, Part | None] = {}
+    for call, doubled in zip(one, two, strict=True):
+        for path, part in find_layout(call, doubled).items():
+            layout[path] = layout.get(path) or part
+    if layout.get(timestep) is None and torch.as_tensor(one[0][timestep]).numel() == 1:
+        layout[timestep] = Rows(count=min(part.count for part in layout.values() if isinstance(part, Rows | Entries)))
+    return CallPattern(timestep, divided(layout))
+
+
+def _forms_of_calls(
+    pipeline: Any, denoiser: nn.Module, request: Request, indices: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """The arguments and output of each call, with tensors on the meta device."""
+    calls: list[dict[str, Any]] = []
+
+    def receive(arguments: dict[str, Any], output: Any) -> None:
+        arguments = {name: value for name, value in arguments.items() if name != "return_dict"}
+        call = arguments | {OUTPUT: plain_output(output)}
+        calls.append(pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), call))
+
+    inner = set(denoiser.modules())
+    others = [part for part in denoisers(pipeline).values() if not inner & set(part.modules())]
+    remove = on_call(denoiser, receive)
+    try:
+        with _repeating_outputs([denoiser, *others]):
+            generate(pipeline, request, indices, seed, decode=False)
+    finally:
+        remove()
+    return calls
+
+
+@contextmanager
+def _repeating_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let each module compute its first call with arguments of certain shapes, and repeat the output afterwards."""
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = _repeating(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _repeating(compute: Callable[..., Any]) -> Callable[..., Any]:
+    outputs: list[tuple[Any, Any]] = []
+
+    @wraps(compute)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        form = tree, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+        known = next((output for other, output in outputs if other == form), None)
+        if known is None:
+            known = compute(*args, **kwargs)
+            outputs.append((form, _copied(known)))
+        return _copied(known)
+
+    return forward
+
+
 class _EnoughRecorded(Exception):
     """Ends generation, of which no more is needed."""
+
+
+def plain_output(output: Any) -> Any:
+    """An output of diffusers as a tuple; any other as it is."""
+    return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
 def _copied(tree: Any) -> Any:

@@ -101,7 +101,7 @@ class State:
         return digest(
             [
                 self.history,
-                samples and tensors_digest({**samples.tensors, **samples.shared}),
+                samples and tensors_digest(samples.to_tensors()),
                 model and tensors_digest(model.state()),
                 self.critical,
             ]

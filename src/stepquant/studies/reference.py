@@ -10,10 +10,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from stepquant.calibration.samples import flatten, nest
 from stepquant.files import digest, tensors_digest
 from stepquant.models import denoiser_name
 from stepquant.models.description import main_tensor
+from stepquant.pipelines.arguments import flatten, nest
 from stepquant.pipelines.generate import batches, generate
 from stepquant.pipelines.recording import on_call
 from stepquant.pipelines.request import Request

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import stepquant
-from stepquant.calibration.samples import COLLECTING
+from stepquant.calibration.collection import COLLECTING
 from stepquant.evaluation.fidelity import psnr, ssim
 from stepquant.evaluation.proxy import ClassifierProxy
 from stepquant.loading import resolve_pipeline

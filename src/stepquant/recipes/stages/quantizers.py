@@ -64,7 +64,7 @@ class AddQuantizers(Stage):
         """Of the rows of activation tables, as the denoiser is given them: float [R]; None for one row."""
         if self.rows == "one":
             return None
-        seen = state.samples.tensors["timestep"].float()
+        seen = state.samples.timesteps
         if self.rows == "calibrated":
             return seen.unique()
         timesteps = training_timesteps(scheduler_of(context.pipeline, context.component))

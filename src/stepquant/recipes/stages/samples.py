@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stepquant.calibration.samples import NOISE_OFFSET, OUTPUT, SHARED, CalibrationSet, collect, collect_all
+from stepquant.calibration.collection import NOISE_OFFSET, collect, collect_all
+from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.selection import normal_steps, uniform_steps
 from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, step_features
 from stepquant.files import digest
@@ -98,17 +99,4 @@ def trajectories(context: Context, index: int) -> CalibrationSet:
     def draw() -> CalibrationSet:
         return collect_all(pipeline, denoiser, request, context.calibration, seed, context.progress)
 
-    return _unpacked(context.cached(name, lambda: _packed(draw()), shared=True))
-
-
-def _packed(samples: CalibrationSet) -> dict[str, Tensor]:
-    shared = {f"{SHARED}{name}": tensor for name, tensor in samples.shared.items()}
-    outputs = {} if samples.outputs is None else {OUTPUT: samples.outputs}
-    return samples.tensors | shared | outputs | {"steps": samples.steps}
-
-
-def _unpacked(stored: dict[str, Tensor]) -> CalibrationSet:
-    tensors = dict(stored)
-    steps, outputs = tensors.pop("steps"), tensors.pop(OUTPUT, None)
-    shared = {name.removeprefix(SHARED): tensors.pop(name) for name in list(tensors) if name.startswith(SHARED)}
-    return CalibrationSet(tensors, steps, shared, outputs)
+    return CalibrationSet.from_tensors(context.cached(name, lambda: draw().to_tensors(), shared=True))
