@@ -20,6 +20,25 @@ SMALLEST_SIDE = 64
 CAPTION_HEIGHT = 20
 
 
+def stills(samples: Tensor, name: str = "the pipeline") -> Tensor:
+    """Return images float [N, C, H, W] of samples: of video [N, C, F, H, W] the middle frame.
+
+    Args:
+        name: of the model that generated them, for the message.
+
+    Raises:
+        StepquantError: for audio and latents, which cannot be shown.
+    """
+    if samples.dim() == 5:
+        samples = samples[:, :, samples.shape[2] // 2]
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3, 4):
+        raise StepquantError(
+            f"{name} generates samples of the shape {list(samples.shape[1:])}; expected images or video. Only "
+            "`stepquant evaluate` compares other samples."
+        )
+    return samples[:, :3]
+
+
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Return a grid of images, float [N, C, H, W] in [-1, 1] with C of 1 or 3, in rows; square by default."""
     columns = columns or math.ceil(math.sqrt(len(images)))

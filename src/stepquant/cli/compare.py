@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import Against, Count, Guidance, Seed, Steps
+from stepquant.cli.options import Against, Count, Guidance, Inputs, Seed, Steps, inputs_from
 from stepquant.cli.output import check_page, print_table, progress, table_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def compare(
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
+    inputs: Inputs = None,
 ) -> None:
     """Compare quantized models with their full-precision model.
 
@@ -35,7 +36,14 @@ def compare(
     check_page(out, folders)
     against = against or origin_of(folders[0])
     comparison = reports.compare(
-        folders, against, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress()
+        folders,
+        against,
+        count=count,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        inputs=inputs_from(inputs),
+        progress=progress(),
     )
     print_table(_table(comparison))
     write_text(out, reports.render_comparison(comparison))
@@ -55,7 +63,7 @@ def _table(comparison: Comparison) -> Table:
             one.recipe,
             one.bits,
             f"{figures.psnr_db:.2f}",
-            f"{figures.ssim:.4f}",
+            "" if figures.ssim is None else f"{figures.ssim:.4f}",
             f"{figures.denoiser_bytes / 1e6:.2f}",
             f"{figures.seconds_per_step * 1e3:.1f}",
             f"{figures.speedup:.2f}x",

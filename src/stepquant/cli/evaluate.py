@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import Backend, Count, Folder, Guidance, Json, Memory, Seed, Steps
+from stepquant.cli.options import Backend, Count, Folder, Guidance, Inputs, Json, Memory, Seed, Steps, inputs_from
 from stepquant.cli.output import check_writable_file, print_table, progress, table_of, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def evaluate(
     steps: Steps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
+    inputs: Inputs = None,
     prompts: Annotated[
         str | None,
         typer.Option(help="parti, a COCO captions JSON, or a file with one prompt per line; default: the model's own."),
@@ -43,7 +44,7 @@ def evaluate(
     from stepquant.distributed import Ranks
     from stepquant.evaluation.metrics import METRICS
     from stepquant.evaluation.prompts import prompt_set
-    from stepquant.images import image_format, save_image, side_by_side
+    from stepquant.images import image_format, save_image, side_by_side, stills
 
     if metric == ["help"]:
         typer.echo("\n".join(f"{name}: {needs}" for name, needs in METRICS.items()))
@@ -59,6 +60,7 @@ def evaluate(
         steps=steps,
         seed=seed,
         guidance=guidance,
+        inputs=inputs_from(inputs),
         prompts=prompt_set(prompts) if prompts else None,
         backend=backend,
         memory=memory,
@@ -76,7 +78,8 @@ def evaluate(
     if grid is not None:
         shown = slice(0, IMAGES_SHOWN)
         captions = ("full precision", "quantized")
-        save_image(side_by_side(evaluated.full_precision[shown], evaluated.quantized[shown], captions), grid)
+        left, right = (stills(images[shown], against) for images in (evaluated.full_precision, evaluated.quantized))
+        save_image(side_by_side(left, right, captions), grid)
         typer.echo(f"images, full precision beside quantized: {grid}")
 
 
@@ -87,9 +90,12 @@ def _table(result: EvaluationResult) -> Table:
     table = table_of(title, ("",), ("images", "full precision", "quantized"))
     count, compared = str(result.count), str(min(result.count, SHADOWED))
     psnr, errors = f"{result.psnr_db:.2f} dB", result.step_error
-    table.add_row("PSNR to full precision", count, "", _with_interval(psnr, result.psnr_db_interval, 2))
-    table.add_row("PSNR of the worst image", count, "", f"{result.psnr_db_lowest:.2f} dB")
-    table.add_row("SSIM to full precision", count, "", _with_interval(f"{result.ssim:.4f}", result.ssim_interval, 4))
+    ratio = "SNR" if result.medium == "audio" else "PSNR"
+    table.add_row(f"{ratio} to full precision", count, "", _with_interval(psnr, result.psnr_db_interval, 2))
+    table.add_row(f"{ratio} of the worst {result.medium}", count, "", f"{result.psnr_db_lowest:.2f} dB")
+    if result.ssim is not None:
+        similarity = _with_interval(f"{result.ssim:.4f}", result.ssim_interval, 4)
+        table.add_row("SSIM to full precision", count, "", similarity)
     table.add_row("error per step, first / last", compared, "", f"{errors[0]:.2%} / {errors[-1]:.2%}")
     table.add_row("error per step, largest", compared, "", f"{max(errors):.2%}")
     if result.frechet_classifier is not None and result.frechet_classifier_fp32 is not None:

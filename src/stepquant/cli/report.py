@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Against, Count, Folder, Seed, Steps
+from stepquant.cli.options import Against, Count, Folder, Inputs, Seed, Steps, inputs_from
 from stepquant.cli.output import check_page, progress
 
 
@@ -18,6 +18,7 @@ def report(
     count: Count = 16,
     steps: Steps = 50,
     seed: Seed = 0,
+    inputs: Inputs = None,
     sensitivity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also show this sensitivity.json of the full-precision model.")
     ] = None,
@@ -36,6 +37,7 @@ def report(
         count=count,
         steps=steps,
         seed=seed,
+        inputs=inputs_from(inputs),
         sensitivity=sensitivity,
         times=times,
         progress=progress(),

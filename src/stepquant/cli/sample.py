@@ -28,7 +28,7 @@ def sample(
 ) -> None:
     """Generate images and write them as one grid."""
     from stepquant.distributed import Ranks
-    from stepquant.images import grid, image_format, save_image
+    from stepquant.images import grid, image_format, save_image, stills
     from stepquant.loading import resolve_pipeline
     from stepquant.models.denoisers import quantized_denoisers
     from stepquant.pipelines.generate import generate_many
@@ -45,5 +45,5 @@ def sample(
     request = make_request(pipeline, steps, prompts=prompt, labels=label, guidance=guidance, inputs=inputs_from(inputs))
     images = generate_many(pipeline, request, count, seed, progress(), "Generating", ranks=ranks)
     if ranks.is_main:
-        save_image(grid(images), out)
+        save_image(grid(stills(images, model)), out)
     typer.echo(f"{count} images, {steps} steps, seed {seed}: {out}")

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
 from stepquant.evaluation.features import DataImages
-from stepquant.evaluation.fidelity import Shadow, psnr, ssim
+from stepquant.evaluation.fidelity import Shadow, psnr, snr, ssim
 from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.metrics import MetricInputs, MetricValue, check_metrics, measure
 from stepquant.evaluation.proxy import ClassifierProxy
-from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
-from stepquant.models import denoiser_name
+from stepquant.models.denoisers import denoiser_name, denoisers, quantized_denoisers
 from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import BATCH_SIZE, batches, generate, generate_many
+from stepquant.pipelines.inputs import Inputs
 from stepquant.pipelines.request import Request, make_request
 from stepquant.progress import Progress
 from stepquant.runtime import resolve_backend
+
+Medium = Literal["image", "video", "audio"]
 
 SHADOWED = 32
 """Minimum number of images for the error per step, a mean over so many values that more would only cost time."""
@@ -38,19 +42,20 @@ class EvaluationResult(BaseModel):
     """The values of one evaluation.
 
     Attributes:
-        psnr_db: mean over images of the PSNR to the full-precision image of the same noise, dB; peak-to-peak 2, at
-            most 100 per image.
+        medium: ``"image"``, ``"video"`` or ``"audio"``.
+        psnr_db: mean over images or videos of the PSNR to the full-precision one of the same noise, dB; peak-to-peak 2,
+            at most 100 per image. Of audio the signal-to-noise ratio.
         psnr_db_lowest: PSNR of the worst image.
         psnr_db_interval: 95 % confidence interval of the mean over images; None for a single one.
-        ssim: mean structural similarity to the same images.
+        ssim: mean structural similarity to the same images; None for audio.
         ssim_interval: its interval.
         step_error: relative L2 error of the denoiser's output at each step along the full-precision trajectory, over
-            the first images (at least 32, if there are as many).
+            the first images (at least 32, if there are as many); of several denoisers, one after the other.
         frechet_classifier: Frechet distance to the data between the features of a zoo classifier; None without a
             classifier for the data, or for too few images. Not an FID.
         frechet_classifier_fp32: Frechet distance of the full-precision images.
         frechet_note: why the two are None.
-        denoiser_bytes: size of all files of the quantized denoiser.
+        denoiser_bytes: size of all files of the quantized denoisers.
         denoiser_bytes_fp32: size of the original parameters in float32.
         peak_memory_bytes: highest resident memory of a process that loads the quantized model and generates one batch.
         peak_memory_bytes_fp32: the same for the full-precision model.
@@ -67,10 +72,11 @@ class EvaluationResult(BaseModel):
 
     model: str
     against: str
+    medium: Medium = "image"
     psnr_db: float
     psnr_db_lowest: float
     psnr_db_interval: tuple[float, float] | None = None
-    ssim: float
+    ssim: float | None
     ssim_interval: tuple[float, float] | None = None
     step_error: list[float]
     frechet_classifier: float | None
@@ -95,7 +101,7 @@ class EvaluationResult(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The values, and the images they were computed from: float32 [count, C, H, W] in [-1, 1]."""
+    """The values, and the images, video or audio they were computed from: float32 [count, C, ...]."""
 
     result: EvaluationResult
     full_precision: Tensor
@@ -111,6 +117,7 @@ def evaluate(
     seed: int = 0,
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
+    inputs: Inputs | None = None,
     backend: str = "auto",
     memory: str = "unpacked",
     metrics: dict[str, str] | None = None,
@@ -123,6 +130,7 @@ def evaluate(
     Args:
         folder: a quantized pipeline; run with the given `backend` and `memory`, see `stepquant.runtime.prepare`.
         against: its full-precision source: a folder, a hub id or ``zoo:NAME``.
+        inputs: further arguments of the pipelines' call, see `stepquant.pipelines.request.make_request`.
         backend: one of ``stepquant.runtime.BACKENDS``, or ``path.py:function``.
         metrics: optional metrics, name -> argument (`stepquant.evaluation.metrics.METRICS`).
         data: folder with images of the data, for metrics that compare with it.
@@ -138,31 +146,38 @@ def evaluate(
     check_metrics(metrics, data)
     real = None if data is None else DataImages(data)
     quantized, original = resolve_pipeline(str(folder), resolve_backend(backend), memory), resolve_pipeline(against)
-    denoiser = _check_same(folder, quantized, against, original)
-    _check_quantized(folder, getattr(quantized, denoiser), against, getattr(original, denoiser))
-    request = make_request(original, steps, prompts=prompts, guidance=guidance)
+    names = list(quantized_denoisers(quantized)) or [denoiser_name(quantized)]
+    _check_same(folder, quantized, against, original, names)
+    _check_quantized(folder, quantized, against, original)
+    request = make_request(original, steps, prompts=prompts, guidance=guidance, inputs=inputs)
 
     ranks = Ranks.current()
-    shadow = Shadow(getattr(original, denoiser), getattr(quantized, denoiser))
-    reference = _generate_shadowed(original, request, count, seed, shadow, progress, ranks)
+    shadows = [Shadow(getattr(original, name), getattr(quantized, name)) for name in names]
+    reference = _generate_shadowed(original, request, count, seed, shadows, progress, ranks)
+    if metrics and _medium(reference) != "image":
+        raise StepquantError(
+            f"metrics compare images, but {against} generates {_medium(reference)}. Leave out `metrics`."
+        )
     images = generate_many(quantized, request, count, seed, progress, "Generating quantized images", ranks=ranks)
     used_prompts = [str(request.condition(index)) for index in range(count)] if kind_of(original) == "text" else []
     values = measure(metrics, MetricInputs(against, images, reference, used_prompts, real, cache), progress)
     batch_size = min(count, BATCH_SIZE)
     with progress.task("Measuring memory", 2) as advance:
-        peak = ranks.broadcast(peak_memory_bytes(str(folder), batch_size, backend, memory) if ranks.is_main else None)
+        peak = ranks.broadcast(
+            peak_memory_bytes(str(folder), batch_size, inputs, backend, memory) if ranks.is_main else None
+        )
         advance(1)
-        peak_fp32 = ranks.broadcast(peak_memory_bytes(against, batch_size) if ranks.is_main else None)
+        peak_fp32 = ranks.broadcast(peak_memory_bytes(against, batch_size, inputs) if ranks.is_main else None)
         advance(1)
-    seconds_fp32, seconds = shadow.seconds
+    seconds_fp32, seconds = (mean(times) for times in zip(*(shadow.seconds for shadow in shadows), strict=True))
     result = EvaluationResult(
         model=str(folder),
         against=against,
         **_fidelity(images, reference),
-        step_error=shadow.step_error,
+        step_error=[error for shadow in shadows for error in shadow.step_error],
         **_frechet(against, images, reference),
-        denoiser_bytes=folder_bytes(folder / denoiser),
-        denoiser_bytes_fp32=float32_bytes(getattr(original, denoiser)),
+        denoiser_bytes=sum(folder_bytes(folder / name) for name in names),
+        denoiser_bytes_fp32=sum(float32_bytes(getattr(original, name)) for name in names),
         peak_memory_bytes=peak,
         peak_memory_bytes_fp32=peak_fp32,
         seconds_per_step=seconds,
@@ -180,14 +195,27 @@ def evaluate(
     return Evaluation(result, reference, images)
 
 
-def _fidelity(images: Tensor, reference: Tensor) -> dict[str, Any]:
-    decibels, similarity = psnr(images, reference), ssim(images, reference)
+def _medium(samples: Tensor) -> Medium:
+    media: dict[int, Medium] = {3: "audio", 4: "image", 5: "video"}
+    if samples.dim() not in media:
+        raise StepquantError(
+            f"the pipeline generates samples of the shape {list(samples.shape[1:])}; expected images, video or audio. "
+            "Evaluate the pipeline that uses them."
+        )
+    return media[samples.dim()]
+
+
+def _fidelity(samples: Tensor, reference: Tensor) -> dict[str, Any]:
+    medium = _medium(reference)
+    decibels = (snr if medium == "audio" else psnr)(samples, reference)
+    similarity = None if medium == "audio" else ssim(samples, reference)
     return {
+        "medium": medium,
         "psnr_db": float(decibels.mean()),
         "psnr_db_lowest": float(decibels.min()),
         "psnr_db_interval": mean_interval(decibels),
-        "ssim": float(similarity.mean()),
-        "ssim_interval": mean_interval(similarity),
+        "ssim": None if similarity is None else float(similarity.mean()),
+        "ssim_interval": None if similarity is None else mean_interval(similarity),
     }
 
 
@@ -201,7 +229,13 @@ def _frechet(model: str, images: Tensor, reference: Tensor) -> dict[str, Any]:
 
 
 def _generate_shadowed(
-    pipeline: Any, request: Request, count: int, seed: int, shadow: Shadow, progress: Progress, ranks: Ranks
+    pipeline: Any,
+    request: Request,
+    count: int,
+    seed: int,
+    shadows: Sequence[Shadow],
+    progress: Progress,
+    ranks: Ranks,
 ) -> Tensor:
     parts = batches(count)
     compared = [indices for indices in parts if indices.start < SHADOWED]
@@ -212,28 +246,28 @@ def _generate_shadowed(
 
         images = []
         for indices in compared:  # in every process: each measures its own times
-            with shadow:
+            with ExitStack() as stack:
+                for shadow in shadows:
+                    stack.enter_context(shadow)
                 images.append(images_of(indices))
         images += ranks.map(images_of, parts[len(compared) :])
     return torch.cat(images)
 
 
-def _check_same(folder: Path, quantized: Any, against: str, original: Any) -> str:
-    """Return the name of the denoiser; raise `StepquantError` unless the pipelines generate the same kind of images."""
-    denoiser = denoiser_name(original)
-    same = denoiser_name(quantized) == denoiser and kind_of(quantized) == kind_of(original)
-    if same:
-        configs = [getattr(pipeline, denoiser).config for pipeline in (quantized, original)]
-        keys = ("sample_size", "in_channels", "out_channels")
-        same = all(configs[0].get(key) == configs[1].get(key) for key in keys)
+def _check_same(folder: Path, quantized: Any, against: str, original: Any, names: Sequence[str]) -> None:
+    """Raise `StepquantError` unless the pipelines generate the same kind of images with denoisers of these names."""
+    models, keys = denoisers(original), ("sample_size", "in_channels", "out_channels")
+    same = kind_of(quantized) == kind_of(original) and all(name in models for name in names)
+    for name in names if same else ():
+        configs = [getattr(model, "config", {}) for model in (getattr(quantized, name), models[name])]
+        same &= all(configs[0].get(key) == configs[1].get(key) for key in keys)
     if not same:
         raise StepquantError(f"{folder} is not made from {against}; expected pipelines of the same kind of images.")
-    return denoiser
 
 
-def _check_quantized(folder: Path, quantized: nn.Module, against: str, original: nn.Module) -> None:
-    """Raise `StepquantError` unless the first denoiser is quantized and the second is not."""
-    if not quantized_modules(quantized):
+def _check_quantized(folder: Path, quantized: Any, against: str, original: Any) -> None:
+    """Raise `StepquantError` unless the first pipeline is quantized and the second is not."""
+    if not quantized_denoisers(quantized):
         raise StepquantError(f"{folder} is not quantized; expected a folder that stepquant quantize wrote.")
-    if quantized_modules(original):
+    if quantized_denoisers(original):
         raise StepquantError(f"{against} is quantized; expected the full-precision model that {folder} was made from.")

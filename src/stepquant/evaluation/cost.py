@@ -1,18 +1,21 @@
 """Cost of a pipeline: bytes on disk and bytes of memory.
 
-``python -m stepquant.evaluation.cost MODEL BATCH BACKEND MEMORY`` prints the peak memory of generation.
+``python -m stepquant.evaluation.cost MODEL BATCH BACKEND MEMORY INPUTS`` prints the peak memory of generation.
 """
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes, run_in_process
 from stepquant.pipelines.generate import generate
+from stepquant.pipelines.inputs import Inputs
 from stepquant.pipelines.request import make_request
 from stepquant.runtime import resolve_backend
 
@@ -31,7 +34,9 @@ def float32_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * FLOAT32_BYTES
 
 
-def peak_memory_bytes(model: str, batch_size: int, backend: str = "auto", memory: str = "unpacked") -> int:
+def peak_memory_bytes(
+    model: str, batch_size: int, inputs: Inputs | None = None, backend: str = "auto", memory: str = "unpacked"
+) -> int:
     """Highest resident memory of a fresh process that loads `model` and generates one batch in two steps.
 
     A separate process, because this one holds the other pipeline and all images generated so far.
@@ -39,14 +44,18 @@ def peak_memory_bytes(model: str, batch_size: int, backend: str = "auto", memory
     Raises:
         StepquantError: if that process fails.
     """
-    arguments = [model, str(batch_size), backend, memory]
-    return int(run_in_process(__name__, arguments, model).split()[-1])
+    with TemporaryDirectory(prefix="stepquant-") as folder:
+        path = Path(folder) / "inputs"
+        path.write_bytes(pickle.dumps(inputs))
+        arguments = [model, str(batch_size), backend, memory, str(path)]
+        return int(run_in_process(__name__, arguments, model).split()[-1])
 
 
-def main(model: str, batch_size: str, backend: str, memory: str) -> None:
-    """Generate one batch and print the bytes."""
+def main(model: str, batch_size: str, backend: str, memory: str, inputs: str) -> None:
+    """Generate one batch and print the bytes; `inputs` is a file that the calling process wrote."""
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
-    generate(pipeline, make_request(pipeline, STEPS), range(int(batch_size)), seed=0)
+    request = make_request(pipeline, STEPS, inputs=pickle.loads(Path(inputs).read_bytes()))
+    generate(pipeline, request, range(int(batch_size)), seed=0)
     print(peak_resident_bytes())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from stepquant.errors import StepquantError
+from stepquant.layers.clock import TimestepReader
 
 PEAK_TO_PEAK = 2.0
 """Range of images in [-1, 1]."""
@@ -23,9 +24,9 @@ HIGHEST_PSNR = 100.0
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB, float64 [N]; at most `HIGHEST_PSNR`.
+    """Peak signal-to-noise ratio of each image or video, dB, float64 [N]; at most `HIGHEST_PSNR`.
 
-    ``10 log10(4 / mean((x - y)^2))`` of images float [N, C, H, W] in [-1, 1].
+    ``10 log10(4 / mean((x - y)^2))`` of float [N, C, H, W] or [N, C, F, H, W] in [-1, 1], over all values.
 
     The mean of decibels is not the decibels of the mean. A shift by one pixel costs more than a lost texture. Between
     models, PSNR only compares how far each moved from its own source.
@@ -34,21 +35,38 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
         StepquantError: if the shapes differ.
     """
     _check_pairs(images, reference)
-    error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
+    error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
     return (10 * torch.log10(PEAK_TO_PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
+
+
+def snr(audio: Tensor, reference: Tensor) -> Tensor:
+    """Signal-to-noise ratio of each sound, ``10 log10(sum(y^2) / sum((x - y)^2))`` in dB, float64 [N].
+
+    At most `HIGHEST_PSNR`. For audio float [N, C, L] of any scale.
+
+    Raises:
+        StepquantError: if the shapes differ.
+    """
+    _check_pairs(audio, reference)
+    signal = reference.double().square().flatten(1).sum(dim=1)
+    error = (audio.double() - reference.double()).square().flatten(1).sum(dim=1)
+    return (10 * torch.log10(signal / error)).clamp(max=HIGHEST_PSNR)
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each image, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
 
-    For images float [N, C, H, W] in [-1, 1]. Implementations differ in window, color and borders: torchmetrics reflects
-    the borders, scikit-image leaves out half a window, and the two differ by some hundredths at 32 x 32. Flat regions
-    score 1 whatever their content.
+    For images float [N, C, H, W] in [-1, 1]; of video [N, C, F, H, W] the mean over frames. Implementations differ in
+    window, color and borders: torchmetrics reflects the borders, scikit-image leaves out half a window, and the two
+    differ by some hundredths at 32 x 32. Flat regions score 1 whatever their content.
 
     Raises:
         StepquantError: if the shapes differ, or the images are smaller than the window.
     """
     _check_pairs(images, reference)
+    if images.dim() == 5:
+        frames = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (images, reference)]
+        return ssim(*frames).unflatten(0, (len(images), -1)).mean(dim=1)
     if min(images.shape[-2:]) < SSIM_WINDOW:
         raise StepquantError(
             f"images are {list(images.shape[-2:])} pixels; expected {SSIM_WINDOW} x {SSIM_WINDOW} or more for SSIM."
@@ -57,13 +75,16 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
         images.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
     )
     assert isinstance(value, Tensor)
-    return value
+    return value.reshape(len(images))
 
 
-def _check_pairs(images: Tensor, reference: Tensor) -> None:
-    if images.shape != reference.shape or images.dim() != 4:
-        shapes = f"{list(images.shape)} and {list(reference.shape)}"
-        raise StepquantError(f"images of {shapes} cannot be compared; expected the same [N, C, H, W].")
+def _check_pairs(samples: Tensor, reference: Tensor) -> None:
+    if samples.shape != reference.shape or samples.dim() not in (3, 4, 5):
+        shapes = f"{list(samples.shape)} and {list(reference.shape)}"
+        raise StepquantError(
+            f"images of {shapes} cannot be compared; expected the same [N, C, H, W], [N, C, F, H, W] of video, or "
+            "[N, C, L] of audio."
+        )
 
 
 @dataclass
@@ -114,7 +135,7 @@ class Shadow:
 
         reference = _sample(output)
         times = self._seconds[reference.shape[0]]
-        timestep = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
+        timestep = float(torch.as_tensor(TimestepReader.of(self.reference)(args, kwargs)).max())
         if timestep != self._timestep:
             self._step, self._timestep = self._step + 1, timestep
             times.append((0.0, 0.0))
@@ -124,5 +145,6 @@ class Shadow:
 
 
 def _sample(output: Any) -> Tensor:
-    """The tensor in a denoiser's output, an output object or a tuple."""
-    return output[0]
+    """The tensor in a denoiser's output, an output object or a tuple; a list of one tensor per sample is stacked."""
+    first = output if isinstance(output, Tensor) else output[0]
+    return torch.stack(first) if isinstance(first, list) else first

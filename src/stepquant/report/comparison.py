@@ -11,7 +11,8 @@ from torch import Tensor
 from stepquant.checkpoint import read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
-from stepquant.images import SMALLEST_SIDE, grid
+from stepquant.images import SMALLEST_SIDE, grid, stills
+from stepquant.pipelines.inputs import Inputs
 from stepquant.progress import Progress
 from stepquant.report.figures import png_uri, scatter
 from stepquant.report.page import render_template
@@ -52,6 +53,7 @@ def compare(
     steps: int = 50,
     seed: int = 0,
     guidance: float | None = None,
+    inputs: Inputs | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate each folder on the same noise; the arguments are those of `stepquant.evaluation.evaluate`.
@@ -66,7 +68,9 @@ def compare(
     names = [folder.resolve().name for folder in folders]
     contenders, full_precision = [], None
     for folder, manifest, name in zip(folders, manifests, names, strict=True):
-        evaluated = evaluate(folder, against, count=count, steps=steps, seed=seed, guidance=guidance, progress=progress)
+        evaluated = evaluate(
+            folder, against, count=count, steps=steps, seed=seed, guidance=guidance, inputs=inputs, progress=progress
+        )
         spec = manifest.provenance.get("spec")
         contenders.append(
             Contender(
@@ -74,10 +78,10 @@ def compare(
                 recipe=str(manifest.provenance.get("recipe", "")),
                 bits=str(spec.get("bits", "")) if isinstance(spec, dict) else "",
                 figures=evaluated.result,
-                images=evaluated.quantized[:MAX_IMAGES],
+                images=stills(evaluated.quantized[:MAX_IMAGES], name),
             )
         )
-        full_precision = evaluated.full_precision[:MAX_IMAGES]
+        full_precision = stills(evaluated.full_precision[:MAX_IMAGES], against)
     assert full_precision is not None, "at least one folder"
     return Comparison(against, contenders, full_precision)
 

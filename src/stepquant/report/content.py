@@ -13,8 +13,10 @@ from stepquant.checkpoint import Manifest, load_pipeline, read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
 from stepquant.evaluation.fidelity import psnr
+from stepquant.images import stills
 from stepquant.loading import ZOO_PREFIX
 from stepquant.pipelines.call import kind_of
+from stepquant.pipelines.inputs import Inputs
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
 from stepquant.report.inputs import SensitivityFile, Times, read_sensitivity, read_times
@@ -89,6 +91,7 @@ def gather(
     count: int = 16,
     steps: int = 50,
     seed: int = 0,
+    inputs: Inputs | None = None,
     sensitivity: Path | None = None,
     times: Path | None = None,
     progress: Progress | None = None,
@@ -97,7 +100,7 @@ def gather(
 
     Args:
         against: the full-precision source: a folder, a hub id or ``zoo:NAME``.
-        count, steps, seed: see `stepquant.evaluation.evaluate`; the guidance is that of the calibration.
+        count, steps, seed, inputs: see `stepquant.evaluation.evaluate`; the guidance is that of the calibration.
         sensitivity: file that ``stepquant sensitivity`` wrote about `against`.
         times: file that ``stepquant quantize --times`` wrote about `folder`.
 
@@ -106,7 +109,7 @@ def gather(
             about another model, or `times` about another folder.
     """
     pipeline, manifest = load_pipeline(folder)
-    request = make_request(pipeline, steps)
+    request = make_request(pipeline, steps, inputs=inputs)
     names = {label: name for name, label in (getattr(pipeline, "labels", None) or {}).items()}
     conditions = [request.condition(index) if request.conditions else "" for index in range(min(count, MAX_IMAGES))]
     denoiser = getattr(pipeline, manifest.component)
@@ -124,10 +127,13 @@ def gather(
         seed=seed,
         guidance=_guidance(manifest),
         prompts=prompts,
+        inputs=inputs,
         progress=progress,
     )
     shown = slice(0, MAX_IMAGES)
-    full_precision, quantized = evaluated.full_precision[shown], evaluated.quantized[shown]
+    full_precision, quantized = (
+        stills(images[shown], against) for images in (evaluated.full_precision, evaluated.quantized)
+    )
     return Report(
         name=folder.resolve().name,
         component=manifest.component,
@@ -135,7 +141,7 @@ def gather(
         figures=evaluated.result,
         full_precision=full_precision,
         quantized=quantized,
-        psnr_db=psnr(quantized, full_precision).tolist(),
+        psnr_db=psnr(evaluated.quantized[shown], evaluated.full_precision[shown]).tolist(),
         captions=[names.get(condition, str(condition)) for condition in conditions],
         timesteps=timesteps,
         activations=activations,

@@ -12,7 +12,7 @@ from stepquant.checkpoint import is_checkpoint
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
-from stepquant.images import grid
+from stepquant.images import grid, stills
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.call import kind_of
 from stepquant.progress import Progress
@@ -91,7 +91,10 @@ class Gallery:
             prompts=[job.prompt] if text and job.prompt.strip() else None,
             progress=progress,
         )
-        return Result(grid(evaluated.full_precision), grid(evaluated.quantized), _rows(evaluated.result))
+        full_precision, quantized = (
+            grid(stills(images, source)) for images in (evaluated.full_precision, evaluated.quantized)
+        )
+        return Result(full_precision, quantized, _rows(evaluated.result))
 
     def quantized(self, job: Job, progress: Progress) -> Path:
         """The folder of the quantized model, created if necessary."""
@@ -119,7 +122,7 @@ def _rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
     ratio = result.denoiser_bytes / result.denoiser_bytes_fp32
     return [
         (f"PSNR to full precision, {result.count} images", "", f"{result.psnr_db:.2f} dB"),
-        ("SSIM to full precision", "", f"{result.ssim:.4f}"),
+        ("SSIM to full precision", "", "" if result.ssim is None else f"{result.ssim:.4f}"),
         (
             f"latency per step, batch of {result.batch_size}",
             f"{result.seconds_per_step_fp32 * 1e3:.1f} ms",
