@@ -13,7 +13,6 @@ class Timing(BaseModel):
     """Latency of one candidate.
 
     Attributes:
-        name: of the candidate.
         seconds: median latency of a step.
         speedup: median over rounds of the first candidate's latency over this one's in the same round.
         speedup_quartiles: first and third quartile of that ratio.

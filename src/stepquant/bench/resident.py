@@ -33,7 +33,6 @@ class Resident(BaseModel):
     """Memory of one network.
 
     Attributes:
-        name: of the network.
         held: bytes after a step; memory-mapped files have been read by then.
         peak: largest number of bytes while it was loaded and run.
     """

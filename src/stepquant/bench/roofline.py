@@ -32,9 +32,7 @@ class Share(BaseModel):
     """Part of a step.
 
     Attributes:
-        part: name of the part.
-        seconds: duration within one step.
-        share_of_time: relative to the step.
+        seconds, share_of_time: duration within one step, and relative to the step.
         operations: integer multiplications and additions.
         share_of_peak: operations per second, relative to the measured peak.
     """

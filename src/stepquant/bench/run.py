@@ -30,17 +30,14 @@ class Result(BaseModel):
     """Figures of a benchmark.
 
     Attributes:
-        model, bits, batch, rounds, memory: what was measured.
         machine: CPU and threads, or GPU.
         backend: runtime of the integers.
         fallbacks: names of the layers that it cannot run.
         left_out: peer -> why it cannot run here.
         per_step_over_static: median over the rounds of the latency with per-step scales over that with static scales.
-        timings: of full precision, per-step scales, static scales, and the others.
+        timings: of full precision, per-step scales, static scales, and peers.
         weight_bytes: bytes of the weights on a GPU, by type.
-        resident: memory of the networks.
         int8_peak: measured peak, operations per second.
-        roofline: parts of a step.
     """
 
     model: str

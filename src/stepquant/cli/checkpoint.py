@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from stepquant.cli.options import calibration_from, inputs_from, origin_from, pairs_from, prompts_from, settings_from
+from stepquant.cli.options import inputs_from, origin_from, pairs_from, prompts_from, settings_from
 from stepquant.cli.output import (
     check_space,
     check_writable_file,
@@ -23,6 +23,9 @@ from stepquant.progress import Stopwatch
 
 MARK = "finished"
 """File in a workspace, written just before the result: a digest of the command's arguments and the provenance."""
+
+CALIBRATION = ("samples", "steps", "trajectories", "size")
+"""Options that are attributes of a `Calibration`."""
 
 
 def write_checkpoint(
@@ -89,7 +92,7 @@ def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
         "spec": specs or QuantSpec.parse(spec),
         "hyperparameters": settings_from(options["set_"], settings),
         "effort": options["effort"].value,
-        "calibration": calibration_from(options),
+        "calibration": {name: options[name] for name in CALIBRATION if options[name] is not None},
         "prompts": prompts_from(options["prompts"]),
         "guidance": options["guidance"],
         "inputs": inputs_from(options["inputs"]),

@@ -162,11 +162,6 @@ def _json_or_text(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def calibration_from(options: dict[str, Any]) -> dict[str, int]:
-    """The attributes of a `Calibration` that are given."""
-    return {name: options[name] for name in ("samples", "steps", "trajectories", "size") if options[name] is not None}
-
-
 def prompts_from(path: Path | None) -> list[str] | None:
     """The prompts in a file, None for no file."""
     from stepquant.pipelines.request import read_prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 from typing import Any
 
@@ -47,6 +48,14 @@ def example_arguments(pipeline: Any) -> dict[str, Tensor]:
     return {
         name: value[rows] if value.dim() > 0 and len(value) == len(sample) else value for name, value in tensors.items()
     }
+
+
+def import_optional(name: str, extra: str) -> Any:
+    """Import a package of an extra of stepquant; raises `StepquantError` if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise StepquantError(f"{name} is not installed: pip install 'stepquant[{extra}]'.") from None
 
 
 def to_float32(tensor: Tensor) -> Tensor:

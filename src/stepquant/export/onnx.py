@@ -11,7 +11,6 @@ signed weights.
 
 from __future__ import annotations
 
-import importlib
 import io
 import warnings
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from stepquant.core.affine import largest_code
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError, first_line
-from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
+from stepquant.export.network import ExportedDenoiser, Traceable, batched, import_optional, traced_values
 from stepquant.files import write_atomic
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
 from stepquant.layers.conv import QuantizedConv2d, linear_map
@@ -210,7 +209,7 @@ def export_onnx(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> list
         StepquantError: if the model is not quantized, the package onnx is not installed, torch cannot write the network
             as ONNX, or the file cannot be written.
     """
-    _import("onnx")
+    import_optional("onnx", "onnx")
     traceable = Traceable(
         denoiser, list(arguments), lambda layer: OnnxKernel(layer) if OnnxKernel.supports(layer) else None
     )
@@ -254,7 +253,7 @@ class OnnxDenoiser(ExportedDenoiser):
     """
 
     def __init__(self, path: Path, like: Any, threads: int | None = None) -> None:
-        runtime = _import("onnxruntime")
+        runtime = import_optional("onnxruntime", "onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         # Exact sums on CPUs without VNNI, whose fastest instructions saturate.
@@ -269,10 +268,3 @@ class OnnxDenoiser(ExportedDenoiser):
     def run(self, arguments: dict[str, Tensor]) -> Tensor:
         given = {name: value.numpy() for name, value in arguments.items()}
         return torch.from_numpy(self.session.run(None, given)[0])
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise StepquantError(f"{name} is not installed: pip install 'stepquant[onnx]'.") from None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepquant.core.affine import largest_code
 from stepquant.errors import StepquantError, first_line
-from stepquant.export.network import ExportedDenoiser, Traceable, batched, traced_values
+from stepquant.export.network import ExportedDenoiser, Traceable, batched, import_optional, traced_values
 from stepquant.files import cannot_write
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
@@ -94,7 +94,7 @@ def export_openvino(denoiser: Any, arguments: dict[str, Tensor], path: Path) -> 
         StepquantError: if the model is not quantized, OpenVINO is not installed or refuses the network, or the file
             cannot be written.
     """
-    openvino = _openvino()
+    openvino = import_optional("openvino", "bench")
     traceable = Traceable(
         denoiser, list(arguments), lambda layer: FoldedKernel(layer) if FoldedKernel.supports(layer) else None
     )
@@ -137,7 +137,7 @@ class OpenVinoDenoiser(ExportedDenoiser):
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        openvino = _openvino()
+        openvino = import_optional("openvino", "bench")
         try:
             network = openvino.Core().compile_model(path, "CPU", options)
         except RuntimeError as error:
@@ -148,11 +148,3 @@ class OpenVinoDenoiser(ExportedDenoiser):
     def run(self, arguments: dict[str, Tensor]) -> Tensor:
         results = self.request.infer({name: value.numpy() for name, value in arguments.items()})
         return torch.from_numpy(next(iter(results.values())).copy())
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError:
-        raise StepquantError("OpenVINO is not installed: pip install 'stepquant[bench]'.") from None
-    return openvino
