@@ -156,6 +156,14 @@ def fragile_folder(fragile_pipeline: DDIMPipeline, tmp_path_factory: pytest.Temp
     return _saved(fragile_pipeline, tmp_path_factory)
 
 
+@pytest.fixture
+def small_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are ranked for a budget on 8 samples, which are one batch, instead of 64."""
+    from stepquant import Calibration
+
+    monkeypatch.setattr("stepquant.recipes.sensitivity.RANKING", Calibration(samples=8, trajectories=4))
+
+
 def _saved(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     pipeline.save_pretrained(folder)

@@ -41,6 +41,7 @@ def reproduce(provenance, folder, monkeypatch):
     return stepquant.load(folder / "OUT", backend="reference")
 
 
+@pytest.mark.usefixtures("small_ranking")
 @pytest.mark.parametrize(
     "arguments",
     [

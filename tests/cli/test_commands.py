@@ -141,19 +141,13 @@ def test_lists():
 
 def test_standard_error_holds_one_line(tmp_path):
     """In a separate process, whatever other libraries print."""
-    program = [sys.executable, "-m", "stepquant.cli.main"]
-    process = subprocess.run(
-        [*program, "sample", "zoo:fashion-ddpm", "--prompt", "a", "--out", tmp_path / "a.png"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["stepquant.cli.main", "sample", "zoo:fashion-ddpm", "--prompt", "a", "--out", tmp_path / "a.png"]
+    process = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     assert process.returncode == 2
     assert process.stderr.startswith("stepquant: prompts were given")
     assert process.stderr.count("\n") == 1
     assert process.stdout == ""
-    process = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
-    assert process.stdout == f"stepquant {__version__}\n"
+    assert _run("--version") == f"stepquant {__version__}\n"
 
 
 @pytest.mark.parametrize("verb", ["quantize", "train"])

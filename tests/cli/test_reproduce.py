@@ -29,6 +29,7 @@ def _run(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.usefixtures("small_ranking")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_command_makes_the_same_files(name, unconditional_folder, tmp_path):
     verb = "train" if name == "train" else "quantize"

@@ -48,6 +48,7 @@ def test_figures_and_the_command_that_uses_them(fragile_folder, tmp_path):
     assert same["layers"] == figures["layers"] and "overrides" not in same
 
 
+@pytest.mark.usefixtures("small_ranking")
 def test_quantizing_within_a_budget_spares_the_fragile_layer(fragile_folder, tmp_path):
     out = tmp_path / "out"
     small = ["--recipe", "minmax", "--bits", "w4a8", "--samples", 4, "--steps", 2, "--out", out]

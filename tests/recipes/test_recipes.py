@@ -129,6 +129,7 @@ def test_sensitivity_rejects_invalid_arguments(unconditional_pipeline):
             stepquant.sensitivity(unconditional_pipeline, "w4a8", **given)
 
 
+@pytest.mark.usefixtures("small_ranking")
 def test_calibration_and_budget_as_text(unconditional_pipeline):
     written = stepquant.quantize(
         unconditional_pipeline, "w4a8", recipe="minmax", calibration={"samples": 4, "steps": 2}, budget="6bits"
