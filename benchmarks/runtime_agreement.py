@@ -33,6 +33,7 @@ from stepquant.evaluation.fidelity import psnr
 from stepquant.export.network import example_arguments
 from stepquant.export.onnx import OnnxDenoiser, export_onnx
 from stepquant.export.openvino import OpenVinoDenoiser, export_openvino
+from stepquant.layers.conv import linear_map
 from stepquant.layers.kernel import Kernel
 from stepquant.layers.quantized import QuantizedModule
 from stepquant.loading import resolve_pipeline

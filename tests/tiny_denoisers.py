@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
+
+from stepquant.calibration.model import insert_fake_quantizers
+from stepquant.config import QuantSpec
+from stepquant.layers.install import install
+from stepquant.models.description import describe
+from stepquant.runtime import prepare
 
 Denoiser = tuple[nn.Module, dict[str, Any]]
 
@@ -196,3 +203,18 @@ def build(name: str) -> Denoiser:
             if not parameter.any():
                 parameter.normal_(std=0.1)
     return model.eval().requires_grad_(False), call
+
+
+@torch.no_grad()
+def quantized(model: nn.Module, call: dict[str, Any]) -> nn.Module:
+    """A copy in w8a8, its activations calibrated on one call, executed by the reference runtime."""
+    calibrated = insert_fake_quantizers(model, describe(model, call), QuantSpec.parse("w8a8"))
+    for point in calibrated.activation_points():
+        point.observe()
+    calibrated.model(**call)
+    for point in calibrated.activation_points():
+        point.calibrate("minmax")
+    result = copy.deepcopy(model)
+    install(result, calibrated.to_quantized())
+    prepare(result, "reference")
+    return result

@@ -14,7 +14,8 @@ from torch import nn
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.integrations.weight_only import quantize_weights
-from stepquant.layers.quantized import QuantizedModule, kept_in_float32
+from stepquant.layers.interception import quantized_attentions
+from stepquant.layers.quantized import QuantizedModule, kept_in_float32, quantized_modules
 from stepquant.runtime import prepare
 
 
@@ -133,3 +134,26 @@ def test_gradient_checkpointing_flag_changes_nothing():
     model.train()
     with torch.enable_grad():
         assert torch.equal(model(**wan_call()).sample.detach(), expected)
+
+
+def test_projections_are_not_fused():
+    """Fusing would replace them by full-precision layers."""
+    model = wan()
+    quantize_weights(model, QuantSpec.parse("w8a16"))
+    with pytest.raises(StepquantError, match="cannot be fused"):
+        copy.deepcopy(model).fuse_qkv_projections()
+
+
+@torch.no_grad()
+def test_projections_fused_before():
+    """The fused layers run, and their attention is intercepted."""
+    import tiny_denoisers
+
+    for name in ("flux", "wan"):
+        model, call = tiny_denoisers.build(name)
+        expected = model(**call, return_dict=False)[0]
+        model.fuse_qkv_projections()
+        quantized = tiny_denoisers.quantized(model, call)
+        assert any(layer.endswith("to_qkv") for layer in quantized_modules(quantized))
+        assert quantized_attentions(quantized)
+        assert (quantized(**call, return_dict=False)[0] - expected).norm() < 0.05 * expected.norm()

@@ -13,7 +13,7 @@ from stepquant.core.weights import group_channels, round_to_nearest
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
 from stepquant.layers.conv import weight_by_output
-from stepquant.layers.lora import enable_lora
+from stepquant.layers.methods import adapt_methods
 from stepquant.layers.quantized import can_quantize, kept_in_float32, quantized_like, replace_module
 
 
@@ -50,5 +50,5 @@ def quantize_weights(model: nn.Module, spec: QuantSpec) -> dict[str, Any]:
         raise StepquantError(
             f"{type(model).__name__} cannot be quantized to {spec}: it has no linear and no convolution to quantize."
         )
-    enable_lora(model)
+    adapt_methods(model)
     return {"timesteps": clock.timesteps.tolist(), "layers": layers, "attentions": {}}

@@ -26,10 +26,11 @@ REPRODUCED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "Flu
 
 
 def can_quantize_attention(module: nn.Module) -> bool:
-    """Whether `module` is an attention whose operands can be quantized: its processor is reproduced here."""
+    """Whether `AttentionProcessor` can replace the processor of `module`; others are intercepted."""
     processor = getattr(module, "processor", None)
     known = type(processor).__name__ in REPRODUCED or isinstance(processor, AttentionProcessor)
-    return known and hasattr(module, "set_processor") and hasattr(module, "to_q")
+    separate = hasattr(module, "to_q") and not getattr(module, "fused_projections", False)
+    return known and separate and hasattr(module, "set_processor")
 
 
 class AttentionProcessor(ScaledDotProduct):
@@ -209,11 +210,17 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
     ) -> Tensor:
+        # accelerate offloads the grids, and loads them around `forward` only.
+        hook: Any = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
         # Attention kernels exist only for the CPU.
         alike = key.shape == value.shape and key.shape[1::2] == query.shape[1::2] and len(key) in (1, len(query))
         if self.kernel is None or not alike or query.device.type != "cpu" or not self.kernel.fits(query, key):
-            return super().attend(query, key, value, mask, scale)
-        return self.kernel(query, key, value, mask, self.clock.row, scale)
+            output = super().attend(query, key, value, mask, scale)
+        else:
+            output = self.kernel(query, key, value, mask, self.clock.row, scale)
+        return output if hook is None else hook.post_forward(self, output)
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         if name not in self.formats:

@@ -17,7 +17,7 @@ from stepquant.layers.correction import Correction, OutputCorrection, correction
 from stepquant.layers.format import OPERANDS, LayerFormat, Structure
 from stepquant.layers.interception import install_attention, quantized_attentions
 from stepquant.layers.linear import QuantizedLinear
-from stepquant.layers.lora import enable_lora
+from stepquant.layers.methods import adapt_methods
 from stepquant.layers.quantized import QuantizedModule, empty_like, replace_module
 from stepquant.layers.time_cache import TimeCache, TimeLinear
 
@@ -109,7 +109,7 @@ def install_empty(model: nn.Module, structure: Structure | dict[str, Any], devic
             OutputCorrection(structure.correction_rows, clock).attach(model)
     if structure.timestep in inspect.signature(model.forward).parameters:  # not a text encoder or autoencoder
         clock.attach(model, structure.timestep)
-    enable_lora(model)
+    adapt_methods(model)
     return clock
 
 

@@ -105,7 +105,8 @@ class InterceptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: AttentionCalls = getattr(self.module, CALLS)
-        with _Interception(calls) as interception:
+        interception = _Interception(calls)
+        with interception:
             if self.before is None:
                 output = type(self.module).forward(self.module, *args, **kwargs)
             else:

@@ -8,7 +8,7 @@ runtime (``stepquant.runtime``) reads `QuantizedModule.layer` and installs `kern
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -141,6 +141,12 @@ class QuantizedModule(nn.Module):
 
     def _transforms(self) -> list[TransformBuffers]:
         return list(self.transforms)  # type: ignore[arg-type]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """None without `recurse`: accelerate looks for a layer's own parameters in the state dict when it offloads."""
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
     def release(self, integers: Callable[[], Tensor]) -> None:
         """Free the codes, since a kernel holds them in another layout.
