@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
@@ -94,7 +94,10 @@ class QuantSpec(Checked):
             2211.10438); ``None`` leaves it to the recipe.
         exact_time: keep the layers whose input depends on the timestep alone in floating point. They are few, and their
             outputs are then those of full precision at every step.
-        group_size: number of input channels that share a weight scale; ``None`` for one scale per output channel.
+        group_size: number of input channels that share a weight scale, and a dynamic activation scale; ``None`` for one
+            scale per output channel, and for each position.
+        activations: ``"static"``, ranges from calibration, or ``"dynamic"``: the range of the channels of each token or
+            pixel, found while they are quantized. Dynamic ones fit better and cost more.
     """
 
     called = "quantization spec"
@@ -108,6 +111,7 @@ class QuantSpec(Checked):
     smoothing: bool | None = None
     exact_time: bool = False
     group_size: Annotated[int, Field(ge=8)] | None = None
+    activations: Literal["static", "dynamic"] = "static"
 
     @field_validator("bits")
     @classmethod

@@ -21,7 +21,7 @@ from stepquant.settings import Settings
 from stepquant.user_code import is_custom, source_digest, source_file
 from stepquant.version import __version__
 
-SPEC_OPTIONS = ("bits", "overrides", "exact_time", "smoothing")
+SPEC_OPTIONS = ("bits", "overrides", "exact_time", "smoothing", "activations", "group_size")
 """Attributes of a spec that the command line has options for."""
 DEFAULTS = {"preset": "fast", "effort": "standard", "dtype": "float32", "seed": 0}
 """Of options that need not be written."""
@@ -163,6 +163,10 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
     yield from ("--correct",) if provenance["correction"] else ()
     if spec["smoothing"] is not None:
         yield "--smoothing" if spec["smoothing"] else "--no-smoothing"
+    if spec["activations"] != "static":
+        yield from ("--activations", spec["activations"])
+    if spec["group_size"] is not None:
+        yield from ("--group-size", str(spec["group_size"]))
 
 
 def _usual(provenance: dict[str, Any], name: str) -> Any:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.fake_quant.activation_quantizers import Start
-from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, wrap
+from stepquant.calibration.fake_quant.dynamic import DynamicPoint
+from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, Point, wrap
 from stepquant.calibration.fake_quant.observer import ActivationRange
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.config import FLOAT_BITS, QuantSpec
+from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import InvalidGrid
 from stepquant.core.ranges import Range
 from stepquant.distributed import Ranks
@@ -59,7 +61,7 @@ class CalibrationModel:
     trained: list[str] = field(default_factory=list)
 
     def activation_points(self, block: str | None = None) -> Iterator[ActivationPoint]:
-        """All activation points, or those inside one block."""
+        """All activation points with a grid to calibrate, or those inside one block."""
         root = self.model if block is None else self.model.get_submodule(block)
         return (module for module in root.modules() if isinstance(module, ActivationPoint))
 
@@ -73,6 +75,10 @@ class CalibrationModel:
         for point in self.activation_points():
             if not point.layout.unsigned:
                 point.layout = replace(point.layout, kind="silu" if id(point) in shifted else "signed")
+
+    def points(self) -> Iterator[Point]:
+        """All points where an activation is quantized."""
+        return (module for module in self.model.modules() if isinstance(module, Point))
 
     def layers_in(self, block: str) -> dict[str, CalibratedLayer]:
         """The layers inside one block, which may itself be a layer."""
@@ -167,6 +173,7 @@ def insert_fake_quantizers(
                 split=description.skip_splits.get(name) if spec.split_skips else None,
                 group_size=spec.group_size,
                 rows=rows if tabled is None or name in tabled else 1,
+                dynamic=spec.activations == "dynamic",
                 # The grids of the others are searched by other processes.
                 weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
                 rounding=rounding,
@@ -196,12 +203,14 @@ def projection_of(model: nn.Module, attention: str, operand: str) -> str:
 
 def _wrap_attention(model: nn.Module, name: str, spec: QuantSpec, clock: StepClock, rows: int) -> CalibratedAttention:
     """Query, key and value take the bits of the layers that compute them; the probabilities take the spec's."""
-    points: dict[str, ActivationPoint] = {}
+    points: dict[str, Point] = {}
     for operand in OPERANDS:
         bits = spec.layer_bits(projection_of(model, name, operand)).activation
         if operand == "probability" and bits != FLOAT_BITS:
             bits = spec.softmax_bits
-        if bits != FLOAT_BITS:
+        if bits != FLOAT_BITS and spec.activations == "dynamic":
+            points[operand] = DynamicPoint(DynamicGrid(bits))
+        elif bits != FLOAT_BITS:
             points[operand] = ActivationPoint(bits, clock, rows=rows, unsigned=operand == "probability")
     return CalibratedAttention(points)
 
@@ -226,6 +235,8 @@ def calibrate_ranges(
         ranks: share the samples and the search.
     """
     points = list(calibrated.activation_points())
+    if not points:
+        return
     for layer in calibrated.layers.values():
         layer.weight_point.bypassed = not quantized_weights
     for point in points:

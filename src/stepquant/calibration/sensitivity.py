@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.layers import Point
 from stepquant.calibration.model import CalibrationModel, projection_of
 from stepquant.calibration.placement import answering
 from stepquant.calibration.samples import CalibrationSet
@@ -194,7 +194,7 @@ class _Network:
 
     def quantize(self, layers: Collection[str], *, rest: bool) -> None:
         """Quantize exactly these layers and, with `rest`, the activations that belong to no layer."""
-        for point in self.calibrated.activation_points():
+        for point in self.calibrated.points():
             point.bypassed = not rest
         for name, layer in self.calibrated.layers.items():
             layer.weight_point.bypassed = name not in layers
@@ -224,7 +224,7 @@ class _Network:
                 handle.remove()
 
 
-def layer_points(calibrated: CalibrationModel) -> dict[str, list[ActivationPoint]]:
+def layer_points(calibrated: CalibrationModel) -> dict[str, list[Point]]:
     """name -> the activation points that take that layer's bits: its input, and the attention operand it computes."""
     points = {
         name: [] if layer.input_point is None else [layer.input_point] for name, layer in calibrated.layers.items()
@@ -232,6 +232,6 @@ def layer_points(calibrated: CalibrationModel) -> dict[str, list[ActivationPoint
     for name, attention in calibrated.attentions.items():
         for operand, point in attention.points.items():
             layer = projection_of(calibrated.model, name, operand)
-            if layer in points and isinstance(point, ActivationPoint):
+            if layer in points and isinstance(point, Point):
                 points[layer].append(point)
     return points

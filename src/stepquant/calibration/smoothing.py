@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.fake_quant.layers import CalibratedLayer
 from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import CalibrationSet
@@ -55,7 +56,7 @@ def find_smoothing(
 
     def keep(name: str) -> Callable[..., None]:
         def hook(layer: CalibratedLayer, inputs: tuple[Tensor, ...]) -> None:
-            assert layer.input_point is not None
+            assert isinstance(layer.input_point, ActivationPoint)
             flat = inputs[0].movedim(layer.input_point.layout.channel_dim, 0).flatten(1)
             columns[name].append(flat[:, torch.linspace(0, flat.shape[1] - 1, per_batch).long()])
 
@@ -111,7 +112,7 @@ def best_smoothing(layer: CalibratedLayer, x: Tensor) -> Tensor | None:
 def output_error(layer: CalibratedLayer, x: Tensor, smoothing: Tensor) -> float:
     """The error that `best_smoothing` minimizes, for x float32 [in, n] and factors float32 [in]."""
     activation, weight = layer.input_point, layer.weight_point
-    assert activation is not None
+    assert isinstance(activation, ActivationPoint)
     values = layer.weight.transpose(0, 1).flatten(1)
     total = 0.0
     start = 0
@@ -141,7 +142,7 @@ def _range_error(values: Tensor, bits: int, *, minmax: bool) -> Tensor:
 
 
 def _can_smooth(layer: CalibratedLayer) -> bool:
-    return layer.input_point is not None and getattr(layer.inner, "groups", 1) == 1
+    return isinstance(layer.input_point, ActivationPoint) and getattr(layer.inner, "groups", 1) == 1
 
 
 def _size(values: Tensor, kind: str) -> Tensor:

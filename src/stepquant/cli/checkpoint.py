@@ -84,8 +84,10 @@ def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
     """Arguments that `stepquant.quantize` and `stepquant.train` share."""
     from stepquant.config import QuantSpec
 
-    overrides = pairs_from(options["override"], "REGEX=BITS, such as mid_block=w8a8")
-    spec = {name: options[name] for name in ("bits", "exact_time", "smoothing")} | {"overrides": overrides}
+    spec = {name: options[name] for name in ("bits", "exact_time", "smoothing", "group_size")}
+    spec["overrides"] = pairs_from(options["override"], "REGEX=BITS, such as mid_block=w8a8")
+    if options.get("activations") is not None:  # training has static ones only
+        spec["activations"] = options["activations"].value
     components = pairs_from(options["component"], "NAME=BITS, such as transformer_2=w4a8")
     specs = {name: QuantSpec.parse(spec | {"bits": bits}) for name, bits in components.items()}
     return {

@@ -36,6 +36,13 @@ class EffortName(StrEnum):
     thorough = "thorough"
 
 
+class ActivationName(StrEnum):
+    """Values of `stepquant.QuantSpec.activations`."""
+
+    static = "static"
+    dynamic = "dynamic"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, a .safetensors file, or zoo:NAME.")
 ]
@@ -58,6 +65,14 @@ Smoothing = Annotated[
     typer.Option(
         "--smoothing/--no-smoothing", help="Move outlier channels into the weights; default: depends on the recipe."
     ),
+]
+Activations = Annotated[
+    ActivationName,
+    typer.Option(help="Ranges of activations: from calibration, or those of each token or pixel when it is quantized."),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(metavar="CHANNELS", help="Input channels that share a scale, such as 64; default: all of a layer's."),
 ]
 Budget = Annotated[
     str | None,

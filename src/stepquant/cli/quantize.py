@@ -25,6 +25,8 @@ def quantize(
     override: o.Override = None,
     exact_time: o.ExactTime = False,
     smoothing: o.Smoothing = None,
+    activations: o.Activations = o.ActivationName.static,
+    group_size: o.GroupSize = None,
     budget: o.Budget = None,
     correct: o.Correct = False,
     also: o.Also = None,

@@ -33,6 +33,7 @@ def train(
     override: o.Override = None,
     exact_time: o.ExactTime = False,
     smoothing: o.Smoothing = None,
+    group_size: o.GroupSize = None,
     budget: o.Budget = None,
     correct: o.Correct = False,
     also: o.Also = None,

@@ -16,13 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.dynamic import Bits, DynamicGrid
 from stepquant.core.transforms import LayerTransform, Smoothing
 from stepquant.errors import StepquantError
 
 MOST_ROWS = 100_000
 """Maximum rows of a table, beyond the timesteps of any schedule."""
-
-Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class InvalidGrid(StepquantError):
@@ -173,13 +172,13 @@ class QuantizedLayer:
     Attributes:
         weight: weight of the transformed layer, C = out.
         bias: float32 [out], or None.
-        input: grid of the transformed input; None where the activation stays in floating point.
+        input: grid of the transformed input, fixed or dynamic; None where the activation stays in floating point.
         transforms: transforms of the input, in the order in which they are applied.
     """
 
     weight: QTensor
     bias: Tensor | None
-    input: Grid | None
+    input: Grid | DynamicGrid | None
     transforms: tuple[LayerTransform, ...] = ()
 
     def check(self) -> None:
@@ -214,7 +213,7 @@ class QuantizedLayer:
         """
         channels = self.weight.codes.shape[1]
         weight_ends = list(accumulate(self.weight.grid.sizes(channels)))
-        input_ends = list(accumulate(() if self.input is None else self.input.group_sizes)) or [channels]
+        input_ends = list(accumulate(self.input.group_sizes if isinstance(self.input, Grid) else ())) or [channels]
         found, start = [], 0
         for stop in sorted({*weight_ends, *input_ends}):
             group = next(index for index, end in enumerate(input_ends) if stop <= end)
@@ -227,10 +226,10 @@ class QuantizedLayer:
 class QuantizedAttention:
     """Grids of an attention's operands; None for an operand that stays in floating point."""
 
-    query: Grid | None
-    key: Grid | None
-    value: Grid | None
-    probability: Grid | None
+    query: Grid | DynamicGrid | None
+    key: Grid | DynamicGrid | None
+    value: Grid | DynamicGrid | None
+    probability: Grid | DynamicGrid | None
 
     def check(self) -> None:
         """Raise `InvalidGrid` unless the invariants of all grids hold."""

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.correction import OutputCorrection
@@ -80,7 +81,7 @@ class Traceable(nn.Module):
         kernel_of: returns the kernel of a layer in operations that can be exported, or None for floating point.
 
     Raises:
-        StepquantError: if the denoiser is not quantized.
+        StepquantError: if the denoiser is not quantized, or its activations are dynamic.
     """
 
     boundaries: Tensor
@@ -89,6 +90,11 @@ class Traceable(nn.Module):
         super().__init__()
         if not quantized_modules(denoiser):
             raise StepquantError("the denoiser is not quantized: expected one that `stepquant quantize` wrote.")
+        if any(isinstance(layer.format.input, DynamicFormat) for layer in quantized_modules(denoiser).values()):
+            raise StepquantError(
+                "an exported network needs activation scales that are stored, and this model computes them from the "
+                "activations. Quantize it with activations='static'."
+            )
         self.names, self.clock = names, _Time()
         model = copy.deepcopy(denoiser)
         prepare(model, kernel_of)

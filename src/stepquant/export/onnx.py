@@ -89,7 +89,7 @@ class OnnxKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.input is not None
+        assert isinstance(layer.input, Grid)
         self.grid, self.bias, self.dim = layer.input, layer.bias, module.channel_dim
         self.geometry: tuple[tuple[int, ...], ...] | None = None
         if isinstance(module, QuantizedConv2d):
@@ -100,7 +100,7 @@ class OnnxKernel(Kernel):
         for index, (channels, group, weight) in enumerate(layer.segments()):
             codes = weight.integers().short() + WEIGHT_ZERO_POINT
             self.register_buffer(f"weight_{index}", self._columns(codes.to(torch.uint8)))
-            scale = layer.input.scale[:, group]
+            scale = self.grid.scale[:, group]
             if layer.smoothing is not None:
                 scale = scale * layer.smoothing[channels]
             self.segments.append((channels, group, scale.reciprocal(), weight.grid.scale[0, 0]))
@@ -172,7 +172,7 @@ class OnnxAttention(AttentionKernel):
 
     def __init__(self, processor: QuantizedAttentionProcessor) -> None:
         super().__init__()
-        self.grids = {name: processor.grid(name) for name in OPERANDS}
+        self.grids = {name: grid for name in OPERANDS if isinstance(grid := processor.grid(name), Grid)}
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: Tensor, scale: float | None = None

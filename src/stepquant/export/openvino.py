@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError, first_line
 from stepquant.export.network import ExportedDenoiser, Traceable, batched, import_optional, traced_values
 from stepquant.files import cannot_write
@@ -41,18 +42,18 @@ class FoldedKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.input is not None
-        weight = layer.weight
+        grid, weight = layer.input, layer.weight
+        assert isinstance(grid, Grid)
         self.is_convolution = isinstance(module, QuantizedConv2d)
         self.geometry: tuple[Any, ...] = ()
         self.padding: tuple[int, int] = (0, 0)
         if isinstance(module, QuantizedConv2d):
             self.geometry = (module.stride, (0, 0), module.dilation, module.groups)
             self.padding = module.padding
-        self.reference = layer.input.rows // 2
-        self.scale = layer.input.scale[:, 0, 0]
-        self.zero_point = layer.input.zero_point[:, 0, 0].float()
-        self.top = largest_code(layer.input.bits)
+        self.reference = grid.rows // 2
+        self.scale = grid.scale[:, 0, 0]
+        self.zero_point = grid.zero_point[:, 0, 0].float()
+        self.top = largest_code(grid.bits)
         self.register_buffer("integers", weight.integers(), persistent=False)
         spread = (-1, *(1,) * (weight.codes.dim() - 1))
         self.register_buffer("weight_scale", weight.grid.scale[0, 0].reshape(spread).clone(), persistent=False)

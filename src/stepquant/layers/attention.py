@@ -14,6 +14,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from stepquant.core.affine import fake_quantize
+from stepquant.core.dynamic import DynamicFormat, DynamicGrid
 from stepquant.core.qtensor import Grid, GridFormat, QuantizedAttention
 from stepquant.layers.buffers import fill_grid, has_buffers_of, keep_dtypes, read_grid, register_grid
 from stepquant.layers.clock import StepClock, of_samples
@@ -160,8 +161,9 @@ class AttentionKernel(Kernel):
 
     @staticmethod
     def supports(processor: Any) -> bool:
-        """Whether all four operands of a `QuantizedAttentionProcessor` are quantized."""
-        return set(processor.formats) == set(OPERANDS)
+        """Whether all four operands of a `QuantizedAttentionProcessor` have stored grids."""
+        static = {name for name, grid_format in processor.formats.items() if isinstance(grid_format, GridFormat)}
+        return static == set(OPERANDS)
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether the kernel takes operands of these shapes; others run without a kernel."""
@@ -177,7 +179,9 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         formats: operand -> shape of its grid.
     """
 
-    def __init__(self, formats: dict[str, GridFormat] | None = None, clock: StepClock | None = None) -> None:
+    def __init__(
+        self, formats: dict[str, GridFormat | DynamicFormat] | None = None, clock: StepClock | None = None
+    ) -> None:
         super().__init__()
         self.formats, self.clock = dict(formats or {}), clock or StepClock()
         self.kernel: AttentionKernel | None = None
@@ -189,7 +193,7 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         for name in self.formats:
             fill_grid(self, name, getattr(attention, name))
 
-    def grid(self, name: str) -> Grid:
+    def grid(self, name: str) -> Grid | DynamicGrid:
         """The grid of operand `name`, one of `formats`."""
         return read_grid(self, name, self.formats[name])
 
@@ -225,8 +229,9 @@ class QuantizedAttentionProcessor(AttentionProcessor):
     def operand(self, name: str, x: Tensor) -> Tensor:
         if name not in self.formats:
             return x
-        scale, zero_point = self.grid(name).at(self.clock.row)
-        if scale.dim() == 3:
+        grid = self.grid(name)
+        scale, zero_point = grid.of(x) if isinstance(grid, DynamicGrid) else grid.at(self.clock.row)
+        if isinstance(grid, Grid) and scale.dim() == 3:
             scale, zero_point = (per_sample(values[:, 0], x) for values in (scale, zero_point))
         return fake_quantize(x.float(), scale, zero_point, self.formats[name].bits).to(x.dtype)
 

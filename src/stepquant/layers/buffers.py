@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.core.dynamic import DynamicFormat, DynamicGrid
 from stepquant.core.qtensor import Grid, GridFormat
 from stepquant.core.transforms import LayerTransform
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def register_grid(module: nn.Module, name: str, grid_format: GridFormat, outputs: int = 1) -> None:
-    """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``."""
+def register_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat, outputs: int = 1) -> None:
+    """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``; a dynamic one has none."""
+    if isinstance(grid_format, DynamicFormat):
+        return
     # Explicit dtypes, since a model may be built under another default dtype.
     shape = grid_format.shape(outputs)
     module.register_buffer(f"{name}_scale", torch.ones(shape, dtype=torch.float32))
     module.register_buffer(f"{name}_zero_point", torch.zeros(shape, dtype=torch.uint8))
 
 
-def fill_grid(module: nn.Module, name: str, grid: Grid) -> None:
+def fill_grid(module: nn.Module, name: str, grid: Grid | DynamicGrid) -> None:
     """Copy `grid` into the buffers of `register_grid`."""
+    if isinstance(grid, DynamicGrid):
+        return
     setattr(module, f"{name}_scale", grid.scale.clone())
     setattr(module, f"{name}_zero_point", grid.zero_point.clone())
 
 
-def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid:
+@overload
+def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid: ...
+@overload
+def read_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat) -> Grid | DynamicGrid: ...
+def read_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat) -> Grid | DynamicGrid:
     """The grid in the buffers of `register_grid`, neither checked nor copied."""
+    if isinstance(grid_format, DynamicFormat):
+        return DynamicGrid(grid_format.bits, grid_format.group)
     scale, zero_point = getattr(module, f"{name}_scale"), getattr(module, f"{name}_zero_point")
     return Grid(scale, zero_point, grid_format.bits, grid_format.groups)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.core.qtensor import MOST_ROWS, GridFormat, QuantizedLayer
 from stepquant.core.transforms import KINDS
 from stepquant.errors import StepquantError
@@ -35,14 +36,14 @@ class LayerFormat(BaseModel):
 
     Attributes:
         weight: format of the weight's grid.
-        input: format of the input's grid; None if the activation stays in floating point.
+        input: format of the input's grid, fixed or dynamic; None if the activation stays in floating point.
         transforms: in the order in which they are applied.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     weight: GridFormat
-    input: GridFormat | None = None
+    input: GridFormat | DynamicFormat | None = None
     transforms: Annotated[tuple[TransformFormat, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
@@ -79,7 +80,7 @@ class Structure(BaseModel):
 
     timesteps: Annotated[list[FiniteFloat], Field(min_length=1, max_length=MOST_ROWS)]
     layers: dict[str, LayerFormat]
-    attentions: dict[str, dict[str, GridFormat]]
+    attentions: dict[str, dict[str, GridFormat | DynamicFormat]]
     time_layers: list[str] = []
     correction_rows: Annotated[int, Field(ge=0, le=MOST_ROWS)] = 0
     timestep: str = "timestep"

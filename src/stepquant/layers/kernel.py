@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.core.transforms import Smoothing
 from stepquant.layers.format import LayerFormat
 
@@ -36,6 +37,7 @@ class Capabilities:
     Attributes:
         transforms: kinds of `LayerTransform`; None for all.
         integer: takes layers whose input is quantized, else those whose input stays in floating point.
+        dynamic: takes layers whose input has a dynamic grid.
         kernel_dims: dimensions of the weight behind [out, in]: 0 for a linear, 1 to 3 for a convolution.
         transposed: transposed convolutions.
         channel_groups: several scales along the input channels, of the weight or the input.
@@ -46,6 +48,7 @@ class Capabilities:
 
     transforms: frozenset[str] | None = frozenset({Smoothing.kind})
     integer: bool = True
+    dynamic: bool = False
     kernel_dims: frozenset[int] = frozenset({0, 2})
     transposed: bool = False
     channel_groups: bool = True
@@ -60,6 +63,7 @@ class Capabilities:
         grouped = getattr(module, "groups", 1) > 1
         return (
             (layer.input is not None) == self.integer
+            and (self.dynamic or not isinstance(layer.input, DynamicFormat))
             and (self.transforms is None or {transform.kind for transform in layer.transforms} <= self.transforms)
             and len(shape) - 2 in self.kernel_dims
             and (self.transposed or not getattr(module, "transposed", False))

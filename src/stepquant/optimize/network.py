@@ -141,7 +141,7 @@ def _parameters(
     left = {id(layer.input_point) for name, layer in calibrated.layers.items() if name in frozen}
     scaled = [point for point in calibrated.activation_points() if id(point) not in left]
     if not settings.all_scales:
-        scaled = [layer.input_point for layer in trained if layer.input_point]
+        scaled = [layer.input_point for layer in trained if isinstance(layer.input_point, ActivationPoint)]
 
     def learn(point: ActivationPoint) -> list[nn.Parameter]:
         return point.learn_over_time() if settings.over_time else point.learn_table(relative=not settings.published)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint.write import narrow_tensors
 from stepquant.core.affine import largest_code
+from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.conv import QuantizedConv
@@ -80,11 +81,12 @@ def activation_ranges(denoiser: nn.Module) -> list[ActivationRange]:
     """Every quantized activation, in the order of the modules: inputs of layers, then operands of attentions."""
     ranges = []
     for name, module in quantized_modules(denoiser).items():
-        if (grid := module.layer().input) is not None:
+        if isinstance(grid := module.layer().input, Grid):
             ranges += _ranges_of(name, grid)
     for name, processor in quantized_attentions(denoiser).items():
         for operand in processor.formats:
-            ranges += _ranges_of(f"{name} {operand}", processor.grid(operand))
+            if isinstance(grid := processor.grid(operand), Grid):
+                ranges += _ranges_of(f"{name} {operand}", grid)
     return ranges
 
 
@@ -125,8 +127,8 @@ def layer_rows(denoiser: nn.Module) -> list[LayerRow]:
     return rows
 
 
-def _extent(grid: Grid | None) -> tuple[float, float] | None:
-    if grid is None:
+def _extent(grid: Grid | DynamicGrid | None) -> tuple[float, float] | None:
+    if not isinstance(grid, Grid):
         return None
     width = grid.scale * largest_code(grid.bits)
     return float(width.min()), float(width.max())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.kernel import Kernel
@@ -19,7 +20,7 @@ from stepquant.runtime import cuda, native, onednn
 from stepquant.runtime.cuda import CudaKernel
 from stepquant.runtime.native import blocks
 from stepquant.runtime.onednn import OneDnnKernel
-from stepquant.runtime.reference import ReferenceKernel, WeightOnlyKernel
+from stepquant.runtime.reference import DynamicKernel, ReferenceKernel, WeightOnlyKernel
 from stepquant.user_code import load_function
 
 BACKENDS = ("auto", "native", "onednn", "cuda", "reference")
@@ -32,9 +33,11 @@ KERNELS: dict[str, type[Kernel]] = {"native": native.NativeKernel, "onednn": One
 NAMES: dict[type[Kernel], str] = {
     **{kernel: name for name, kernel in KERNELS.items()},
     ReferenceKernel: "reference",
+    DynamicKernel: "reference",
     WeightOnlyKernel: "floating point",
 }
 """Kernel -> name of its runtime."""
+SLOWEST = (ReferenceKernel, DynamicKernel)
 SLOW = ("reference", "floating point")
 
 MEMORY = ("unpacked", "packed")
@@ -96,7 +99,7 @@ def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
     if backend == "auto" and (left_out := _left_out(_device_of(model))):
         reasons = "; ".join(f"{other}: {reason}" for other, reason in left_out)
         problems.append(f"stepquant uses the {name} runtime, since faster ones are not available ({reasons}).")
-    expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) is ReferenceKernel]
+    expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) in SLOWEST]
     if expected and name != "reference":
         problems.append(f"without an integer kernel in {name}, layers run in the slow reference: {_few(expected)}.")
     return problems
@@ -193,7 +196,11 @@ def _kernel_class(module: QuantizedModule, backend: str) -> type[Kernel]:
         return WeightOnlyKernel
     kernel, device = KERNELS.get(backend), module.device.type
     here = kernel is not None and (device == DEVICE[backend] or (kernel is CudaKernel and cuda.interpreted()))
-    return kernel if kernel is not None and here and kernel.supports(module) else ReferenceKernel
+    return kernel if kernel is not None and here and kernel.supports(module) else _reference(module)
+
+
+def _reference(module: QuantizedModule) -> type[Kernel]:
+    return DynamicKernel if isinstance(module.format.input, DynamicFormat) else ReferenceKernel
 
 
 class PassingKernel(Kernel):
@@ -219,7 +226,7 @@ def _custom_kernel(name: str, make: KernelFactory, module: QuantizedModule) -> K
     kernel = make(module)
     if kernel is not None and not isinstance(kernel, Kernel):
         raise StepquantError(f"the runtime gave layer {name} a {type(kernel).__name__}: expected a Kernel, or None.")
-    return ReferenceKernel(module) if kernel is None else kernel
+    return _reference(module)(module) if kernel is None else kernel
 
 
 def _lay_out(model: nn.Module) -> None:
@@ -231,7 +238,7 @@ def _lay_out(model: nn.Module) -> None:
 def fallbacks(model: nn.Module) -> list[str]:
     """Names of the quantized layers that do not run in integers."""
     kernels = {name: _class_of(module) for name, module in quantized_modules(model).items()}
-    return [name for name, kernel in kernels.items() if issubclass(kernel, (ReferenceKernel, WeightOnlyKernel))]
+    return [name for name, kernel in kernels.items() if issubclass(kernel, (*SLOWEST, WeightOnlyKernel))]
 
 
 __all__ = [

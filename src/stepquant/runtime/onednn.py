@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.qtensor import Grid
 from stepquant.layers.clock import of_samples
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.kernel import Kernel, opaque
@@ -52,7 +53,7 @@ class OneDnnKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.input is not None
+        assert isinstance(layer.input, Grid)
         self.dim = module.channel_dim
         self.top = largest_code(layer.input.bits)
         self.static = layer.input.rows == 1

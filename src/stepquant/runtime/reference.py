@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import quantize
+from stepquant.core.affine import fake_quantize, quantize
+from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.core.transforms import LayerTransform
 from stepquant.layers.attention import per_sample
@@ -67,7 +68,7 @@ class ReferenceKernel(Kernel):
     def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
         layer = module.layer()
-        assert layer.input is not None
+        assert isinstance(layer.input, Grid)
         self.bits = layer.input.bits
         self.apply_map: Apply = linear_map(module)
         self.dim = module.channel_dim
@@ -119,6 +120,35 @@ class ReferenceKernel(Kernel):
         if self.bias is not None:
             y = y + along_channels(self.bias, self.dim, y.dim())
         return y.to(x.dtype)
+
+
+class DynamicKernel(Kernel):
+    """A layer whose input has a dynamic grid: ``y = sum of (code - zero_point) * s_x * w * s_w + bias``, in float32."""
+
+    capabilities = replace(EVERY_LAYER, dynamic=True)
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        layer = module.layer()
+        assert isinstance(layer.input, DynamicGrid)
+        self.grid, self.dim = layer.input, module.channel_dim
+        self.apply_map: Apply = linear_map(module)
+        self.transforms = nn.ModuleList(TransformBuffers(transform, persistent=False) for transform in layer.transforms)
+        self.register_buffer("weight", layer.weight.dequantize(), persistent=False)
+        self.register_buffer("bias", layer.bias, persistent=False)
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        values = x.float()
+        for buffers in self.transforms:
+            transform: LayerTransform = buffers.transform()  # type: ignore[operator]
+            values = transform.transform_input(values, self.dim)
+            one = torch.ones((), device=x.device)
+            values = values / transform.transform_scale(one, slice(None), values.dim(), self.dim)
+        scale, zero_point = self.grid.of(values, self.dim)
+        rounded = fake_quantize(values, scale, zero_point, self.grid.bits)
+        return self.apply_map(rounded, self.weight, self.bias).to(x.dtype)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.activation import ActivationPoint
+from stepquant.calibration.fake_quant.dynamic import DynamicPoint
 from stepquant.calibration.fake_quant.weight import WeightPoint
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.config import FLOAT_BITS, LayerBits
+from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import QTensor, QuantizedAttention, QuantizedLayer
 from stepquant.core.ranges import Range
 from stepquant.core.transforms import Smoothing
@@ -19,6 +21,8 @@ from stepquant.layers.clock import StepClock
 from stepquant.layers.conv import linear_map, weight_by_output
 from stepquant.layers.format import OPERANDS
 from stepquant.layers.quantized import can_quantize
+
+Point = ActivationPoint | DynamicPoint
 
 
 class CalibratedLayer(nn.Module):
@@ -30,7 +34,7 @@ class CalibratedLayer(nn.Module):
         input: quantizes its input; None where that stays in floating point.
     """
 
-    def __init__(self, inner: Any, weight: WeightPoint, input: ActivationPoint | None) -> None:
+    def __init__(self, inner: Any, weight: WeightPoint, input: Point | None) -> None:
         super().__init__()
         self.inner, self.weight_point, self.input_point = inner, weight, input
 
@@ -57,7 +61,7 @@ class CalibratedLayer(nn.Module):
 
     def smooth(self, smoothing: Tensor) -> None:
         """Divide input channels by `smoothing`, float32 [in], and multiply those of the weight by it."""
-        assert self.input_point is not None
+        assert isinstance(self.input_point, ActivationPoint)
         self.weight_point.smooth(self.weight, smoothing)
         self.input_point.smoothing = smoothing
 
@@ -74,7 +78,7 @@ class CalibratedLayer(nn.Module):
 class CalibratedAttention(AttentionProcessor):
     """Attention under calibration; `points` holds one for each operand that is quantized."""
 
-    def __init__(self, points: dict[str, ActivationPoint]) -> None:
+    def __init__(self, points: dict[str, Point]) -> None:
         super().__init__()
         self.points = nn.ModuleDict(points)
 
@@ -102,6 +106,7 @@ def wrap(
     split: int | None = None,
     group_size: int | None = None,
     rows: int = 1,
+    dynamic: bool = False,
     weight_range: Range = "least-error",
     rounding: type[RoundToNearest] = RoundToNearest,
 ) -> CalibratedLayer:
@@ -111,6 +116,7 @@ def wrap(
         activation_bits: of the input; None leaves it in floating point.
         split, group_size: see `group_channels`.
         rows: of the input's grid.
+        dynamic: the input's grid follows its values; `rows` is not used then.
         weight_range, rounding: see `WeightPoint`.
     """
     assert can_quantize(module)
@@ -122,6 +128,8 @@ def wrap(
     weight = WeightPoint(weights, weight_bits, groups, weight_range, rounding)
     if activation_bits is None:
         return CalibratedLayer(module, weight, None)
-    sides = group_channels(channels, split, None) if split is not None else ()
     channel_dim = -1 if isinstance(module, nn.Linear) else 1
+    if dynamic:
+        return CalibratedLayer(module, weight, DynamicPoint(DynamicGrid(activation_bits, group_size), channel_dim))
+    sides = group_channels(channels, split, None) if split is not None else ()
     return CalibratedLayer(module, weight, ActivationPoint(activation_bits, clock, channel_dim, sides, rows))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.core.qtensor import QTensor
+from stepquant.core.qtensor import Grid, QTensor
 from stepquant.layers.conv import QuantizedConv2d
 from stepquant.layers.kernel import Capabilities, Kernel
 from stepquant.layers.quantized import QuantizedModule
@@ -81,7 +81,7 @@ class CudaKernel(Kernel):
         super().__init__()
         importlib.import_module("stepquant.runtime.cuda.ops")  # registers torch.ops.stepquant; needs triton
         layer = module.layer()
-        assert layer.input is not None
+        assert isinstance(layer.input, Grid)
         self.outputs, self.bits = module.weight_shape[0], layer.input.bits
         self.geometry = Geometry.of(module)
         buffers = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.core.qtensor import Grid
 from stepquant.layers.clock import of_samples
 from stepquant.layers.kernel import Kernel, opaque
 from stepquant.layers.quantized import QuantizedModule
@@ -42,7 +43,7 @@ class NativeKernel(Kernel):
     def __init__(self, module: QuantizedModule, *, instructions: str | None = None, packed: bool = False) -> None:
         super().__init__()
         grid = module.layer().input
-        assert grid is not None
+        assert isinstance(grid, Grid)
         self.library = library(instructions)
         self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
         self.layer = PackedLayer.of(module, nibbles=packed)
