@@ -29,7 +29,7 @@ from stepquant.pipelines.request import make_request
 from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe, published_calibration
-from stepquant.recipes.recipe import run_recipe
+from stepquant.recipes.recipe import check_recipe, run_recipe
 from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
 from stepquant.runtime import Backend
 from stepquant.targets import Spec, check_quantizable, check_spec, parse_specs
@@ -239,6 +239,7 @@ def _opened(
     calibration: Calibration,
     seed: int,
     *,
+    recipe: Recipe | None = None,
     images: ImageFolder | None = None,
     prompts: Sequence[str] | None,
     guidance: float | None,
@@ -272,6 +273,8 @@ def _opened(
             for name, spec in specs.items()
         ]
         for context in contexts:
+            if recipe is not None:
+                check_recipe(recipe, context)
             check_spec(context.denoiser, context.description, context.spec, budget)
         stack.enter_context(kept)
         for context in contexts:
@@ -307,14 +310,17 @@ def _quantize(
         "prompts": conditions["prompts"],
         "components": {name: given.model_dump(mode="json") for name, given in specs.items()} if several else None,
     }
-    quantized = pipeline
-    with _opened(pipeline, specs, most, calibration, seed, images=images, **conditions) as contexts:
+    finished = []
+    with _opened(pipeline, specs, most, calibration, seed, recipe=recipe, images=images, **conditions) as contexts:
         for context in contexts:
             context, quantization = _calibrated(context, recipe, most, correction)
             record = provenance.record(context, recipe, source, named | {"requested": specs[context.component]})
             if others:
                 record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
-            quantized = assemble(quantized, context.component, quantization, context.spec, record, backend)
+            finished.append((context.component, quantization, context.spec, record))
+    quantized = pipeline
+    for component, quantization, used, record in finished:
+        quantized = assemble(quantized, component, quantization, used, record, backend)
     for name, config in others.items():
         quantized.register_modules(**{name: quantize_component(getattr(quantized, name), config, backend)})
     return quantized

@@ -221,7 +221,7 @@ def pack(
             rows = part.movedim(kind.dim, 0)
             if kind.count > 1:
                 rows = rows.unflatten(0, (-1, kind.count))
-            tensors[path] = rows if chosen is None else rows[list(chosen)]
+            tensors[path] = rows if chosen is None else torch.stack([rows[index] for index in chosen])
             return Stored(path, kind)
         if isinstance(kind, Entries):
             return _pack_entries(path, part, kind.count, chosen, constant, tensors)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from stepquant import version
 from stepquant.calibration.float32 import computing_in_float32
 from stepquant.calibration.image_folder import ImageFolder
+from stepquant.calibration.placement import placed
 from stepquant.calibration.samples import Calibration
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
 from stepquant.models import ModelDescription, chunk_size
+from stepquant.models.dataflow import is_layer
 from stepquant.models.denoisers import modules, schedulers
 from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.request import Request
@@ -80,7 +82,9 @@ class Context:
     def description(self) -> ModelDescription:
         """Description of the denoiser; the pipeline runs up to one call of it when this is first read."""
         if "description" not in self.memo:
-            self.memo["description"] = describe_component(self.pipeline, self.component, self.request, self.seed)
+            layers = [name for name, module in self.denoiser.named_modules() if is_layer(module)]
+            with placed(self.denoiser, layers, self.device):
+                self.memo["description"] = describe_component(self.pipeline, self.component, self.request, self.seed)
         return self.memo["description"]
 
     @cached_property

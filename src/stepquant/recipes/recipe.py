@@ -196,17 +196,23 @@ def find_effort(name: str) -> Effort:
     return EFFORTS[name]
 
 
-def run_recipe(recipe: Recipe, context: Context) -> CalibrationModel:
-    """Run the stages of a recipe; returns the denoiser's copy with everything frozen.
-
-    Raises:
-        StepquantError: if a stage cannot work here, before any has run; or the recipe makes no model.
-    """
+def check_recipe(recipe: Recipe, context: Context) -> list[Stage]:
+    """Return the stages of a recipe; raises `StepquantError` if one cannot work here, or the spec does not fit."""
     stages = recipe.fitted(context).checked_stages()
     for stage in stages:
         stage.check(context)
     if context.spec.smoothing and not any(isinstance(stage, Smooth) for stage in stages):
         raise StepquantError(f"the spec sets smoothing, but {recipe.label()} has no stage Smooth. Leave smoothing out.")
+    return stages
+
+
+def run_recipe(recipe: Recipe, context: Context) -> CalibrationModel:
+    """Run the stages of a recipe; returns the denoiser's copy with everything frozen.
+
+    Raises:
+        StepquantError: as `check_recipe`, before a stage has run; or if the recipe makes no model.
+    """
+    stages = check_recipe(recipe, context)
     state = State(*([identity(type(recipe))] if is_custom(type(recipe)) else []))
     for stage in stages:
         stage.run(context, state)
