@@ -87,10 +87,12 @@ class Bucket:
     Attributes:
         template: of the arguments, see `stepquant.pipelines.layout.pack`; plain values, and `Shared` for tensors.
         tensors: name -> [n, ...], the parts of each sample.
+        time: timestep of all samples, in a model whose batches need a single one.
     """
 
     template: Any
     tensors: dict[str, Tensor]
+    time: float | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -99,7 +101,7 @@ class Bucket:
     def key(self) -> str:
         """Equal for buckets that can be joined."""
         shapes = {name: [str(tensor.dtype), list(tensor.shape[1:])] for name, tensor in self.tensors.items()}
-        return json.dumps([encoded(self.template), shapes])
+        return json.dumps([encoded(self.template), shapes, self.time])
 
     def at(self, chosen: slice | Tensor) -> Bucket:
         """Some of the samples."""

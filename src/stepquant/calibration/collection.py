@@ -22,6 +22,8 @@ from stepquant.pipelines.generate import batches, generate
 from stepquant.pipelines.layout import pack, samples_in
 from stepquant.pipelines.recording import CallPattern, observe_calls, on_call
 from stepquant.pipelines.request import Request
+from stepquant.pipelines.schedule import most_steps
+from stepquant.pipelines.share import own_steps
 from stepquant.pipelines.steps import StepCounter
 from stepquant.progress import Progress
 from stepquant.workspace import Workspace
@@ -73,6 +75,10 @@ def collect(
     sets: list[CalibrationSet] = []
 
     def recorded(indices: range) -> dict[str, Tensor]:
+        each = [range(index, index + 1) for index in indices] if observed.one_at_a_time else [indices]
+        return join([record(part) for part in each]).to_tensors()
+
+    def record(indices: range) -> CalibrationSet:
         recorder = _Recorder(denoiser, observed, steps, indices, images, outputs=outputs)
         try:
             on_step = partial(advance, len(indices))
@@ -112,6 +118,17 @@ def collect(
     return whole
 
 
+def spread_conditions(request: Request, images: int, seed: int) -> Request:
+    """The request with its conditions, and inputs of each, in random order if there are more than images."""
+    count = max(len(request.conditions), len(request.each))
+    if count <= images:
+        return request
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    conditions = tuple(request.condition(index) for index in order) if request.conditions else ()
+    each = tuple(request.each[index % len(request.each)] for index in order) if request.each else ()
+    return replace(request, conditions=conditions, each=each)
+
+
 def _mapped(tensor: Tensor, path: Path) -> Tensor:
     """A copy in a file that is mapped into memory."""
     return allocate(path, tensor.shape, tensor.dtype).copy_(tensor)
@@ -124,6 +141,7 @@ def collect_all(
     calibration: Calibration,
     seed: int,
     progress: Progress,
+    component: str | None = None,
 ) -> CalibrationSet:
     """Record every input and output of the denoiser along whole trajectories, for distillation.
 
@@ -132,8 +150,11 @@ def collect_all(
 
     Args:
         calibration: its `images` is the number of trajectories.
+        component: name of the denoiser in the pipeline, if it may take part in some of the steps only.
     """
-    count, most = calibration.images, int(pipeline.scheduler.config.num_train_timesteps)
+    count = calibration.images
+    most = most_steps(getattr(pipeline, "scheduler", None)) or 2 * request.steps
+    request = spread_conditions(request, count, seed)
     chunk = chunk_size(denoiser)
     starts = range(0, count, chunk)
     fewest = max(1, request.steps // 2)
@@ -144,7 +165,8 @@ def collect_all(
     with progress.task("Generating trajectories", count) as advance:
         for start, number in zip(starts, numbers, strict=True):
             images = min(chunk, count - start)
-            steps = torch.arange(number).repeat_interleave(images)
+            visited = number if component is None else own_steps(pipeline, component, replace(request, steps=number))
+            steps = torch.arange(visited).repeat_interleave(images)
             batch = Calibration(samples=len(steps), steps=number, trajectories=images)
             conditions = request.conditions[start % max(1, len(request.conditions)) :] + request.conditions
             these = replace(request, conditions=conditions, steps=number)
@@ -172,8 +194,8 @@ class _Recorder:
         self.count = StepCounter()
         self.remove = on_call(denoiser, self._read)
 
-    def samples(self, steps: int) -> dict[str, Tensor]:
-        """The recorded samples, as `CalibrationSet.to_tensors`."""
+    def samples(self, steps: int) -> CalibrationSet:
+        """The recorded samples."""
         wanted = sorted(sample for samples in self.wanted.values() for sample in samples)
         missing = [sample for sample in wanted if sample not in self.recorded]
         if missing:
@@ -186,7 +208,7 @@ class _Recorder:
             CalibrationSet((bucket,), torch.tensor([time]), torch.tensor([step]), torch.tensor([sample]), {})
             for sample, (bucket, time, step) in zip(wanted, recorded, strict=True)
         ]
-        return replace(join(sets), shared=self.shared).to_tensors()
+        return replace(join(sets), shared=self.shared)
 
     def _read(self, arguments: dict[str, Any], output: Any) -> None:
         arguments = self.pattern.completed(arguments, output if self.outputs else None)
@@ -208,7 +230,8 @@ class _Recorder:
             template, tensors = pack(arguments, self.pattern.layout, [row], constant)
             tensors = {name: in_float32(tensor.detach()).clone() for name, tensor in tensors.items()}
             time = float(tensors.get(self.pattern.timestep, arguments[self.pattern.timestep]).max())
-            self.recorded[wanted] = Bucket(template, tensors), time, self.count.step
+            bucket = Bucket(template, tensors, time if self.pattern.same_time else None)
+            self.recorded[wanted] = bucket, time, self.count.step
 
     def _shared(self, part: Any) -> Any:
         """What stands in a template for an argument that all samples share."""

@@ -130,7 +130,7 @@ class CalibrationSet:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors, to be stored; see `from_tensors`."""
-        templates = json.dumps([encoded(bucket.template) for bucket in self.buckets]).encode()
+        templates = json.dumps([[encoded(bucket.template), bucket.time] for bucket in self.buckets]).encode()
         own = {
             f"{index}/{name}": tensor
             for index, bucket in enumerate(self.buckets)
@@ -148,8 +148,8 @@ class CalibrationSet:
             group, _, name = path.partition("/")
             grouped[group][name] = tensor
         templates = json.loads(bytes(stored["templates"].tolist()))
-        buckets = tuple(Bucket(decoded(template), grouped[str(index)]) for index, template in enumerate(templates))
-        return cls(buckets, stored["timesteps"], stored["steps"], stored["numbers"], grouped["shared"])
+        buckets = [Bucket(decoded(part), grouped[str(index)], time) for index, (part, time) in enumerate(templates)]
+        return cls(tuple(buckets), stored["timesteps"], stored["steps"], stored["numbers"], grouped["shared"])
 
 
 def join(sets: Sequence[CalibrationSet], folder: Path | None = None) -> CalibrationSet:

@@ -44,3 +44,8 @@ def nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
         else:
             arguments[outer] = {**arguments.get(outer, {}), inner: tensor} if inner else tensor
     return arguments
+
+
+def plain_output(output: Any) -> Any:
+    """An output of diffusers as a tuple; any other as it is."""
+    return output.to_tuple() if hasattr(output, "to_tuple") else output

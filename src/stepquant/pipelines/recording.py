@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import TimestepReader, timestep_name
+from stepquant.layers.quantized import can_quantize
 from stepquant.models.denoisers import denoisers
-from stepquant.pipelines.arguments import named_arguments
+from stepquant.pipelines.arguments import named_arguments, plain_output
+from stepquant.pipelines.doubling import doubled_call
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.layout import Entries, Layout, Part, Rows, divided, find_layout, samples_in
 from stepquant.pipelines.request import Request
@@ -103,10 +105,15 @@ class CallPattern:
         timestep: name of the argument.
         layout: of the arguments and of the output, named `OUTPUT`; the parts of each sample. Both halves of guidance
             are samples of their own.
+        same_time: whether the samples of a batch need the same timestep: some layer has its samples along another
+            dimension than the first, where a scale for each sample would go wrong.
+        one_at_a_time: whether the pipeline calls it for one image after the other.
     """
 
     timestep: str
     layout: Layout
+    same_time: bool = False
+    one_at_a_time: bool = False
 
     def completed(self, arguments: dict[str, Any], output: Any = None) -> dict[str, Any]:
         """Arguments of a call with a timestep for every sample, and with its output unless None."""
@@ -127,44 +134,106 @@ def observe_calls(pipeline: Any, denoiser: nn.Module, request: Request, seed: in
     Raises:
         StepquantError: if the calls differ in more than the number of samples, or as `generate`.
     """
+    one = _observe(pipeline, denoiser, request, [0], seed)
+    two = _observe(pipeline, denoiser, request, [0, 0], seed)
     timestep = TimestepReader.of(denoiser).name
-    one = _forms_of_calls(pipeline, denoiser, request, [0], seed)
-    two = _forms_of_calls(pipeline, denoiser, request, [0, 0], seed)
-    if len(one) != len(two) or not one:
+    if one.first is None or len(two.forms) not in (len(one.forms), 2 * len(one.forms)):
         raise StepquantError(
-            f"{type(pipeline).__name__} calls its {type(denoiser).__name__} {len(one)} times for one image and "
-            f"{len(two)} times for two; expected the same calls with more samples. Quantize it through a pipeline that "
-            "generates batches."
+            f"{type(pipeline).__name__} calls its {type(denoiser).__name__} {len(one.forms)} times for one image and "
+            f"{len(two.forms)} times for two; expected the same calls with more samples. Leave it out."
         )
+    if len(two.forms) > len(one.forms):  # one image after the other
+        return replace(pattern_of_call(denoiser, one.first), one_at_a_time=True)
     layout: dict[str, Part | None] = {}
-    for call, doubled in zip(one, two, strict=True):
+    for call, doubled in zip(one.forms, two.forms, strict=True):
         for path, part in find_layout(call, doubled).items():
             layout[path] = layout.get(path) or part
-    if layout.get(timestep) is None and torch.as_tensor(one[0][timestep]).numel() == 1:
+    return _pattern(timestep, layout, one.forms[0], _grow_elsewhere(one.layers, two.layers))
+
+
+def pattern_of_call(denoiser: nn.Module, arguments: dict[str, Any]) -> CallPattern:
+    """The pattern of the calls of a denoiser, found by calling it with the samples of one call doubled.
+
+    Raises:
+        StepquantError: as `doubled_call`.
+    """
+    timestep = TimestepReader.of(denoiser).name
+    layers: list[dict[str, tuple[int, ...]]] = [{}, {}]
+    remove = _on_layers(denoiser, lambda name, shape: layers[name in layers[0]].setdefault(name, shape))
+    try:
+        doubled, output, output_twice = doubled_call(denoiser, arguments)
+    finally:
+        remove()
+    one = arguments | {OUTPUT: output}
+    return _pattern(timestep, find_layout(one, doubled | {OUTPUT: output_twice}), one, _grow_elsewhere(*layers))
+
+
+def _pattern(timestep: str, layout: dict[str, Part | None], call: dict[str, Any], same_time: bool) -> CallPattern:
+    if layout.get(timestep) is None and torch.as_tensor(call[timestep]).numel() == 1:
         layout[timestep] = Rows(count=min(part.count for part in layout.values() if isinstance(part, Rows | Entries)))
-    return CallPattern(timestep, divided(layout))
+    return CallPattern(timestep, divided(layout), same_time)
 
 
-def _forms_of_calls(
-    pipeline: Any, denoiser: nn.Module, request: Request, indices: Sequence[int], seed: int
-) -> list[dict[str, Any]]:
-    """The arguments and output of each call, with tensors on the meta device."""
-    calls: list[dict[str, Any]] = []
+@dataclass
+class _Observed:
+    """Calls of a denoiser.
+
+    Attributes:
+        forms: arguments and output of each, with tensors on the meta device.
+        layers: shapes of the inputs of its layers in the first call.
+        first: arguments of the first.
+    """
+
+    forms: list[dict[str, Any]]
+    layers: dict[str, tuple[int, ...]]
+    first: dict[str, Any] | None = None
+
+
+def _observe(pipeline: Any, denoiser: nn.Module, request: Request, indices: Sequence[int], seed: int) -> _Observed:
+    observed = _Observed([], {})
 
     def receive(arguments: dict[str, Any], output: Any) -> None:
         arguments = {name: value for name, value in arguments.items() if name != "return_dict"}
+        if observed.first is None:
+            observed.first = _copied(arguments)
         call = arguments | {OUTPUT: plain_output(output)}
-        calls.append(pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), call))
+        observed.forms.append(pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), call))
 
     inner = set(denoiser.modules())
     others = [part for part in denoisers(pipeline).values() if not inner & set(part.modules())]
-    remove = on_call(denoiser, receive)
+    removals = [on_call(denoiser, receive), _on_layers(denoiser, observed.layers.setdefault)]
     try:
         with _repeating_outputs([denoiser, *others]):
             generate(pipeline, request, indices, seed, decode=False)
     finally:
-        remove()
-    return calls
+        for remove in removals:
+            remove()
+    return observed
+
+
+def _on_layers(denoiser: nn.Module, receive: Callable[[str, tuple[int, ...]], Any]) -> Callable[[], None]:
+    """Call ``receive(name, shape)`` with the input of each layer; returns a function that ends this."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                receive(name, tuple(args[0].shape))
+
+        return see
+
+    layers = [(name, module) for name, module in denoiser.named_modules() if can_quantize(module)]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _grow_elsewhere(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the input of a layer grows with the number of samples along another dimension than the first."""
+    return any(name in two and shape[1:] != two[name][1:] for name, shape in one.items())
 
 
 @contextmanager
@@ -200,11 +269,6 @@ def _repeating(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 class _EnoughRecorded(Exception):
     """Ends generation, of which no more is needed."""
-
-
-def plain_output(output: Any) -> Any:
-    """An output of diffusers as a tuple; any other as it is."""
-    return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
 def _copied(tree: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stepquant.calibration.collection import NOISE_OFFSET, collect, collect_all
+from stepquant.calibration.collection import NOISE_OFFSET, collect, collect_all, spread_conditions
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.selection import normal_steps, uniform_steps
 from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, step_features
@@ -66,9 +66,8 @@ class CollectSamples(Stage):
         if self.features == "attention" and attentions and attentions[0] is not None:
             middle = attentions[0]
         seed = context.seed + NOISE_OFFSET
-        features = step_features(
-            context.pipeline, context.denoiser, middle, context.request, images, seed, context.progress
-        )
+        request = spread_conditions(context.request, images, context.seed)
+        features = step_features(context.pipeline, context.denoiser, middle, request, images, seed, context.progress)
         count = context.calibration.samples
         return dense_and_diverse_steps(features, count, context.generator(), self.diversity_weight, radius=self.radius)
 
@@ -78,7 +77,7 @@ def collect_samples(context: Context, steps: Tensor) -> CalibrationSet:
     return collect(
         context.pipeline,
         context.denoiser,
-        context.request,
+        spread_conditions(context.request, context.calibration.images, context.seed),
         steps,
         context.calibration,
         context.seed,
@@ -97,6 +96,6 @@ def trajectories(context: Context, index: int) -> CalibrationSet:
     name = f"trajectories-{digest([context.sampling_key, CollectSamples.version, index])[:16]}"
 
     def draw() -> CalibrationSet:
-        return collect_all(pipeline, denoiser, request, context.calibration, seed, context.progress)
+        return collect_all(pipeline, denoiser, request, context.calibration, seed, context.progress, context.component)
 
     return CalibrationSet.from_tensors(context.cached(name, lambda: draw().to_tensors(), shared=True))
