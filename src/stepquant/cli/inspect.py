@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from stepquant.cli.options import AnyModel
+from stepquant.cli.options import AnyModel, Inputs, inputs_from
 from stepquant.cli.output import print_table, table_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stepquant.models import ModelDescription
 
 
-def inspect(model: AnyModel) -> None:
+def inspect(model: AnyModel, inputs: Inputs = None) -> None:
     """Show the layers of a model and how it was quantized.
 
     A full-precision model runs up to one call of each denoiser, whose data flow shows what its layers do.
@@ -27,7 +27,7 @@ def inspect(model: AnyModel) -> None:
     from stepquant.models import denoisers
     from stepquant.pipelines.call import kind_of
 
-    folder = locate(model)
+    folder, given = locate(model), inputs_from(inputs)
     pipeline = resolve_pipeline(model)
     scheduler = getattr(pipeline, "scheduler", None)
     kinds = [type(pipeline).__name__, kind_of(pipeline), *([type(scheduler).__name__] if scheduler else [])]
@@ -35,12 +35,12 @@ def inspect(model: AnyModel) -> None:
     found = denoisers(pipeline)
     for name in found:
         prefix = f"{name}, " if len(found) > 1 else ""
-        lines |= {f"{prefix}{key}": value for key, value in _inspected(pipeline, name, folder / name).items()}
+        lines |= {f"{prefix}{key}": value for key, value in _inspected(pipeline, name, folder / name, given).items()}
     for key, value in lines.items():
         typer.echo(f"{key}: {value}")
 
 
-def _inspected(pipeline: Any, name: str, folder: Path) -> dict[str, str]:
+def _inspected(pipeline: Any, name: str, folder: Path, inputs: Any) -> dict[str, str]:
     """Print the tables of one denoiser; return what else there is to say, by name."""
     from stepquant.evaluation.cost import float32_bytes, folder_bytes
     from stepquant.layers.quantized import quantized_modules
@@ -53,7 +53,7 @@ def _inspected(pipeline: Any, name: str, folder: Path) -> dict[str, str]:
         print_table(_quantized_table(denoiser))
         _print_reasons(denoiser, _left_in_float(denoiser))
         return {"denoiser": size} | _quantized_facts(denoiser)
-    description = describe_component(pipeline, name, make_request(pipeline, steps=2))
+    description = describe_component(pipeline, name, make_request(pipeline, steps=2, inputs=inputs))
     print_table(_layer_table(denoiser, description))
     print_table(_attention_table(denoiser, description))
     _print_reasons(denoiser, description.unquantized)
