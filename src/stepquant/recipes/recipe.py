@@ -183,7 +183,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(64, 20, 0.1, 0.01),
+    "quick": Effort(64, 20, 0.1, 0.005),
     "standard": Effort(256, 50, 1.0, 0.1),
     "thorough": Effort(1024, 100, 4.0, 1.0),
 }

@@ -101,10 +101,17 @@ class IntervalGenerator(nn.Module):
             nn.init.zeros_(linear.bias)
             layers += [linear, nn.ReLU()]
             size = width
-        self.last = nn.Linear(width, groups * (2 if zero_points else 1))
-        nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, math.log(math.expm1(1.0)))
-        self.layers = nn.Sequential(*layers, nn.Dropout(DROPOUT), self.last)
+        last = nn.Linear(width, groups * (2 if zero_points else 1))
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(math.expm1(1.0)))
+        self.layers = nn.Sequential(*layers, nn.Dropout(DROPOUT), last)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last layer."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     @torch.no_grad()
     def start(self, intervals: Tensor, zero_points: Tensor) -> None:
