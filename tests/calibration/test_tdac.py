@@ -58,6 +58,25 @@ def test_density_counts_neighbours_and_diversity_sums_cosine_distances():
     assert set(diversity(values).topk(2).indices.tolist()) == {3, 7}
 
 
+@pytest.mark.parametrize("radius", [0.3, 3.0])
+def test_density_and_weights_within_a_published_radius(radius):
+    """The paper's double loop: mean squared distances, cosines over channels, ``w = D + lambda V``."""
+    torch.manual_seed(0)
+    values = torch.randn(9, 2, 5, 8) * torch.linspace(0.1, 2, 9)[:, None, None, None]
+    dense, diverse = torch.zeros(9), torch.zeros(9)
+    for i in range(9):
+        for j in range(9):
+            if i != j:
+                dense[i] += float((values[i] - values[j]).square().mean()) <= radius
+                diverse[i] += (1 - torch.cosine_similarity(values[i], values[j], dim=-1)).sum()
+    dense, diverse = ((x - x.min()) / (x.max() - x.min()) for x in (dense, diverse))
+    assert torch.allclose(density(values, radius=radius), dense)
+    weights = dense + 1.2 * diverse
+    steps = dense_and_diverse_steps(values, 400, torch.Generator().manual_seed(0), 1.2, radius=radius)
+    counts = torch.bincount(steps, minlength=9)
+    assert float((counts - 400 * weights / weights.sum()).abs().max()) < 1
+
+
 @pytest.mark.parametrize("samples", [12, 13, 100, 1024])
 def test_distributed_samples_sum_up_and_are_within_one_of_their_share(samples):
     weights = torch.rand(12, generator=torch.Generator().manual_seed(1))

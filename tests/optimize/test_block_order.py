@@ -76,6 +76,15 @@ def test_layers_are_in_execution_order_and_the_final_one_makes_the_output(make, 
     assert _compared_layers(block, Reconstruction()) == []
 
 
+@pytest.mark.parametrize(
+    ("make", "order"), [(resnet, RESNET), (transformer, TRANSFORMER), (flux, FLUX)], ids=["resnet", "dit", "flux"]
+)
+def test_the_published_layer_loss_leaves_out_the_layer_executed_last(make, order):
+    """EDA-DM: all layers but the last one, which in a residual block of diffusers is the shortcut."""
+    compared = _compared_layers(block_of(*make()), Reconstruction(layer_weight=0.8, left_out="last"))
+    assert compared == [f"block.{name}" for name in order[:-1]]
+
+
 def test_the_final_layer_of_a_block_of_one_layer():
     layer = nn.Linear(4, 4)
     whole = nn.ModuleDict({"block": layer})
