@@ -55,11 +55,15 @@ def test_published_training(weights, zero_points, unconditional_pipeline):
         unconditional_pipeline, "w3a3", distill=True, preset="paper", calibration=SMALL,
         hyperparameters={"iterations": 2, "batch_size": 4, "weights": weights, "zero_points": zero_points},
     )  # fmt: skip
-    layers = [module.layer() for module in quantized_modules(quantized.unet).values()]
+    modules = quantized_modules(quantized.unet)
+    layers = [module.layer() for module in modules.values()]
     assert all(len(layer.weight.grid.scale.unique()) == 1 for layer in layers) == (weights == "per-tensor")
     assert all(bool((layer.weight.grid.zero_point == 2 ** (layer.weight.bits - 1)).all()) for layer in layers)
-    moving = [layer.input.zero_point.unique().numel() > 1 for layer in layers if layer.input is not None]
-    assert any(moving) == (zero_points == "generated")
+    query = modules["mid_block.attentions.0.to_q"].layer().input
+    if zero_points == "fixed":
+        assert bool((query.zero_point == 4).all()), "signed, not behind SiLU"
+    else:
+        assert query.zero_point.unique().numel() > 1
 
 
 @pytest.mark.parametrize("name", ["pqd", "q-diffusion", "eda-dm", "tfmq", "quest"])
