@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from stepquant.calibration.collection import collect
 from stepquant.calibration.fake_quant.activation_quantizers import QDrop
 from stepquant.calibration.fake_quant.layers import wrap
 from stepquant.calibration.model import CalibrationModel, calibrate_ranges, insert_fake_quantizers
-from stepquant.calibration.samples import Calibration, CalibrationSet, collect
+from stepquant.calibration.samples import Calibration, CalibrationSet
 from stepquant.calibration.selection import uniform_steps
 from stepquant.config import QuantSpec
 from stepquant.core.noise import SampleNoise
@@ -21,7 +21,7 @@ from stepquant.optimize.blocks import _learn
 from stepquant.optimize.network import Finetuning, _parameters, finetune, network_error
 from stepquant.optimize.objectives import LayerOutputs
 from stepquant.optimize.reconstruction import AdaRound, Reconstruction
-from stepquant.optimize.replay import BlockInputs
+from stepquant.optimize.replay import BlockOutputs, SampleValues
 from stepquant.optimize.temporal import reconstruct_time_layers, temporal_block
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
@@ -37,8 +37,8 @@ def block_of_one_linear():
     x = torch.randn(COUNT, 6, generator=generator)
     calibrated = wrap(layer, 4, None, StepClock(), weight_range="minmax")
     whole, copy = nn.ModuleDict({"block": layer}), nn.ModuleDict({"block": calibrated})
-    inputs = BlockInputs(*pytree.tree_flatten(((x,), {})), COUNT)
-    samples = CalibrationSet({"timestep": torch.zeros(COUNT)}, torch.zeros(COUNT, dtype=torch.long))
+    inputs = SampleValues.of(((x,), {}), COUNT)
+    samples = CalibrationSet.of({"timestep": torch.zeros(COUNT)}, torch.zeros(COUNT, dtype=torch.long))
     model = CalibrationModel(copy, StepClock(), {"block": calibrated}, {})
     return Block("block", whole, model, inputs, inputs, samples, COUNT, Ranks()), layer, x, calibrated
 
@@ -52,7 +52,8 @@ def test_adaround_learns_as_in_numpy():
         values[0].double().numpy()[:, None]
         for values in (calibrated.weight_point.scale, calibrated.weight_point.zero_point)
     )
-    cut = _learn(block, LayerOutputs(layer(x).detach(), {}), settings, SEED, lambda n: None)
+    targets = BlockOutputs(SampleValues.of({"block": layer(x).detach(), "layers": {}}, COUNT))
+    cut = _learn(block, targets, [], settings, SEED, lambda n: None)
 
     weight, data = layer.weight.detach().double().numpy(), x.double().numpy()
     floor = np.floor(weight / scale)
@@ -100,12 +101,11 @@ def test_qdrop_keeps_elements_in_full_precision_at_its_rate_and_independently():
 
 def test_qdrop_mixes_a_blocks_inputs():
     clean, inputs = (
-        BlockInputs(*pytree.tree_flatten(((torch.full((6, 3000), value), 2), {"t": torch.arange(6)})), 6)
-        for value in (0.0, 1.0)
+        SampleValues.of(((torch.full((6, 3000), value), 7), {"t": torch.arange(6)}), 6) for value in (0.0, 1.0)
     )
     chosen = torch.tensor([1, 4])
     (mixed, number), named = inputs.mixed(clean, chosen, 0.5, SampleNoise(0, 0, range(2)))
-    assert number == 2 and torch.equal(named["t"], chosen), "integers stay"
+    assert number == 7 and torch.equal(named["t"], chosen), "integers stay"
     assert set(mixed.unique().tolist()) == {0.0, 1.0} and abs(float(mixed.mean()) - 0.5) < 4 * 0.5 / 6000**0.5
 
 
@@ -114,7 +114,7 @@ def calibrated_model(pipeline, *, ranges=True):
     steps = uniform_steps(6, 3, torch.Generator().manual_seed(0))
     request = make_request(pipeline, 3)
     samples = collect(pipeline, denoiser, request, steps, Calibration(samples=6, steps=3), 0, Progress())
-    timesteps = samples.tensors["timestep"].float().unique()
+    timesteps = samples.timesteps.unique()
     model = insert_fake_quantizers(
         denoiser, describe(denoiser, samples.arguments(slice(0, 2))), QuantSpec(bits="w4a4"), timesteps=timesteps
     )
@@ -223,7 +223,7 @@ def test_the_temporal_block_computes_what_the_network_computes(text_pipeline, tm
             block, model, rounding, 150, 3, workspace=workspace, key="", seed=0, progress=Progress()
         )
     assert float(block.error(model, torch.arange(3))) < 0.95 * start
-    rows = [int((samples.tensors["timestep"] == time).nonzero()[0]) for time in block.timesteps]
+    rows = [int((samples.timesteps == time).nonzero()[0]) for time in block.timesteps]
     with torch.no_grad(), LayerOutputs.recorded({name: model.layers[name] for name in names}) as inside:
         model.model(**samples.arguments(torch.tensor(rows)))
         for name, output in block.run(model, torch.arange(3)).items():

@@ -87,14 +87,9 @@ def temporal_block(
 
     handles = [denoiser.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
-<<<<<<< HEAD
         for chosen in samples.ranges.split(first, batch_size):
             denoiser(**samples.arguments(chosen))
-=======
-        for chosen in first.split(batch_size):
-            denoiser(**samples.arguments(chosen), return_dict=False)
             finished.append(chosen)
->>>>>>> 9ee2599 (Test the preset paper of every recipe through the public API)
     finally:
         for handle in handles:
             handle.remove()
@@ -107,7 +102,7 @@ def temporal_block(
                 "Use the preset fast, or another recipe."
             )
         layers[name] = TimeLayer(given, output, *_source(given, layers))
-    return TemporalBlock(layers, timesteps[first])
+    return TemporalBlock(layers, timesteps[torch.cat(finished)])
 
 
 def _source(given: Tensor, layers: dict[str, TimeLayer]) -> tuple[str | None, bool]:
