@@ -116,7 +116,7 @@ def test_resident_memory():
     weights = sum(parameter.numel() for parameter in unet.parameters())
     model = quantize_network(unet, example(unet, 1), "w4a8", 2)
     prepare(model, "auto", "packed")
-    measured = measure_resident("packed", model, 1, "packed")
+    measured = measure_resident("packed", model, example(unet, 1), "packed")
     assert 0.5 * weights < measured.held < 0.8 * weights
     assert measured.held <= measured.peak
 
@@ -280,3 +280,13 @@ def test_bad_option(option, value):
     result = CliRunner().invoke(app, ["bench", "arch:cifar-ddpm", option, value])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"stepquant: Invalid value for '{option}'") and result.stderr.count("\n") == 1
+
+
+def test_the_arguments_of_a_model_are_those_of_its_pipeline(class_folder, class_pipeline):
+    """Class labels among them, and one sample each without guidance."""
+    model, arguments = networks.find_network(str(class_folder), 3)
+    assert type(model) is type(class_pipeline.transformer)
+    assert arguments["class_labels"].tolist() == [0, 1, 2] and arguments["hidden_states"].shape[0] == 3
+    quantized = quantize_network(model, arguments, "w8a8", 1)
+    prepare(quantized, "reference")
+    assert torch.isfinite(quantized(**arguments).sample).all()

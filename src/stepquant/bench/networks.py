@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.checkpoint.format import FORMAT_VERSION, QUANT_METHOD
@@ -17,6 +18,9 @@ from stepquant.layers.install import install
 from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name, describe
+from stepquant.pipelines.call import call_parameters
+from stepquant.pipelines.recording import record_calls
+from stepquant.pipelines.request import make_request
 
 PREFIX = "arch:"
 TOKENS = 77
@@ -49,11 +53,13 @@ def stable_diffusion_15() -> UNet2DConditionModel:
 NETWORKS = {"cifar-ddpm": cifar_ddpm, "sd15": stable_diffusion_15}
 
 
-def find_network(name: str) -> nn.Module:
-    """The full-precision denoiser of ``arch:NAME`` or of a model.
+def find_network(name: str, batch: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The full-precision denoiser of ``arch:NAME`` or of a model, and arguments of one call with `batch` samples.
+
+    Those of a model are the first ones that its pipeline passes, without guidance where it can be turned off.
 
     Raises:
-        StepquantError: if it does not exist or is quantized already.
+        StepquantError: if it does not exist or is quantized already, or its pipeline needs inputs.
     """
     if name.startswith(PREFIX):
         key = name.removeprefix(PREFIX)
@@ -61,33 +67,25 @@ def find_network(name: str) -> nn.Module:
             known = ", ".join(PREFIX + known for known in NETWORKS)
             raise StepquantError(f"architecture {name!r} is unknown; expected one of {known}.")
         torch.manual_seed(0)
-        model: nn.Module = NETWORKS[key]()
-    else:
-        pipeline = resolve_pipeline(name)
-        model = getattr(pipeline, denoiser_name(pipeline))
+        model: nn.Module = NETWORKS[key]().eval()
+        return model.requires_grad_(False), example(model, batch)
+    pipeline = resolve_pipeline(name)
+    component = denoiser_name(pipeline)
+    model = getattr(pipeline, component)
     if quantized_modules(model):
         raise StepquantError(f"{name} is quantized already; expected a full-precision model, which bench quantizes.")
-    return model.eval().requires_grad_(False)
+    guidance = 1.0 if "guidance_scale" in call_parameters(pipeline) else None
+    call = record_calls(pipeline, component, make_request(pipeline, 1, guidance=guidance), range(batch), seed=0)[0]
+    return model.eval().requires_grad_(False), call.arguments
 
 
-def example(model: Any, batch: int) -> dict[str, Tensor]:
-    """Random arguments of one step.
-
-    Raises:
-        StepquantError: for an unsupported model family.
-    """
-    families = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)
-    if not isinstance(model, families):
-        expected = ", ".join(family.__name__ for family in families)
-        raise StepquantError(f"bench cannot time a {type(model).__name__}; expected one of {expected}.")
+def example(model: Any, batch: int) -> dict[str, Any]:
+    """Random arguments of one step of a UNet."""
     torch.manual_seed(0)
     config = model.config
     size = config["sample_size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     sample = torch.randn(batch, config["in_channels"], height, width)
-    if isinstance(model, DiTTransformer2DModel):
-        classes = torch.arange(batch) % config["num_embeds_ada_norm"]
-        return {"hidden_states": sample, "timestep": torch.full((batch,), 500.0), "class_labels": classes}
     arguments = {"sample": sample, "timestep": torch.tensor(500.0)}
     if isinstance(model, UNet2DConditionModel):
         arguments["encoder_hidden_states"] = torch.randn(batch, TOKENS, config["cross_attention_dim"])
@@ -95,7 +93,7 @@ def example(model: Any, batch: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, rows: int) -> nn.Module:
+def quantize_network(model: nn.Module, arguments: dict[str, Any], bits: str, rows: int) -> nn.Module:
     """A quantized copy without kernels, whose activation tables have `rows` rows.
 
     Ranges are the extremes on `arguments`: latency does not depend on the values of weights and scales.
@@ -119,14 +117,15 @@ def quantize_network(model: nn.Module, arguments: dict[str, Tensor], bits: str, 
     return result
 
 
-def half_arguments(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def half_arguments(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Arguments of a step on a device: tensors in bfloat16, images channels-last, the timestep unchanged."""
 
     def move(value: Tensor) -> Tensor:
         value = value.to(device, torch.bfloat16 if value.is_floating_point() and value.dim() > 1 else value.dtype)
         return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
-    return {name: move(value) for name, value in arguments.items()}
+    moved: dict[str, Any] = pytree.tree_map_only(Tensor, move, arguments)
+    return moved
 
 
 def half_network(model: nn.Module, device: torch.device) -> Any:

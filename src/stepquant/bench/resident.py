@@ -1,6 +1,6 @@
 """Resident memory of a network that a separate process loads and runs for one step, beyond that of an empty process.
 
-The process is ``python -m stepquant.bench.resident FOLDER BATCH THREADS MEMORY``.
+The process is ``python -m stepquant.bench.resident FOLDER THREADS MEMORY``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import nn
 
-from stepquant.bench.networks import example
 from stepquant.checkpoint.format import WEIGHTS
 from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
@@ -27,6 +26,8 @@ from stepquant.layers.install import made_by_quantization
 from stepquant.layers.quantized import quantized_modules
 from stepquant.memory import peak_resident_bytes, resident_bytes, run_in_process
 from stepquant.runtime import prepare
+
+ARGUMENTS = "arguments.pt"
 
 
 class Resident(BaseModel):
@@ -42,8 +43,11 @@ class Resident(BaseModel):
     peak: int
 
 
-def measure_resident(name: str, model: nn.Module, batch: int, memory: str = "unpacked") -> Resident:
+def measure_resident(name: str, model: nn.Module, step: dict[str, Any], memory: str = "unpacked") -> Resident:
     """Measure a denoiser, quantized or not; a temporary folder passes its weights to the other process.
+
+    Args:
+        step: arguments of the denoiser in one step.
 
     Raises:
         StepquantError: if that process fails.
@@ -55,28 +59,29 @@ def measure_resident(name: str, model: nn.Module, batch: int, memory: str = "unp
         if quantized_modules(model):
             tensors = narrow_tensors(tensors, made_by_quantization(model))
         save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        arguments = [folder, str(batch), str(torch.get_num_threads()), memory]
+        torch.save(step, Path(folder) / ARGUMENTS)
+        arguments = [folder, str(torch.get_num_threads()), memory]
         output = run_in_process(__name__, arguments, name)
     return Resident(name=name, **json.loads(output.splitlines()[-1]))
 
 
 @torch.no_grad()
-def main(folder: str, batch: str, threads: str, memory: str) -> None:
+def main(folder: str, threads: str, memory: str) -> None:
     """Load and run the network in `folder` twice; print the bytes as JSON.
 
     The first time also brings code of libraries and their workspaces into memory.
     """
     torch.set_num_threads(int(threads))
     empty = _settled_bytes()
-    _load_and_run(Path(folder), int(batch), memory)
+    _load_and_run(Path(folder), memory)
     peak = peak_resident_bytes() - empty
     empty = _settled_bytes()
-    model = _load_and_run(Path(folder), int(batch), memory)
+    model = _load_and_run(Path(folder), memory)
     print(json.dumps({"held": _settled_bytes() - empty, "peak": peak}))
     del model
 
 
-def _load_and_run(folder: Path, batch: int, memory: str) -> nn.Module:
+def _load_and_run(folder: Path, memory: str) -> nn.Module:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model: Any
     if "quantization_config" in config:
@@ -84,7 +89,7 @@ def _load_and_run(folder: Path, batch: int, memory: str) -> nn.Module:
         prepare(model, "auto", memory)
     else:
         model = getattr(diffusers, config["_class_name"]).from_pretrained(folder).eval()
-    model(**example(model, batch))
+    model(**torch.load(folder / ARGUMENTS, weights_only=False))  # this package wrote it
     return model
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from stepquant.bench.gpu import captured, check_gpu, event_seconds, weight_bytes
 from stepquant.bench.measure import Timing, measure, wall_seconds
-from stepquant.bench.networks import example, find_network, half_arguments, half_network, quantize_network
+from stepquant.bench.networks import find_network, half_arguments, half_network, quantize_network
 from stepquant.bench.peers import Candidate, check_peers, cpu_peers, gpu_peers
 from stepquant.bench.resident import Resident, measure_resident
 from stepquant.bench.roofline import Share, measure_roofline
@@ -71,7 +70,7 @@ def benchmark(
     resident: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Time one step of a model in full precision and in integers, on random data.
+    """Time one step of a model in full precision and in integers.
 
     Args:
         model: a full-precision model, or one of `networks.NETWORKS` as ``arch:NAME``.
@@ -92,8 +91,7 @@ def benchmark(
         raise StepquantError("`roofline` and `resident` measure a CPU and cannot be used with `device=cuda`.")
     if on_gpu:
         check_gpu()
-    network = find_network(model)
-    arguments = example(network, batch)
+    network, arguments = find_network(model, batch)
     networks = [network, *(quantize_network(network, arguments, bits, rows) for rows in (PER_STEP_ROWS, 1))]
     if on_gpu:
         networks = [half_network(each, torch.device(device)) for each in networks]
@@ -123,15 +121,13 @@ def benchmark(
         per_step_over_static=median(ratios),
         timings=timings,
         weight_bytes={"bfloat16": weight_bytes(network), bits: weight_bytes(per_step)} if on_gpu else None,
-        resident=_resident(network, per_step, bits, batch) if resident else None,
+        resident=_resident(network, per_step, bits, arguments) if resident else None,
         int8_peak=peak,
         roofline=shares,
     )
 
 
-def _candidates(
-    network: Any, per_step: Any, static: Any, arguments: dict[str, Tensor], name: str
-) -> dict[str, Candidate]:
+def _candidates(network: Any, per_step: Any, static: Any, arguments: dict[str, Any], name: str) -> dict[str, Candidate]:
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {
         f"torch eager {dtype}": lambda: network(**arguments),
@@ -140,9 +136,9 @@ def _candidates(
     }
 
 
-def _resident(network: Any, quantized: Any, bits: str, batch: int) -> list[Resident]:
-    packings = [measure_resident(f"stepquant {bits}, {kind}", quantized, batch, kind) for kind in MEMORY]
-    return [measure_resident("torch float32", network, batch), *packings]
+def _resident(network: Any, quantized: Any, bits: str, arguments: dict[str, Any]) -> list[Resident]:
+    packings = [measure_resident(f"stepquant {bits}, {kind}", quantized, arguments, kind) for kind in MEMORY]
+    return [measure_resident("torch float32", network, arguments), *packings]
 
 
 def _cpu() -> str:

@@ -24,7 +24,7 @@ def export(
     from stepquant.export.network import example_arguments
     from stepquant.export.onnx import export_onnx
     from stepquant.export.openvino import export_openvino
-    from stepquant.models import denoiser_name
+    from stepquant.models.denoisers import quantized_denoisers
     from stepquant.saving import load
 
     if to not in SUFFIXES:
@@ -32,7 +32,7 @@ def export(
     write = {"openvino": export_openvino, "onnx": export_onnx}[to]
     pipeline = load(folder)
     check_writable_folder(out)
-    component = denoiser_name(pipeline)
+    component = next(iter(quantized_denoisers(pipeline)))
     path = out / f"{component}{SUFFIXES[to]}"
     in_float = write(getattr(pipeline, component), example_arguments(pipeline), path)
     if in_float:

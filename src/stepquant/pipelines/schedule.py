@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 CONTINUOUS = 1000
 """Timesteps of training that stand for continuous time."""
-TINY = 1e-12
 
 
 def most_steps(scheduler: Any) -> int | None:
@@ -62,6 +60,7 @@ def as_seen(timesteps: Tensor, seen: Tensor, steps: Tensor) -> Tensor:
         seen: float [N], the denoiser's timesteps in some calls, over the whole range of time.
         steps: int64 [N], the steps of these calls; step 0 is at pure noise.
     """
-    unit = 10.0 ** round(math.log10(max(float(seen.abs().max()), TINY) / max(float(timesteps.abs().max()), TINY)))
+    thousandths = float(seen.abs().max()) <= 1 and float(timesteps.abs().max()) > 100
+    unit = 1e-3 if thousandths else 1.0
     first, last = seen[steps.argmin()], seen[steps.argmax()]
     return (timesteps if first >= last else (timesteps.max() - timesteps).flip(0)) * unit
