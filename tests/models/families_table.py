@@ -24,9 +24,9 @@ Each cell is a test on a small model of the family, built from its configuration
 TAIL = """
 ## Other models
 
-Any other denoiser of diffusers that repeats its blocks is described by its structure (tested: Wan, and AnimateDiff's
-motion UNet, weights only). Models whose blocks fold frames into the batch cannot be reconstructed block by block, and
-give an error. Text encoders and autoencoders keep full precision unless `--also text_encoder=w8a16` quantizes their
+Any other denoiser of diffusers is described by the data flow of one call that its pipeline makes; `stepquant inspect`
+prints the description and what stays in floating point. A block whose outputs mix samples cannot be reconstructed, and
+gives an error. Text encoders and autoencoders keep full precision unless `--also text_encoder=w8a16` quantizes their
 weights. Layers that a model's class keeps in float32 stay so: T5's `wo`, Wan's `time_embedder`.
 
 ## Pipelines
