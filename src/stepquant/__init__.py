@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stepquant import recipes
     from stepquant.api import quantize, sensitivity, train
     from stepquant.calibration.samples import Calibration
+    from stepquant.custom_model import quantize_model
 
 diffusers_integration.register()
 transformers_integration.register()
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "load",
     "quantize",
+    "quantize_model",
     "recipes",
     "save",
     "sensitivity",
@@ -43,6 +45,7 @@ __all__ = [
 _LAZY = {
     "Calibration": "stepquant.calibration.samples",
     "quantize": "stepquant.api",
+    "quantize_model": "stepquant.custom_model",
     "sensitivity": "stepquant.api",
     "train": "stepquant.api",
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from diffusers import SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stepquant.calibration.placement import device_of
@@ -14,6 +15,35 @@ from stepquant.config import QuantSpec
 from stepquant.layers.install import Quantization, install
 from stepquant.pipelines.corrected_scheduler import correct_sampler
 from stepquant.runtime import Backend, prepare
+
+
+def quantized_copy(
+    original: nn.Module,
+    quantization: Quantization,
+    spec: QuantSpec,
+    provenance: dict[str, Any],
+    backend: Backend = "auto",
+) -> Any:
+    """Return a copy of a denoiser that carries `quantization` and has its kernels."""
+    # What is replaced anyway is not copied: the copy gets layers without memory in those places.
+    replaced = (original.get_submodule(name) for name in quantization.layers)
+    denoiser: Any = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
+    denoiser.eval().requires_grad_(False)
+    install(denoiser, quantization)
+    if device_of(original).type not in ("cpu", "meta"):
+        denoiser.to(device_of(original))
+    if isinstance(denoiser, ConfigMixin):
+        denoiser.register_to_config(
+            quantization_config={
+                "quant_method": QUANT_METHOD,
+                "format_version": FORMAT_VERSION,
+                "spec": spec.model_dump(mode="json"),
+                "structure": quantization.structure(),
+                "provenance": provenance,
+            }
+        )
+    prepare(denoiser, backend)
+    return denoiser
 
 
 def assemble(
@@ -25,24 +55,7 @@ def assemble(
     backend: Backend = "auto",
 ) -> Any:
     """Return a copy of `pipeline` of which one denoiser carries `quantization` and has its kernels."""
-    original = getattr(pipeline, component)
-    # What is replaced anyway is not copied: the copy gets layers without memory in those places.
-    replaced = (original.get_submodule(name) for name in quantization.layers)
-    denoiser = copy.deepcopy(original, {id(layer): copy.deepcopy(layer).to("meta") for layer in replaced})
-    denoiser.eval().requires_grad_(False)
-    install(denoiser, quantization)
-    if device_of(original).type not in ("cpu", "meta"):
-        denoiser.to(device_of(original))
-    denoiser.register_to_config(
-        quantization_config={
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "spec": spec.model_dump(mode="json"),
-            "structure": quantization.structure(),
-            "provenance": provenance,
-        }
-    )
-    prepare(denoiser, backend)
+    denoiser = quantized_copy(getattr(pipeline, component), quantization, spec, provenance, backend)
     quantized = copy.copy(pipeline)
     # Schedulers and tokenizers have state: with copies of them the pipeline can run beside the original.
     own = {

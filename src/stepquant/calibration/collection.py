@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from stepquant.calibration.samples import Calibration, CalibrationSet, join
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.files import allocate, remove, tensors_digest
+from stepquant.layers.clock import TimestepReader
 from stepquant.models import chunk_size
 from stepquant.pipelines.generate import batches, generate
 from stepquant.pipelines.layout import pack, samples_in
-from stepquant.pipelines.recording import CallPattern, observe_calls, on_call
+from stepquant.pipelines.recording import CallPattern, RecordedCall, observe_calls, on_call, pattern_of_call
 from stepquant.pipelines.request import Request
 from stepquant.pipelines.schedule import most_steps
 from stepquant.pipelines.share import own_steps
@@ -118,17 +120,6 @@ def collect(
     return whole
 
 
-def spread_conditions(request: Request, images: int, seed: int) -> Request:
-    """The request with its conditions, and inputs of each, in random order if there are more than images."""
-    count = max(len(request.conditions), len(request.each))
-    if count <= images:
-        return request
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    conditions = tuple(request.condition(index) for index in order) if request.conditions else ()
-    each = tuple(request.each[index % len(request.each)] for index in order) if request.each else ()
-    return replace(request, conditions=conditions, each=each)
-
-
 def _mapped(tensor: Tensor, path: Path) -> Tensor:
     """A copy in a file that is mapped into memory."""
     return allocate(path, tensor.shape, tensor.dtype).copy_(tensor)
@@ -154,7 +145,6 @@ def collect_all(
     """
     count = calibration.images
     most = most_steps(getattr(pipeline, "scheduler", None)) or 2 * request.steps
-    request = spread_conditions(request, count, seed)
     chunk = chunk_size(denoiser)
     starts = range(0, count, chunk)
     fewest = max(1, request.steps // 2)
@@ -219,7 +209,7 @@ class _Recorder:
 
         def constant(path: str, part: Any) -> Any:
             if path not in constants:
-                constants[path] = self._shared(part)
+                constants[path] = shared_part(part, self.shared)
             return constants[path]
 
         for wanted in self.wanted.get(self.count.step, ()):
@@ -227,20 +217,65 @@ class _Recorder:
             if turn % self.count.calls != self.count.calls - 1:
                 continue  # an earlier call of this step is this sample's
             row = turn % halves * batch + wanted % self.images - self.indices.start
-            template, tensors = pack(arguments, self.pattern.layout, [row], constant)
-            tensors = {name: in_float32(tensor.detach()).clone() for name, tensor in tensors.items()}
-            time = float(tensors.get(self.pattern.timestep, arguments[self.pattern.timestep]).max())
-            bucket = Bucket(template, tensors, time if self.pattern.same_time else None)
+            bucket, time = take_sample(self.pattern, arguments, row, constant)
             self.recorded[wanted] = bucket, time, self.count.step
 
-    def _shared(self, part: Any) -> Any:
-        """What stands in a template for an argument that all samples share."""
-        if not isinstance(part, Tensor):
-            return part.item() if isinstance(part, np.generic) else part
-        tensor = in_float32(part.detach().cpu()).clone()
-        key = tensors_digest({"": tensor})[:16]
-        self.shared.setdefault(key, tensor)
-        return Shared(key)
+
+def samples_of_calls(denoiser: nn.Module, calls: Iterable[RecordedCall | Mapping[str, Any]]) -> CalibrationSet:
+    """Samples of calls that were recorded elsewhere, each with any number of samples.
+
+    Args:
+        calls: arguments by name; the first tensor, or list of tensors, holds the noisy samples along dimension 0.
+
+    Raises:
+        StepquantError: if there are no calls, one has no timestep, or the parts of each sample cannot be found.
+    """
+    timestep = TimestepReader.of(denoiser).name
+    pattern: CallPattern | None = None
+    shared: dict[str, Tensor] = {}
+    taken: list[tuple[Bucket, float]] = []
+    for call in calls:
+        given = call.arguments if isinstance(call, RecordedCall) else call
+        arguments = {name: value for name, value in given.items() if name != "return_dict"}
+        if timestep not in arguments:
+            raise StepquantError(
+                f"a call has the arguments {', '.join(arguments) or 'none'}; expected one named {timestep}. Record the "
+                "arguments by name."
+            )
+        pattern = pattern or pattern_of_call(denoiser, arguments)
+        complete = pattern.completed(arguments)
+        for row in range(samples_in(pattern.layout, complete)):
+            taken.append(take_sample(pattern, complete, row, lambda _path, part: shared_part(part, shared)))
+    if not taken:
+        raise StepquantError("calls is empty; expected the arguments of at least one call of the denoiser.")
+    latest_first = sorted({time for _, time in taken}, reverse=True)
+    sets = [
+        CalibrationSet(
+            (bucket,), torch.tensor([time]), torch.tensor([latest_first.index(time)]), torch.tensor([number]), {}
+        )
+        for number, (bucket, time) in enumerate(taken)
+    ]
+    return replace(join(sets), shared=shared)
+
+
+def take_sample(
+    pattern: CallPattern, arguments: dict[str, Any], row: int, constant: Callable[[str, Any], Any]
+) -> tuple[Bucket, float]:
+    """One sample of a call as a bucket, and its timestep; see `stepquant.pipelines.layout.pack`."""
+    template, parts = pack(arguments, pattern.layout, [row], constant)
+    tensors = {name: in_float32(tensor.detach()).clone() for name, tensor in parts.items()}
+    time = float(torch.as_tensor(tensors.get(pattern.timestep, arguments[pattern.timestep])).max())
+    return Bucket(template, tensors, time if pattern.same_time else None), time
+
+
+def shared_part(part: Any, shared: dict[str, Tensor]) -> Any:
+    """What stands in a template for an argument that all samples share; a tensor is added to `shared`."""
+    if not isinstance(part, Tensor):
+        return part.item() if isinstance(part, np.generic) else part
+    tensor = in_float32(part.detach().cpu()).clone()
+    key = tensors_digest({"": tensor})[:16]
+    shared.setdefault(key, tensor)
+    return Shared(key)
 
 
 def in_float32(tensor: Tensor) -> Tensor:

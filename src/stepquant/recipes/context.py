@@ -15,7 +15,7 @@ from stepquant import version
 from stepquant.calibration.float32 import computing_in_float32
 from stepquant.calibration.image_folder import ImageFolder
 from stepquant.calibration.placement import placed
-from stepquant.calibration.samples import Calibration
+from stepquant.calibration.samples import Calibration, CalibrationSet
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
 from stepquant.files import digest, fingerprint, tensors_digest
@@ -46,6 +46,7 @@ class Context:
             `workspace`.
         device: where blocks compute, one at a time; None: where the denoiser is.
         images: what training learns from, besides full precision.
+        calls: recorded calls to calibrate on, for a denoiser without a pipeline (`stepquant.custom_model`).
         memo: what was found out about the denoiser, shared with contexts made from this one by ``replace``.
     """
 
@@ -60,6 +61,7 @@ class Context:
     cache: Workspace | None = None
     device: torch.device | None = None
     images: ImageFolder | None = None
+    calls: CalibrationSet | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -71,6 +73,8 @@ class Context:
     @cached_property
     def steps(self) -> int:
         """Number of the sampler's steps that the denoiser takes part in."""
+        if self.calls is not None:
+            return int(self.calls.steps.max()) + 1
         return own_steps(self.pipeline, self.component, self.request)
 
     @cached_property
@@ -95,11 +99,15 @@ class Context:
     @cached_property
     def sampling_key(self) -> str:
         """Stands for all inputs of sampling, and so for whatever is seen on trajectories, at any bits."""
+        weights = tensors_digest(dict(self.denoiser.state_dict()))
+        if self.calls is not None:
+            calls = tensors_digest(self.calls.to_tensors())
+            return digest([version.__version__, torch.__version__, weights, calls, self.chunk, self.seed])
         others = {name: part for name, part in modules(self.pipeline) if part is not self.denoiser}
         return digest(
             [
                 [version.__version__, torch.__version__, diffusers.__version__],
-                [self.component, tensors_digest(dict(self.denoiser.state_dict()))],
+                [self.component, weights],
                 # What encodes prompts and images.
                 {name: _weights_digest(part) for name, part in others.items()},
                 self.calibration.model_dump(),

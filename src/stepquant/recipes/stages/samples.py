@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stepquant.calibration.collection import NOISE_OFFSET, collect, collect_all, spread_conditions
+from stepquant.calibration.collection import NOISE_OFFSET, collect, collect_all
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.calibration.selection import normal_steps, uniform_steps
 from stepquant.calibration.tdac import check_enough, dense_and_diverse_steps, step_features
@@ -66,18 +66,21 @@ class CollectSamples(Stage):
         if self.features == "attention" and attentions and attentions[0] is not None:
             middle = attentions[0]
         seed = context.seed + NOISE_OFFSET
-        request = spread_conditions(context.request, images, context.seed)
-        features = step_features(context.pipeline, context.denoiser, middle, request, images, seed, context.progress)
+        features = step_features(
+            context.pipeline, context.denoiser, middle, context.request, images, seed, context.progress
+        )
         count = context.calibration.samples
         return dense_and_diverse_steps(features, count, context.generator(), self.diversity_weight, radius=self.radius)
 
 
 def collect_samples(context: Context, steps: Tensor) -> CalibrationSet:
-    """Calibration samples at the wanted sampler steps, int64 [N]; kept in the cache."""
+    """Calibration samples at the wanted sampler steps, int64 [N]; kept in the cache. Recorded calls replace them."""
+    if context.calls is not None:
+        return context.calls
     return collect(
         context.pipeline,
         context.denoiser,
-        spread_conditions(context.request, context.calibration.images, context.seed),
+        context.request,
         steps,
         context.calibration,
         context.seed,
