@@ -257,7 +257,7 @@ def _opened(
     where = check_device(device)
     request = make_request(
         pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
-    ).spread(calibration.images, seed)
+    )
     ranks = Ranks.current()
     with (
         tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary,  # mapped on Windows

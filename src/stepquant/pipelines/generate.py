@@ -66,7 +66,17 @@ def generate(
             # Some pipelines take no image that several prompts share.
             if len(indices) == 1 or not has_inputs:
                 raise
-    return torch.cat([call([index]) for index in indices])
+    return _joined(pipeline, [call([index]) for index in indices])
+
+
+def _joined(pipeline: Any, samples: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(sample.shape[1:]) for sample in samples})
+    if len(shapes) > 1:
+        raise StepquantError(
+            f"{type(pipeline).__name__} generates samples of the shapes {shapes[0]} and {shapes[1]}; expected one "
+            "shape. Give inputs of equal sizes."
+        )
+    return torch.cat(samples)
 
 
 class _RejectedError(StepquantError):
@@ -159,7 +169,7 @@ def generate_many(
         def samples_at(indices: range) -> Tensor:
             return generate(pipeline, request, indices, seed, on_step=functools.partial(advance, len(indices)))
 
-        return torch.cat(list((ranks or Ranks()).map(samples_at, batches(count, batch_size))))
+        return _joined(pipeline, list((ranks or Ranks()).map(samples_at, batches(count, batch_size))))
 
 
 def batches(count: int, size: int = BATCH_SIZE) -> list[range]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,6 @@ class Request:
     def condition(self, index: int) -> str | int:
         """Return the condition of sample `index`."""
         return self.conditions[index % len(self.conditions)]
-
-    def spread(self, count: int, seed: int) -> Request:
-        """Return a request whose conditions are spread over `count` samples: at random, if there are more of them.
-
-        Inputs that differ between samples stay with their conditions.
-        """
-        if len(self.conditions) <= count:
-            return self
-        chosen = torch.randperm(len(self.conditions), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        each = tuple(self.each[index % len(self.each)] for index in chosen) if self.each else ()
-        return replace(self, conditions=tuple(self.conditions[index] for index in chosen), each=each)
 
     def all_inputs(self) -> dict[str, Any]:
         """Return every input by name; those that differ between samples as a list."""
