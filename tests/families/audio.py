@@ -11,7 +11,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from tests.families.family import Family
 from tests.families.language import SHAPE
-from tests.families.parts import WIDTH, autoencoder, flow, seeded, t5, tokenizer
+from tests.families.parts import WIDTH, autoencoder, ddim, flow, seeded, t5, tokenizer
 
 
 def audioldm2(folder: Path) -> Any:
@@ -48,7 +48,7 @@ def audioldm2(folder: Path) -> Any:
         language_model=seeded(transformers.GPT2LMHeadModel, 1, config=gpt2), tokenizer=roberta(folder),
         tokenizer_2=transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
         feature_extractor=transformers.ClapFeatureExtractor(feature_size=8), unet=denoiser,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        scheduler=ddim(),
         vocoder=seeded(transformers.SpeechT5HifiGan, 1, config=vocoder),
     )  # fmt: skip
 

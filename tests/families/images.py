@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQM
 
 from tests.families.family import Family
 from tests.families.parts import WIDTH, autoencoder, clip, clip_vision, image, mask, seeded, t5, tokenizer, unet
+from tests.families.parts import ddim as little_noise
 
 SIZE = {"height": 16, "width": 16}
 
@@ -51,7 +52,7 @@ def latent_diffusion(folder: Path) -> Any:
     )
     return diffusers.LDMTextToImagePipeline(
         vqvae=autoencoder(), bert=seeded(LDMBertModel, 1, config=config), tokenizer=tokenizer(), unet=unet(),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        scheduler=little_noise(),
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def stable_diffusion(pipeline: str, scheduler: Any = None, denoiser: Any = None,
         components = {name: make() for name, make in more.items()}
         return getattr(diffusers, pipeline)(
             vae=autoencoder(), text_encoder=text_encoder, tokenizer=letters, unet=(denoiser or unet)(),
-            scheduler=scheduler() if scheduler else diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+            scheduler=(scheduler or little_noise)(),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False, **components,
         )  # fmt: skip
 
@@ -114,7 +115,7 @@ def sdxl(pipeline: str = "StableDiffusionXLPipeline") -> Any:
         return getattr(diffusers, pipeline)(
             vae=autoencoder(), text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer_1,
             tokenizer_2=tokenizer_2, unet=denoiser, add_watermarker=False,
-            scheduler=diffusers.EulerDiscreteScheduler(),
+            scheduler=diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
         )  # fmt: skip
 
     return build
@@ -181,10 +182,7 @@ def kandinsky22_decoder(folder: Path) -> Any:
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(
-        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False
-    )
-    return diffusers.KandinskyV22Pipeline(unet=denoiser, scheduler=scheduler, movq=movq())
+    return diffusers.KandinskyV22Pipeline(unet=denoiser, scheduler=little_noise(), movq=movq())
 
 
 def kandinsky3(folder: Path) -> Any:

@@ -34,9 +34,17 @@ def mask(size: int = 16) -> Image.Image:
 
 
 def seeded(build: Any, seed: int = 0, /, **config: Any) -> Any:
-    """Return ``build(**config)`` with the weights of `seed`, in evaluation mode."""
+    """Return ``build(**config)`` with the weights of `seed`, in evaluation mode.
+
+    Parameters that start at zero, such as gates and learned embeddings, get values too, so that nothing is without
+    effect; biases stay.
+    """
     torch.manual_seed(seed)
-    return build(**config).eval()
+    model = build(**config).eval()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def tokenizer(*special: str, template: str | None = None, length: int = 16, start: bool = False) -> Any:
@@ -109,6 +117,11 @@ def unet(**config: Any) -> Any:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     return seeded(diffusers.UNet2DConditionModel, 2, **(shape | config))
+
+
+def ddim(**config: Any) -> Any:
+    """Return a DDIM scheduler with little noise: a denoiser that is not trained keeps the size of its samples."""
+    return diffusers.DDIMScheduler(**({"beta_end": 0.002, "clip_sample": False, "steps_offset": 1} | config))
 
 
 def flow(**config: Any) -> Any:

@@ -16,6 +16,7 @@ from tests.families.parts import (
     autoencoder,
     clip,
     clip_vision,
+    ddim,
     flow,
     image,
     seeded,
@@ -201,7 +202,7 @@ def latte(folder: Path) -> Any:
     )  # fmt: skip
     return diffusers.LattePipeline(
         tokenizer=words, text_encoder=text_encoder, vae=autoencoder(), transformer=transformer,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        scheduler=ddim(),
     )  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def animatediff(folder: Path) -> Any:
     )  # fmt: skip
     return diffusers.AnimateDiffPipeline(
         vae=autoencoder(), text_encoder=text_encoder, tokenizer=letters, unet=unet(), motion_adapter=motion,
-        scheduler=diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
+        scheduler=ddim(),
     )  # fmt: skip
 
 

@@ -1,0 +1,138 @@
+"""``python -m tests.families.table``: check all families, one process each, and write ``docs/families.md``.
+
+Results are kept in ``benchmarks/results/families.json``; a family that is there already is not checked again, unless it
+is named (``python -m tests.families.table "Wan 2.1" Mochi``), or failed a check and ``--failed`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
+PAGE = ROOT / "docs" / "families.md"
+LIMIT = 400
+"""Seconds that one family may take."""
+ERROR_LIMIT = 0.03
+"""Largest relative error of the denoiser's output at W8A8."""
+
+HEAD = """# What works with which model?
+
+Each row is a tiny pipeline of diffusers, built from its configuration with random weights, and called as a user calls it
+(`tests/families/`). `python -m tests.families.table` runs the checks and writes this page.
+
+- *minmax*, *q-diffusion*: quantized to W8A8 by `minmax`, to W4A8 by `q-diffusion` (block reconstruction).
+- *load*: diffusers' `from_pretrained` and `stepquant.load` give the same output, bit for bit.
+- *integers*: layers of the denoiser that run in integers.
+- *error*: largest relative error of the denoiser's output at W8A8 (random weights, min-max ranges).
+- *identity*: the denoiser prepared for calibration, with all quantizers disabled, equals the original to 1e-6.
+- *lora*, *offload*: LoRA adapters, and sequential offloading.
+- A dash: diffusers does not support it for this model.
+
+"""
+
+
+def check(name: str) -> dict[str, Any]:
+    """Return the row of one family: its cells, seconds, and where exceptions that are no `StepquantError` came from."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    import torch
+
+    from stepquant.errors import StepquantError
+    from tests.families.checks import COLUMNS, Case, NotSupported
+    from tests.families.registry import FAMILIES
+
+    torch.set_num_threads(1)
+    family, started = FAMILIES[name], time.monotonic()
+    missing = [package for package in family.requires if importlib.util.find_spec(package) is None]
+    if missing:
+        return {"missing": missing}
+    row: dict[str, Any] = {"cells": {}, "crashes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        case = Case(family, Path(folder))
+        row["pipeline"] = type(case.pipeline).__name__
+        row["denoisers"] = {part: type(getattr(case.pipeline, part)).__name__ for part in family.denoisers}
+        for column, run in COLUMNS.items():
+            try:
+                row["cells"][column] = run(case)
+            except NotSupported:
+                row["cells"][column] = "-"
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [""])[0]
+                row["cells"][column] = "no: " + (first if isinstance(error, StepquantError | AssertionError) else
+                                                f"{type(error).__name__}: {first}")  # fmt: skip
+                if not isinstance(error, StepquantError | AssertionError):
+                    row["crashes"][column] = traceback.format_exc().splitlines()[-14:]
+    row["seconds"] = round(time.monotonic() - started, 1)
+    return row
+
+
+def failures(row: dict[str, Any]) -> dict[str, str]:
+    """Return the cells of a row that are not green, with their reasons."""
+    cells = row.get("cells", {})
+    found = {column: cell.removeprefix("no: ") for column, cell in cells.items() if str(cell).startswith("no")}
+    if isinstance(cells.get("error"), float) and cells["error"] > ERROR_LIMIT:
+        found["error"] = f"the relative error is {cells['error']:.3f}, more than {ERROR_LIMIT}"
+    return found
+
+
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the table, and below it the reason of every cell that is not green."""
+    from tests.families.checks import COLUMNS
+
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    notes = []
+    for name, row in rows.items():
+        if "missing" in row:
+            continue
+        cells = [f"{cell:.1%}" if isinstance(cell, float) else cell.split(":")[0] for cell in row["cells"].values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        notes += [f"- {name}, {column}: {reason}" for column, reason in failures(row).items()]
+    checked = [row for row in rows.values() if "cells" in row]
+    green = sum(not failures(row) for row in checked)
+    summary = f"{green} of {len(checked)} pipelines pass every check.\n\n"
+    return HEAD + summary + "\n".join(lines) + "\n" + ("\n## What fails\n\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="check these again")
+    parser.add_argument("--failed", action="store_true", help="check again what failed")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(check(options.one)))
+        return
+    from tests.families.registry import FAMILIES
+
+    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in options.families or FAMILIES:
+        if name in rows and not options.families and not (options.failed and failures(rows[name])):
+            continue
+        command = [sys.executable, "-m", "tests.families.table", "--one", name]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
+            lines = done.stdout.splitlines()
+            row = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        except subprocess.TimeoutExpired:
+            row, reason = None, f"takes more than {LIMIT} seconds"
+        rows[name] = row or {"cells": {"minmax": f"no: {reason}"}}
+        print(f"{name}: {failures(rows[name]) or 'green'}", flush=True)
+        RESULTS.write_text(json.dumps({key: rows[key] for key in FAMILIES if key in rows}, indent=1) + "\n")
+        PAGE.write_text(page({key: rows[key] for key in FAMILIES if key in rows}))
+
+
+if __name__ == "__main__":
+    main()
