@@ -29,7 +29,7 @@ ERROR_LIMIT = 0.03
 
 HEAD = """# What works with which model?
 
-Each row is a tiny pipeline of diffusers, built from its configuration with random weights, and called as a user calls it
+Each row is a tiny pipeline of diffusers, built from its configuration with random weights, and called as a user would
 (`tests/families/`). `python -m tests.families.table` runs the checks and writes this page.
 
 - *minmax*, *q-diffusion*: quantized to W8A8 by `minmax`, to W4A8 by `q-diffusion` (block reconstruction).
