@@ -119,3 +119,8 @@ def test_wide_layers_are_split_between_channels(channels, taps, count):
     assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == channels * taps
     assert all(one.stop == other.start for one, other in pairwise(parts))
     assert all(part.start % taps == 0 and part.stop - part.start <= MOST_INPUTS for part in parts)
+
+
+def test_a_layer_whose_inputs_are_all_zero_keeps_its_weight():
+    weight = torch.randn(3, 4)
+    assert torch.equal(aligned_weight(weight, torch.zeros(4, 4), torch.zeros(4, 4)), weight)

@@ -83,6 +83,8 @@ def aligned_weight(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
         float32 [out, in].
     """
     mean = moments.diagonal().mean().double()
+    if mean == 0:  # every input is zero
+        return weight.float()
     ridge = RIDGE * mean * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
     target = weight.double() @ (cross.double() + ridge)
     return torch.linalg.solve(moments.double() + ridge, target.t()).t().float()

@@ -58,11 +58,14 @@ def _products(block: Block, name: str, batches: list[slice]) -> list[Tensor]:
         wanted = _input_of(original, block.original, block.clean.at(chosen))
         block.calibrated.clock.set(block.samples.timesteps[chosen])
         given = _input_of(layer, block.module, block.inputs.at(chosen))
+        if wanted is None or given is None:  # an expert that no token of the batch is routed to
+            continue
         if layer.input_point is not None:
             given = layer.input_point(given)
         step = row_step(len(block.samples), given, layer.inner)
         rows = input_rows(given, layer.inner, step)
-        wanted_rows = input_rows(wanted, layer.inner, step)
+        # Quantization may route other tokens to an expert: then there is nothing to align with.
+        wanted_rows = input_rows(wanted, layer.inner, step) if wanted.shape == given.shape else rows
         for index, part in enumerate(_parts(layer)):
             moments[index] += rows[:, part].t() @ rows[:, part]
             cross[index] += wanted_rows[:, part].t() @ rows[:, part]
@@ -100,19 +103,19 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or convolution
 
 
-def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """What `layer` is given in a run of its block, which goes no further than there."""
+def _input_of(layer: nn.Module, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor | None:
+    """What `layer` is given in a run of its block, which goes no further than there; None if it is not called."""
 
-    def stop(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise Reached(inputs, {})
+    def stop(_layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        raise Reached(inputs, named)
 
-    handle = layer.register_forward_pre_hook(stop)
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
     args, kwargs = arguments
     try:
         block(*args, **kwargs)
     except Reached as reached:
-        given: Tensor = reached.given[0]
+        given: Tensor = next(iter((*reached.given, *reached.named.values())))
         return given
     finally:
         handle.remove()
-    raise RuntimeError("the layer was never reached: its block does not call it")
+    return None
