@@ -141,3 +141,10 @@ def test_flow_models_read_time_in_thousandths():
 def test_the_description_does_not_depend_on_the_values():
     model, arguments, description = recorded("FLUX.2 dev")
     assert describe(model, pytree.tree_map_only(Tensor, another, arguments), 1000.0) == description
+
+
+def test_an_attention_that_is_called_for_each_sample_is_one():
+    """Mochi; guidance makes two samples of one."""
+    _, _, description = recorded("Mochi")
+    attentions = [name for name in description.attentions if name.startswith("transformer_blocks")]
+    assert attentions == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]

@@ -120,7 +120,7 @@ def describe(model: nn.Module, arguments: dict[str, Any], scheduler_time: float 
             for name, sources in flow.inputs.items()
             if sources.arguments and sources.arguments <= times and isinstance(model.get_submodule(name), nn.Linear)
         ),
-        attentions=tuple(_attentions(model, flow)),
+        attentions=tuple(_attentions(model, flow, _batch(arguments, samples))),
         middle=_middle(flow, blocks, samples),
         skip_splits={name: split for name, split in flow.splits.items() if name not in unquantized},
         timestep=timestep,
@@ -142,6 +142,11 @@ def _sample_arguments(model: nn.Module, arguments: dict[str, Any], flow: DataFlo
         if same and not set(same) & set(samples):
             samples.append(same[0])
     return samples
+
+
+def _batch(arguments: dict[str, Any], samples: list[str]) -> int:
+    """Number of samples of the call, by the first dimension of the noisy sample; several where they are in a list."""
+    return max(len(samples), *(len(leaf) for name, leaf in leaves_of(arguments).items() if name in samples))
 
 
 def _first_layers(flow: DataFlow, argument: str) -> list[str]:
@@ -185,13 +190,17 @@ def _float_layers(model: nn.Module, flow: DataFlow) -> dict[str, str]:
     return reasons
 
 
-def _attentions(model: nn.Module, flow: DataFlow) -> Iterator[str]:
-    """Attentions with a processor that is reproduced, and every call of `scaled_dot_product_attention` by a module."""
+def _attentions(model: nn.Module, flow: DataFlow, batch: int) -> Iterator[str]:
+    """Attentions with a processor that is reproduced, and every call of `scaled_dot_product_attention` by a module.
+
+    As many calls as there are samples are those of one attention, sample by sample.
+    """
     for name, module in model.named_modules():
         if can_quantize_attention(module):
             yield from [name] if name in flow.order else []
         elif name and any(module.children()):
-            yield from (f"{name}:{index}" if index else name for index in range(flow.attentions[name]))
+            calls = flow.attentions[name]
+            yield from (f"{name}:{index}" if index else name for index in range(1 if calls == batch else calls))
 
 
 def _float_attentions(model: nn.Module, flow: DataFlow) -> dict[str, str]:
