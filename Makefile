@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: install demo test lint study study-qat reports trust-interruption trust-damage trust-memory fuzz audit package lowest
+.PHONY: install demo test lint study study-papers study-qat reports trust-interruption trust-damage trust-memory fuzz audit package lowest
 
 install: $(VENV)/installed
 
@@ -35,6 +35,12 @@ study: $(VENV)/installed-dev
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --jobs $$(nproc); done
 	set -e; for study in $(STUDIES); do $(BIN)/stepquant study benchmarks/studies/$$study.toml --table \
 		--figure out/$$study.png; done
+
+# Both presets of every recipe as their budget grows: nights on two cores; can be stopped and continued.
+study-papers: $(VENV)/installed-dev
+	$(BIN)/stepquant study benchmarks/studies/public_code.toml --jobs $$(nproc)
+	$(BIN)/stepquant study benchmarks/studies/published.toml --jobs $$(nproc)
+	$(BIN)/python -m benchmarks.published
 
 # Takes about an hour. DATA is the folder that training/README.md describes; without it nothing learns from images.
 study-qat: $(VENV)/installed

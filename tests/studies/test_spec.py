@@ -56,6 +56,23 @@ def test_an_entry_can_change_the_calibration():
     assert "calibration" not in cell.arguments
 
 
+def test_an_entry_can_do_a_share_of_a_preset():
+    entry = {"recipe": "eda-dm", "preset": "paper", "share": 0.04, "layer_weight": 0.5}
+    cell = next(Study.model_validate(STUDY | {"recipes": {"part": entry}}).cells())
+    assert (cell.arguments["iterations"], cell.arguments["layer_weight"]) == (200, 0.5)
+    assert cell.arguments["rounding"] == "adaround" and "share" not in cell.arguments
+    for share in (0, 1.5, "all", True):
+        with pytest.raises(StepquantError, match="share is"):
+            next(Study.model_validate(STUDY | {"recipes": {"part": entry | {"share": share}}}).cells())
+
+
+@pytest.mark.parametrize("name", ["published", "public_code"])
+def test_studies_of_this_repository_are_valid(name):
+    study = read_study(Path(__file__).parents[2] / "benchmarks" / "studies" / f"{name}.toml")
+    cells = list(study.cells())
+    assert len({cell.identity for cell in cells}) == len(cells)
+
+
 def test_an_entry_can_have_options():
     plain, *others = (
         next(Study.model_validate(STUDY | {"recipes": {"minmax": {"options": options}}}).cells())

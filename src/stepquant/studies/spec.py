@@ -16,7 +16,7 @@ from stepquant.errors import StepquantError, first_line
 from stepquant.files import digest
 from stepquant.loading import ZOO_PREFIX, locate
 from stepquant.provenance import plain
-from stepquant.recipes import find_recipe
+from stepquant.recipes import find_class
 
 IMAGES_PER_SEED = 10_000
 """Image i of seed s starts from noise ``s * IMAGES_PER_SEED + i``: seeds share no image, so that they are independent.
@@ -119,8 +119,9 @@ class Study(Checked):
         calibration: calibration of each cell.
         guidance: model -> scale of classifier-free guidance.
         recipes: label -> hyperparameters; ``recipe`` among them names the recipe where the label does not, a class
-            in a file as ``"path.py:ClassName"``; a table ``calibration`` among them changes the study's for this one,
-            and a table ``options`` holds `Options`.
+            in a file as ``"path.py:ClassName"``; ``preset`` its preset, and ``share`` the part of its iterations that
+            is done; a table ``calibration`` among them changes the study's for this one, and a table ``options`` holds
+            `Options`.
         pairs: labels of a recipe and its baseline, compared seed by seed in the table of pairs.
     """
 
@@ -178,6 +179,7 @@ class Study(Checked):
         if not isinstance(name, str):
             raise StepquantError(f"recipe {label!r} of the study: recipe is {name!r}; expected its name.")
         tables = {key: arguments.pop(key, {}) for key in ("calibration", "options")}
+        preset, share = arguments.pop("preset", None), arguments.pop("share", 1)
         for key, table in tables.items():
             if not isinstance(table, dict):
                 raise StepquantError(f"recipe {label!r} of the study: {key} is {table!r}; expected a table.")
@@ -186,7 +188,8 @@ class Study(Checked):
             options = Options.model_validate(tables["options"])
         except StepquantError as error:
             raise StepquantError(f"recipe {label!r} of the study: {error}") from None
-        return name, plain(find_recipe(name, overrides=arguments)), calibration, options
+        whole = find_class(name).preset(preset or "fast")
+        return name, plain(whole.scaled(_checked_share(label, share)).replace(**arguments)), calibration, options
 
     def only(
         self,
@@ -225,6 +228,14 @@ def read_study(path: Path) -> Study:
 def source_of(model: str) -> str:
     """A plain name is a zoo model; anything with a slash or a colon is a folder, a hub id or ``zoo:NAME``."""
     return model if "/" in model or ":" in model else ZOO_PREFIX + model
+
+
+def _checked_share(label: str, share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise StepquantError(
+            f"recipe {label!r} of the study: share is {share!r}; expected a number above 0, at most 1."
+        )
+    return share
 
 
 def _select(what: str, available: list[Any], selected: Collection[Any] | None) -> list[Any]:
