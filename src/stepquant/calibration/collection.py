@@ -21,7 +21,7 @@ from stepquant.files import allocate, remove, tensors_digest
 from stepquant.layers.clock import TimestepReader
 from stepquant.models import chunk_size
 from stepquant.pipelines.generate import batches, generate
-from stepquant.pipelines.layout import pack, samples_in
+from stepquant.pipelines.layout import pack, samples_in, with_unseen
 from stepquant.pipelines.recording import CallPattern, RecordedCall, observe_calls, on_call, pattern_of_call
 from stepquant.pipelines.request import Request
 from stepquant.pipelines.schedule import most_steps
@@ -204,6 +204,7 @@ class _Recorder:
         arguments = self.pattern.completed(arguments, output if self.outputs else None)
         self.count.see(arguments[self.pattern.timestep])
         batch = len(self.indices)
+        pattern = replace(self.pattern, layout=with_unseen(self.pattern.layout, arguments))
         halves = samples_in(self.pattern.layout, arguments) // batch
         constants: dict[str, Any] = {}
 
@@ -217,7 +218,7 @@ class _Recorder:
             if turn % self.count.calls != self.count.calls - 1:
                 continue  # an earlier call of this step is this sample's
             row = turn % halves * batch + wanted % self.images - self.indices.start
-            bucket, time = take_sample(self.pattern, arguments, row, constant)
+            bucket, time = take_sample(pattern, arguments, row, constant)
             self.recorded[wanted] = bucket, time, self.count.step
 
 

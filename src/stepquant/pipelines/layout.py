@@ -157,6 +157,22 @@ def samples_in(layout: Layout, value: Any) -> int:
     return found[0]
 
 
+def with_unseen(layout: Layout, value: Any) -> Layout:
+    """The layout with tensors that the compared calls did not have, such as a mask that only unequal prompts need.
+
+    One with as many rows as there are samples is taken to have one for each.
+    """
+    unseen: dict[str, Part | None] = {}
+
+    def see(path: str, part: Any) -> Any:
+        if isinstance(part, Tensor) and path not in layout and part.dim() and len(part) == samples_in(layout, value):
+            unseen[path] = Rows()
+        return part
+
+    _map("", value, layout, see)
+    return {**layout, **unseen}
+
+
 def divided(layout: Layout) -> dict[str, Part | None]:
     """The layout of the samples that one image has, such as both halves of guidance, each as a sample of its own.
 
