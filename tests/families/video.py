@@ -293,7 +293,7 @@ def stable_video_diffusion(folder: Path) -> Any:
 
 FAMILIES = {
     "Wan 2.1": Family(wan, size(16, 9) | SHORT),
-    "Wan 2.1 image to video": Family(wan_i2v, size(16, 9) | SHORT | {"image": image()}, requires=("ftfy",)),
+    "Wan 2.1 image to video": Family(wan_i2v, size(16, 9) | {"image": image()}, requires=("ftfy",)),
     "Wan 2.2 A14B": Family(wan22, size(16, 9) | SHORT, steps=4, denoisers=("transformer", "transformer_2")),
     "Wan 2.2 5B": Family(wan22_5b, size(16, 9) | SHORT),
     "LTX-Video": Family(ltx, size(32, 9) | SHORT),
