@@ -1,4 +1,4 @@
-"""Features by model family: one test per cell of the table in ``docs/families.md`` (see `families_table.py`)."""
+"""Features of the classic families: integer runtime, LoRA, offloading; `tests.families` has all families."""
 
 from __future__ import annotations
 
