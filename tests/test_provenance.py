@@ -93,7 +93,7 @@ def test_everything_that_determines_the_result_is_recorded(text_pipeline):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"spec": {"bits": "w4a8", "group_size": 8}}, "its spec sets group_size"),
+        ({"spec": {"bits": "w4a8", "softmax_bits": 4}}, "its spec sets softmax_bits"),
         ({"inputs": {"eta": 0.5}}, r"inputs of the pipeline's call \(eta\)"),
     ],
 )

@@ -308,7 +308,7 @@ FAMILIES = {
     ),
     "Mochi": Family(mochi, size(16, 7) | SHORT),
     "Allegro": Family(allegro, size(16, 8) | SHORT | {"clean_caption": False, "output_type": "latent"}),
-    "Cosmos": Family(cosmos, size(32, 9) | SHORT),
+    "Cosmos": Family(cosmos, size(32, 9) | SHORT, requires=("torchvision",)),
     "Kandinsky 5": Family(kandinsky5, size(16, 5) | SHORT),
     "AnimateDiff": Family(animatediff, size(16, 2), denoisers=("unet",)),
     "Stable Video Diffusion": Family(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepquant.calibration.buckets import Bucket, Ranges, Shared, decoded, encoded, join_buckets
 from stepquant.config import Checked
+from stepquant.files import cannot_write
 from stepquant.models.description import main_tensor
 from stepquant.pipelines.layout import Rows, Stored, unpack
 from stepquant.pipelines.recording import OUTPUT
@@ -174,7 +175,10 @@ def join(sets: Sequence[CalibrationSet], folder: Path | None = None) -> Calibrat
 def _join(parts: Sequence[tuple[Bucket, CalibrationSet, slice]], folder: Path | None) -> CalibrationSet:
     """Parts of one key as one bucket, without what they share."""
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
     order = torch.cat([samples.numbers[rows] for _, samples, rows in parts]).argsort()
     positions = order.argsort().split([len(bucket) for bucket, _, _ in parts])
     timesteps, steps, numbers = (

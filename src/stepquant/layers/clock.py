@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +128,15 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "time", "sigma
 """Names of the timestep among the parameters of a denoiser's forward, the most specific first."""
 
 
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of the model's forward; a compiled model's own takes anything."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+
+
 def timestep_name(model: nn.Module) -> str | None:
     """Return the name of the timestep among the parameters of the model's forward; None for one without, such as an
     autoencoder."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(model)
     return next((name for name in TIMESTEP_NAMES if name in parameters), None)
 
 
@@ -154,7 +159,7 @@ class TimestepReader:
         Raises:
             StepquantError: if the denoiser's forward does not have such a parameter.
         """
-        names = list(inspect.signature(denoiser.forward).parameters)
+        names = list(_parameters(denoiser))
         name = name or timestep_name(denoiser)
         if name not in names:
             raise StepquantError(

@@ -194,8 +194,6 @@ class QuantizedModule(nn.Module):
     def _renew_kernel(self) -> None:
         if self.make_kernel is None or self.device.type == "meta":
             return
-        if self.anchor.device != self.device:  # moved tensor by tensor
-            self.anchor = _anchor(self.dtype, self.device)
         self.restore()
         if self.device.type != "cpu":
             self.weight_packed = self.weight_packed.cpu()
@@ -204,7 +202,10 @@ class QuantizedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         stored = self.weight_packed
+        anchor = self._parameters.pop("anchor")
         keep_dtypes(self, lambda: super(QuantizedModule, self)._apply(fn, recurse=False))
+        assert anchor is not None
+        self.anchor = nn.Parameter(fn(anchor.detach()), requires_grad=False)
         self.transforms._apply(fn)
         if stored.device.type == "cpu" and self.weight_packed.device.type not in ("cpu", "meta"):
             self.weight_packed = stored
@@ -222,6 +223,7 @@ class QuantizedModule(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         if self.kernel_device not in (None, self.device):  # moved tensor by tensor, as accelerate does
+            self.anchor = _anchor(self.dtype, self.device)
             self._renew_kernel()
         assert self.kernel is not None
         return self.kernel(x, self.clock.row)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.generator import Generation, IntervalGenerator
 from stepquant.calibration.model import CalibrationModel
+from stepquant.calibration.placement import moved
 from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.models.description import main_tensor
@@ -127,7 +128,7 @@ def train(
 def denoising_error(denoiser: nn.Module, batch: Batch) -> Tensor:
     """Mean squared error of the denoiser's answer to a batch, a scalar."""
     device = next(denoiser.parameters()).device
-    arguments = {name: _to(value, device) for name, value in batch.arguments.items()}
+    arguments = moved(batch.arguments, device)
     target = batch.target.to(device)
     output = main_tensor(denoiser(**arguments, return_dict=False)).float()
     return (output[:, : target.shape[1]] - target).square().mean()
@@ -177,12 +178,6 @@ def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _to(entry, device) for name, entry in value.items()}
-    return value.to(device)
 
 
 class _Mean:

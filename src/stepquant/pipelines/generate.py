@@ -128,7 +128,13 @@ def _arguments(pipeline: Any, request: Request, indices: Sequence[int], seed: in
         arguments["prompt" if "prompt" in parameters else "class_labels"] = conditions if batched else conditions[0]
     fitting = {name: value for name, value in arguments.items() if name in parameters and value is not None}
     inputs = request.inputs_of(indices) if batched else request.input_of(indices[0])
+    if batched:  # Qwen-Image does not repeat one negative prompt for several prompts
+        inputs = {name: _repeated(name, value, len(indices)) for name, value in inputs.items()}
     return fitting | inputs
+
+
+def _repeated(name: str, value: Any, samples: int) -> Any:
+    return [value] * samples if name.startswith("negative_prompt") and isinstance(value, str) else value
 
 
 @contextmanager
