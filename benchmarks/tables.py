@@ -158,6 +158,16 @@ def stages() -> str:
     return table(("recipe", "PSNR", "error of the last step", "time to quantize"), rows)
 
 
+def dynamic(bits: str) -> str:
+    """Static against dynamic activations: PSNR per model, over the seeds that were run."""
+    lines = [line for line in read("dynamic") if line["bits"] == bits]
+    rows = []
+    for label in dict.fromkeys(line["label"] for line in lines):
+        found = ([psnr(x) for x in lines if (x["label"], x["model"]) == (label, model)] for model in MODELS)
+        rows.append([f"`{label}`", *(spread(values) for values in found)])
+    return table(("PSNR, dB", *(f"`{model}`" for model in MODELS)), rows)
+
+
 def training() -> str:
     """Every training run: a row each."""
     rows = []

@@ -15,12 +15,12 @@ from stepquant import provenance
 from stepquant.assembly import assemble
 from stepquant.calibration.allocation import parse_budget
 from stepquant.calibration.image_folder import ImageFolder, open_images
-from stepquant.calibration.placement import placed
+from stepquant.calibration.placement import check_device, placed
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import Method, Sensitivity, check_method
 from stepquant.config import FLOAT_BITS, QuantSpec
 from stepquant.distributed import Ranks
-from stepquant.errors import StepquantError, first_line
+from stepquant.errors import StepquantError
 from stepquant.integrations.components import Also, check_components, quantize_component
 from stepquant.layers.install import Quantization
 from stepquant.models import primary_denoisers
@@ -338,18 +338,3 @@ def _calibrated(
     if correction:
         quantization = dataclasses.replace(quantization, correction=output_correction(context, model))
     return context, quantization
-
-
-def check_device(device: torch.device | str | None) -> torch.device | None:
-    """The requested device, with its number; raises `StepquantError` if there is none of that name here."""
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise StepquantError(
-            f"device is {str(device)!r}, which is not available ({first_line(error)}); expected a device of torch. "
-            "Leave it out to compute where the pipeline is."
-        ) from None
-    return found

@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from stepquant.api import check_device
 from stepquant.assembly import quantized_copy
 from stepquant.calibration.collection import samples_of_calls
-from stepquant.calibration.placement import placed
+from stepquant.calibration.placement import check_device, placed
 from stepquant.calibration.samples import Calibration
 from stepquant.config import QuantSpec
 from stepquant.distributed import Ranks

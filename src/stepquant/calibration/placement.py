@@ -16,12 +16,29 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from stepquant.errors import StepquantError, first_line
+
 _NAME = "_placement"
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Device of a module's weights; the CPU for a module without weights."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def check_device(device: torch.device | str | None) -> torch.device | None:
+    """The requested device, with its number; raises `StepquantError` if there is none of that name here."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise StepquantError(
+            f"device is {str(device)!r}, which is not available ({first_line(error)}); expected a device of torch. "
+            "Leave it out to compute where the pipeline is."
+        ) from None
+    return found
 
 
 def moved(values: Any, device: torch.device) -> Any:

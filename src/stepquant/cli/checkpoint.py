@@ -47,7 +47,7 @@ def write_checkpoint(
         move_to: device of the whole pipeline.
         keywords: of `quantize`, beside those that both functions take.
     """
-    from stepquant.api import check_device
+    from stepquant.calibration.placement import check_device
     from stepquant.checkpoint import check_out
     from stepquant.loading import resolve_pipeline
     from stepquant.planning import duration
