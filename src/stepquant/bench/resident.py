@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import nn
 
+from stepquant.calibration.saved_values import load_values, save_values
 from stepquant.checkpoint.format import WEIGHTS
 from stepquant.checkpoint.read import load_denoiser
 from stepquant.checkpoint.write import narrow_tensors
@@ -27,7 +28,7 @@ from stepquant.layers.quantized import quantized_modules
 from stepquant.memory import peak_resident_bytes, resident_bytes, run_in_process
 from stepquant.runtime import prepare
 
-ARGUMENTS = "arguments.pt"
+ARGUMENTS = "arguments.safetensors"
 
 
 class Resident(BaseModel):
@@ -59,7 +60,7 @@ def measure_resident(name: str, model: nn.Module, step: dict[str, Any], memory: 
         if quantized_modules(model):
             tensors = narrow_tensors(tensors, made_by_quantization(model))
         save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        torch.save(step, Path(folder) / ARGUMENTS)
+        save_values(step, Path(folder) / ARGUMENTS)
         arguments = [folder, str(torch.get_num_threads()), memory]
         output = run_in_process(__name__, arguments, name)
     return Resident(name=name, **json.loads(output.splitlines()[-1]))
@@ -89,7 +90,7 @@ def _load_and_run(folder: Path, memory: str) -> nn.Module:
         prepare(model, "auto", memory)
     else:
         model = getattr(diffusers, config["_class_name"]).from_pretrained(folder).eval()
-    model(**torch.load(folder / ARGUMENTS, weights_only=False))  # this package wrote it
+    model(**load_values(folder / ARGUMENTS))
     return model
 
 

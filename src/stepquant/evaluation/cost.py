@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from stepquant.calibration.saved_values import load_values, save_values
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes, run_in_process
 from stepquant.pipelines.generate import generate
@@ -46,7 +46,7 @@ def peak_memory_bytes(
     """
     with TemporaryDirectory(prefix="stepquant-") as folder:
         path = Path(folder) / "inputs"
-        path.write_bytes(pickle.dumps(inputs))
+        save_values(inputs, path)
         arguments = [model, str(batch_size), backend, memory, str(path)]
         return int(run_in_process(__name__, arguments, model).split()[-1])
 
@@ -54,7 +54,7 @@ def peak_memory_bytes(
 def main(model: str, batch_size: str, backend: str, memory: str, inputs: str) -> None:
     """Generate one batch and print the bytes; `inputs` is a file that the calling process wrote."""
     pipeline = resolve_pipeline(model, resolve_backend(backend), memory)
-    request = make_request(pipeline, STEPS, inputs=pickle.loads(Path(inputs).read_bytes()))
+    request = make_request(pipeline, STEPS, inputs=load_values(Path(inputs)))
     generate(pipeline, request, range(int(batch_size)), seed=0)
     print(peak_resident_bytes())
 
