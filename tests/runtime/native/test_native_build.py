@@ -19,7 +19,7 @@ from tests.runtime.test_runtimes import linear
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch, tmp_path):
     """Compile into a folder of each test, and cache nothing between tests."""
-    for function in (build._load_once, build._library_path, build.cpu_flags, build.available):
+    for function in (build._load_once, build._library_path, build.cpu_flags, build.available, build.library):
         monkeypatch.setattr(build, function.__name__, function.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

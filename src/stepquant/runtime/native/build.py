@@ -87,6 +87,7 @@ def supported() -> str | None:
     return None
 
 
+@functools.cache
 def library(instructions: str | None = None) -> ctypes.CDLL:
     """The compiled kernels for an instruction set, by default the fastest that is `available`.
 

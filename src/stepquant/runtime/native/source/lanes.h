@@ -14,5 +14,3 @@
 #else
 #include "avx2.h"
 #endif
-
-inline Floats operator-(Floats a) { return set(0.0f) - a; }

@@ -122,5 +122,3 @@ Product product_for(int32_t extension, int32_t top, int32_t weight) {
 
 void begin_products(int32_t) {}
 void end_products(int32_t) {}
-
-extern "C" int32_t sq_request_amx() { return 0; }

@@ -4,8 +4,6 @@
 
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
-static inline int64_t bytes_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
-
 // Elements [index, index + 16) of x; those outside the mask are 0 and not read.
 static inline Floats load16(const void* x, int32_t type, int64_t index, Mask mask) {
   if (type == FLOAT32) return load(mask, (const float*)x + index);
