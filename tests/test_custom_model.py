@@ -1,4 +1,4 @@
-"""A denoiser without a diffusers pipeline: a module of one's own with a plain sampling loop."""
+"""A denoiser without a diffusers pipeline: a custom module with a plain sampling loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantize a denoiser that belongs to no diffusers pipeline, such as a module of one's own with a plain loop."""
+"""Quantize a denoiser that belongs to no diffusers pipeline, such as a custom module with a plain loop."""
 
 from __future__ import annotations
 
