@@ -219,7 +219,8 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if hook is not None:
             hook.pre_forward(self)
         # Attention kernels exist only for the CPU.
-        alike = key.shape == value.shape and key.shape[1::2] == query.shape[1::2] and len(key) in (1, len(query))
+        alike = key.shape == value.shape and key.shape[3] == query.shape[3] and len(key) in (1, len(query))
+        alike = alike and query.shape[1] % key.shape[1] == 0
         if self.kernel is None or not alike or query.device.type != "cpu" or not self.kernel.fits(query, key):
             output = super().attend(query, key, value, mask, scale)
         else:

@@ -45,7 +45,8 @@ def test_memory_that_cannot_be_allocated():
     """The C++ functions return 1 before they touch anything."""
     functions = compiled()
     grids = (library.OperandGrid * 4)(*(library.OperandGrid(None, None, 0, 255) for _ in range(4)))
-    given = library.Attention(grids=grids, batch=1, heads=1, length=HUGE, key_length=HUGE, size=64, threads=1)
+    sizes = dict(batch=1, heads=1, key_heads=1, length=HUGE, key_length=HUGE, size=64)
+    given = library.Attention(grids=grids, **sizes, threads=1)
     assert functions.sq_attention(byref(given)) == 1
     given = library.GroupNorm(batch=HUGE, pixels=64, channels=16, groups=1, threads=1)
     assert functions.sq_group_norm(byref(given)) == 1

@@ -54,7 +54,7 @@ class NativeAttention(AttentionKernel):
 
         Args:
             query: float [B, heads, N, d].
-            key, value: float [B or 1, heads, M, d].
+            key, value: float [B or 1, heads / g, M, d]; query head h attends to head h // g of them.
             mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
             row: row of the activation tables, int64 [] or [B].
             scale: factor of the scores, 1 / sqrt(d) by default.
@@ -66,7 +66,8 @@ class NativeAttention(AttentionKernel):
             StepquantError: if the operands do not fit each other, are not in main memory, or memory is not sufficient.
         """
         batch, heads, length, size = query.shape
-        fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == size and len(key) in (1, batch)
+        fits = key.shape == value.shape and heads % key.shape[1] == 0 and key.shape[3] == size
+        fits = fits and len(key) in (1, batch)
         if not fits or not all(x is None or x.is_cpu for x in (query, key, value, mask)):
             raise StepquantError(
                 f"attention was given {_described(query)}, {_described(key)} and {_described(value)}; expected query, "
@@ -90,7 +91,7 @@ class NativeAttention(AttentionKernel):
             *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
             grids, None if mask is None else mask.data_ptr(), *strides,
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
-            batch, heads, length, key.shape[2], size, factor, self.extension, torch.get_num_threads(),
+            batch, heads, length, key.shape[2], size, key.shape[1], factor, self.extension, torch.get_num_threads(),
         )  # fmt: skip
         if self.library.sq_attention(byref(attention)):
             raise no_memory()

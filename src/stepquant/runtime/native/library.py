@@ -47,8 +47,8 @@ Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=OperandGrid * 4, mask=c_void_p, mask_image=c_int64,
     mask_head=c_int64, mask_row=c_int64, y=c_void_p, y_type=c_int32, y_image=c_int64, y_row=c_int64, y_head=c_int64,
-    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float, extension=c_int32,
-    threads=c_int32,
+    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, key_heads=c_int64, factor=c_float,
+    extension=c_int32, threads=c_int32,
 )  # fmt: skip
 GroupNorm = _structure(
     "GroupNorm", x=c_void_p, weight=c_void_p, bias=c_void_p, multiply=c_void_p, add=c_void_p, type=c_int32,

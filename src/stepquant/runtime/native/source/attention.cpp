@@ -134,7 +134,8 @@ void attend(const Attention a) {
   const int64_t scores_stride = wide + 16;
   const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
   const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
-  const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
+  const int64_t pairs = a.batch * a.key_heads, together = a.heads / a.key_heads;  // query heads of one pair
+  const int64_t blocks = (a.length + 31) / 32;
   const int64_t pair_bytes = key_bytes + value_bytes, code_bytes = std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64));
   const int64_t starts_bytes = pairs * (wide + channels) * 4, scores_bytes = 32 * scores_stride * 4;
   const int64_t thread_bytes = aligned(scores_bytes + code_bytes + 64);
@@ -155,7 +156,7 @@ void attend(const Attention a) {
     alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
-      const int64_t b = pair / a.heads, h = pair % a.heads;
+      const int64_t b = pair / a.key_heads, h = pair % a.key_heads;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
       int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;
@@ -179,9 +180,9 @@ void attend(const Attention a) {
       nan_of_pair[pair] = nan;
     }
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < pairs * blocks; block++) {
-      const int64_t pair = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
-      const int64_t b = pair / a.heads, h = pair % a.heads;
+    for (int64_t block = 0; block < a.batch * a.heads * blocks; block++) {
+      const int64_t head = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
+      const int64_t b = head / a.heads, h = head % a.heads, pair = head / together;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
       const int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;

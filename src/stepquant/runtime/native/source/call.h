@@ -103,6 +103,7 @@ struct Attention {
   int32_t y_type;
   int64_t y_image, y_row, y_head;
   int64_t batch, heads, length, key_length, size;
+  int64_t key_heads;     // divides heads: query head h uses head h / (heads / key_heads) of key and value
   float factor;          // multiplies the scores: 1 / sqrt(size)
   int32_t extension, threads;
 };

@@ -38,7 +38,7 @@ const std::map<std::string, std::string>& layouts() {
       LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(per_sample) + AT(top)),
       LAYOUT(Attention, AT(query) + AT(key) + AT(value) + AT(grids) + AT(mask) + AT(mask_image) + AT(mask_head) +
              AT(mask_row) + AT(y) + AT(y_type) + AT(y_image) + AT(y_row) + AT(y_head) + AT(batch) + AT(heads) +
-             AT(length) + AT(key_length) + AT(size) + AT(factor) + AT(extension) + AT(threads)),
+             AT(length) + AT(key_length) + AT(size) + AT(key_heads) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(Step, AT(kind) + AT(at)),
       LAYOUT(Pointer, AT(at) + AT(slot) + AT(offset) + AT(by_row)),
   };
