@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stepquant.core.affine import fake_quantize, quantize
+from stepquant.core.affine import quantize
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.core.transforms import LayerTransform
@@ -123,7 +123,14 @@ class ReferenceKernel(Kernel):
 
 
 class DynamicKernel(Kernel):
-    """A layer whose input has a dynamic grid: ``y = sum of (code - zero_point) * s_x * w * s_w + bias``, in float32."""
+    """A layer whose input has a dynamic grid, one for each group g of channels of each position r.
+
+    ``y[r', o] = bias[o] + sum over taps r of the window, and groups g, of s[r, g] * w_s[g, o] * acc[r, g, o]`` with the
+    integers ``acc = sum over the channels of g of (code - z[r, g]) * w`` and the weight's scale ``w_s``. Computed in
+    float64, which holds ``(code - z) * s`` exactly: integer kernels, whose ``acc`` are exact, differ by the rounding of
+    sums in float32 only. A smoothed input is multiplied by the reciprocals of the factors, in float32. A position with
+    a NaN or infinite value has no grid: what depends on it is NaN.
+    """
 
     capabilities = replace(EVERY_LAYER, dynamic=True)
     weight: Tensor
@@ -136,19 +143,25 @@ class DynamicKernel(Kernel):
         self.grid, self.dim = layer.input, module.channel_dim
         self.apply_map: Apply = linear_map(module)
         self.transforms = nn.ModuleList(TransformBuffers(transform, persistent=False) for transform in layer.transforms)
-        self.register_buffer("weight", layer.weight.dequantize(), persistent=False)
-        self.register_buffer("bias", layer.bias, persistent=False)
+        grid = layer.weight.grid
+        weight = replace(layer.weight, grid=replace(grid, scale=grid.scale.double())).dequantize()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.double(), persistent=False)
 
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes less their zero points, and their scales: float32, broadcastable against x."""
         values = x.float()
         for buffers in self.transforms:
             transform: LayerTransform = buffers.transform()  # type: ignore[operator]
             values = transform.transform_input(values, self.dim)
             one = torch.ones((), device=x.device)
-            values = values / transform.transform_scale(one, slice(None), values.dim(), self.dim)
+            values = values * transform.transform_scale(one, slice(None), values.dim(), self.dim).reciprocal()
         scale, zero_point = self.grid.of(values, self.dim)
-        rounded = fake_quantize(values, scale, zero_point, self.grid.bits)
-        return self.apply_map(rounded, self.weight, self.bias).to(x.dtype)
+        return quantize(values, scale, zero_point, self.grid.bits) - zero_point, scale
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        codes, scale = self.codes(x)
+        return self.apply_map(codes.double() * scale.double(), self.weight, self.bias).to(x.dtype)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:

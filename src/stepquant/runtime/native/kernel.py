@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepquant.core.qtensor import Grid
 from stepquant.layers.clock import of_samples
-from stepquant.layers.kernel import Kernel, opaque
+from stepquant.layers.kernel import Capabilities, Kernel, opaque
 from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.build import INSTRUCTION_SETS, available, library
 from stepquant.runtime.native.library import TYPES, Call, no_memory
@@ -29,7 +29,7 @@ class NativeKernel(Kernel):
     """One layer. `forward` is the layer alone; `run` is the layer with everything that can be fused into it.
 
     If a sample of x has a NaN, the sample's output is NaN throughout. A linear layer whose samples share one row takes
-    all of x as one sample.
+    all of x as one sample. With dynamic activations, only what depends on the NaN's position is NaN.
 
     Args:
         instructions: one of the available `INSTRUCTION_SETS`; by default the fastest.
@@ -37,19 +37,23 @@ class NativeKernel(Kernel):
             results are the same.
     """
 
+    capabilities = Capabilities(dynamic=True)
     fuses = True
     group_norm = staticmethod(group_norm)
 
     def __init__(self, module: QuantizedModule, *, instructions: str | None = None, packed: bool = False) -> None:
         super().__init__()
-        grid = module.layer().input
-        assert isinstance(grid, Grid)
+        grid, instructions = module.layer().input, instructions or available()[0]
+        assert grid is not None
         self.library = library(instructions)
-        self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
-        self.layer = PackedLayer.of(module, nibbles=packed)
-        self.scale, self.zero_point = grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()
-        self.rows, self.groups = self.scale.shape
-        self.by_row = [self.scale, self.zero_point]
+        self.extension = INSTRUCTION_SETS[instructions].code
+        self.layer = PackedLayer.of(module, nibbles=packed, halves=instructions != "amx")
+        self.by_row: list[Tensor] = []
+        self.rows, self.groups = 1, 1
+        if isinstance(grid, Grid):
+            self.scale, self.zero_point = grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()
+            self.rows, self.groups = self.scale.shape
+            self.by_row = [self.scale, self.zero_point]
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
     @property
@@ -127,7 +131,8 @@ class NativeKernel(Kernel):
         for index, piece in enumerate(pieces):
             call = Call.from_buffer_copy(plan.calls[index])
             call.x = x.data_ptr() + plan.offsets[index]
-            call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
+            if self.by_row:
+                call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
             call.codes = scratch("codes", plan.geometries[index].bytes)
             call.y = (y if index == len(pieces) - 1 else sums).data_ptr()
             if multiply is not None and add is not None:
@@ -160,6 +165,8 @@ class NativeKernel(Kernel):
 
     def _grid(self, row: Tensor, batch: int, per_step: bool) -> tuple[int, int, int, Any]:
         """Addresses of the first group's scale and zero point, bytes to the next group, and the tensors they are in."""
+        if not self.by_row:
+            return 0, 0, 0, None
         if not per_step:
             at = table_row(row, self.rows) * self.groups * 4
             return self.scale.data_ptr() + at, self.zero_point.data_ptr() + at, 4, None

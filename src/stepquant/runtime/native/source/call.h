@@ -17,14 +17,30 @@ struct Source {
   int64_t gate;                              // elements from a value to its gate (GEGLU)
 };
 
+struct Grids {  // of dynamic activations: one for each group of channels of each pixel
+  int64_t channels;           // of a group; 0: the grids are those of `Call`
+  int64_t groups;             // of a pixel
+  int64_t scale, zero_point;  // bytes from the codes to float [pixels with borders, groups]; a border has scale 0
+};
+
+struct Run {  // input channels that share their scales
+  int64_t first;   // byte within a pixel
+  int64_t pieces;  // of the packed weight
+  int64_t grid;    // group of the activation
+};
+
 struct Layer {
-  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][16][16][4]; 4-bit codes take half the bytes
-  const uint8_t* zero_point;    // [outputs rounded up to 32] of 4-bit codes, two codes to a byte; null for int8 weights
+  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][fours][16][4]; 4-bit codes take half the bytes
+  const uint8_t* zero_point;    // [runs, outputs rounded up to 32] of 4-bit codes, two codes to a byte; null for int8 weights
   const int32_t* weight_sum;    // [outputs rounded up to 32]
   const float* weight_scale;    // [outputs rounded up to 32]
   const float* bias;            // [outputs rounded up to 32]
   const int64_t* taps;          // byte offsets
-  int64_t tap_count, pieces, outputs;
+  const Run* runs;              // one, or for dynamic activations several whose pieces sum up to `pieces`
+  const float* run_sum;         // for dynamic activations: minus the sum of weights, [taps, runs, outputs rounded up to 32]
+  const float* run_scale;       // [runs, outputs rounded up to 32], or null if all runs have `weight_scale`
+  int64_t tap_count, run_count, pieces, outputs;
+  int64_t fours;                // of a piece: 16, or 8
   int64_t largest;              // at most 128: no weight is outside of -largest to largest
 };
 
@@ -40,7 +56,7 @@ enum Activation : int32_t { NONE, SILU, GELU, GELU_TANH, GEGLU };
 struct Call {
   // Set for each call.
   const void* x;
-  const float* scale;          // [batch] or [1]
+  const float* scale;          // [batch] or [1]; null if `grids` are dynamic
   const int32_t* zero_point;   // [batch] or [1]
   const float *multiply, *add; // [batch or 1, channels] of a normalization
   uint8_t* codes;
@@ -49,9 +65,10 @@ struct Call {
   const float* gate;           // [batch, outputs], multiplied before the residual is added
   const void* residual;        // [batch, height, width, outputs]; may be y
   // The same for every call of one plan.
-  const float* smoothing;      // [channels], divides the input first
+  const float* smoothing;      // [channels], divides the input first; the reciprocals if `grids` are dynamic
   Source source;
   Plane plane;
+  Grids grids;
   Layer layer;
   Positions positions;
   int32_t per_sample, top;     // whether each sample has its own grid; the largest code
