@@ -137,3 +137,16 @@ def test_eda_dm_with_samplers_of_several_calls(name, text_pipeline):
         pipeline, "w4a8", recipe="eda-dm", calibration=calibration, hyperparameters={"iterations": 1}
     )
     assert torch.isfinite(generate(quantized, make_request(quantized, 4), [0], 0)).all()
+
+
+def test_features_of_a_pipeline_that_takes_one_image_at_a_time(unconditional_pipeline):
+    class OneImage(diffusers.DDIMPipeline):
+        @torch.no_grad()
+        def __call__(self, generator=None, num_inference_steps=50, output_type="np"):
+            return super().__call__(1, generator, num_inference_steps=num_inference_steps, output_type=output_type)
+
+    single = OneImage(unconditional_pipeline.unet, unconditional_pipeline.scheduler)
+    single.set_progress_bar_config(disable=True)
+    found, seen = features_of(single, single.unet, make_request(single, 4))
+    assert found.shape[:2] == (4, 2) and len(seen) == 8
+    torch.testing.assert_close(found, torch.cat([torch.stack(seen[:4]), torch.stack(seen[4:])], dim=1))

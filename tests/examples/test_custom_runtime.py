@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import stepquant
 from stepquant.cli.main import app
 from stepquant.errors import StepquantError
+from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.linear import QuantizedLinear
 from stepquant.layers.quantized import quantized_modules
 from stepquant.recipes import Recipe, Stage
@@ -57,7 +58,8 @@ def test_the_kernel_equals_the_reference_bit_for_bit(quantized, time, shape):
 
 def test_layers_without_a_kernel_use_the_reference(quantized):
     modules = quantized_modules(quantized.unet)
-    assert fallbacks(quantized.unet) == [n for n, m in modules.items() if not isinstance(m, QuantizedLinear)]
+    without = [n for n, m in modules.items() if not isinstance(m, QuantizedLinear)]
+    assert fallbacks(quantized.unet) == without + list(quantized_attentions(quantized.unet))
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
         mine = quantized.unet(x, 500).sample

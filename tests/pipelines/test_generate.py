@@ -10,7 +10,9 @@ import torch
 from diffusers import DDIMPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from stepquant.errors import StepquantError
 from stepquant.pipelines.generate import generate
+from stepquant.pipelines.recording import on_call
 from stepquant.pipelines.request import make_request
 
 STEPS = 4
@@ -80,3 +82,43 @@ def test_a_step_of_a_second_order_sampler_counts_once(pipeline):
     steps = []
     generate(pipeline, make_request(pipeline, STEPS), range(1), 0, on_step=lambda: steps.append(1))
     assert len(steps) == STEPS and len(scheduler.timesteps) == 2 * STEPS - 1
+
+
+class Guided(DDIMPipeline):
+    """Takes a strength, and at most one sample with it; counts its calls."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50, output_type="np", strength=1.0):
+        type(self).calls += 1
+        if batch_size > 1 and strength < 1:
+            raise ValueError("a strength needs a single sample")
+        return super().__call__(batch_size, generator, num_inference_steps=num_inference_steps, output_type=output_type)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_rejected_batch_is_generated_one_by_one_unless_it_is_recorded(pipeline, split):
+    guided = Guided(pipeline.unet, pipeline.scheduler)
+    guided.set_progress_bar_config(disable=True)
+    request = make_request(guided, 2, inputs={"strength": 0.5})
+    if split:
+        whole = generate(guided, make_request(guided, 2, inputs={"strength": 1.0}), range(2), 0)
+        torch.testing.assert_close(generate(guided, request, range(2), 0), whole)
+    else:
+        with pytest.raises(StepquantError, match="Guided rejects its arguments: a strength needs a single sample"):
+            generate(guided, request, range(2), 0, split=False)
+
+
+def test_an_error_of_a_recording_hook_is_not_taken_for_rejected_arguments(pipeline):
+    guided = Guided(pipeline.unet, pipeline.scheduler)
+    guided.set_progress_bar_config(disable=True)
+
+    def receive(arguments, output):
+        raise RuntimeError("of the recorder")
+
+    Guided.calls, remove = 0, on_call(guided.unet, receive)
+    with pytest.raises(RuntimeError, match="of the recorder"):
+        generate(guided, make_request(guided, 2, inputs={"strength": 1.0}), range(2), 0)
+    remove()
+    assert Guided.calls == 1

@@ -31,7 +31,7 @@ class Result(BaseModel):
     Attributes:
         machine: CPU and threads, or GPU.
         backend: runtime of the integers.
-        fallbacks: names of the layers that it cannot run.
+        fallbacks: names of the layers and attentions that it cannot run.
         left_out: peer -> why it cannot run here.
         per_step_over_static: median over the rounds of the latency with per-step scales over that with static scales.
         timings: of full precision, per-step scales, static scales, and peers.

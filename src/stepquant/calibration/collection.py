@@ -84,7 +84,8 @@ def collect(
         recorder = _Recorder(denoiser, observed, steps, indices, images, outputs=outputs)
         try:
             on_step = partial(advance, len(indices))
-            generate(pipeline, request, indices, seed + NOISE_OFFSET, decode=False, on_step=on_step)
+            noise = seed + NOISE_OFFSET
+            generate(pipeline, request, indices, noise, decode=False, on_step=on_step, split=False)
         finally:
             recorder.remove()
         return recorder.samples(request.steps)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from stepquant.errors import StepquantError, first_line
+from stepquant.layers.forwards import replaced_forwards
 
 _NAME = "_placement"
 
@@ -138,12 +139,9 @@ def answering(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
     for _, placement in placements:
         placement.disabled = True
     try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
+        with replaced_forwards(forwards):
+            yield
     finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
         for _, placement in placements:
             placement.disabled = False
 

@@ -6,7 +6,6 @@ contain what no other step shows (diversity). Both get more samples.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from functools import partial
 from typing import Any
@@ -16,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
+from stepquant.layers.clock import TimestepReader
 from stepquant.models.description import main_tensor
+from stepquant.pipelines.call import takes_batches
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import Request
 from stepquant.pipelines.steps import StepCounter
@@ -43,25 +44,32 @@ def step_features(
     Returns:
         float32 [T, images, positions, C].
     """
-    signature = inspect.signature(denoiser.forward)
+    timestep_of = TimestepReader.of(denoiser)
+    parts = [range(images)] if takes_batches(pipeline) else [range(image, image + 1) for image in range(images)]
     count = StepCounter()
     recorded: dict[int, list[Tensor]] = defaultdict(list)
 
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count.see(signature.bind(*args, **kwargs).arguments["timestep"])
+        count.see(timestep_of(args, kwargs))
 
     def record(_module: nn.Module, _inputs: object, output: Any) -> None:
         features = main_tensor(output).detach().float()
         recorded[count.step].append(features.flatten(2).transpose(1, 2) if features.dim() == 4 else features)
 
+    found = []
     handles = [denoiser.register_forward_pre_hook(see, with_kwargs=True), middle.register_forward_hook(record)]
     try:
         with progress.task("Recording features of the steps", images * request.steps) as advance:
-            generate(pipeline, request, range(images), seed, decode=False, on_step=partial(advance, images))
+            for part in parts:
+                on_step = partial(advance, len(part))
+                generate(pipeline, request, part, seed, decode=False, on_step=on_step, split=False)
+                found.append(torch.stack([torch.stack(calls).mean(dim=0) for calls in recorded.values()]))
+                recorded.clear()
+                count = StepCounter()
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([torch.stack(calls).mean(dim=0) for calls in recorded.values()]).cpu()
+    return torch.cat(found, dim=1).cpu()
 
 
 def density(features: Tensor, quantile: float = 0.3, radius: float | None = None) -> Tensor:

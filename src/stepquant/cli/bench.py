@@ -84,7 +84,9 @@ def _print(result: Result) -> None:
         typer.echo(f"{name} is left out: {reason}.")
     if result.fallbacks:
         few = ", ".join(result.fallbacks[:5])
-        typer.echo(f"{len(result.fallbacks)} layers have no integer kernel and run in floating point: {few}")
+        typer.echo(
+            f"{len(result.fallbacks)} layers and attentions have no integer kernel and run in floating point: {few}"
+        )
     if result.roofline is not None:
         print_table(_roofline(result))
     if result.resident is not None:

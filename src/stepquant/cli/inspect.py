@@ -141,7 +141,7 @@ def _quantized_table(denoiser: nn.Module) -> Table:
         table.add_row(name, type(module).__name__, _shape(module.weight_shape), bits, groups, rows, ", ".join(notes))
     for name, attention in quantized_attentions(denoiser).items():
         bits = ", ".join(f"{operand} {grid.bits}" for operand, grid in attention.formats.items())
-        how = "floating-point products" if attention.kernel is None else "integers"
+        how = "products in floating point" if attention.kernel is None else "products in integers"
         table.add_row(name, "attention", "", bits, "", "", how)
     return table
 

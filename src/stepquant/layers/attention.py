@@ -219,7 +219,8 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if hook is not None:
             hook.pre_forward(self)
         # Attention kernels exist only for the CPU.
-        alike = key.shape == value.shape and key.shape[1::2] == query.shape[1::2] and len(key) in (1, len(query))
+        alike = key.shape == value.shape and key.shape[3] == query.shape[3] and len(key) in (1, len(query))
+        alike = alike and query.shape[1] % key.shape[1] == 0
         if self.kernel is None or not alike or query.device.type != "cpu" or not self.kernel.fits(query, key):
             output = super().attend(query, key, value, mask, scale)
         else:
@@ -230,11 +231,10 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if name not in self.formats:
             return x
         grid = self.grid(name)
-        bits = bits_of(grid, self.clock.row, x)
-        scale, zero_point = grid.of(x, bits=bits) if isinstance(grid, DynamicGrid) else grid.at(self.clock.row)
+        scale, zero_point = grid.of(x) if isinstance(grid, DynamicGrid) else grid.at(self.clock.row)
         if isinstance(grid, Grid) and scale.dim() == 3:
             scale, zero_point = (per_sample(values[:, 0], x) for values in (scale, zero_point))
-        return fake_quantize(x.float(), scale, zero_point, bits).to(x.dtype)
+        return fake_quantize(x.float(), scale, zero_point, self.formats[name].bits).to(x.dtype)
 
 
 def is_joint(attn: Any) -> bool:
@@ -245,12 +245,3 @@ def is_joint(attn: Any) -> bool:
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[B, 1] -> [B', 1, ...] to broadcast against x [B', ...], where B' is a multiple of B (samples stay together)."""
     return of_samples(values, x.shape[0]).reshape(-1, *(1,) * (x.dim() - 1))
-
-
-def bits_of(grid: Grid | DynamicGrid, row: Tensor, x: Tensor) -> int | Tensor:
-    """Bits of a grid at the clock's row, broadcastable against x."""
-    bits = grid.bits_at(row)
-    if isinstance(bits, int):
-        return bits
-    bits = bits.to(x.device)
-    return per_sample(bits[:, None], x) if bits.dim() else bits

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import AttentionProcessor, QuantizedAttentionProcessor, can_quantize_attention
-from stepquant.layers.scaled_dot_product import ScaledDotProduct
+from stepquant.layers.scaled_dot_product import ScaledDotProduct, repeat_heads
 
 ATTEND = F.scaled_dot_product_attention
 CALLS = "attention_calls"
@@ -78,13 +78,12 @@ def attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention`, computed by `attention`; without dropout."""
-    if enable_gqa:
-        heads = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(heads, dim=-3) for x in (key, value))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     leading = query.shape[:-2]
     if len(leading) != 2:
+        if enable_gqa:
+            key, value = (repeat_heads(x, query.shape[-3]) for x in (key, value))
         if attn_mask is not None and attn_mask.dim() > 2:
             attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-2:]).reshape(-1, 1, *attn_mask.shape[-2:])
         query, key, value = (

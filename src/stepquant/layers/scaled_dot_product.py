@@ -38,13 +38,14 @@ class ScaledDotProduct(nn.Module):
 
         Args:
             query: float [B, heads, N, d].
-            key, value: float [B, heads, M, d].
+            key, value: float [B, heads, M, d], or [B, heads / g, M, d] of which each head serves g heads of the query.
             scale: factor of the scores, 1 / sqrt(d) by default.
             mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
 
         Returns:
             float [B, heads, N, d]; zeros for a query whose keys are all masked.
         """
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
         query, key = self.operand("query", query), self.operand("key", key)
         batch, heads, length = query.shape[:3]
         if mask is not None:
@@ -68,6 +69,11 @@ class ScaledDotProduct(nn.Module):
         scores = (query @ key.transpose(-1, -2)) * scale
         probability = torch.softmax(scores, dim=-1) if mask is None else _masked_softmax(scores, mask)
         return self.operand("probability", probability) @ self.operand("value", value)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., heads / g, M, d] -> [..., heads, M, d], each head g times in a row."""
+    return x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], dim=-3)
 
 
 def additive_mask(mask: Tensor, scores: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ BATCH_SIZE = 16
 MEDIA = ("image", "mask_image", "control_image", "video", "mask", "image_embeds", "audio")
 """Parameters that some pipelines need although they have a default."""
 
+OF_DENOISERS = ("stepquant.layers.", "stepquant.runtime.")
+"""What a quantized denoiser computes with."""
+
 
 def generate(
     pipeline: Any,
@@ -36,6 +40,7 @@ def generate(
     *,
     decode: bool = True,
     on_step: Callable[[], None] | None = None,
+    split: bool = True,
 ) -> Tensor:
     """Return the samples with the given indices: float32.
 
@@ -48,10 +53,13 @@ def generate(
     Args:
         decode: whether to decode latents; ignored by a pipeline without an autoencoder.
         on_step: called once per denoising step.
+        split: whether a pipeline that rejects several samples is called for each of them: some take no image that
+            several prompts share. What records calls of the denoiser does without.
 
     Raises:
+        RejectedError: if the pipeline rejects an argument.
         StepquantError: if a denoiser outputs NaN or infinity, naming the layer and the step where it first occurs; if
-            the pipeline rejects an argument, or cannot output images in its dtype.
+            the pipeline cannot output images in its dtype.
     """
     check_dtype(pipeline)
     has_inputs = bool(request.inputs or request.each)
@@ -62,9 +70,8 @@ def generate(
     if len(indices) == 1 or takes_batches(pipeline):
         try:
             return call(indices)
-        except _RejectedError:
-            # Some pipelines take no image that several prompts share.
-            if len(indices) == 1 or not has_inputs:
+        except RejectedError:
+            if len(indices) == 1 or not split:
                 raise
     return _joined(pipeline, [call([index]) for index in indices])
 
@@ -79,7 +86,7 @@ def _joined(pipeline: Any, samples: list[Tensor]) -> Tensor:
     return torch.cat(samples)
 
 
-class _RejectedError(StepquantError):
+class RejectedError(StepquantError):
     """A pipeline rejects its arguments."""
 
 
@@ -91,7 +98,7 @@ def _call(pipeline: Any, arguments: dict[str, Any], has_inputs: bool, on_step: C
             _without_progress_bar(pipeline),
             watched(primary_denoisers(pipeline).values(), on_step, counter),
         ):
-            return samples_of(pipeline(**arguments))
+            output = pipeline(**arguments)
     except (ImportError, NameError) as error:
         raise StepquantError(
             f"{type(pipeline).__name__} needs a package that is not installed: {first_line(error)}. Install it."
@@ -99,13 +106,23 @@ def _call(pipeline: Any, arguments: dict[str, Any], has_inputs: bool, on_step: C
     except Exception as error:
         # A pipeline checks its arguments with exceptions of any class; wrong shapes may show up in a denoiser only.
         of_arguments = isinstance(error, ValueError) or counter.step < 0 or has_inputs
-        if type(error).__module__ != "builtins" or not of_arguments:
+        if type(error).__module__ != "builtins" or not of_arguments or _raised_by_hook(error):
             raise
         message = f"{type(pipeline).__name__} rejects its arguments: {first_line(error)}."
         left_out = [name for name in call_parameters(pipeline) if name in MEDIA and arguments.get(name) is None]
         if left_out and counter.step < 0:
             message += f" Pass what its call needs as `inputs`; it also takes {', '.join(left_out)}."
-        raise _RejectedError(message) from error
+        raise RejectedError(message) from error
+    return samples_of(output)
+
+
+def _raised_by_hook(error: Exception) -> bool:
+    """Whether an exception comes from code of this package that runs within a pipeline's call, such as a hook that
+    records; the layers of a quantized denoiser, which are part of the pipeline, do not count."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    code = {(str(frame.f_globals.get("__name__")), frame.f_code.co_name) for frame in frames}
+    return any(name.startswith("stepquant.") and not name.startswith(OF_DENOISERS) and function != "forward"
+               for name, function in code)  # fmt: skip
 
 
 def _arguments(pipeline: Any, request: Request, indices: Sequence[int], seed: int, decode: bool) -> dict[str, Any]:

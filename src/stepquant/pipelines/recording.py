@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -14,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import TimestepReader, timestep_name
+from stepquant.layers.forwards import replaced_forwards
 from stepquant.layers.quantized import can_quantize
 from stepquant.models.denoisers import denoisers
 from stepquant.pipelines.arguments import named_arguments, plain_output
+from stepquant.pipelines.call import takes_batches
 from stepquant.pipelines.doubling import doubled_call
-from stepquant.pipelines.generate import generate
-from stepquant.pipelines.layout import Entries, Layout, Part, Rows, divided, find_layout, samples_in
+from stepquant.pipelines.generate import RejectedError, generate
+from stepquant.pipelines.layout import Entries, Layout, Part, Rows, UnknownLayoutError, divided, find_layout, samples_in
 from stepquant.pipelines.request import Request
 from stepquant.pipelines.steps import StepCounter
 
@@ -73,7 +74,7 @@ def record_calls(
 
     removals = [module.register_forward_pre_hook(before, with_kwargs=True).remove, on_call(module, receive)]
     try:
-        generate(pipeline, request, indices, seed, decode=False)
+        generate(pipeline, request, indices, seed, decode=False, split=False)
     except _EnoughRecorded:
         if hasattr(pipeline, "maybe_free_model_hooks"):  # what the pipeline would do after its last step
             pipeline.maybe_free_model_hooks()
@@ -128,6 +129,9 @@ class CallPattern:
 def observe_calls(pipeline: Any, denoiser: nn.Module, request: Request, seed: int) -> CallPattern:
     """Compare the calls of a denoiser while one image is generated, and the same image twice in one batch.
 
+    Where the pipeline takes one image at a time, or calls the denoiser for two images with arguments of another form
+    (Latte shortens the text of a single one), images are recorded one after the other.
+
     Few calls are computed: where the arguments have known shapes, the denoisers of the pipeline return an earlier
     output, because the form of the calls does not depend on it.
 
@@ -135,20 +139,26 @@ def observe_calls(pipeline: Any, denoiser: nn.Module, request: Request, seed: in
         StepquantError: if the calls differ in more than the number of samples, or as `generate`.
     """
     one = _observe(pipeline, denoiser, request, [0], seed)
-    two = _observe(pipeline, denoiser, request, [0, 0], seed)
-    timestep = TimestepReader.of(denoiser).name
-    if one.first is None or len(two.forms) not in (len(one.forms), 2 * len(one.forms)):
+    called = f"{type(pipeline).__name__} calls its {type(denoiser).__name__}"
+    if one.first is None:
+        raise StepquantError(f"{called} 0 times; expected at least one call. Leave it out.")
+    try:
+        two = _observe(pipeline, denoiser, request, [0, 0], seed) if takes_batches(pipeline) else None
+        if two is not None and len(two.forms) == len(one.forms):
+            layout: dict[str, Part | None] = {}
+            for call, doubled in zip(one.forms, two.forms, strict=True):
+                for path, part in find_layout(call, doubled).items():
+                    layout[path] = layout.get(path) or part
+            timestep = TimestepReader.of(denoiser).name
+            return _pattern(timestep, layout, one.forms[0], _grow_elsewhere(one.layers, two.layers))
+    except (RejectedError, UnknownLayoutError):
+        two = None
+    if two is not None and len(two.forms) != 2 * len(one.forms):
         raise StepquantError(
-            f"{type(pipeline).__name__} calls its {type(denoiser).__name__} {len(one.forms)} times for one image and "
-            f"{len(two.forms)} times for two; expected the same calls with more samples. Leave it out."
+            f"{called} {len(one.forms)} times for one image and {len(two.forms)} times for two; expected the same "
+            "calls with more samples. Leave it out."
         )
-    if len(two.forms) > len(one.forms):  # one image after the other
-        return replace(pattern_of_call(denoiser, one.first), one_at_a_time=True)
-    layout: dict[str, Part | None] = {}
-    for call, doubled in zip(one.forms, two.forms, strict=True):
-        for path, part in find_layout(call, doubled).items():
-            layout[path] = layout.get(path) or part
-    return _pattern(timestep, layout, one.forms[0], _grow_elsewhere(one.layers, two.layers))
+    return replace(pattern_of_call(denoiser, one.first), one_at_a_time=True)
 
 
 def pattern_of_call(denoiser: nn.Module, arguments: dict[str, Any]) -> CallPattern:
@@ -203,8 +213,8 @@ def _observe(pipeline: Any, denoiser: nn.Module, request: Request, indices: Sequ
     others = [part for part in denoisers(pipeline).values() if not inner & set(part.modules())]
     removals = [on_call(denoiser, receive), _on_layers(denoiser, observed.layers.setdefault)]
     try:
-        with _repeating_outputs([denoiser, *others]):
-            generate(pipeline, request, indices, seed, decode=False)
+        with replaced_forwards({module: _repeating(module.forward) for module in (denoiser, *others)}):
+            generate(pipeline, request, indices, seed, decode=False, split=False)
     finally:
         for remove in removals:
             remove()
@@ -236,22 +246,8 @@ def _grow_elsewhere(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, .
     return any(name in two and shape[1:] != two[name][1:] for name, shape in one.items())
 
 
-@contextmanager
-def _repeating_outputs(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let each module compute its first call with arguments of certain shapes, and repeat the output afterwards."""
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = _repeating(module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
 def _repeating(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that computes its first call with arguments of certain shapes, and repeats the output afterwards."""
     outputs: list[tuple[Any, Any]] = []
 
     @wraps(compute)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from stepquant.core.dynamic import DynamicFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
+from stepquant.layers.format import OPERANDS
+from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.kernel import Kernel
 from stepquant.layers.quantized import QuantizedModule, quantized_modules
 from stepquant.runtime import cuda, native, onednn
@@ -100,6 +102,11 @@ def _problems(model: nn.Module, backend: Backend, name: str) -> list[str]:
         reasons = "; ".join(f"{other}: {reason}" for other, reason in left_out)
         problems.append(f"stepquant uses the {name} runtime, since faster ones are not available ({reasons}).")
     expected = [layer for layer, module in quantized_modules(model).items() if _class_of(module) in SLOWEST]
+    if name == "native":
+        whole = {
+            attention for attention, found in _quantized_attentions(model).items() if set(OPERANDS) <= {*found.formats}
+        }
+        expected += [attention for attention in _simulated_attentions(model) if attention in whole]
     if expected and name != "reference":
         problems.append(f"without an integer kernel in {name}, layers run in the slow reference: {_few(expected)}.")
     return problems
@@ -117,7 +124,7 @@ def _left_out(device: torch.device) -> list[tuple[str, str]]:
 
 
 def summary(model: nn.Module) -> str:
-    """One line about the runtimes of the quantized layers of `model`, and why faster ones are not used."""
+    """One line about the runtimes of the layers and attentions of `model`, and why faster ones are not used."""
     layers: dict[str, list[str]] = {}
     for name, module in quantized_modules(model).items():
         kernel = _class_of(module)
@@ -126,12 +133,25 @@ def summary(model: nn.Module) -> str:
         f"{len(names)} {runtime}" + (f" ({_few(names)})" if runtime in SLOW else "")
         for runtime, names in layers.items()
     ]
-    attentions = [module for module in model.modules() if isinstance(module, QuantizedAttentionProcessor)]
-    simulated = sum(bool(attention.formats) and attention.kernel is None for attention in attentions)
-    runtimes = [f"layers: {', '.join(parts)}"] + ([f"attentions: {simulated} floating point"] if simulated else [])
+    runtimes = [f"layers: {', '.join(parts)}"]
+    if quantized := _quantized_attentions(model):
+        simulated = _simulated_attentions(model)
+        count = len(quantized) - len(simulated)
+        counts = [f"{count} native"] if count else []
+        counts += [f"{len(simulated)} floating point ({_few(simulated)})"] if simulated else []
+        runtimes.append(f"attentions: {', '.join(counts)}")
     return "; ".join(
         runtimes + [f"no {name}: {reason}" for name, reason in _left_out(_device_of(model)) if name not in layers]
     )
+
+
+def _quantized_attentions(model: nn.Module) -> dict[str, QuantizedAttentionProcessor]:
+    return {name: attention for name, attention in quantized_attentions(model).items() if attention.formats}
+
+
+def _simulated_attentions(model: nn.Module) -> list[str]:
+    """Names of the attentions whose products are computed in floating point."""
+    return [name for name, attention in _quantized_attentions(model).items() if attention.kernel is None]
 
 
 def _class_of(module: QuantizedModule) -> type[Kernel]:
@@ -236,9 +256,10 @@ def _lay_out(model: nn.Module) -> None:
 
 
 def fallbacks(model: nn.Module) -> list[str]:
-    """Names of the quantized layers that do not run in integers."""
+    """Names of the quantized layers, then of the quantized attentions, that do not run in integers."""
     kernels = {name: _class_of(module) for name, module in quantized_modules(model).items()}
-    return [name for name, kernel in kernels.items() if issubclass(kernel, (*SLOWEST, WeightOnlyKernel))]
+    layers = [name for name, kernel in kernels.items() if issubclass(kernel, (*SLOWEST, WeightOnlyKernel))]
+    return layers + _simulated_attentions(model)
 
 
 __all__ = [

@@ -88,7 +88,7 @@ def _generate(pipeline: Any, denoiser: nn.Module, request: Request, budget: Budg
     remove = on_call(denoiser, record)
     for indices in batches(budget.count):
         calls.append([])
-        images.append(generate(pipeline, request, indices, noise))
+        images.append(generate(pipeline, request, indices, noise, split=False))
     remove()
     for indices in batches(budget.images - budget.count):
         images.append(generate(pipeline, request, [budget.count + index for index in indices], noise))

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.rounding import learned_quantize
-from stepquant.layers.attention import bits_of
-from stepquant.layers.clock import StepClock
 
 
 class DynamicPoint(nn.Module):
@@ -22,9 +20,9 @@ class DynamicPoint(nn.Module):
     random = False
     """Whether random numbers are drawn, as in `ActivationPoint`."""
 
-    def __init__(self, grid: DynamicGrid, clock: StepClock, channel_dim: int = -1) -> None:
+    def __init__(self, grid: DynamicGrid, channel_dim: int = -1) -> None:
         super().__init__()
-        self.grid, self.clock, self.channel_dim = grid, clock, channel_dim
+        self.grid, self.channel_dim = grid, channel_dim
         self.bypassed = False
 
     @property
@@ -34,9 +32,8 @@ class DynamicPoint(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bypassed:
             return x
-        bits = bits_of(self.grid, self.clock.row, x)
-        scale, zero_point = self.grid.of(x, self.channel_dim, bits)
-        return learned_quantize(x, scale, zero_point, bits)
+        scale, zero_point = self.grid.of(x, self.channel_dim)
+        return learned_quantize(x, scale, zero_point, self.bits)
 
     def stored_grid(self) -> DynamicGrid:
         """The grid as it is stored."""

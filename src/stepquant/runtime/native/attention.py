@@ -7,6 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from stepquant.core.affine import largest_code
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
@@ -39,8 +40,7 @@ class NativeAttention(AttentionKernel):
         attention = processor.attention()
         self.tables: list[Grid] = [getattr(attention, name) for name in OPERANDS]
         self.zero_points = [table.zero_point.int() for table in self.tables]
-        self.tops = [table.tops for table in self.tables]
-        self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points + self.tops
+        self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether neither an accumulator nor the difference of two scores can overflow."""
@@ -54,7 +54,7 @@ class NativeAttention(AttentionKernel):
 
         Args:
             query: float [B, heads, N, d].
-            key, value: float [B or 1, heads, M, d].
+            key, value: float [B or 1, heads / g, M, d]; query head h attends to head h // g of them.
             mask: boolean (True: attend) or additive, broadcastable to [B, heads, N, M].
             row: row of the activation tables, int64 [] or [B].
             scale: factor of the scores, 1 / sqrt(d) by default.
@@ -66,7 +66,8 @@ class NativeAttention(AttentionKernel):
             StepquantError: if the operands do not fit each other, are not in main memory, or memory is not sufficient.
         """
         batch, heads, length, size = query.shape
-        fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == size and len(key) in (1, batch)
+        fits = key.shape == value.shape and heads % key.shape[1] == 0 and key.shape[3] == size
+        fits = fits and len(key) in (1, batch)
         if not fits or not all(x is None or x.is_cpu for x in (query, key, value, mask)):
             raise StepquantError(
                 f"attention was given {_described(query)}, {_described(key)} and {_described(value)}; expected query, "
@@ -90,22 +91,23 @@ class NativeAttention(AttentionKernel):
             *(Heads(x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(2), x.stride(1)) for x in (query, key, value)),
             grids, None if mask is None else mask.data_ptr(), *strides,
             y.data_ptr(), TYPES[y.dtype], y.stride(0), y.stride(1), y.stride(2),
-            batch, heads, length, key.shape[2], size, factor, self.extension, torch.get_num_threads(),
+            batch, heads, length, key.shape[2], size, key.shape[1], factor, self.extension, torch.get_num_threads(),
         )  # fmt: skip
         if self.library.sq_attention(byref(attention)):
             raise no_memory()
         record(attention)
         return y.to(dtype).transpose(1, 2)
 
-    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, tuple[Tensor, ...] | None]:  # type: ignore[valid-type]
+    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""
-        columns = (self.tables[index].scale, self.zero_points[index], self.tops[index])
-        if len(columns[0]) == 1 or row.dim() == 0:
-            at = 4 * table_row(row, len(columns[0]))
-            return OperandGrid(*(column.data_ptr() + at for column in columns), 0), None
+        table, zero_point = self.tables[index], self.zero_points[index]
+        top = largest_code(table.bits)
+        if table.rows == 1 or row.dim() == 0:
+            at = 4 * table_row(row, table.rows)
+            return OperandGrid(table.scale.data_ptr() + at, zero_point.data_ptr() + at, 0, top), None
         rows = of_samples(row, batch)
-        values = tuple(rows_of(column, rows) for column in columns)
-        return OperandGrid(*(column.data_ptr() for column in values), 1), values
+        values = (rows_of(table.scale, rows), rows_of(zero_point, rows))
+        return OperandGrid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
 
 
 def _described(x: Tensor) -> str:

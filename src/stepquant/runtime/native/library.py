@@ -28,30 +28,29 @@ Source = _structure(
     "Source", type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64, batch=c_int64, height=c_int64,
     width=c_int64, channels=c_int64, gate=c_int64,
 )  # fmt: skip
+Grids = _structure("Grids", channels=c_int64, groups=c_int64, scale=c_int64, zero_point=c_int64)
 Layer = _structure(
     "Layer", weight=c_void_p, zero_point=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p,
-    taps=c_void_p, tap_count=c_int64, pieces=c_int64, outputs=c_int64, largest=c_int64,
+    taps=c_void_p, runs=c_void_p, run_sum=c_void_p, run_scale=c_void_p, tap_count=c_int64, run_count=c_int64,
+    pieces=c_int64, outputs=c_int64, fours=c_int64, largest=c_int64,
 )  # fmt: skip
 Positions = _structure(
     "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
     width=c_int64, flat=c_int64,
 )  # fmt: skip
 Call = _structure(
-    "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, top=c_void_p, multiply=c_void_p, add=c_void_p,
-    codes=c_void_p, y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p,
-    source=Source, plane=Plane, layer=Layer, positions=Positions, per_sample=c_int32, norm_image=c_int64,
-    epsilon=c_float, activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, extension=c_int32,
-    threads=c_int32,
+    "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,
+    y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p, source=Source, plane=Plane,
+    grids=Grids, layer=Layer, positions=Positions, per_sample=c_int32, top=c_int32, norm_image=c_int64, epsilon=c_float,
+    activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, extension=c_int32, threads=c_int32,
 )  # fmt: skip
-OperandGrid = _structure(
-    "OperandGrid", scale=c_void_p, zero_point=c_void_p, top=c_void_p, per_sample=c_int32
-)  # fmt: skip
+OperandGrid = _structure("OperandGrid", scale=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
 Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=OperandGrid * 4, mask=c_void_p, mask_image=c_int64,
     mask_head=c_int64, mask_row=c_int64, y=c_void_p, y_type=c_int32, y_image=c_int64, y_row=c_int64, y_head=c_int64,
-    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, factor=c_float, extension=c_int32,
-    threads=c_int32,
+    batch=c_int64, heads=c_int64, length=c_int64, key_length=c_int64, size=c_int64, key_heads=c_int64, factor=c_float,
+    extension=c_int32, threads=c_int32,
 )  # fmt: skip
 GroupNorm = _structure(
     "GroupNorm", x=c_void_p, weight=c_void_p, bias=c_void_p, multiply=c_void_p, add=c_void_p, type=c_int32,
@@ -66,7 +65,7 @@ Pointer = _structure("Pointer", at=c_int64, slot=c_int64, offset=c_int64, by_row
 
 
 STRUCTURES = (
-    Plane, Source, Layer, Positions, Call, GroupNorm, Join, Heads, OperandGrid, Attention, Step, Pointer,
+    Plane, Source, Grids, Layer, Positions, Call, GroupNorm, Join, Heads, OperandGrid, Attention, Step, Pointer,
 )  # fmt: skip
 FUNCTIONS = ("sq_codes", "sq_layer", "sq_group_norm", "sq_attention", "sq_join")
 """Each takes the address of its structure, and returns 0, or 1 if there is not enough memory."""

@@ -48,6 +48,11 @@ class Memory:
     offset: int = 0
 
 
+def aligned(size: int) -> int:
+    """`size` rounded up to 64 bytes."""
+    return (size + 63) // 64 * 64
+
+
 def lay_out(memories: list[Memory]) -> int:
     """Assign offsets, first fit in order of birth, so that no two overlap that are in use together; the total bytes."""
     total, live = 0, list[Memory]()
@@ -57,7 +62,7 @@ def lay_out(memories: list[Memory]) -> int:
         for other in sorted(live, key=lambda other: other.offset):
             if offset + size <= other.offset:
                 break
-            offset = max(offset, (other.offset + other.stop - other.start + 63) // 64 * 64)
+            offset = max(offset, aligned(other.offset + other.stop - other.start))
         memory.offset = offset
         live.append(memory)
         total = max(total, offset + size)

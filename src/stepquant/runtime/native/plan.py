@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import StepquantError
-from stepquant.runtime.native.library import ACTIVATIONS, TYPES, Call, Layer, Plane, Positions, Source
+from stepquant.runtime.native.library import ACTIVATIONS, TYPES, Call, Grids, Layer, Plane, Positions, Source
+from stepquant.runtime.native.memory import aligned
 from stepquant.runtime.native.norms import check_channels
 from stepquant.runtime.native.packing import PackedLayer, Piece, Window
 
@@ -63,13 +64,14 @@ class Geometry(NamedTuple):
     """How the codes of one input shape are stored, and where the windows of the outputs start.
 
     Attributes:
-        plane, positions: structures for the kernels.
+        plane, grids, positions: structures for the kernels.
         taps: int64 [runs of a window], byte offsets.
-        bytes: of the codes and what follows them.
+        bytes: of the codes and what follows them: flags of images, and dynamic grids.
         output: height and width.
     """
 
     plane: Any
+    grids: Any
     positions: Any
     taps: Tensor
     bytes: int
@@ -113,7 +115,7 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
         batch, height = (shape[0] if request.per_sample else 1), 1
         width = shape.numel() // max(1, batch * shape[-1])
         strides = (width * shape[-1], 0, shape[-1])
-    geometries = [_geometry(window or Window(), piece, batch, height, width, request.extra) for piece in layer.pieces]
+    geometries = [_geometry(layer, piece, batch, height, width, request.extra) for piece in layer.pieces]
     output = (*shape[:-1], layer.outputs) if window is None else (shape[0], layer.outputs, *geometries[0].output)
     if any(size < 1 for size in geometries[0].output) and 0 not in shape:
         raise StepquantError(f"a layer was given an image of shape {list(shape)}; expected one as large as its window.")
@@ -129,14 +131,16 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
                 TYPES[request.x_dtype], request.upsample, *strides, batch, height, width, piece.channels, layer.inputs
             ),
             plane=geometry.plane,
+            grids=geometry.grids,
             layer=Layer(
-                piece.weight.data_ptr(), None if piece.zero_point is None else piece.zero_point.data_ptr(),
-                piece.weight_sum.data_ptr(), piece.weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
-                geometry.taps.data_ptr(), len(geometry.taps), (piece.run + 63) // 64, layer.outputs,
+                piece.weight.data_ptr(), _address(piece.zero_point), piece.weight_sum.data_ptr(),
+                piece.weight_scale.data_ptr(), _address(bias),
+                geometry.taps.data_ptr(), piece.runs.data_ptr(), _address(piece.run_sum), _address(piece.run_scale),
+                len(geometry.taps), len(piece.runs), -(-piece.run // (4 * piece.fours)), layer.outputs, piece.fours,
                 piece.largest,
             ),
             positions=geometry.positions,
-            per_sample=request.per_step,
+            per_sample=request.per_step, top=layer.top,
             norm_image=layer.inputs if request.several_norms else 0, epsilon=request.epsilon or 0.0,
             activation=ACTIVATIONS[request.activation],
             y_type=TYPES[request.dtype if last else torch.float32], residual_type=residual_type,
@@ -187,7 +191,12 @@ def _described(given: Form) -> str:
     return " ".join(parts + ([] if on_cpu else ["on another device"]))
 
 
-def _geometry(window: Window, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _geometry(layer: PackedLayer, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
+    window, dynamic = layer.window or Window(), layer.dynamic
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window
     # The gap between two rows is the right border of one and the left border of the next.
     pixels = width + pw + extra
@@ -195,7 +204,7 @@ def _geometry(window: Window, piece: Piece, batch: int, height: int, width: int,
     image = (pw + rows * pixels) * piece.channels
     out_height = (rows - dh * (kh - 1) - 1) // sh + 1
     out_width = (width + 2 * pw + extra - dw * (kw - 1) - 1) // sw + 1
-    if dw == 1:
+    if dw == 1 and dynamic is None:
         taps = [y * dh * pixels * piece.channels for y in range(kh)]
     else:
         taps = [(y * dh * pixels + x * dw) * piece.channels for y in range(kh) for x in range(kw)]
@@ -204,10 +213,16 @@ def _geometry(window: Window, piece: Piece, batch: int, height: int, width: int,
     step = sw * piece.channels
     # The last tile reads up to 15 rows past the end, and a row up to 63 bytes; then a flag for each image.
     codes = batch * image + (16 + pixels) * step + 64
+    scale, groups, group = aligned(codes + batch), 0, 0
+    if dynamic is not None:
+        group = dynamic.group or piece.channels
+        groups = -(-piece.channels // group)
+    zero_point = aligned(scale + 4 * groups * (codes // piece.channels + 1))
     return Geometry(
         Plane(image, pixels, ph, ph + extra, pw, codes),
+        Grids(group, groups, scale, zero_point),
         Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),
         torch.tensor(taps, dtype=torch.int64, device="cpu"),
-        codes + batch,
+        2 * zero_point - scale,
         (out_height, out_width),
     )

@@ -17,12 +17,7 @@ namespace {
 constexpr float LOG2E = 1.44269504f;
 
 Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
-  return Quantizer(grid.scale, grid.zero_point, grid.top, grid.per_sample ? sample : 0);
-}
-
-// The fastest product of an operand's codes and those of the other, which may be any.
-Product product_of(int32_t extension, const OperandGrid& grid, int64_t batch) {
-  return product_for(extension, *std::max_element(grid.top, grid.top + (grid.per_sample ? batch : 1)), 128);
+  return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
 }
 
 // Writes the codes of one row of `size` values; returns whether a value is NaN.
@@ -139,7 +134,8 @@ void attend(const Attention a) {
   const int64_t scores_stride = wide + 16;
   const int64_t value_tiles = (a.size + 31) / 32 * 2, channels = value_tiles * 16;
   const int64_t key_bytes = key_tiles * pieces * TILE, value_bytes = value_tiles * key_pieces * TILE;
-  const int64_t pairs = a.batch * a.heads, blocks = (a.length + 31) / 32;
+  const int64_t pairs = a.batch * a.key_heads, together = a.heads / a.key_heads;  // query heads of one pair
+  const int64_t blocks = (a.length + 31) / 32;
   const int64_t pair_bytes = key_bytes + value_bytes, code_bytes = std::max(a.key_length * a.size, 32 * (deep + key_pieces * 64));
   const int64_t starts_bytes = pairs * (wide + channels) * 4, scores_bytes = 32 * scores_stride * 4;
   const int64_t thread_bytes = aligned(scores_bytes + code_bytes + 64);
@@ -149,8 +145,8 @@ void attend(const Attention a) {
   int8_t* const base = (int8_t*)(memory + starts_bytes);
   bool* const nan_of_pair = (bool*)(base + pairs * pair_bytes);  // whether a key or value is NaN
   char* const thread_memory = (char*)nan_of_pair + aligned(pairs);
-  const Product score = product_of(a.extension, a.grids[0], a.batch);
-  const Product mix = product_of(a.extension, a.grids[3], a.batch);
+  const Product score = product_for(a.extension, a.grids[0].top, 128);
+  const Product mix = product_for(a.extension, a.grids[3].top, 128);
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
   {
@@ -160,7 +156,7 @@ void attend(const Attention a) {
     alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
-      const int64_t b = pair / a.heads, h = pair % a.heads;
+      const int64_t b = pair / a.key_heads, h = pair % a.key_heads;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
       int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;
@@ -184,9 +180,9 @@ void attend(const Attention a) {
       nan_of_pair[pair] = nan;
     }
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < pairs * blocks; block++) {
-      const int64_t pair = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
-      const int64_t b = pair / a.heads, h = pair % a.heads;
+    for (int64_t block = 0; block < a.batch * a.heads * blocks; block++) {
+      const int64_t head = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
+      const int64_t b = head / a.heads, h = head % a.heads, pair = head / together;
       const Quantizer q = quantizer_of(a.grids[0], b), k = quantizer_of(a.grids[1], b), v = quantizer_of(a.grids[2], b),
                       p = quantizer_of(a.grids[3], b);
       const int8_t *keys = base + pair * pair_bytes, *values = keys + key_bytes;

@@ -17,14 +17,30 @@ struct Source {
   int64_t gate;                              // elements from a value to its gate (GEGLU)
 };
 
+struct Grids {  // of dynamic activations: one for each group of channels of each pixel
+  int64_t channels;           // of a group; 0: the grids are those of `Call`
+  int64_t groups;             // of a pixel
+  int64_t scale, zero_point;  // bytes from the codes to float [pixels with borders, groups]; a border has scale 0
+};
+
+struct Run {  // input channels that share their scales
+  int64_t first;   // byte within a pixel
+  int64_t pieces;  // of the packed weight
+  int64_t grid;    // group of the activation
+};
+
 struct Layer {
-  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][16][16][4]; 4-bit codes take half the bytes
-  const uint8_t* zero_point;    // [outputs rounded up to 32] of 4-bit codes, two codes to a byte; null for int8 weights
+  const int8_t* weight;         // packed [tiles of 16 outputs, even][taps][pieces][fours][16][4]; 4-bit codes take half the bytes
+  const uint8_t* zero_point;    // [runs, outputs rounded up to 32] of 4-bit codes, two codes to a byte; null for int8 weights
   const int32_t* weight_sum;    // [outputs rounded up to 32]
   const float* weight_scale;    // [outputs rounded up to 32]
   const float* bias;            // [outputs rounded up to 32]
   const int64_t* taps;          // byte offsets
-  int64_t tap_count, pieces, outputs;
+  const Run* runs;              // one, or for dynamic activations several whose pieces sum up to `pieces`
+  const float* run_sum;         // for dynamic activations: minus the sum of weights, [taps, runs, outputs rounded up to 32]
+  const float* run_scale;       // [runs, outputs rounded up to 32], or null if all runs have `weight_scale`
+  int64_t tap_count, run_count, pieces, outputs;
+  int64_t fours;                // of a piece: 16, or 8
   int64_t largest;              // at most 128: no weight is outside of -largest to largest
 };
 
@@ -40,9 +56,8 @@ enum Activation : int32_t { NONE, SILU, GELU, GELU_TANH, GEGLU };
 struct Call {
   // Set for each call.
   const void* x;
-  const float* scale;          // [batch] or [1]
+  const float* scale;          // [batch] or [1]; null if `grids` are dynamic
   const int32_t* zero_point;   // [batch] or [1]
-  const int32_t* top;          // [batch] or [1], the largest code
   const float *multiply, *add; // [batch or 1, channels] of a normalization
   uint8_t* codes;
   void* y;
@@ -50,12 +65,13 @@ struct Call {
   const float* gate;           // [batch, outputs], multiplied before the residual is added
   const void* residual;        // [batch, height, width, outputs]; may be y
   // The same for every call of one plan.
-  const float* smoothing;      // [channels], divides the input first
+  const float* smoothing;      // [channels], divides the input first; the reciprocals if `grids` are dynamic
   Source source;
   Plane plane;
+  Grids grids;
   Layer layer;
   Positions positions;
-  int32_t per_sample;          // whether each sample has its own grid
+  int32_t per_sample, top;     // whether each sample has its own grid; the largest code
   int64_t norm_image;          // elements of `multiply` and `add` from one sample to the next
   float epsilon;               // of a layer normalization, which normalizes each pixel's channels first; else 0
   int32_t activation;
@@ -92,8 +108,7 @@ struct Heads {  // float [batch, length, heads, size]; channels are adjacent
 struct OperandGrid {
   const float* scale;         // [batch] or [1]
   const int32_t* zero_point;  // [batch] or [1]
-  const int32_t* top;         // [batch] or [1]
-  int32_t per_sample;
+  int32_t per_sample, top;
 };
 
 struct Attention {
@@ -105,6 +120,7 @@ struct Attention {
   int32_t y_type;
   int64_t y_image, y_row, y_head;
   int64_t batch, heads, length, key_length, size;
+  int64_t key_heads;     // divides heads: query head h uses head h / (heads / key_heads) of key and value
   float factor;          // multiplies the scores: 1 / sqrt(size)
   int32_t extension, threads;
 };

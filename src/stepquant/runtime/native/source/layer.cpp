@@ -1,5 +1,9 @@
 // Convolution and linear on codes: y = (sum of code * weight - zero_point * sum of weight) * scale + bias (+ more).
 //
+// Dynamic activations have a scale and a zero point for each pixel, or each group of its channels. A window then is a sum
+// of float32 over its taps and over the groups, of integers that are multiplied by their scales:
+//   y = sum over taps, runs of (sum of code * weight - zero_point * sum of weight) * scale * weight scale + bias (+ more).
+//
 // A convolution is a product whose rows are windows: along a row of the image a window's bytes are contiguous, and the
 // window of the next pixel starts `stride` bytes further, so that nothing is copied.
 #include <omp.h>
@@ -28,6 +32,80 @@ void unpack(const uint8_t* codes, int64_t rows, const uint8_t* zero_point, int8_
   }
 }
 
+// The packed columns of a block: as they are, or unpacked into `memory`.
+const int8_t* columns_of(const Layer& l, int64_t block, int8_t* memory) {
+  const int64_t tile_bytes = l.tap_count * l.pieces * l.fours * 64, wide = (l.outputs + 31) / 32 * 32;
+  if (!l.zero_point) return l.weight + block * 2 * tile_bytes;
+  const uint8_t* packed = (const uint8_t*)l.weight + block * tile_bytes;
+  int8_t* out = memory;
+  for (int64_t n = 0; n < 2; n++) {
+    for (int64_t tap = 0; tap < l.tap_count; tap++) {
+      for (int64_t run = 0; run < l.run_count; run++) {
+        const int64_t rows = l.runs[run].pieces * l.fours;
+        unpack(packed, rows, l.zero_point + run * wide + block * 32 + n * 16, out);
+        packed += rows * 32, out += rows * 64;
+      }
+    }
+  }
+  return memory;
+}
+
+// Adds one tap of one run to [2 row tiles][2 column tiles][16][16] floats: (sums + zero point * minus) * scale, and times
+// the run's weight scale, if there is one. `scale` and `zero_point` are of the first row of each tile, and `step` apart.
+struct RowGrids { const float *scale[2], *zero_point[2]; int64_t step; };
+
+template <bool WEIGHT_SCALE>
+void add_run(const int32_t* sums, const RowGrids& rows, const float* minus, const float* weight_scale, float* totals) {
+  for (int n = 0; n < 2; n++) {
+    const Floats less = load(minus + n * 16), by_column = WEIGHT_SCALE ? load(weight_scale + n * 16) : set(0.0f);
+    for (int t = 0; t < 2; t++) {
+      const float *scale = rows.scale[t], *zero_point = rows.zero_point[t];
+      const int64_t at = (t * 2 + n) * 256;
+      for (int i = 0; i < 16; i++) {
+        // One rounding, and none while the sums are below 2^24.
+        Floats v = fma(set(zero_point[i * rows.step]), less, to_floats(load(sums + at + i * 16)));
+        if (WEIGHT_SCALE) v = v * by_column;
+        store(totals + at + i * 16, fma(v, set(scale[i * rows.step]), load(totals + at + i * 16)));
+      }
+    }
+  }
+}
+
+void sum_runs(const Call& call, const Product product, Operand a, const int8_t* const tiles[2], int64_t block, int32_t* sums,
+              float* totals) {
+  static const int32_t ZEROS[16] = {};
+  const Layer& l = call.layer;
+  const Grids& g = call.grids;
+  const int64_t channels = call.source.channels, wide = (l.outputs + 31) / 32 * 32;
+  const float *scales = (const float*)(call.codes + g.scale), *zero_points = (const float*)(call.codes + g.zero_point);
+  const int64_t pixel[2] = {(a.rows[0] - call.codes) / channels, (a.rows[1] - call.codes) / channels};
+  Columns columns{{tiles[0], tiles[1]}, {{ZEROS, ZEROS}, {ZEROS, ZEROS}}};
+  RowGrids rows;
+  rows.step = a.stride / channels * g.groups;
+  a.tap_count = 1;
+  memset(totals, 0, 4 * 256 * sizeof(float));
+  for (int64_t tap = 0; tap < l.tap_count; tap++) {
+    for (int64_t run = 0; run < l.run_count; run++) {
+      const Run& r = l.runs[run];
+      const int64_t from = l.taps[tap] + r.first;
+      a.taps = &from, a.pieces = r.pieces;
+      product(a, columns, four_tiles(sums));
+      for (const int8_t*& tile : columns.tiles) tile += r.pieces * l.fours * 64;
+      for (int t = 0; t < 2; t++) {
+        const int64_t at = (pixel[t] + l.taps[tap] / channels) * g.groups + r.grid;
+        rows.scale[t] = scales + at, rows.zero_point[t] = zero_points + at;
+      }
+      const float* minus = l.run_sum + (tap * l.run_count + run) * wide + block * 32;
+      if (l.run_scale) {
+        add_run<true>(sums, rows, minus, l.run_scale + run * wide + block * 32, totals);
+      } else {
+        add_run<false>(sums, rows, minus, nullptr, totals);
+      }
+    }
+  }
+}
+
+template <bool DYNAMIC>
 void multiply(const Call call) {
   const Layer& l = call.layer;
   const Positions& p = call.positions;
@@ -36,14 +114,14 @@ void multiply(const Call call) {
   const bool any_nan = std::any_of(nan, nan + p.batch, [](uint8_t flag) { return flag != 0; });
   const bool per_sample = call.per_sample || call.channel_add || call.gate || any_nan;
   const int64_t samples = per_sample ? p.batch : 1;
-  std::vector<int32_t> initial(samples * wide);
+  std::vector<int32_t> initial(DYNAMIC ? 0 : samples * wide);
   std::vector<float> scale(samples * wide), offset(samples * wide);
   for (int64_t b = 0; b < samples; b++) {
     const int64_t at = call.per_sample ? b : 0;
     for (int64_t o = 0; o < wide; o++) {
-      initial[b * wide + o] = -call.zero_point[at] * l.weight_sum[o];
+      if (!DYNAMIC) initial[b * wide + o] = -call.zero_point[at] * l.weight_sum[o];
       const float factor = call.gate && o < l.outputs ? call.gate[b * l.outputs + o] * call.factor : call.factor;
-      scale[b * wide + o] = call.scale[at] * l.weight_scale[o] * factor;
+      scale[b * wide + o] = (DYNAMIC ? 1 : call.scale[at]) * l.weight_scale[o] * factor;
       const float added = (l.bias ? l.bias[o] : 0) + (call.channel_add && o < l.outputs ? call.channel_add[b * l.outputs + o] : 0);
       offset[b * wide + o] = any_nan && nan[b] ? NAN : added * factor;
     }
@@ -51,21 +129,23 @@ void multiply(const Call call) {
   const int64_t row_tiles = p.flat ? 0 : (p.width + 15) / 16;
   const int64_t image_tiles = p.flat ? (p.height * p.flat + 15) / 16 : p.height * row_tiles;
   const int64_t tiles = p.batch * image_tiles, row_blocks = (tiles + 1) / 2;
-  const int64_t column_bytes = 2 * l.tap_count * l.pieces * TILE;
+  const int64_t column_bytes = 2 * l.tap_count * l.pieces * l.fours * 64;
   // All rows times as many columns as fit into the second-level cache, then times the next ones. Columns that have to be
   // unpacked are processed one block at a time.
   const int64_t together = l.zero_point ? 1 : std::clamp<int64_t>((1 << 20) / column_bytes, 1, column_blocks);
   const int64_t blocks = row_blocks * column_blocks;
-  const Product product = product_for(call.extension, *std::max_element(call.top, call.top + (call.per_sample ? p.batch : 1)), l.largest);
+  const Product product = product_for(call.extension, call.top, l.largest);
   static thread_local Scratch scratch;
   int8_t* const unpacked_columns = l.zero_point ? (int8_t*)scratch.of(call.threads * column_bytes) : nullptr;
 #pragma omp parallel num_threads(call.threads)
   {
     begin_products(call.extension);
     alignas(64) int32_t sums[4 * 256];
+    alignas(64) float totals[DYNAMIC ? 4 * 256 : 1];
     int64_t pixel[2][16], image[2];
-    Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, 64};
-    int64_t ready = -1, unpacked = -1;
+    Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, l.fours * 4, l.fours};
+    int64_t ready = -1, ready_columns = -1;
+    const int8_t* first_column = nullptr;
     int8_t* const columns_of_block = unpacked_columns + (l.zero_point ? omp_get_thread_num() * column_bytes : 0);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
@@ -91,23 +171,20 @@ void multiply(const Call call) {
           }
         }
       }
-      const int64_t tile_bytes = column_bytes / 2;
-      if (l.zero_point && cb != unpacked) {
-        unpacked = cb;
-        for (int64_t n = 0; n < 2; n++) {
-          const uint8_t* packed = (const uint8_t*)l.weight + (cb * 2 + n) * tile_bytes / 2;
-          unpack(packed, tile_bytes / 64, l.zero_point + cb * 32 + n * 16, columns_of_block + n * tile_bytes);
-        }
+      if (!l.zero_point || cb != ready_columns) {
+        ready_columns = cb;
+        first_column = columns_of(l, cb, columns_of_block);
       }
-      const int8_t* first_column = l.zero_point ? columns_of_block : l.weight + cb * column_bytes;
-      Columns columns;
-      for (int n = 0; n < 2; n++) {
-        columns.tiles[n] = first_column + n * tile_bytes;
-        for (int t = 0; t < 2; t++) {
-          columns.initial[t][n] = initial.data() + (per_sample ? image[t] : 0) * wide + cb * 32 + n * 16;
+      const int8_t* const tiles_of_columns[2] = {first_column, first_column + column_bytes / 2};
+      if (DYNAMIC) {
+        sum_runs(call, product, a, tiles_of_columns, cb, sums, totals);
+      } else {
+        Columns columns{{tiles_of_columns[0], tiles_of_columns[1]}, {}};
+        for (int i = 0; i < 4; i++) {
+          columns.initial[i / 2][i % 2] = initial.data() + (per_sample ? image[i / 2] : 0) * wide + cb * 32 + i % 2 * 16;
         }
+        product(a, columns, four_tiles(sums));
       }
-      product(a, columns, four_tiles(sums));
       for (int n = 0; n < 2; n++) {
         const int64_t o = cb * 32 + n * 16;
         if (o >= l.outputs) break;
@@ -115,10 +192,11 @@ void multiply(const Call call) {
         for (int t = 0; t < 2; t++) {
           const int64_t at = (per_sample ? image[t] : 0) * wide + o;
           const Floats s = load(scale.data() + at), z = load(offset.data() + at);
-          const int32_t* from = sums + (t * 2 + n) * 256;
+          const int64_t from = (t * 2 + n) * 256;
           for (int i = 0; i < 16; i++) {
             if (pixel[t][i] < 0) continue;
-            Floats v = fma(to_floats(load(from + i * 16)), s, z);
+            const Floats sum = DYNAMIC ? load(totals + from + i * 16) : to_floats(load(sums + from + i * 16));
+            Floats v = fma(sum, s, z);
             if (call.residual) {
               const Floats other = load16(call.residual, call.residual_type, pixel[t][i] * l.outputs + o, mask);
               v = fma(other, set(call.factor), v);
@@ -134,4 +212,6 @@ void multiply(const Call call) {
 
 }  // namespace
 
-extern "C" int32_t sq_layer(const Call* call) { return guarded([=] { multiply(*call); }); }
+extern "C" int32_t sq_layer(const Call* call) {
+  return guarded([=] { call->grids.channels ? multiply<true>(*call) : multiply<false>(*call); });
+}

@@ -23,22 +23,25 @@ const std::map<std::string, std::string>& layouts() {
       LAYOUT(Plane, AT(image_bytes) + AT(row_pixels) + AT(top) + AT(bottom) + AT(left) + AT(nan)),
       LAYOUT(Source, AT(type) + AT(scale) + AT(image) + AT(row) + AT(pixel) + AT(batch) + AT(height) + AT(width) +
              AT(channels) + AT(gate)),
+      LAYOUT(Grids, AT(channels) + AT(groups) + AT(scale) + AT(zero_point)),
       LAYOUT(Layer, AT(weight) + AT(zero_point) + AT(weight_sum) + AT(weight_scale) + AT(bias) + AT(taps) +
-             AT(tap_count) + AT(pieces) + AT(outputs) + AT(largest)),
+             AT(runs) + AT(run_sum) + AT(run_scale) + AT(tap_count) + AT(run_count) + AT(pieces) + AT(outputs) +
+             AT(fours) + AT(largest)),
       LAYOUT(Positions, AT(batch) + AT(image_bytes) + AT(row_bytes) + AT(pixel_bytes) + AT(height) + AT(width) +
              AT(flat)),
-      LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(top) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
-             AT(channel_add) + AT(gate) + AT(residual) + AT(smoothing) + AT(source) + AT(plane) + AT(layer) +
-             AT(positions) + AT(per_sample) + AT(norm_image) + AT(epsilon) + AT(activation) + AT(y_type)
+      LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
+             AT(channel_add) + AT(gate) + AT(residual) + AT(smoothing) + AT(source) + AT(plane) +
+             AT(grids) + AT(layer) +
+             AT(positions) + AT(per_sample) + AT(top) + AT(norm_image) + AT(epsilon) + AT(activation) + AT(y_type)
              + AT(residual_type) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(GroupNorm, AT(x) + AT(weight) + AT(bias) + AT(multiply) + AT(add) + AT(type) + AT(epsilon) +
              AT(image) + AT(pixel) + AT(batch) + AT(pixels) + AT(channels) + AT(groups) + AT(threads)),
       LAYOUT(Join, AT(x) + AT(y) + AT(bytes) + AT(pixels) + AT(threads)),
       LAYOUT(Heads, AT(x) + AT(type) + AT(image) + AT(row) + AT(head)),
-      LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(top) + AT(per_sample)),
+      LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(per_sample) + AT(top)),
       LAYOUT(Attention, AT(query) + AT(key) + AT(value) + AT(grids) + AT(mask) + AT(mask_image) + AT(mask_head) +
              AT(mask_row) + AT(y) + AT(y_type) + AT(y_image) + AT(y_row) + AT(y_head) + AT(batch) + AT(heads) +
-             AT(length) + AT(key_length) + AT(size) + AT(factor) + AT(extension) + AT(threads)),
+             AT(length) + AT(key_length) + AT(size) + AT(key_heads) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(Step, AT(kind) + AT(at)),
       LAYOUT(Pointer, AT(at) + AT(slot) + AT(offset) + AT(by_row)),
   };

@@ -1,19 +1,20 @@
 // The inner loop: 32 rows of unsigned codes times 32 columns of signed weights, in 32-bit integers.
 //
-// Rows are read in place in pieces of 64 bytes, one row every `stride` bytes. Columns are packed in tiles of 64 x 16 with
+// Rows are read in place in pieces of 64 or fewer bytes, one row every `stride` bytes. Columns are packed in tiles of 64 x 16 with
 // four consecutive products of a column adjacent, as both the AMX and the VNNI instructions take them.
 #pragma once
 #include "vectors.h"
 
-constexpr int64_t TILE = 1024;  // bytes of a packed tile: 16 fours x 16 columns x 4
+constexpr int64_t TILE = 1024;  // bytes of a packed tile: 16 fours x 16 columns x 4; with 8 fours, half as many
 
 struct Operand {
   const uint8_t* rows[2];   // first byte of the two tiles of 16 rows
   int64_t stride;           // bytes from one row to the next
   const int64_t* taps;      // offset of each run of bytes from a row's first byte
   int64_t tap_count;
-  int64_t pieces;           // 64-byte pieces of a run
+  int64_t pieces;           // of a run
   int64_t step;             // bytes from one piece to the next
+  int64_t fours = 16;       // of bytes that are multiplied of a piece; at least 8, and 16 for AMX
 };
 
 struct Columns {

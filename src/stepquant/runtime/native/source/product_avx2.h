@@ -14,9 +14,9 @@ struct Words {
   static constexpr int ROWS = 4;  // that are multiplied at a time: with 16 columns, their sums fit into the registers
   Ints sum[ROWS];
 
-  void add_piece(const uint8_t* x, int64_t stride, const int8_t* weights) {
+  void add_piece(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t fours) {
     const __m256i low = _mm256_set1_epi16(0xFF);
-    for (int64_t four = 0; four < 64; four += 4, weights += 64) {
+    for (int64_t four = 0; four < 4 * fours; four += 4, weights += 64) {
       const __m256i w0 = _mm256_loadu_si256((const __m256i*)weights), w1 = _mm256_loadu_si256((const __m256i*)weights + 1);
       const __m256i even0 = _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8), odd0 = _mm256_srai_epi16(w0, 8);
       const __m256i even1 = _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8), odd1 = _mm256_srai_epi16(w1, 8);
@@ -34,13 +34,13 @@ struct Words {
 // Codes and weights so small that the sum of the products of `TOGETHER` fours, two and two, fits into 16 bits.
 template <int TOGETHER>
 struct Bytes {
-  static_assert(16 % TOGETHER == 0, "a piece has 16 fours");
+  static_assert(8 % TOGETHER == 0, "a piece has 8 or 16 fours");
   static constexpr int ROWS = 2;  // their sums in 16 and in 32 bits fit into the registers
   Ints sum[ROWS];
 
-  void add_piece(const uint8_t* x, int64_t stride, const int8_t* weights) {
+  void add_piece(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t fours) {
     const __m256i one = _mm256_set1_epi16(1);
-    for (int64_t start = 0; start < 64; start += 4 * TOGETHER) {
+    for (int64_t start = 0; start < 4 * fours; start += 4 * TOGETHER) {
       __m256i left[ROWS] = {}, right[ROWS] = {};
 #pragma GCC unroll 1
       for (int64_t four = start; four < start + 4 * TOGETHER; four += 4, weights += 64) {
@@ -67,7 +67,9 @@ void product(const Operand& a, const Columns& b, const Sums& sums) {
       const int8_t* weights = b.tiles[n];
       for (int64_t tap = 0; tap < a.tap_count; tap++) {
         const uint8_t* x = a.rows[tile] + row * a.stride + a.taps[tap];
-        for (int64_t piece = 0; piece < a.pieces; piece++, x += a.step, weights += TILE) block.add_piece(x, a.stride, weights);
+        for (int64_t piece = 0; piece < a.pieces; piece++, x += a.step, weights += a.fours * 64) {
+          block.add_piece(x, a.stride, weights, a.fours);
+        }
       }
       int32_t* out = sums.first + tile * sums.lower + n * sums.right + row * sums.stride;
       for (const Ints& sum : block.sum) store(out, sum), out += sums.stride;
@@ -88,7 +90,7 @@ __attribute__((target("avx2,avxvnni"))) void product_avx_vnni(const Operand& a, 
       for (int64_t tap = 0; tap < a.tap_count; tap++) {
         const uint8_t* x = a.rows[tile] + row * a.stride + a.taps[tap];
         for (int64_t piece = 0; piece < a.pieces; piece++, x += a.step) {
-          for (int64_t four = 0; four < 64; four += 4, w += 2) {
+          for (int64_t four = 0; four < 4 * a.fours; four += 4, w += 2) {
             const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {

@@ -57,15 +57,17 @@ static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
     const int8_t *w0 = b.tiles[0], *w1 = b.tiles[1];
     for (int64_t tap = 0; tap < a.tap_count; tap++) {
       const uint8_t* x = rows + a.taps[tap];
-      for (int64_t four = 0; four < a.pieces * 16; four++, x += four % 16 ? 4 : a.step - 60, w0 += 64, w1 += 64) {
-        const __m512i v0 = _mm512_loadu_si512(w0), v1 = _mm512_loadu_si512(w1);
+      for (int64_t piece = 0; piece < a.pieces; piece++, x += a.step) {
+        for (int64_t four = 0; four < 4 * a.fours; four += 4, w0 += 64, w1 += 64) {
+          const __m512i v0 = _mm512_loadu_si512(w0), v1 = _mm512_loadu_si512(w1);
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-          int32_t codes;
-          memcpy(&codes, x + r * a.stride, 4);
-          const __m512i u = _mm512_set1_epi32(codes);
-          left[r] = _mm512_dpbusd_epi32(left[r], u, v0);
-          right[r] = _mm512_dpbusd_epi32(right[r], u, v1);
+          for (int r = 0; r < 8; r++) {
+            int32_t codes;
+            memcpy(&codes, x + four + r * a.stride, 4);
+            const __m512i u = _mm512_set1_epi32(codes);
+            left[r] = _mm512_dpbusd_epi32(left[r], u, v0);
+            right[r] = _mm512_dpbusd_epi32(right[r], u, v1);
+          }
         }
       }
     }

@@ -62,7 +62,23 @@ static inline Floats gelu(Floats x) {
   return x * where_negative(x, tail, set(1.0f) - tail);
 }
 
-// The grid of one sample. A code is clamp(round(x * (1 / scale)) + zero_point, 0, top), in an int32 lane; that of NaN is
+static inline float smallest(Floats x) { return -largest(set(0.0f) - x); }
+
+// In each lane, the grid whose range is [low, high], which holds 0: `affine_from_range` of stepquant.core.affine.
+struct Range {
+  Floats scale, inverse, zero_point;
+
+  Range(Floats low, Floats high, int32_t top) {
+    const Floats most = set((float)top), spread = high - low;
+    // A spread beyond the largest float is divided in parts.
+    scale = where_negative(set(__FLT_MAX__) - spread, high / most - low / most, spread / most);
+    scale = max(set(1e-8f), scale);
+    inverse = set(1.0f) / scale;
+    zero_point = min(most, max(set(0.0f), round((set(0.0f) - low) / scale)));
+  }
+};
+
+// One grid. A code is clamp(round(x * (1 / scale)) + zero_point, 0, top), in an int32 lane; that of NaN is
 // negative, and its lowest byte is the zero point.
 struct Quantizer {
   Floats inverse, low, high;
@@ -70,12 +86,12 @@ struct Quantizer {
   float scale;
   int32_t zero_point;
 
-  Quantizer(const float* scales, const int32_t* zero_points, const int32_t* tops, int64_t at) {
-    scale = scales[at], zero_point = zero_points[at];
-    inverse = set(1.0f / scale);
-    low = set((float)-zero_point), high = set((float)(tops[at] - zero_point));
-    zero = set(zero_point);
-  }
+  Quantizer(const float* scales, const int32_t* zero_points, int64_t at, int32_t top)
+      : Quantizer(scales[at], 1.0f / scales[at], zero_points[at], top) {}
+
+  Quantizer(float scale, float reciprocal, int32_t zero_point, int32_t top)
+      : inverse(set(reciprocal)), low(set((float)-zero_point)), high(set((float)(top - zero_point))),
+        zero(set(zero_point)), scale(scale), zero_point(zero_point) {}
 
   Ints operator()(Floats x) const { return (*this)(x, inverse); }
 
