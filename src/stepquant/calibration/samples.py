@@ -97,6 +97,17 @@ class CalibrationSet:
                 buckets.append(bucket.at(inside - start))
         return self._part(tuple(buckets), chosen)
 
+    def divided(self, groups: Tensor) -> CalibrationSet:
+        """The same samples with each bucket divided by group, int64 [N]."""
+        buckets, order = [], []
+        for bucket, start in zip(self.buckets, self.ranges.starts, strict=False):
+            inside = groups[start : start + len(bucket)]
+            for group in inside.unique():
+                chosen = (inside == group).nonzero().flatten()
+                buckets.append(bucket.at(chosen))
+                order.append(start + chosen)
+        return self._part(tuple(buckets), torch.cat(order))
+
     def _part(self, buckets: tuple[Bucket, ...], chosen: slice | Tensor) -> CalibrationSet:
         rows = (self.timesteps[chosen], self.steps[chosen], self.numbers[chosen])
         return CalibrationSet(buckets, *rows, self.shared)

@@ -21,6 +21,7 @@ from stepquant.files import digest
 from stepquant.models.description import main_tensor
 from stepquant.optimize.block import Block
 from stepquant.optimize.gptq import gptq
+from stepquant.optimize.masks import separate_masks
 from stepquant.optimize.objectives import LayerOutputs, error
 from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales, Reconstruction
 from stepquant.optimize.replay import BlockOutputs, Replay
@@ -59,6 +60,7 @@ def reconstruct(
         key: stands for everything that the result depends on besides `seed`.
         batch_size: samples passed through the networks at a time.
     """
+    samples = separate_masks(full_precision, samples)
     key = digest([key, seed, list(blocks)])[:16]
     ranks = workspace.ranks
     original = Replay(full_precision, samples, batch_size, workspace.scratch("full-precision"), ranks=ranks)
