@@ -146,7 +146,7 @@ def lumina(folder: Path) -> Any:
     )  # fmt: skip
     return diffusers.LuminaPipeline(
         transformer=transformer, scheduler=flow(), vae=autoencoder(),
-        text_encoder=language_model(transformers.GemmaModel), tokenizer=tokenizer(),
+        text_encoder=language_model(transformers.GemmaModel), tokenizer=tokenizer(start=True),
     )  # fmt: skip
 
 

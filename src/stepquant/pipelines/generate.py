@@ -105,13 +105,16 @@ def _call(pipeline: Any, arguments: dict[str, Any], has_inputs: bool, on_step: C
         ) from error
     except Exception as error:
         # A pipeline checks its arguments with exceptions of any class; wrong shapes may show up in a denoiser only.
-        of_arguments = isinstance(error, ValueError) or counter.step < 0 or has_inputs
+        in_first_call = isinstance(error, RuntimeError) and not counter.finished
+        of_arguments = isinstance(error, ValueError) or counter.step < 0 or has_inputs or in_first_call
         if type(error).__module__ != "builtins" or not of_arguments or _raised_by_hook(error):
             raise
         message = f"{type(pipeline).__name__} rejects its arguments: {first_line(error)}."
         left_out = [name for name in call_parameters(pipeline) if name in MEDIA and arguments.get(name) is None]
         if left_out and counter.step < 0:
             message += f" Pass what its call needs as `inputs`; it also takes {', '.join(left_out)}."
+        elif in_first_call and not has_inputs:
+            message += " Pass arguments that its denoiser takes as `inputs`, such as a size."
         raise RejectedError(message) from error
     return samples_of(output)
 

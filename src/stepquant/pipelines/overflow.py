@@ -55,6 +55,7 @@ class _Watcher:
         self.begins = self.counter.see(self.timestep_of(args, kwargs))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.counter.finished = True
         if _fault(output) is not None:
             raise StepquantError(
                 f"the model fails at step {self.counter.step + 1} of the sampler (timestep {self.counter.time:g}): "

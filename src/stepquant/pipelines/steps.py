@@ -13,10 +13,11 @@ class StepCounter:
         step: index of the current step; -1 before the first.
         calls: number of calls of the denoiser in this step so far.
         time: timestep of the current step.
+        finished: whether a call has returned, where that is watched.
     """
 
     def __init__(self) -> None:
-        self.step, self.calls, self.time = -1, 0, float("nan")
+        self.step, self.calls, self.time, self.finished = -1, 0, float("nan"), False
 
     def see(self, timestep: Tensor | float) -> bool:
         """Count a call of the denoiser at `timestep`, a number or a tensor of any shape; returns whether a step begins.
