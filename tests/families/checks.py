@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 import stepquant as sq
 from stepquant.calibration.model import insert_fake_quantizers
 from stepquant.config import QuantSpec
+from stepquant.errors import first_line
 from stepquant.layers.interception import quantized_attentions
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import describe
@@ -33,7 +34,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 class NotSupported(Exception):
-    """Diffusers itself does not support this for the model."""
+    """Diffusers itself does not support this for the model; the message says what it cannot do."""
 
 
 class Case:
@@ -44,14 +45,14 @@ class Case:
         self.pipeline = family.build(folder / "parts")
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def quantize(self, bits: str, **arguments: Any) -> Any:
+    def quantize(self, bits: str | QuantSpec, **arguments: Any) -> Any:
         """Quantize every denoiser of the family at the same bits."""
         return sq.quantize(
             self.pipeline, self.spec(bits), calibration=sq.Calibration(samples=self.samples, steps=self.family.steps),
             prompts=self.family.prompts(self.pipeline), inputs=self.family.call, **arguments,
         )  # fmt: skip
 
-    def spec(self, bits: str) -> Any:
+    def spec(self, bits: str | QuantSpec) -> Any:
         names = self.family.denoisers
         return bits if len(names) == 1 else dict.fromkeys(names, bits)
 
@@ -108,6 +109,7 @@ class Case:
 
     def load(self) -> str:
         """`stepquant.load` and diffusers' `from_pretrained` give the same, bit for bit, and so does what was saved."""
+        self.check_reload()
         outputs = self.run(sq.load(self.saved))
         for other in (type(self.pipeline).from_pretrained(self.saved), self.quantized):
             for output, expected in zip(outputs, self.run(other), strict=True):
@@ -115,6 +117,15 @@ class Case:
                 same = torch.equal(output, expected) or ((output - expected).abs().max() < 1e-4 and self.reload_rounds)
                 assert same, f"outputs differ by {(output - expected).abs().max():.1e} after loading"
         return "yes"
+
+    def check_reload(self) -> None:
+        """Raise `NotSupported` if diffusers cannot load the full-precision pipeline that it saves."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.pipeline.save_pretrained(folder)
+            try:
+                type(self.pipeline).from_pretrained(folder)
+            except Exception as error:
+                raise NotSupported(f"diffusers cannot load the pipeline that it saved: {first_line(error)}") from None
 
     @cached_property
     def reload_rounds(self) -> bool:
@@ -126,8 +137,8 @@ class Case:
             return any(not torch.equal(output, expected) for output, expected in pairs)
 
     def sample(self) -> str:
-        """What `stepquant.load` returns generates finite output of the shapes of full precision."""
-        outputs, expected = self.run(sq.load(self.saved)), self.run(self.pipeline)
+        """The quantized pipeline generates finite output of the shapes of full precision."""
+        outputs, expected = self.run(self.quantized), self.run(self.pipeline)
         assert [output.shape for output in outputs] == [output.shape for output in expected], "other shapes"
         assert all(output.isfinite().all() for output in outputs), "the output is not finite"
         return "yes"
@@ -151,9 +162,14 @@ class Case:
 
     def error(self) -> float:
         """Largest relative error of a denoiser's output at W8A8, on the calls of the full-precision pipeline."""
-        return max(
-            self._differences(lambda name: getattr(self.quantized, name), lambda a, b: (a - b).norm() / b.norm())
-        )
+        return self._error(self.quantized)
+
+    def dynamic_error(self) -> float:
+        """The same with a range for each token or pixel."""
+        return self._error(self.quantize(QuantSpec(bits="w8a8", activations="dynamic"), recipe="minmax"))
+
+    def _error(self, quantized: Any) -> float:
+        return max(self._differences(lambda name: getattr(quantized, name), lambda a, b: (a - b).norm() / b.norm()))
 
     def identity(self) -> str:
         """The instrumented denoiser without any quantizer active equals the original, but for rounding of float32."""
@@ -192,7 +208,7 @@ class Case:
         name = self.family.denoisers[0]
         original = getattr(self.pipeline, name)
         if not hasattr(original, "load_lora_adapter"):
-            raise NotSupported
+            raise NotSupported(f"{type(original).__name__} takes no LoRA adapters")
         linears = [path for path, module in original.named_modules() if isinstance(module, nn.Linear)]
         trained = copy.deepcopy(original)
         targets = linears[len(linears) // 3 : len(linears) // 3 + 2]
@@ -211,6 +227,12 @@ class Case:
     def offload(self) -> str:
         """Sequential offloading: the parameters of a module are loaded only while it runs."""
         name = self.family.denoisers[0]
+        original = copy.deepcopy(getattr(self.pipeline, name))
+        cpu_offload(original, execution_device=torch.device("cpu"))
+        try:
+            self._replayed(name, original)
+        except RuntimeError as error:
+            raise NotSupported(f"accelerate cannot offload {type(original).__name__}: {first_line(error)}") from None
         denoiser = self._copied_denoiser(name)
         before = self._replayed(name, denoiser)
         cpu_offload(denoiser, execution_device=torch.device("cpu"))
