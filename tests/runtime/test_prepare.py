@@ -38,7 +38,7 @@ SUPPORTED = {
     ReferenceKernel: INTEGER_LAYERS,
     WeightOnlyKernel: {"weight-only", "weight-only, split"},
     OneDnnKernel: {"plain", "smoothed", "split"},
-    native.NativeKernel: {"plain", "smoothed", "split"},
+    native.NativeKernel: {"plain", "smoothed", "split", "grouped"},
     CudaKernel: {"plain", "smoothed", "split", "grouped"},
     OnnxKernel: {"plain", "smoothed", "split"},
     OnnxWeightKernel: {"weight-only"},
@@ -102,8 +102,8 @@ def test_fallbacks_are_named(backend):
         }
     )
     assert prepare(model, backend) == backend
-    assert fallbacks(model) == ["grouped", "weights"]
-    assert isinstance(model["grouped"].kernel, ReferenceKernel)
+    assert fallbacks(model) == (["weights"] if backend == "native" else ["grouped", "weights"])
+    assert isinstance(model["grouped"].kernel, ReferenceKernel) == (backend != "native")
 
 
 def test_kernels_are_not_in_the_state_dict():
@@ -185,7 +185,9 @@ def test_model_uses_a_state_dict_loaded_after_prepare(backend, unconditional_pip
 def grouped() -> nn.Sequential:
     """One layer with a kernel everywhere, one without a kernel on CPUs, one with a float activation."""
     return nn.Sequential(
-        convolution(8, 8, 3, padding=1), convolution(8, 8, 3, padding=1, groups=2), linear(6, 6, bits=(8, None))
+        convolution(8, 8, 3, padding=1),
+        convolution(8, 8, 3, groups=2, split=((2, 2), ())),
+        linear(6, 6, bits=(8, None)),
     )
 
 

@@ -56,9 +56,9 @@ def prepare(model: nn.Module, backend: Backend = "auto", memory: str = "unpacked
     ``"auto"`` selects the fastest runtime of the model's device: on a CPU ``native``, else ``onednn``; on a GPU
     ``cuda``; else the reference. A model that is moved to another device gets new kernels of `backend`, or of the
     reference if `backend` does not support that device. Layers without an integer kernel (whose activation is not
-    quantized, or on a CPU grouped convolutions) run in the reference; `fallbacks` lists them, `summary` describes the
-    runtime of each layer, and a warning names layers that unexpectedly do not run in integers. Convolutions become
-    channels-last.
+    quantized, or in oneDNN grouped, transposed, 1- and 3-dimensional convolutions) run in the reference; `fallbacks`
+    lists them, `summary` describes the runtime of each layer, and a warning names layers that unexpectedly do not run
+    in integers. Convolutions become channels-last.
 
     Args:
         backend: one of `BACKENDS`, or a function that returns the kernel of a layer.

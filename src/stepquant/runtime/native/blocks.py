@@ -130,7 +130,7 @@ def _attention(
     masked = args or kwargs.get("attention_mask") is not None
     if hidden_states.dim() != 4 or encoder_hidden_states is not None or masked or not is_unchanged(block):
         return type(block).forward(block, hidden_states, encoder_hidden_states, *args, **kwargs)
-    image, last = dense(hidden_states, image=True), block.to_out[0]
+    image, last = dense(hidden_states, dims=2), block.to_out[0]
     x = image.permute(0, 2, 3, 1).flatten(1, 2)
     mixed = transformer.mixed_heads(block, x, None, group_norm(image, block.group_norm))
     y = last.kernel.run(

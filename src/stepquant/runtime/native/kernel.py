@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.core.qtensor import Grid
 from stepquant.layers.clock import of_samples
-from stepquant.layers.kernel import Capabilities, Kernel, opaque
+from stepquant.layers.kernel import Capabilities, Kernel, Layer, opaque
 from stepquant.layers.quantized import QuantizedModule
 from stepquant.runtime.native.build import INSTRUCTION_SETS, available, library
 from stepquant.runtime.native.library import TYPES, Call, no_memory
@@ -37,7 +38,9 @@ class NativeKernel(Kernel):
             results are the same.
     """
 
-    capabilities = Capabilities(dynamic=True)
+    capabilities = Capabilities(
+        kernel_dims=frozenset({0, 1, 2, 3}), transposed=True, dynamic=True, grouped_convolutions=True
+    )
     fuses = True
     group_norm = staticmethod(group_norm)
 
@@ -55,6 +58,11 @@ class NativeKernel(Kernel):
             self.rows, self.groups = self.scale.shape
             self.by_row = [self.scale, self.zero_point]
         self.plans: dict[tuple[Any, ...], Plan] = {}
+
+    @classmethod
+    def supports(cls, module: Layer) -> bool:
+        grouped = getattr(module, "groups", 1) > 1
+        return super().supports(module) and not (grouped and isinstance(module.format.input, DynamicFormat))
 
     @property
     def whole(self) -> bool:
@@ -93,7 +101,7 @@ class NativeKernel(Kernel):
         """``((layer(upsample(activation(norm(x)))) + channel_add) * gate + residual) * factor``.
 
         Args:
-            x: float [B, C, H, W] for a convolution, [B, ..., in] for a linear; [B, N, in] if an argument differs
+            x: float [B, C, *size] for a convolution, [B, ..., in] for a linear; [B, N, in] if an argument differs
                 between samples. With ``geglu`` the last dimension is 2 in.
             row: row of the activation table, int64 [] or [B].
             norm: with an epsilon only if `whole`.
@@ -112,7 +120,8 @@ class NativeKernel(Kernel):
         dtype = result_dtype if result_dtype in TYPES else torch.float32
         if residual is not None and residual.dtype not in TYPES:
             residual = residual.float()
-        x = dense(x, image=self.layer.window is not None)
+        convolution = self.layer.convolution
+        x = dense(x, dims=0 if convolution is None else convolution.dims)
         per_step = row.dim() == 1 and self.rows > 1
         pieces = self.layer.pieces
         multiply, add, epsilon = norm or (None, None, None)
@@ -154,6 +163,11 @@ class NativeKernel(Kernel):
                 raise no_memory()
             record(call, plan.geometries[index].bytes)
         del keep
+        if convolution is not None:
+            if convolution.transposed:
+                y = convolution.finished(y, tuple(x.shape[2:]))
+            elif convolution.dims == 1:
+                y = y.squeeze(2)
         return y if dtype is result_dtype else y.to(result_dtype)
 
     def _plan(self, request: Request) -> Plan:

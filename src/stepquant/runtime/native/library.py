@@ -22,21 +22,22 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 Plane = _structure(
-    "Plane", image_bytes=c_int64, row_pixels=c_int64, top=c_int64, bottom=c_int64, left=c_int64, nan=c_int64
+    "Plane", image_bytes=c_int64, row_pixels=c_int64, front=c_int64, back=c_int64, top=c_int64, bottom=c_int64,
+    left=c_int64, nan=c_int64,
 )  # fmt: skip
 Source = _structure(
-    "Source", type=c_int32, scale=c_int32, image=c_int64, row=c_int64, pixel=c_int64, batch=c_int64, height=c_int64,
-    width=c_int64, channels=c_int64, gate=c_int64,
+    "Source", type=c_int32, scale=c_int32, image=c_int64, frame=c_int64, row=c_int64, pixel=c_int64, batch=c_int64,
+    frames=c_int64, height=c_int64, width=c_int64, channels=c_int64, gate=c_int64,
 )  # fmt: skip
 Grids = _structure("Grids", channels=c_int64, groups=c_int64, scale=c_int64, zero_point=c_int64)
 Layer = _structure(
     "Layer", weight=c_void_p, zero_point=c_void_p, weight_sum=c_void_p, weight_scale=c_void_p, bias=c_void_p,
-    taps=c_void_p, runs=c_void_p, run_sum=c_void_p, run_scale=c_void_p, tap_count=c_int64, run_count=c_int64,
-    pieces=c_int64, outputs=c_int64, fours=c_int64, largest=c_int64,
+    taps=c_void_p, starts=c_void_p, runs=c_void_p, run_sum=c_void_p, run_scale=c_void_p, tap_count=c_int64,
+    run_count=c_int64, pieces=c_int64, outputs=c_int64, fours=c_int64, largest=c_int64,
 )  # fmt: skip
 Positions = _structure(
-    "Positions", batch=c_int64, image_bytes=c_int64, row_bytes=c_int64, pixel_bytes=c_int64, height=c_int64,
-    width=c_int64, flat=c_int64,
+    "Positions", batch=c_int64, frames=c_int64, image_bytes=c_int64, frame_bytes=c_int64, row_bytes=c_int64,
+    pixel_bytes=c_int64, height=c_int64, width=c_int64, flat=c_int64,
 )  # fmt: skip
 Call = _structure(
     "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,

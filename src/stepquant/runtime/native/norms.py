@@ -31,28 +31,32 @@ class Norm(NamedTuple):
     epsilon: float = 0.0
 
 
-def dense(x: Tensor, *, image: bool) -> Tensor:
+IMAGE = {1: "[B, C, L]", 2: "[B, C, H, W]", 3: "[B, C, T, H, W]"}
+"""Inputs of convolutions over 1 to 3 dimensions."""
+
+
+def dense(x: Tensor, *, dims: int) -> Tensor:
     """x if the kernels can read it, else a copy: channels adjacent, rows of a linear contiguous.
 
     Args:
-        x: float [B, C, H, W] of an image, else [B, ..., C].
+        x: float [B, C, *size] with `dims` sizes, or [B, ..., C] if that is 0.
 
     Raises:
         StepquantError: if x is not in main memory, or not an image where one is expected.
     """
     if not x.is_cpu:
         raise StepquantError(f"a layer of the native runtime was given an input on {x.device}; expected cpu.")
-    if image and x.dim() != 4:
-        raise StepquantError(f"a layer was given an input of shape {list(x.shape)}; expected [B, C, H, W].")
+    if dims and x.dim() != 2 + dims:
+        raise StepquantError(f"a layer was given an input of shape {list(x.shape)}; expected {IMAGE[dims]}.")
     if x.dtype not in TYPES:
         x = x.float()
-    if image:
-        return (
-            x
-            if x.stride(1) == 1 or (x.shape[1] == 1 and x.is_contiguous())
-            else x.contiguous(memory_format=torch.channels_last)
-        )
-    return x.contiguous()
+    if not dims:
+        return x.contiguous()
+    if x.stride(1) == 1 or (x.shape[1] == 1 and x.is_contiguous()):
+        return x
+    if dims == 2:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def check_channels(shape: torch.Size, given: int, expected: int) -> None:
@@ -88,7 +92,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Norm:
         StepquantError: if x does not fit the normalization, or memory is not sufficient.
     """
     image = x.dim() == 4
-    x = dense(x, image=image)
+    x = dense(x, dims=2 if image else 0)
     if image and x.shape[2] > 1 and x.shape[3] > 1 and x.stride(2) != x.shape[3] * x.stride(3):
         x = x.contiguous(memory_format=torch.channels_last)  # no gaps between rows
     shape, stride = x.shape, x.stride()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,17 +12,9 @@ from torch import Tensor
 from stepquant.core.affine import largest_code
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import QTensor, QuantizedLayer
-from stepquant.layers.conv import QuantizedConv2d
+from stepquant.layers.conv import QuantizedConv
 from stepquant.layers.quantized import QuantizedModule
-
-
-class Window(NamedTuple):
-    """Geometry of a convolution: height and width each."""
-
-    size: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+from stepquant.runtime.native.windows import Convolution
 
 
 class Piece(NamedTuple):
@@ -74,7 +67,9 @@ class PackedLayer(NamedTuple):
     """What the kernels read of a layer, apart from the activation table.
 
     Attributes:
-        window: of a convolution; None for a linear.
+        outputs: of a window: all phases of a transposed convolution.
+        convolution: None for a linear.
+        starts: int64, the first channel of the windows of each 32 outputs; None if windows have all channels.
         bias: float32 [out, padded], or None.
         smoothing: float32 [in], divides the input; its reciprocals for a dynamic activation; or None.
         top: the largest code of the activation.
@@ -82,8 +77,9 @@ class PackedLayer(NamedTuple):
 
     outputs: int
     inputs: int
-    window: Window | None
+    convolution: Convolution | None
     pieces: list[Piece]
+    starts: Tensor | None
     bias: Tensor | None
     smoothing: Tensor | None
     top: int
@@ -97,25 +93,27 @@ class PackedLayer(NamedTuple):
             nibbles: two weights of up to 4 bits to a byte.
             halves: pieces of 32 bytes are possible, for channel groups that would not fill 64.
         """
-        layer, window = module.layer(), None
+        layer, convolution = module.layer(), None
         outputs, inputs = module.weight_shape[:2]
         assert layer.input is not None
-        if isinstance(module, QuantizedConv2d):
-            size = (module.weight_shape[2], module.weight_shape[3])
-            window = Window(size, module.stride, module.padding, module.dilation)
+        if isinstance(module, QuantizedConv):
+            convolution = Convolution.of(module)
+            outputs, inputs = outputs * math.prod(convolution.phases), module.in_channels
+        bias = layer.bias
         nibbles = nibbles and layer.weight.bits <= 4
         smoothing, dynamic = layer.smoothing, layer.input if isinstance(layer.input, DynamicGrid) else None
         if dynamic is not None:
-            pieces = [_pack_dynamic(window, nibbles, halves, layer, dynamic)]
+            pieces = [_pack_dynamic(convolution, nibbles, halves, layer, dynamic)]
             smoothing = None if smoothing is None else smoothing.reciprocal()
         else:
-            pieces = [_pack(window, nibbles, *segment) for segment in layer.segments()]
+            pieces = [_pack(convolution, nibbles, *segment) for segment in layer.segments()]
         return cls(
             outputs,
             inputs,
-            window,
+            convolution,
             pieces,
-            None if layer.bias is None else padded(layer.bias, torch.float32),
+            None if convolution is None else convolution.channel_starts(),
+            None if bias is None else padded(bias.repeat(outputs // len(bias)), torch.float32),
             None if smoothing is None else smoothing.clone(),
             largest_code(layer.input.bits),
             dynamic,
@@ -124,47 +122,51 @@ class PackedLayer(NamedTuple):
     def integers(self) -> Tensor:
         """The weight as `QTensor.integers` has it: int8 [out, in, *kernel]."""
         parts = [piece.integers(self.outputs) for piece in self.pieces]
-        if self.window is None:
+        if self.convolution is None:
             return torch.cat([part[:, 0] for part in parts], dim=1)
-        images = [
-            part.reshape(self.outputs, *self.window.size, piece.channels).permute(0, 3, 1, 2)
-            for part, piece in zip(parts, self.pieces, strict=True)
-        ]
-        return torch.cat(images, dim=1)
+        size = self.convolution.window.size
+        images = [part.reshape(self.outputs, *size, -1).permute(0, 4, 1, 2, 3) for part in parts]
+        return torch.cat([self.convolution.integers(image) for image in images], dim=1)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that a call points into."""
         parts = [part for piece in self.pieces for part in piece if isinstance(part, Tensor)]
-        return [x for x in (*parts, self.bias, self.smoothing) if x is not None]
+        return [x for x in (*parts, self.starts, self.bias, self.smoothing) if x is not None]
 
 
-def _pack(window: Window | None, nibbles: bool, channels: slice, group: int, part: QTensor) -> Piece:
+def _pack(convolution: Convolution | None, nibbles: bool, channels: slice, group: int, part: QTensor) -> Piece:
     """Pack channels of a weight. Without dilation a row of a window is one run of bytes."""
     weight = part.integers()
-    taps = weight[:, None] if window is None else weight.permute(0, 2, 3, 1).flatten(1, 2)
-    if window is not None and window.dilation[1] == 1:
-        taps = taps.reshape(weight.shape[0], weight.shape[2], -1)
-    tiles, total = pack_columns(taps), weight.flatten(1).sum(1, dtype=torch.int32)
-    zero_point = padded(part.grid.zero_point[0], torch.uint8) if nibbles else None
+    taps = _taps(convolution, weight)
+    repeats, groups = len(taps) // len(weight), 1 if convolution is None else convolution.groups
+    if convolution is not None and convolution.rows_are_runs:
+        taps = taps.reshape(len(taps), taps.shape[1] // convolution.window.size[2], -1)
+    tiles, total = pack_columns(taps), taps.flatten(1).sum(1, dtype=torch.int32)
+    zero_point = padded(part.grid.zero_point[0].repeat(1, repeats), torch.uint8) if nibbles else None
     runs = torch.tensor([[0, tiles.shape[2], 0]], device="cpu")
     return Piece(
         channels.start,
-        channels.stop - channels.start,
+        (channels.stop - channels.start) * groups,
         group,
         taps.shape[1],
         taps.shape[2],
         tiles if zero_point is None else pack_nibbles(tiles, _by_piece(zero_point, runs)),
         padded(total, torch.int32),
         max(1, -int(weight.min()), int(weight.max())),
-        padded(part.grid.scale[0, 0], torch.float32),
+        padded(part.grid.scale[0, 0].repeat(repeats), torch.float32),
         zero_point,
         runs,
     )
 
 
+def _taps(convolution: Convolution | None, weight: Tensor) -> Tensor:
+    """int8 [out, in / groups, *kernel] -> [outputs of a window, taps, channels of a window]."""
+    return weight[:, None] if convolution is None else convolution.windowed(weight).permute(0, 2, 3, 4, 1).flatten(1, 3)
+
+
 def _pack_dynamic(
-    window: Window | None, nibbles: bool, halves: bool, layer: QuantizedLayer, grid: DynamicGrid
+    convolution: Convolution | None, nibbles: bool, halves: bool, layer: QuantizedLayer, grid: DynamicGrid
 ) -> Piece:
     """Pack all of a weight. Each run begins with a new piece: channels of one weight scale and one activation scale."""
     weight, grids = layer.weight.integers(), layer.weight.grid
@@ -180,7 +182,8 @@ def _pack_dynamic(
     places = torch.cat(
         [torch.arange(first, first + size, device="cpu") for first, size in zip(firsts, sizes, strict=True)]
     )
-    taps = weight[:, None] if window is None else weight.permute(0, 2, 3, 1).flatten(1, 2)
+    taps = _taps(convolution, weight)
+    repeats = len(taps) // len(weight)
     spread = taps.new_zeros(*taps.shape[:2], sum(pieces) * 4 * fours)
     spread[..., places] = taps
     of_weight = [next(index for index, stop in enumerate(weight_ends) if end <= stop) for end in ends]
@@ -188,9 +191,9 @@ def _pack_dynamic(
         [[start, count, start // group] for start, count in zip(starts, pieces, strict=True)], device="cpu"
     )
     sums = [-part.sum(2, dtype=torch.float32).t() for part in taps.split(sizes, dim=2)]  # [taps, out]
-    zero_point = padded(grids.zero_point[0, of_weight], torch.uint8) if nibbles else None
+    zero_point = padded(grids.zero_point[0, of_weight].repeat(1, repeats), torch.uint8) if nibbles else None
     tiles = pack_columns(spread, fours)
-    several = len(weight_ends) > 1
+    several, scale = len(weight_ends) > 1, grids.scale[0, of_weight].repeat(1, repeats)
     return Piece(
         0,
         channels,
@@ -198,14 +201,14 @@ def _pack_dynamic(
         taps.shape[1],
         spread.shape[2],
         tiles if zero_point is None else pack_nibbles(tiles, _by_piece(zero_point, runs)),
-        padded(weight.flatten(1).sum(1, dtype=torch.int32), torch.int32),
+        padded(taps.flatten(1).sum(1, dtype=torch.int32), torch.int32),
         max(1, -int(weight.min()), int(weight.max())),
-        padded(torch.ones_like(grids.scale[0, 0]) if several else grids.scale[0, 0], torch.float32),
+        padded(torch.ones_like(scale[0]) if several else scale[0], torch.float32),
         zero_point,
         runs,
         places,
         padded(torch.stack(sums, dim=1), torch.float32),
-        padded(grids.scale[0, of_weight], torch.float32) if several else None,
+        padded(scale, torch.float32) if several else None,
         fours,
     )
 

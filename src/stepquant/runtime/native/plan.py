@@ -11,7 +11,8 @@ from stepquant.errors import StepquantError
 from stepquant.runtime.native.library import ACTIVATIONS, TYPES, Call, Grids, Layer, Plane, Positions, Source
 from stepquant.runtime.native.memory import aligned
 from stepquant.runtime.native.norms import check_channels
-from stepquant.runtime.native.packing import PackedLayer, Piece, Window
+from stepquant.runtime.native.packing import PackedLayer, Piece
+from stepquant.runtime.native.windows import Sizes, Window
 
 Form = tuple[torch.Size, torch.dtype, bool, bool]
 """Shape and dtype of a tensor, whether it is contiguous, and whether it is in main memory."""
@@ -67,7 +68,7 @@ class Geometry(NamedTuple):
         plane, grids, positions: structures for the kernels.
         taps: int64 [runs of a window], byte offsets.
         bytes: of the codes and what follows them: flags of images, and dynamic grids.
-        output: height and width.
+        output: frames, height and width.
     """
 
     plane: Any
@@ -75,7 +76,7 @@ class Geometry(NamedTuple):
     positions: Any
     taps: Tensor
     bytes: int
-    output: tuple[int, int]
+    output: Sizes
 
 
 class Plan(NamedTuple):
@@ -103,20 +104,25 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
     Raises:
         StepquantError: if an argument does not fit the layer or x.
     """
-    shape, window = request.shape, layer.window
+    shape, convolution = request.shape, layer.convolution
     channels = layer.inputs * (2 if request.activation == "geglu" else 1)
-    check_channels(shape, shape[-1 if window is None else 1], channels)
-    if window is None and request.per_sample and len(shape) < 2:
+    check_channels(shape, shape[-1 if convolution is None else 1], channels)
+    if convolution is None and request.per_sample and len(shape) < 2:
         raise StepquantError(f"a layer was given an input of shape {list(shape)}; expected [B, ..., in].")
-    if window is not None:
-        batch, height, width = shape[0], shape[2] * request.upsample, shape[3] * request.upsample
-        strides = (request.stride[0], request.stride[2], request.stride[3])
+    if convolution is not None:
+        missing = (1,) * (3 - convolution.dims)
+        batch, (frames, height, width) = shape[0], (*missing, *shape[2:])
+        size: Sizes = (frames, height * request.upsample, width * request.upsample)
+        strides = (request.stride[0], *missing, *request.stride[2:])
     else:
-        batch, height = (shape[0] if request.per_sample else 1), 1
-        width = shape.numel() // max(1, batch * shape[-1])
-        strides = (width * shape[-1], 0, shape[-1])
-    geometries = [_geometry(layer, piece, batch, height, width, request.extra) for piece in layer.pieces]
-    output = (*shape[:-1], layer.outputs) if window is None else (shape[0], layer.outputs, *geometries[0].output)
+        batch = shape[0] if request.per_sample else 1
+        size = (1, 1, shape.numel() // max(1, batch * shape[-1]))
+        strides = (size[2] * shape[-1], 0, 0, shape[-1])
+    geometries = [_geometry(layer, piece, batch, size, request.extra) for piece in layer.pieces]
+    if convolution is None:
+        output = (*shape[:-1], layer.outputs)
+    else:
+        output = (shape[0], layer.outputs, *geometries[0].output[min(1, 3 - convolution.dims) :])
     if any(size < 1 for size in geometries[0].output) and 0 not in shape:
         raise StepquantError(f"a layer was given an image of shape {list(shape)}; expected one as large as its window.")
     _check(layer, request, batch, output)
@@ -128,14 +134,14 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
         calls.append(Call(
             smoothing=None if layer.smoothing is None else layer.smoothing.data_ptr() + 4 * piece.start,
             source=Source(
-                TYPES[request.x_dtype], request.upsample, *strides, batch, height, width, piece.channels, layer.inputs
+                TYPES[request.x_dtype], request.upsample, *strides, batch, *size, piece.channels, layer.inputs
             ),
             plane=geometry.plane,
             grids=geometry.grids,
             layer=Layer(
                 piece.weight.data_ptr(), _address(piece.zero_point), piece.weight_sum.data_ptr(),
-                piece.weight_scale.data_ptr(), _address(bias),
-                geometry.taps.data_ptr(), piece.runs.data_ptr(), _address(piece.run_sum), _address(piece.run_scale),
+                piece.weight_scale.data_ptr(), _address(bias), geometry.taps.data_ptr(), _address(layer.starts),
+                piece.runs.data_ptr(), _address(piece.run_sum), _address(piece.run_scale),
                 len(geometry.taps), len(piece.runs), -(-piece.run // (4 * piece.fours)), layer.outputs, piece.fours,
                 piece.largest,
             ),
@@ -146,9 +152,11 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
             y_type=TYPES[request.dtype if last else torch.float32], residual_type=residual_type,
             factor=request.factor if last else 1.0, extension=extension, threads=request.threads,
         ))  # fmt: skip
-    size = request.x_dtype.itemsize
-    layout = torch.contiguous_format if window is None else torch.channels_last
-    offsets = [piece.start * size for piece in layer.pieces]
+    itemsize = request.x_dtype.itemsize
+    layout = torch.contiguous_format
+    if convolution is not None:
+        layout = torch.channels_last_3d if convolution.dims == 3 else torch.channels_last
+    offsets = [piece.start * itemsize for piece in layer.pieces]
     return Plan(calls, offsets, geometries, output, layout, request.dtype, batch)
 
 
@@ -195,21 +203,28 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _geometry(layer: PackedLayer, piece: Piece, batch: int, height: int, width: int, extra: int) -> Geometry:
-    window, dynamic = layer.window or Window(), layer.dynamic
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window
+def _geometry(layer: PackedLayer, piece: Piece, batch: int, size: Sizes, extra: int) -> Geometry:
+    convolution, dynamic = layer.convolution, layer.dynamic
+    window = Window() if convolution is None else convolution.window
+    (kt, kh, kw), (st, sh, sw), (dt, dh, dw) = window.size, window.stride, window.dilation
+    after = (window.after[0], window.after[1] + extra, window.after[2] + extra)
+    border = [max(0, count) for count in after]
     # The gap between two rows is the right border of one and the left border of the next.
-    pixels = width + pw + extra
-    rows = height + 2 * ph + extra
-    image = (pw + rows * pixels) * piece.channels
-    out_height = (rows - dh * (kh - 1) - 1) // sh + 1
-    out_width = (width + 2 * pw + extra - dw * (kw - 1) - 1) // sw + 1
-    if dw == 1 and dynamic is None:
-        taps = [y * dh * pixels * piece.channels for y in range(kh)]
-    else:
-        taps = [(y * dh * pixels + x * dw) * piece.channels for y in range(kh) for x in range(kw)]
+    pixels = size[2] + max(window.before[2], border[2])
+    rows = size[1] + window.before[1] + border[1]
+    frame = rows * pixels * piece.channels
+    image = window.before[2] * piece.channels + (size[0] + window.before[0] + border[0]) * frame
+    frames, height, width = (
+        (size[i] + window.before[i] + after[i] - window.dilation[i] * (window.size[i] - 1) - 1) // window.stride[i] + 1
+        for i in range(3)
+    )
+    rows_are_runs = dynamic is None and (convolution is None or convolution.rows_are_runs)
+    columns = [0] if rows_are_runs else [x * dw for x in range(kw)]
+    taps = [
+        t * dt * frame + (y * dh * pixels + x) * piece.channels for t in range(kt) for y in range(kh) for x in columns
+    ]
     # Tiles of 16 outputs end with the row or continue across the gap, whichever wastes less.
-    flat = pixels if sh == sw and (out_height * pixels + 15) // 16 < out_height * ((out_width + 15) // 16) else 0
+    flat = pixels if sh == sw and (height * pixels + 15) // 16 < height * ((width + 15) // 16) else 0
     step = sw * piece.channels
     # The last tile reads up to 15 rows past the end, and a row up to 63 bytes; then a flag for each image.
     codes = batch * image + (16 + pixels) * step + 64
@@ -219,10 +234,10 @@ def _geometry(layer: PackedLayer, piece: Piece, batch: int, height: int, width: 
         groups = -(-piece.channels // group)
     zero_point = aligned(scale + 4 * groups * (codes // piece.channels + 1))
     return Geometry(
-        Plane(image, pixels, ph, ph + extra, pw, codes),
+        Plane(image, pixels, window.before[0], border[0], window.before[1], border[1], window.before[2], codes),
         Grids(group, groups, scale, zero_point),
-        Positions(batch, image, sh * pixels * piece.channels, step, out_height, out_width, flat),
+        Positions(batch, frames, image, st * frame, sh * pixels * piece.channels, step, height, width, flat),
         torch.tensor(taps, dtype=torch.int64, device="cpu"),
         2 * zero_point - scale,
-        (out_height, out_width),
+        (frames, height, width),
     )

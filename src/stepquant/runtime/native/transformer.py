@@ -167,7 +167,7 @@ def image_forward(
             cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
         )  # fmt: skip
     row = model.proj_in.clock.row
-    image = dense(hidden_states, image=True)
+    image = dense(hidden_states, dims=2)
     height, width = image.shape[2:]
     norm = group_norm(image, model.norm)
     tokens = image.permute(0, 2, 3, 1).flatten(1, 2)

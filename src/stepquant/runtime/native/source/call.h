@@ -5,6 +5,7 @@
 
 struct Plane {  // where the codes of one image are written; see plan.py
   int64_t image_bytes, row_pixels;
+  int64_t front, back;        // border frames
   int64_t top, bottom, left;  // border pixels; the gap between two rows is row_pixels - width
   int64_t nan;                // bytes from the codes to [batch] flags: whether an image has a NaN
 };
@@ -12,8 +13,8 @@ struct Plane {  // where the codes of one image are written; see plan.py
 struct Source {
   int32_t type;
   int32_t scale;                             // 2: every pixel is repeated in both directions
-  int64_t image, row, pixel;                 // strides in elements; channels are adjacent
-  int64_t batch, height, width, channels;    // of the codes, without the border
+  int64_t image, frame, row, pixel;          // strides in elements; channels are adjacent
+  int64_t batch, frames, height, width, channels;  // of the codes, without the border
   int64_t gate;                              // elements from a value to its gate (GEGLU)
 };
 
@@ -36,6 +37,7 @@ struct Layer {
   const float* weight_scale;    // [outputs rounded up to 32]
   const float* bias;            // [outputs rounded up to 32]
   const int64_t* taps;          // byte offsets
+  const int64_t* starts;        // bytes from a window's first byte to the first channel of each 32 outputs; null: 0
   const Run* runs;              // one, or for dynamic activations several whose pieces sum up to `pieces`
   const float* run_sum;         // for dynamic activations: minus the sum of weights, [taps, runs, outputs rounded up to 32]
   const float* run_scale;       // [runs, outputs rounded up to 32], or null if all runs have `weight_scale`
@@ -45,8 +47,9 @@ struct Layer {
 };
 
 struct Positions {
-  int64_t batch, image_bytes;                 // of the codes
-  int64_t row_bytes, pixel_bytes;             // in the codes, from one output row or pixel to the next
+  int64_t batch, frames;
+  int64_t image_bytes;                        // of the codes
+  int64_t frame_bytes, row_bytes, pixel_bytes;  // in the codes, from one output frame, row or pixel to the next
   int64_t height, width;                      // of the output
   int64_t flat;                               // > 0: rows have `flat` positions, and tiles cross their ends
 };

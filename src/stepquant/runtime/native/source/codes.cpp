@@ -184,7 +184,7 @@ void make_codes(const Call call) {
   const Source& s = call.source;
   const Plane& p = call.plane;
   const Grids& g = call.grids;
-  const int64_t rows = p.top + s.height + p.bottom;
+  const int64_t frame_rows = p.top + s.height + p.bottom, rows = (p.front + s.frames + p.back) * frame_rows;
   const MakeRow make = s.type == FLOAT32   ? make_row_of<FLOAT32>(call)
                        : s.type == FLOAT16 ? make_row_of<FLOAT16>(call)
                                            : make_row_of<BFLOAT16>(call);
@@ -212,16 +212,17 @@ void make_codes(const Call call) {
       const Quantizer quantizer = groups ? Quantizer(1, 1, 0, call.top)
                                          : Quantizer(call.scale, call.zero_point, call.per_sample ? b : 0, call.top);
       const int32_t zero = quantizer.zero_point;
-      const int64_t start = b * image_pixels + p.left + r * p.row_pixels, y = r - p.top;
+      const int64_t start = b * image_pixels + p.left + r * p.row_pixels;
+      const int64_t frame = r / frame_rows - p.front, y = r % frame_rows - p.top;
       if (r == 0) clear(row_at(b * image_pixels), s.channels, groups, p.left, zero);
-      if (y < 0 || y >= s.height) {
+      if (frame < 0 || frame >= s.frames || y < 0 || y >= s.height) {
         clear(row_at(start), s.channels, groups, p.row_pixels, zero);
         continue;
       }
       const float* own = call.smoothing ? inverse.data() + (call.per_sample ? b * s.channels : 0) : nullptr;
       const int64_t norm = b * call.norm_image;
-      const bool found = make(call, b * s.image + y / s.scale * s.row, call.multiply + norm, call.add + norm, own,
-                              quantizer, row_at(start));
+      const int64_t from = b * s.image + frame * s.frame + y / s.scale * s.row;
+      const bool found = make(call, from, call.multiply + norm, call.add + norm, own, quantizer, row_at(start));
       if (found) {
 #pragma omp atomic write
         nan[b] = 1;

@@ -128,7 +128,7 @@ void multiply(const Call call) {
   }
   const int64_t row_tiles = p.flat ? 0 : (p.width + 15) / 16;
   const int64_t image_tiles = p.flat ? (p.height * p.flat + 15) / 16 : p.height * row_tiles;
-  const int64_t tiles = p.batch * image_tiles, row_blocks = (tiles + 1) / 2;
+  const int64_t tiles = p.batch * p.frames * image_tiles, row_blocks = (tiles + 1) / 2;
   const int64_t column_bytes = 2 * l.tap_count * l.pieces * l.fours * 64;
   // All rows times as many columns as fit into the second-level cache, then times the next ones. Columns that have to be
   // unpacked are processed one block at a time.
@@ -156,18 +156,18 @@ void multiply(const Call call) {
         ready = rb;
         for (int t = 0; t < 2; t++) {
           const int64_t tile = rb * 2 + t;
-          const int64_t real = std::min(tile, tiles - 1), b = real / image_tiles, index = real % image_tiles;
-          image[t] = b;
+          const int64_t real = std::min(tile, tiles - 1), frame = real / image_tiles, index = real % image_tiles;
+          image[t] = frame / p.frames;
           int64_t y, x;
           if (p.flat) {
             y = index * 16 / p.flat, x = index * 16 % p.flat;
           } else {
             y = index / row_tiles, x = index % row_tiles * 16;
           }
-          a.rows[t] = call.codes + b * p.image_bytes + y * p.row_bytes + x * p.pixel_bytes;
+          a.rows[t] = call.codes + image[t] * p.image_bytes + frame % p.frames * p.frame_bytes + y * p.row_bytes + x * p.pixel_bytes;
           for (int i = 0; i < 16; i++, x++) {
             if (p.flat && x == p.flat) x = 0, y++;
-            pixel[t][i] = tile < tiles && x < p.width && y < p.height ? (b * p.height + y) * p.width + x : -1;
+            pixel[t][i] = tile < tiles && x < p.width && y < p.height ? (frame * p.height + y) * p.width + x : -1;
           }
         }
       }
@@ -183,7 +183,9 @@ void multiply(const Call call) {
         for (int i = 0; i < 4; i++) {
           columns.initial[i / 2][i % 2] = initial.data() + (per_sample ? image[i / 2] : 0) * wide + cb * 32 + i % 2 * 16;
         }
-        product(a, columns, four_tiles(sums));
+        Operand windows = a;
+        for (int t = 0; l.starts && t < 2; t++) windows.rows[t] += l.starts[cb];
+        product(windows, columns, four_tiles(sums));
       }
       for (int n = 0; n < 2; n++) {
         const int64_t o = cb * 32 + n * 16;

@@ -20,14 +20,16 @@ std::string size_of() {
 
 const std::map<std::string, std::string>& layouts() {
   static const std::map<std::string, std::string> all = {
-      LAYOUT(Plane, AT(image_bytes) + AT(row_pixels) + AT(top) + AT(bottom) + AT(left) + AT(nan)),
-      LAYOUT(Source, AT(type) + AT(scale) + AT(image) + AT(row) + AT(pixel) + AT(batch) + AT(height) + AT(width) +
-             AT(channels) + AT(gate)),
+      LAYOUT(Plane, AT(image_bytes) + AT(row_pixels) + AT(front) + AT(back) + AT(top) + AT(bottom) + AT(left) +
+             AT(nan)),
+      LAYOUT(Source, AT(type) + AT(scale) + AT(image) + AT(frame) + AT(row) + AT(pixel) + AT(batch) + AT(frames) +
+             AT(height) + AT(width) + AT(channels) + AT(gate)),
       LAYOUT(Grids, AT(channels) + AT(groups) + AT(scale) + AT(zero_point)),
-      LAYOUT(Layer, AT(weight) + AT(zero_point) + AT(weight_sum) + AT(weight_scale) + AT(bias) + AT(taps) +
+      LAYOUT(Layer, AT(weight) + AT(zero_point) + AT(weight_sum) + AT(weight_scale) + AT(bias) + AT(taps) + AT(starts) +
              AT(runs) + AT(run_sum) + AT(run_scale) + AT(tap_count) + AT(run_count) + AT(pieces) + AT(outputs) +
              AT(fours) + AT(largest)),
-      LAYOUT(Positions, AT(batch) + AT(image_bytes) + AT(row_bytes) + AT(pixel_bytes) + AT(height) + AT(width) +
+      LAYOUT(Positions, AT(batch) + AT(frames) + AT(image_bytes) + AT(frame_bytes) + AT(row_bytes) + AT(pixel_bytes) +
+             AT(height) + AT(width) +
              AT(flat)),
       LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
              AT(channel_add) + AT(gate) + AT(residual) + AT(smoothing) + AT(source) + AT(plane) +
