@@ -42,5 +42,5 @@ def test_command(folder, tmp_path, to, network, kind):
 def test_unknown_format(folder, tmp_path):
     result = CliRunner().invoke(app, ["export", str(folder), "--to", "tflite", "--out", str(tmp_path / "new")])
     assert result.exit_code == 2
-    assert result.stderr == "stepquant: format 'tflite' is unknown; expected openvino or onnx.\n"
+    assert result.stderr == "stepquant: format 'tflite' is unknown; expected one of openvino, onnx, gguf.\n"
     assert not (tmp_path / "new").exists()
