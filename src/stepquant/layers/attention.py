@@ -161,9 +161,8 @@ class AttentionKernel(Kernel):
 
     @staticmethod
     def supports(processor: Any) -> bool:
-        """Whether all four operands of a `QuantizedAttentionProcessor` have stored grids."""
-        static = {name for name, grid_format in processor.formats.items() if isinstance(grid_format, GridFormat)}
-        return static == set(OPERANDS)
+        """Whether all four operands of a `QuantizedAttentionProcessor` have stored grids, or all have dynamic ones."""
+        return set(processor.formats) == set(OPERANDS) and len({type(each) for each in processor.formats.values()}) == 1
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether the kernel takes operands of these shapes; others run without a kernel."""
@@ -235,6 +234,16 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if isinstance(grid, Grid) and scale.dim() == 3:
             scale, zero_point = (per_sample(values[:, 0], x) for values in (scale, zero_point))
         return fake_quantize(x.float(), scale, zero_point, self.formats[name].bits).to(x.dtype)
+
+    def scale_of_value(self, value: Tensor) -> Tensor | None:
+        return dynamic_scale(value, *(self.grid(name) for name in ("probability", "value") if name in self.formats))
+
+
+def dynamic_scale(value: Tensor, *grids: Grid | DynamicGrid | None) -> Tensor | None:
+    """`ScaledDotProduct.scale_of_value` for the grids of probability and value."""
+    if len(grids) < 2 or not isinstance(grids[0], DynamicGrid) or not isinstance(grids[1], DynamicGrid):
+        return None
+    return grids[1].of(value)[0]
 
 
 def is_joint(attn: Any) -> bool:

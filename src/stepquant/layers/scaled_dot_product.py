@@ -1,6 +1,9 @@
 """Scaled dot-product attention on quantized operands.
 
 scores = scale * Q(query) Q(key)^T;   output = Q(softmax(scores + mask)) Q(value)
+
+With dynamic grids of probability and value, ``Q(softmax(scores + mask) * share) (Q(value) / share)`` with the scale of
+each token's value over the largest of them, ``share``: then a row's sum is one of integers.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ class ScaledDotProduct(nn.Module):
     def operand(self, name: str, x: Tensor) -> Tensor:
         """Quantize operand `name` of `OPERANDS`; x: [B, heads, N, d], or [B, heads, N, M] for the probabilities."""
         return x
+
+    def scale_of_value(self, value: Tensor) -> Tensor | None:
+        """The scale of each token of a value, [B, heads, M, 1], if it and the probabilities have dynamic grids."""
+        return None
 
     @property
     def repeatable(self) -> bool:
@@ -68,7 +75,13 @@ class ScaledDotProduct(nn.Module):
     def _attend_heads(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         scores = (query @ key.transpose(-1, -2)) * scale
         probability = torch.softmax(scores, dim=-1) if mask is None else _masked_softmax(scores, mask)
-        return self.operand("probability", probability) @ self.operand("value", value)
+        value_scale = self.scale_of_value(value)
+        if value_scale is None:
+            return self.operand("probability", probability) @ self.operand("value", value)
+        # Integers are summed over tokens: the scale of a token's value belongs to its probability.
+        share = value_scale / value_scale.amax(-2, keepdim=True)
+        weight = self.operand("probability", probability * share.transpose(-1, -2).to(probability.dtype))
+        return weight @ (self.operand("value", value).float() / share).to(value.dtype)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

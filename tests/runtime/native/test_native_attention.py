@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stepquant.core.dynamic import DynamicFormat
 from stepquant.core.qtensor import GridFormat
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import QuantizedAttentionProcessor
@@ -146,3 +147,75 @@ def test_wide_heads_do_not_fit():
     kernel = NativeAttention(processor())
     assert kernel.fits(torch.empty(1, 1, 1, 16_512), torch.empty(1, 1, 1, 16_512))
     assert not kernel.fits(torch.empty(1, 1, 1, 16_513), torch.empty(1, 1, 1, 16_513))
+
+
+def dynamic_processor(bits: int = 8) -> QuantizedAttentionProcessor:
+    return QuantizedAttentionProcessor(dict.fromkeys(OPERANDS, DynamicFormat(bits=bits)), StepClock())
+
+
+def by_definition(query, key, value, mask, bits):
+    """Dynamic attention in int64 and float64, token by token."""
+
+    def codes(x):
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / (2**bits - 1)
+        zero_point = torch.round(-low / scale)
+        return ((x * (1 / scale)).round() + zero_point).long() - zero_point.long(), scale.double()
+
+    (query, query_scale), (key, key_scale), (value, scale) = (codes(x) for x in (query, key, value))
+    products = (query[..., :, None, :] * key[..., None, :, :]).sum(-1)
+    scores = products * query_scale * key_scale.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + mask
+    share = (scores.softmax(-1) * scale.transpose(-1, -2)).float()
+    peak = share.amax(-1, keepdim=True)
+    rounded = (share / peak * (2**bits - 1)).round().long()
+    sums = (rounded[..., None] * value[..., None, :, :]).sum(-2)
+    return (sums * (peak / (2**bits - 1)).double()).float(), float(peak.max()) * float(value.abs().max()) / 2**bits
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 32), (3, 5, 7, 9), (2, 33, 65, 40), (2, 20, 77, 160), (1, 1, 1, 1)])
+def test_dynamic_grids(shape, masked, bits):
+    """Of each token and head, and each row of probabilities; equal except where a probability is at a tie."""
+    torch.manual_seed(0)
+    heads, length, keys, size = shape
+    # Tokens of very different sizes, and none centered.
+    query, key, value = (
+        (torch.randn(2, heads, count, size) + torch.randn(size)) * torch.rand(2, heads, count, 1).exp2()
+        for count in (length, keys, keys)
+    )
+    mask = torch.randn(2, 1, 1, keys) if masked else None
+    expected, step = by_definition(query, key, value, mask, bits)
+    simulated = dynamic_processor(bits)
+    assert NativeAttention.supports(simulated)
+    for instructions in available():
+        kernel = NativeAttention(simulated, instructions=instructions)
+        for found in (kernel(query, key, value, mask, torch.tensor(0)), simulated.attend(query, key, value, mask)):
+            error = (found - expected).abs()
+            assert (error > 1e-5 * expected.abs().max()).float().mean() < 0.01
+            assert error.max() <= 1.5 * step
+
+
+def test_dynamic_grids_of_empty_rows_and_zero_values():
+    query, key, value = torch.randn(3, 2, 3, 9, 8).unbind()
+    mask = torch.zeros(2, 3, 9, 9)
+    mask[:, :, 4] = -torch.inf
+    value[1, 2] = 0
+    found = NativeAttention(dynamic_processor())(query, key, value, mask, torch.tensor(0))
+    assert bool((found[:, :, 4] == 0).all() and (found[1, 2] == 0).all() and (found[0, :, 5] != 0).all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("operand", ["query", "key", "value", "mask"])
+def test_nan_with_dynamic_grids(operand, value):
+    operands = {name: torch.randn(2, 3, 37, 8) for name in ("query", "key", "value")}
+    operands["mask"] = torch.randn(2, 3, 37, 37)
+    clean = NativeAttention(dynamic_processor())(*operands.values(), torch.tensor(0))
+    operands[operand][1, 0, 3, 2] = value
+    found = NativeAttention(dynamic_processor())(*operands.values(), torch.tensor(0))
+    expected = torch.zeros(2, 3, 37, 8, dtype=torch.bool)
+    expected[1, 0, slice(3, 4) if operand in ("query", "mask") else slice(None)] = True
+    assert torch.equal(found.isnan(), expected)
+    assert torch.equal(found[~expected], clean[~expected])

@@ -16,7 +16,7 @@ from stepquant.core.qtensor import QTensor, QuantizedAttention, QuantizedLayer
 from stepquant.core.ranges import Range
 from stepquant.core.transforms import Smoothing
 from stepquant.core.weights import group_channels
-from stepquant.layers.attention import AttentionProcessor
+from stepquant.layers.attention import AttentionProcessor, dynamic_scale
 from stepquant.layers.clock import StepClock
 from stepquant.layers.conv import linear_map, weight_by_output
 from stepquant.layers.format import OPERANDS
@@ -89,6 +89,11 @@ class CalibratedAttention(AttentionProcessor):
 
     def operand(self, name: str, x: Tensor) -> Tensor:
         return self.points[name](x) if name in self.points else x
+
+    def scale_of_value(self, value: Tensor) -> Tensor | None:
+        points: list[Any] = [self.points[name] for name in ("probability", "value") if name in self.points]
+        grids = (each.grid if isinstance(each, DynamicPoint) and not each.bypassed else None for each in points)
+        return dynamic_scale(value, *grids)
 
     def to_quantized(self) -> QuantizedAttention:
         """Grids as they are stored."""

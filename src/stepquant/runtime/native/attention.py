@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
+from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError
 from stepquant.layers.attention import AttentionKernel, QuantizedAttentionProcessor
@@ -27,6 +28,8 @@ MOST_PRODUCTS = (1 << 31) // (255 * 255)
 class NativeAttention(AttentionKernel):
     """``Q(softmax(Q(query) Q(key)^T / sqrt(d) + mask)) Q(value)``.
 
+    With dynamic grids the scales of value's tokens are factors of the probabilities, as in `ScaledDotProduct`.
+
     An output row is NaN if a NaN is in its query, in a key or value of its head, or in its row of the mask.
 
     Args:
@@ -38,9 +41,10 @@ class NativeAttention(AttentionKernel):
         self.library = library(instructions)
         self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
         attention = processor.attention()
-        self.tables: list[Grid] = [getattr(attention, name) for name in OPERANDS]
-        self.zero_points = [table.zero_point.int() for table in self.tables]
-        self.by_row = self.lasting = [table.scale for table in self.tables] + self.zero_points
+        self.grids: list[Grid | DynamicGrid] = [getattr(attention, name) for name in OPERANDS]
+        tables = [grid for grid in self.grids if isinstance(grid, Grid)]
+        self.zero_points = [table.zero_point.int() for table in tables]
+        self.by_row = self.lasting = [table.scale for table in tables] + self.zero_points
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether neither an accumulator nor the difference of two scores can overflow."""
@@ -100,8 +104,11 @@ class NativeAttention(AttentionKernel):
 
     def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""
-        table, zero_point = self.tables[index], self.zero_points[index]
+        table = self.grids[index]
         top = largest_code(table.bits)
+        if isinstance(table, DynamicGrid):
+            return OperandGrid(None, None, 0, top), None
+        zero_point = self.zero_points[index]
         if table.rows == 1 or row.dim() == 0:
             at = 4 * table_row(row, table.rows)
             return OperandGrid(table.scale.data_ptr() + at, zero_point.data_ptr() + at, 0, top), None

@@ -130,6 +130,7 @@ inline float sum(Floats x) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+inline float lane(Floats x) { return _mm256_cvtss_f32(x.a); }  // the first one
 inline float largest(Floats x) {
   const __m256 eight = _mm256_max_ps(x.a, x.b);
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -138,6 +139,7 @@ inline float largest(Floats x) {
 }
 
 inline Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline Ints times_words(Ints x, Ints y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
 inline Ints operator-(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 inline Ints operator&(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 inline Ints operator|(Ints x, Ints y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
@@ -151,6 +153,12 @@ inline Ints keep(Mask mask, Ints x, Ints other) {
   return {_mm256_blendv_epi8(other.a, x.a, lanes.a), _mm256_blendv_epi8(other.b, x.b, lanes.b)};
 }
 inline bool any_negative(Ints x) { return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(x.a, x.b))) != 0; }
+inline int32_t sum(Ints x) {
+  const __m256i eight = _mm256_add_epi32(x.a, x.b);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
 inline int32_t largest(Ints x) {
   const __m256i eight = _mm256_max_epi32(x.a, x.b);
   __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

@@ -47,9 +47,11 @@ inline Floats keep(Mask mask, Floats x) { return {_mm512_maskz_mov_ps(mask.bits,
 inline Floats keep(Mask mask, Floats x, Floats other) { return {_mm512_mask_mov_ps(other.v, mask.bits, x.v)}; }
 inline bool has_nan(Mask mask, Floats x) { return (_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q) & mask.bits) != 0; }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
+inline float lane(Floats x) { return _mm512_cvtss_f32(x.v); }  // the first one
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x.v); }
 
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints times_words(Ints a, Ints b) { return {_mm512_madd_epi16(a.v, b.v)}; }  // for a of 0 to 32767, b of 16 bits
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -59,6 +61,7 @@ template <int BITS> Ints shifted_right(Ints x) { return {_mm512_srli_epi32(x.v, 
 inline Ints keep(Mask mask, Ints x) { return {_mm512_maskz_mov_epi32(mask.bits, x.v)}; }
 inline Ints keep(Mask mask, Ints x, Ints other) { return {_mm512_mask_mov_epi32(other.v, mask.bits, x.v)}; }
 inline bool any_negative(Ints x) { return _mm512_movepi32_mask(x.v) != 0; }
+inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x.v); }
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
 
 inline Floats to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }

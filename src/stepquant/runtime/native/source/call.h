@@ -109,7 +109,7 @@ struct Heads {  // float [batch, length, heads, size]; channels are adjacent
 };
 
 struct OperandGrid {
-  const float* scale;         // [batch] or [1]
+  const float* scale;         // [batch] or [1]; null in all four if the grids are dynamic
   const int32_t* zero_point;  // [batch] or [1]
   int32_t per_sample, top;
 };
