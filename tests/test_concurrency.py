@@ -14,7 +14,7 @@ from stepquant.errors import StepquantError
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 
-CALIBRATION = stepquant.Calibration(samples=16, steps=4)
+CALIBRATION = stepquant.Calibration(samples=6, steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def quantized(text_pipeline):
     """Two quantizations of one pipeline, with per-step scales."""
 
     def make(bits: str):
-        settings = {"rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
+        settings = {"critical": "attention", "rounding_iterations": 0, "time_iterations": 0, "iterations": 0}
         return stepquant.quantize(
             text_pipeline, bits, recipe="quest", calibration=CALIBRATION, hyperparameters=settings
         )

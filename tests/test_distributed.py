@@ -91,7 +91,7 @@ def quantize(pipeline, folder: Path, **arguments):
     return stepquant.quantize(
         pipeline,
         "w4a8",
-        calibration=stepquant.Calibration(samples=20, steps=4, trajectories=18),
+        calibration=stepquant.Calibration(samples=11, steps=3, trajectories=9),
         workspace=folder,
         **arguments,
     )

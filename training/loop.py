@@ -66,11 +66,17 @@ def device() -> torch.device:
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(device().type, torch.bfloat16)
+    """Compute in bfloat16, except on CPUs that have no instructions for it."""
+    enabled = device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device().type, torch.bfloat16, enabled=enabled)
 
 
-def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Module:
-    """Train `model` up to step `plan.steps` from the newest checkpoint; return it with the EMA weights."""
+def train(plan: Plan, model: nn.Module, loss_function: LossFunction, *, plain_attention: bool = True) -> nn.Module:
+    """Train `model` up to step `plan.steps` from the newest checkpoint; return it with the EMA weights.
+
+    Args:
+        plain_attention: call `use_plain_attention`; False if the model's attention has processors of its own.
+    """
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
@@ -79,7 +85,8 @@ def train(plan: Plan, model: nn.Module, loss_function: LossFunction) -> nn.Modul
     step, seconds = _restore(plan, parameters, ema, optimizer)
     note = TextColumn("{task.fields[note]}")
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-    use_plain_attention(model)
+    if plain_attention:
+        use_plain_attention(model)
     model.train()
     start, average = time.monotonic() - seconds, None
     with Progress(*columns, refresh_per_second=0.5) as progress:

@@ -34,7 +34,7 @@ def quest(pipeline, workspace=None, progress=None, **arguments):
         pipeline,
         "w4a4",
         recipe="quest",
-        calibration=stepquant.Calibration(samples=8, steps=4),
+        calibration=stepquant.Calibration(samples=6, steps=4, trajectories=2),
         workspace=workspace,
         progress=progress,
         hyperparameters={
