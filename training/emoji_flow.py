@@ -1,8 +1,8 @@
-"""``emoji-flow``: a text-to-image rectified flow of Fluent emoji on coloured backgrounds, with a multimodal transformer.
+"""``emoji-flow``: a text-to-image rectified flow of Fluent emoji on coloured backgrounds.
 
-A small Stable Diffusion 3 pipeline. The prompt is ``NAME on COLOUR``, or ``NAME`` for a white background. Use guidance 4
-with 20 or more steps. The second half of ``prompts.txt`` contains pairs of emoji and colour that were held out of the
-training.
+A small Stable Diffusion 3 pipeline, with a multimodal transformer. The prompt is ``NAME on COLOUR``, or ``NAME`` for a
+white background. Use guidance 4 with 20 or more steps. The second half of ``prompts.txt`` contains pairs of emoji and
+colour that were held out of the training.
 """
 
 from __future__ import annotations
