@@ -23,11 +23,11 @@ from torch import Tensor
 import stepquant
 from stepquant import zoo
 from stepquant.evaluation.distribution import GaussianStatistics, frechet_distance
-from stepquant.evaluation.fidelity import psnr
 from stepquant.loading import resolve_pipeline
 from stepquant.pipelines.generate import generate_many
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
+from stepquant.quality.fidelity import psnr
 from stepquant.quiet import silence_libraries
 from stepquant.zoo.classifier import FashionClassifier
 from training.data import FASHION_CLASSES, fashion_mnist

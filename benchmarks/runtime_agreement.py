@@ -29,7 +29,6 @@ from torch import Tensor
 import stepquant as sq
 from stepquant.core.affine import dequantize, quantize
 from stepquant.core.qtensor import expand_groups
-from stepquant.evaluation.fidelity import psnr
 from stepquant.export.network import example_arguments
 from stepquant.export.onnx import OnnxDenoiser, export_onnx
 from stepquant.export.openvino import OpenVinoDenoiser, export_openvino
@@ -42,6 +41,7 @@ from stepquant.models.description import main_tensor
 from stepquant.pipelines.arguments import nest
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import Request, make_request
+from stepquant.quality.fidelity import psnr
 from stepquant.runtime import INTEGER
 from stepquant.runtime.common import along_channels
 from stepquant.studies.reference import TARGET, reference

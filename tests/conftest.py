@@ -26,10 +26,17 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from stepquant import custom_model, quantizing
 from tests.letters import letter_tokenizer
 
 # The models are so small that a second thread costs more than it saves.
 torch.set_num_threads(1)
+
+# What most tests quantize has random weights and a handful of samples: the check of its quality would fail, search what
+# is to blame, and take most of the time. Tests of the check use the fixture `quality_check`.
+CHECKS = (quantizing.checked_pipeline, custom_model.checked_model)
+quantizing.checked_pipeline = lambda pipeline, *_: pipeline
+custom_model.checked_model = lambda finished, *_: finished.denoiser
 
 # A shell that runs this in the background makes it, and every process it starts, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -154,6 +161,14 @@ def fragile_pipeline(unconditional_pipeline: DDIMPipeline) -> DDIMPipeline:
 def fragile_folder(fragile_pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`fragile_pipeline` as a diffusers folder; never modify it, copy it."""
     return _saved(fragile_pipeline, tmp_path_factory)
+
+
+@pytest.fixture
+def quality_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizing ends with the check."""
+    pipelines, models = CHECKS
+    monkeypatch.setattr(quantizing, "checked_pipeline", pipelines)
+    monkeypatch.setattr(custom_model, "checked_model", models)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import stepquant
 from stepquant.calibration.collection import samples_of_calls
 from stepquant.errors import StepquantError
 from stepquant.layers.quantized import quantized_modules
+from stepquant.recipes.recipe import run_recipe
 from tests.pipelines.test_layout import MODELS, build
 
 QUICK = {"iterations": 2}
@@ -126,3 +127,27 @@ def test_samples_that_depend_on_each_other_are_rejected():
 def test_a_recipe_that_generates_samples_needs_a_pipeline(recorded):
     with pytest.raises(StepquantError, match=r"needs the .* of a diffusers pipeline, but the model was given alone"):
         stepquant.quantize_model(recorded[0], recorded[2], "w4a8", "tdq", hyperparameters=QUICK)
+
+
+def test_the_check_compares_outputs_on_calls_that_were_held_out(recorded, quality_check, monkeypatch):
+    model, _, calls = recorded
+    seen = []
+    monkeypatch.setattr("stepquant.custom_model.run_recipe", lambda r, c: (seen.append(c.calls), run_recipe(r, c))[1])
+    stepquant.quantize_model(model, calls, "w8a8", "minmax")
+    samples = samples_of_calls(model, calls)
+    assert len(seen[0]) == len(samples) - 4 and len(samples) == 30
+    fitted = {
+        tuple(x.flatten().tolist()) for index in range(26) for x in seen[0].arguments(slice(index, index + 1))["x"]
+    }
+    assert len(fitted) == 26
+    broken = copy.deepcopy(model)
+    with torch.no_grad():  # a channel that is always large, and that the next layer scales back
+        broken.blocks[1].one.weight[0], broken.blocks[1].one.bias[0] = 0, 3000
+        broken.blocks[1].two.weight[:, 0] /= 3000
+    with pytest.warns(stepquant.LowQualityWarning, match=r"SNR .* floor 20 dB.* blame are blocks.1.two"):
+        stepquant.quantize_model(broken, calls, "w8a8", "minmax")
+    mended = stepquant.quantize_model(broken, calls, "w8a8", "minmax", on_low_quality="raise-bits")
+    error = (loop(mended) - loop(broken)).norm() / loop(broken).norm()
+    assert error < 0.03
+    with pytest.raises(StepquantError, match="low quality"):
+        stepquant.quantize_model(broken, calls, "w8a8", "minmax", on_low_quality="error")

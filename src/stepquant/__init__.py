@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from stepquant.config import QuantSpec
-from stepquant.errors import StepquantError
+from stepquant.errors import LowQualityWarning, StepquantError
 from stepquant.integrations import diffusers as diffusers_integration
 from stepquant.integrations import transformers as transformers_integration
 from stepquant.integrations.diffusers import StepquantConfig
@@ -29,6 +29,7 @@ extend_pipelines()
 
 __all__ = [
     "Calibration",
+    "LowQualityWarning",
     "QuantSpec",
     "StepquantConfig",
     "StepquantError",

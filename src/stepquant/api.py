@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepquant import provenance
-from stepquant.assembly import assemble
 from stepquant.calibration.allocation import parse_budget
-from stepquant.calibration.image_folder import ImageFolder, open_images
-from stepquant.calibration.placement import check_device, placed
+from stepquant.calibration.image_folder import open_images
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.sensitivity import Method, Sensitivity, check_method
-from stepquant.config import FLOAT_BITS, QuantSpec
-from stepquant.distributed import Ranks
+from stepquant.check import OnLowQuality
+from stepquant.config import FLOAT_BITS
 from stepquant.errors import StepquantError
-from stepquant.integrations.components import Also, check_components, quantize_component
-from stepquant.layers.install import Quantization
-from stepquant.models import primary_denoisers
+from stepquant.integrations.components import Also
 from stepquant.pipelines.inputs import Inputs
-from stepquant.pipelines.request import make_request
-from stepquant.planning import make_plan
 from stepquant.progress import Progress
-from stepquant.recipes import QAT, Context, Recipe, find_effort, find_recipe, published_calibration
-from stepquant.recipes.recipe import check_recipe, run_recipe
-from stepquant.recipes.sensitivity import RANKING, output_correction, rank_layers, spec_within_budget
+from stepquant.quantizing import opened, quantize_denoisers
+from stepquant.recipes import QAT, Recipe, find_effort, find_recipe, published_calibration
+from stepquant.recipes.sensitivity import RANKING, rank_layers
 from stepquant.runtime import Backend
-from stepquant.targets import Spec, check_quantizable, check_spec, parse_specs
-from stepquant.workspace import Workspace
+from stepquant.targets import Spec, parse_specs
 
 
 def quantize(
@@ -58,6 +47,8 @@ def quantize(
     backend: Backend = "auto",
     device: torch.device | str | None = None,
     source: str | None = None,
+    check: bool = True,
+    on_low_quality: OnLowQuality = "warn",
 ) -> Any:
     """Quantize the denoiser of a diffusers pipeline; returns a new pipeline of the same class that runs in integers.
 
@@ -104,17 +95,21 @@ def quantize(
             where the pipeline is.
         source: what to call the model in the provenance; by default its hub id, or the name of its folder without the
             path, which says nothing on another machine.
+        check: compare images that nothing was fitted to with full precision (`stepquant.check`); the result is in
+            the provenance and on the model card.
+        on_low_quality: what to do below the floor of these bits: ``"warn"`` (`LowQualityWarning`), ``"raise-bits"`` of
+            the layers to blame until the floor holds, or ``"error"``.
 
     Raises:
-        StepquantError: for a spec, recipe or pipeline that does not work, in one sentence.
+        StepquantError: for a spec, recipe or pipeline that does not work, in one sentence; or for low quality.
     """
     chosen = find_recipe(recipe, preset, hyperparameters, effort)
     named = {"preset": None if isinstance(recipe, Recipe) else preset or "fast", "effort": effort}
-    return _quantize(
+    return quantize_denoisers(
         pipeline, spec, chosen, None, named, budget=budget, correction=correction, also=also, backend=backend,
         calibration=_calibration(calibration, effort, published_calibration(recipe, preset)), seed=seed,
         source=source, prompts=prompts, guidance=guidance, inputs=inputs, workspace=workspace, cache=cache,
-        progress=progress, device=device,
+        progress=progress, device=device, check=check, on_low_quality=on_low_quality,
     )  # fmt: skip
 
 
@@ -141,6 +136,8 @@ def train(
     progress: Progress | None = None,
     backend: Backend = "auto",
     source: str | None = None,
+    check: bool = True,
+    on_low_quality: OnLowQuality = "warn",
 ) -> Any:
     """Quantize by training: weights, their scales and the activations' intervals together (TDQ, arXiv 2306.02316).
 
@@ -155,7 +152,7 @@ def train(
         hyperparameters: those with other values than the recipe and effort give them.
         calibration: of the ranges that training starts at.
         pipeline, spec, effort, budget, correction, also, prompts, guidance, inputs, seed, workspace, cache, progress,
-            backend, source: as for `quantize`.
+            backend, source, check, on_low_quality: as for `quantize`.
 
     Raises:
         StepquantError: if there is nothing to learn from, or for a spec, folder or pipeline that does not work.
@@ -171,10 +168,11 @@ def train(
         fixed["intervals"] = "static"  # no activation has an interval
     chosen = find_recipe(recipe or QAT, preset, {**(hyperparameters or {}), **fixed}, effort)
     named = {"preset": preset, "effort": effort}
-    return _quantize(
+    return quantize_denoisers(
         pipeline, spec, chosen, images, named, budget=budget, correction=correction, also=also, backend=backend,
         calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,
-        inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=None,
+        inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=None, check=check,
+        on_low_quality=on_low_quality,
     )  # fmt: skip
 
 
@@ -215,10 +213,10 @@ def sensitivity(
             f"spec is for {' and '.join(specs)}; expected one denoiser, whose layers are ranked. Give its name, such "
             f"as {{{next(iter(specs))!r}: 'w4a8'}}."
         )
-    with _opened(
+    with opened(
         pipeline, specs, most, given, seed, prompts=prompts, guidance=guidance, inputs=inputs,
         workspace=workspace, cache=cache, progress=progress, device=device,
-    ) as (context,):  # fmt: skip
+    ) as (context,), context.placed():  # fmt: skip
         return rank_layers(context, check_method(method))
 
 
@@ -229,112 +227,3 @@ def _calibration(
     if isinstance(calibration, dict) or calibration is None:
         return Calibration.parse(find_effort(effort).calibration(published) | (calibration or {}))
     return Calibration.parse(calibration)
-
-
-@contextmanager
-def _opened(
-    pipeline: Any,
-    specs: Mapping[str, QuantSpec],
-    budget: float | None,
-    calibration: Calibration,
-    seed: int,
-    *,
-    recipe: Recipe | None = None,
-    images: ImageFolder | None = None,
-    prompts: Sequence[str] | None,
-    guidance: float | None,
-    inputs: Inputs | None,
-    workspace: Path | str | None,
-    cache: Path | str | None,
-    progress: Progress | None,
-    device: torch.device | str | None,
-) -> Iterator[list[Context]]:
-    """Check everything, take hold of the workspace and place the denoisers, until the context ends."""
-    if not isinstance(seed, int) or seed < 0:
-        raise StepquantError(f"seed is {seed!r}: expected a whole number, 0 or more.")
-    for name, spec in specs.items():
-        check_quantizable(pipeline, name, spec)
-    where = check_device(device)
-    request = make_request(
-        pipeline, calibration.steps, prompts=prompts, guidance=guidance, size=calibration.size, inputs=inputs
-    )
-    ranks = Ranks.current()
-    with (
-        tempfile.TemporaryDirectory(prefix="stepquant-", ignore_cleanup_errors=True) as temporary,  # mapped on Windows
-        ExitStack() as stack,
-    ):
-        kept = Workspace(Path(workspace or temporary), ranks)
-        # Not entered: its stages are whole files, nothing to lock.
-        shared = Workspace(Path(cache), ranks) if cache else None
-        contexts = [
-            Context(
-                pipeline, name, spec, calibration, request, seed, kept, progress or Progress(), shared, where, images
-            )
-            for name, spec in specs.items()
-        ]
-        for context in contexts:
-            if recipe is not None:
-                check_recipe(recipe, context)
-            check_spec(context.denoiser, context.description, context.spec, budget)
-        stack.enter_context(kept)
-        for context in contexts:
-            stack.enter_context(placed(context.denoiser, context.description.blocks, where))
-        yield contexts
-
-
-def _quantize(
-    pipeline: Any,
-    spec: Spec,
-    recipe: Recipe,
-    images: ImageFolder | None,
-    named: dict[str, Any],
-    *,
-    budget: float | str | None,
-    correction: bool,
-    also: Also | None,
-    calibration: Calibration,
-    seed: int,
-    backend: Backend,
-    source: str | None,
-    **conditions: Any,
-) -> Any:
-    """`quantize` with its recipe found; `named` is how it was named."""
-    specs = parse_specs(pipeline, spec)
-    most = parse_budget(budget) if isinstance(budget, str) else budget
-    others = check_components(pipeline, also or {}, specs)
-    primary = list(primary_denoisers(pipeline))
-    several = len(primary) > 1 or list(specs) != primary
-    named |= {
-        "budget": most,
-        "correction": correction,
-        "prompts": conditions["prompts"],
-        "components": {name: given.model_dump(mode="json") for name, given in specs.items()} if several else None,
-    }
-    finished = []
-    with _opened(pipeline, specs, most, calibration, seed, recipe=recipe, images=images, **conditions) as contexts:
-        for context in contexts:
-            context, quantization = _calibrated(context, recipe, most, correction)
-            record = provenance.record(context, recipe, source, named | {"requested": specs[context.component]})
-            if others:
-                record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
-            finished.append((context.component, quantization, context.spec, record))
-    quantized = pipeline
-    for component, quantization, used, record in finished:
-        quantized = assemble(quantized, component, quantization, used, record, backend)
-    for name, config in others.items():
-        quantized.register_modules(**{name: quantize_component(getattr(quantized, name), config, backend)})
-    return quantized
-
-
-def _calibrated(
-    context: Context, recipe: Recipe, budget: float | None, correction: bool
-) -> tuple[Context, Quantization]:
-    """Run the recipe on one denoiser; returns the context with the spec that fits the budget."""
-    context.progress.plan(lambda: make_plan(context, recipe))
-    if budget is not None:
-        context = dataclasses.replace(context, spec=spec_within_budget(context, budget))
-    model = run_recipe(recipe, context)
-    quantization = model.to_quantized()
-    if correction:
-        quantization = dataclasses.replace(quantization, correction=output_correction(context, model))
-    return context, quantization

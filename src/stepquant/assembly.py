@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import ConfigMixin, SchedulerMixin
@@ -56,13 +57,27 @@ def assemble(
 ) -> Any:
     """Return a copy of `pipeline` of which one denoiser carries `quantization` and has its kernels."""
     denoiser = quantized_copy(getattr(pipeline, component), quantization, spec, provenance, backend)
-    quantized = copy.copy(pipeline)
+    return pipeline_with(pipeline, {component: denoiser})
+
+
+def record_in(denoiser: Any, entries: Mapping[str, Any]) -> None:
+    """Add entries to the provenance of a quantized denoiser."""
+    if isinstance(denoiser, ConfigMixin):
+        stored = dict(denoiser.config["quantization_config"])
+        stored["provenance"] = {**stored["provenance"], **entries}
+        denoiser.register_to_config(quantization_config=stored)
+
+
+def pipeline_with(pipeline: Any, denoisers: Mapping[str, nn.Module]) -> Any:
+    """Return a copy of `pipeline` with these denoisers, by name."""
+    changed = copy.copy(pipeline)
     # Schedulers and tokenizers have state: with copies of them the pipeline can run beside the original.
     own = {
         name: copy.deepcopy(part)
         for name, part in pipeline.components.items()
         if isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
     }
-    quantized.register_modules(**own | {component: denoiser})
-    correct_sampler(quantized, denoiser)
-    return quantized
+    changed.register_modules(**own | dict(denoisers))
+    for denoiser in denoisers.values():
+        correct_sampler(changed, denoiser)
+    return changed

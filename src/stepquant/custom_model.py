@@ -13,8 +13,11 @@ from torch import nn
 
 from stepquant.assembly import quantized_copy
 from stepquant.calibration.collection import samples_of_calls
-from stepquant.calibration.placement import check_device, placed
-from stepquant.calibration.samples import Calibration
+from stepquant.calibration.placement import check_device
+from stepquant.calibration.samples import Calibration, CalibrationSet
+from stepquant.check.diagnosis import Finished
+from stepquant.check.result import OnLowQuality, check_mode
+from stepquant.check.run import checked_model
 from stepquant.config import QuantSpec
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
@@ -23,6 +26,7 @@ from stepquant.models import describe
 from stepquant.pipelines.recording import RecordedCall
 from stepquant.pipelines.request import Request
 from stepquant.progress import Progress
+from stepquant.quality.held_out import IMAGES
 from stepquant.recipes import Context, Recipe, find_recipe
 from stepquant.recipes.recipe import run_recipe
 from stepquant.runtime import Backend
@@ -46,6 +50,8 @@ def quantize_model(
     progress: Progress | None = None,
     backend: Backend = "auto",
     device: torch.device | str | None = None,
+    check: bool = True,
+    on_low_quality: OnLowQuality = "warn",
 ) -> Any:
     """Quantize a denoiser on recorded calls; returns a copy that runs in integers. The model is not changed.
 
@@ -56,13 +62,16 @@ def quantize_model(
         model: a module whose forward has a timestep, named ``timestep``, ``timesteps``, ``t`` or similar.
         calls: arguments of calls by name, from every part of the sampling loop, each with one or more samples. The
             first tensor, or list of tensors, holds the noisy samples along dimension 0. A call repeated with its
-            samples doubled has to give every output twice: samples are independent.
-        recipe, preset, effort, hyperparameters, spec, seed, workspace, progress, backend, device: as for
-            `stepquant.quantize`. A recipe that generates samples itself needs a pipeline.
+            samples doubled has to give every output twice: samples are independent. Of 16 samples or more a few are
+            not calibrated on, but checked.
+        recipe, preset, effort, hyperparameters, spec, seed, workspace, progress, backend, device, check,
+            on_low_quality: as for `stepquant.quantize`. A recipe that generates samples itself needs a pipeline. The
+            check compares outputs.
 
     Raises:
         StepquantError: for calls, a spec or a recipe that do not work, in one sentence.
     """
+    mode = check_mode(on_low_quality, check=check, correction=False)
     wanted, chosen = QuantSpec.parse(spec), find_recipe(recipe, preset, hyperparameters, effort)
     wanted.check_quantizes()
     if quantized_modules(model):
@@ -72,15 +81,32 @@ def quantize_model(
         samples = samples_of_calls(model, calls)
         description = describe(model, samples.arguments(slice(0, 1)), float(samples.timesteps.max()))
     check_spec(model, description, wanted, None)
+    fitted, checked = _split(samples) if check else (samples, samples)
     steps = int(samples.steps.max()) + 1
     folder = nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(prefix="stepquant-")
-    with folder as kept, Workspace(Path(kept), Ranks.current()) as opened, placed(model, description.blocks, where):
+    with folder as kept, Workspace(Path(kept), Ranks.current()) as opened:
         context = Context(
-            _NoPipeline(model), COMPONENT, wanted, Calibration(samples=len(samples), steps=steps), Request(steps=steps),
-            seed, opened, progress or Progress(), device=where, calls=samples, memo={"description": description},
+            _NoPipeline(model), COMPONENT, wanted, Calibration(samples=len(fitted), steps=steps), Request(steps=steps),
+            seed, opened, progress or Progress(), device=where, calls=fitted, memo={"description": description},
         )  # fmt: skip
-        quantization = run_recipe(chosen, context).to_quantized()
-    return quantized_copy(model, quantization, wanted, {"recipe": chosen.called(), "seed": seed}, backend)
+        with context.placed():
+            quantization = run_recipe(chosen, context).to_quantized()
+        record = {"recipe": chosen.called(), "seed": seed, "spec": wanted.model_dump(mode="json")}
+        denoiser = quantized_copy(model, quantization, wanted, record, backend)
+        if check:
+            return checked_model(Finished(context, quantization, denoiser, record), checked, mode, backend)
+    return denoiser
+
+
+def _split(samples: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
+    """Samples to fit to, and `IMAGES` others, spread over the steps, to check; too few samples serve both."""
+    order = samples.steps.argsort(stable=True)
+    every = len(samples) // IMAGES
+    if every < IMAGES:
+        return samples, samples
+    held = torch.zeros(len(samples), dtype=torch.bool)
+    held[order[every // 2 :: every][:IMAGES]] = True
+    return samples.subset((~held).nonzero().flatten()), samples.subset(held.nonzero().flatten())
 
 
 class _NoPipeline:

@@ -1,4 +1,4 @@
-"""The exception that users are meant to read, and how its message quotes others."""
+"""The exception and the warning that users are meant to read, and how a message quotes others."""
 
 
 class StepquantError(Exception):
@@ -7,6 +7,10 @@ class StepquantError(Exception):
     The message has the form ``<what was given> <is wrong how>; expected <what>. <What to do>.`` and is one line. The
     command prints it without a traceback and exits with code 2.
     """
+
+
+class LowQualityWarning(UserWarning):
+    """A quantized model is below the floor of its bits. The message has the form of `StepquantError`."""
 
 
 def first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.pipelines.generate import generate
+from stepquant.quality.held_out import CALLS, IMAGES
 from stepquant.recipes import Context, Recipe
 from stepquant.recipes.stage import Cost, Workload
 
@@ -47,14 +48,20 @@ class Plan:
         )
 
 
-def make_plan(context: Context, recipe: Recipe) -> Plan:
-    """Time one call of the denoiser on one image, and multiply by what each stage of the recipe takes."""
+def make_plan(context: Context, recipe: Recipe, *, check: bool = False) -> Plan:
+    """Time one call of the denoiser on one image, and multiply by what each stage of the recipe takes.
+
+    Args:
+        check: whether the result is checked on held-out samples.
+    """
     description = context.description
     call, activations = _measure_call(context)
     workload = Workload(context.calibration, len(description.blocks), len(description.layers))
     costs = [
         cost for cost in (stage.cost(workload) for stage in recipe.fitted(context).checked_stages()) if cost.passes
     ]
+    if check:
+        costs.append(Cost(f"check on {IMAGES} held-out samples", IMAGES * CALLS * context.steps))
     parameters = sum(parameter.numel() for parameter in context.denoiser.parameters())
     held = max((KEPT * cost.held * activations + 4 * cost.copies * parameters for cost in costs), default=0.0)
     return Plan(

@@ -161,6 +161,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
             yield from (option, f"{name}={value}")
     yield from ("--exact-time",) if spec["exact_time"] else ()
     yield from ("--correct",) if provenance["correction"] else ()
+    yield from ("--on-low-quality", "raise-bits") if "raised" in provenance else ()
     if spec["smoothing"] is not None:
         yield "--smoothing" if spec["smoothing"] else "--no-smoothing"
     if spec["activations"] != "static":

@@ -10,9 +10,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from stepquant.errors import StepquantError
-from stepquant.evaluation.fidelity import HIGHEST_PSNR, Shadow, psnr, ssim
+from stepquant.evaluation.similarity import ssim
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
+from stepquant.quality.fidelity import HIGHEST_PSNR, Shadow, psnr
 
 
 def test_psnr_is_per_image_over_a_range_of_two():

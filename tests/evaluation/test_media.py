@@ -8,8 +8,9 @@ import torch
 import stepquant
 from stepquant import evaluation
 from stepquant.errors import StepquantError
-from stepquant.evaluation.fidelity import psnr, snr, ssim
+from stepquant.evaluation.similarity import ssim
 from stepquant.images import grid, stills
+from stepquant.quality.fidelity import psnr, snr
 from tests.families.registry import FAMILIES
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 import stepquant
 from stepquant.errors import StepquantError
-from stepquant.evaluation.fidelity import Shadow
 from stepquant.layers.attention import QuantizedAttentionProcessor
 from stepquant.layers.quantized import quantized_modules
 from stepquant.models import denoiser_name
 from stepquant.pipelines.description import describe_component
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
+from stepquant.quality.fidelity import Shadow
 
 PROMPTS = ["a red bicycle", "a"]
 SMALL = stepquant.Calibration(samples=12, steps=2, size=16)

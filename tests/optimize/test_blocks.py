@@ -11,7 +11,6 @@ from stepquant.calibration.model import calibrate_ranges, insert_fake_quantizers
 from stepquant.calibration.samples import Calibration
 from stepquant.calibration.selection import uniform_steps
 from stepquant.config import QuantSpec
-from stepquant.evaluation.fidelity import psnr
 from stepquant.layers.quantized import quantized_modules
 from stepquant.loading import resolve_pipeline
 from stepquant.models import denoiser_name
@@ -23,6 +22,7 @@ from stepquant.optimize.replay import Replay
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
+from stepquant.quality.fidelity import psnr
 from stepquant.workspace import Workspace
 from tests.described import described
 

@@ -89,7 +89,10 @@ class CalibrationSet:
         """The first `count` samples that were collected, at most all."""
         if len(self.buckets) == 1:
             return self._part((self.buckets[0].at(slice(0, count)),), slice(0, count))
-        chosen = self.numbers.argsort()[:count].sort().values
+        return self.subset(self.numbers.argsort()[:count].sort().values)
+
+    def subset(self, chosen: Tensor) -> CalibrationSet:
+        """Some samples, int64 [n] ascending."""
         buckets = []
         for bucket, start in zip(self.buckets, self.ranges.starts, strict=False):
             inside = chosen[(start <= chosen) & (chosen < start + len(bucket))]

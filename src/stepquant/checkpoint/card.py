@@ -29,6 +29,7 @@ def model_card(pipeline: Any, stored: Mapping[str, int], provenance: dict[str, A
         ),
         "bits": bits,
         "recipe": recipe,
+        "check": str(provenance.get("check", {}).get("summary", "")),
     } | {
         key: json.dumps(provenance[key], sort_keys=True)
         for key in ("hyperparameters", "calibration", "seed", "versions")

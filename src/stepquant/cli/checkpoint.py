@@ -77,7 +77,17 @@ def write_checkpoint(
         # Durations are not in the checkpoint, whose bytes depend on the arguments alone.
         done += f" in {duration(seconds)}"
     typer.echo(f"{done}: {out}")
+    _print_check(out)
     clear(workspace)
+
+
+def _print_check(out: Path) -> None:
+    """Print what the check found, which the provenance holds."""
+    from stepquant.checkpoint import read_manifest
+
+    found = read_manifest(out).provenance.get("check")
+    if found:
+        typer.echo(f"check: {found['summary']}")
 
 
 def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
@@ -102,6 +112,8 @@ def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
         "correction": options["correct"],
         "also": pairs_from(options["also"], "NAME=BITS, such as text_encoder=w8a16"),
         "seed": options["seed"],
+        "check": options["check"],
+        "on_low_quality": options["on_low_quality"].value,
         "source": options["model"],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from stepquant.cli.output import only_main_prints
 from stepquant.distributed import joined
-from stepquant.errors import StepquantError
+from stepquant.errors import LowQualityWarning, StepquantError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -30,7 +31,7 @@ class Command(TyperCommand):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with self._one_line_errors(), joined() as ranks, only_main_prints(ranks):
+        with self._one_line_errors(), joined() as ranks, only_main_prints(ranks), self._one_line_warnings():
             return super().invoke(ctx)
 
     @contextmanager
@@ -43,6 +44,22 @@ class Command(TyperCommand):
             _fail(f"{error.format_message().rstrip('.')}. See: stepquant {self.name} --help", USAGE_ERROR)
         except KeyboardInterrupt:
             _fail("interrupted; finished stages are kept. Run the same command again to continue.", INTERRUPTED)
+
+    @contextmanager
+    def _one_line_warnings(self) -> Iterator[None]:
+        """Print a `LowQualityWarning` like an error; others as they would be."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", LowQualityWarning)
+            usual = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, LowQualityWarning):
+                    typer.echo(f"stepquant: {name_options(str(message), self.params)}", err=True)
+                else:
+                    usual(message, category, *where, **more)
+
+            warnings.showwarning = show
+            yield
 
 
 class Commands(TyperGroup):
@@ -75,7 +92,7 @@ def name_options(message: str, parameters: list[Any]) -> str:
         if parameter.param_type_name == "option":
             name, flag = LIBRARY_NAMES.get(parameter.name, parameter.name), parameter.opts[0]
             values = {"True": flag, "False": (*parameter.secondary_opts, flag)[0]}
-            for given, value in re.findall(rf'(`?\b{name}="?(\w+|\.\.\.)"?`?)', message):
+            for given, value in re.findall(rf'(`?\b{name}="?([\w-]+|\.\.\.)"?`?)', message):
                 message = message.replace(given, values.get(value, f"{flag} {value}"))
             message = re.sub(rf"`{name}`|^{name}(?= (?:is|are) )", flag, message)
     return message

@@ -43,6 +43,14 @@ class ActivationName(StrEnum):
     dynamic = "dynamic"
 
 
+class LowQualityAction(StrEnum):
+    """Values of `on_low_quality` of `stepquant.quantize`."""
+
+    warn = "warn"
+    raise_bits = "raise-bits"
+    error = "error"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, a .safetensors file, or zoo:NAME.")
 ]
@@ -98,6 +106,13 @@ Trajectories = Annotated[
     int | None, typer.Option(help="Images generated for calibration; default: as many as --samples, up to 64.", min=1)
 ]
 Times = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the duration of each stage to this file.")]
+Check = Annotated[
+    bool, typer.Option("--check/--no-check", help="Compare a few images that nothing was fitted to, at the end.")
+]
+LowQuality = Annotated[
+    LowQualityAction,
+    typer.Option(help="If they are below the floor of these bits: warn, raise the bits of some layers, or fail."),
+]
 Count = Annotated[int, typer.Option(help="Number of images.", min=1)]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]

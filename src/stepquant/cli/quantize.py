@@ -44,6 +44,8 @@ def quantize(
     config: o.Config = None,
     dtype: o.DType = o.FloatType.float32,
     device: o.Device = None,
+    check: o.Check = True,
+    on_low_quality: o.LowQuality = o.LowQualityAction.warn,
     times: o.Times = None,
     overwrite: o.Overwrite = False,
 ) -> None:

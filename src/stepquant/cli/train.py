@@ -51,6 +51,8 @@ def train(
     config: o.Config = None,
     dtype: o.DType = o.FloatType.float32,
     device: o.Device = None,
+    check: o.Check = True,
+    on_low_quality: o.LowQuality = o.LowQualityAction.warn,
     times: o.Times = None,
     overwrite: o.Overwrite = False,
 ) -> None:

@@ -19,10 +19,10 @@ from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.evaluation.cost import float32_bytes, folder_bytes, peak_memory_bytes
 from stepquant.evaluation.features import DataImages
-from stepquant.evaluation.fidelity import Shadow, psnr, snr, ssim
 from stepquant.evaluation.intervals import mean_interval
 from stepquant.evaluation.metrics import MetricInputs, MetricValue, check_metrics, measure
 from stepquant.evaluation.proxy import ClassifierProxy
+from stepquant.evaluation.similarity import ssim
 from stepquant.loading import resolve_pipeline
 from stepquant.models.denoisers import denoiser_name, denoisers, quantized_denoisers
 from stepquant.pipelines.call import kind_of
@@ -30,6 +30,7 @@ from stepquant.pipelines.generate import BATCH_SIZE, batches, generate, generate
 from stepquant.pipelines.inputs import Inputs
 from stepquant.pipelines.request import Request, make_request
 from stepquant.progress import Progress
+from stepquant.quality.fidelity import Shadow, psnr, snr
 from stepquant.runtime import resolve_backend
 
 Medium = Literal["image", "video", "audio"]

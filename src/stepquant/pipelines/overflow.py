@@ -15,6 +15,10 @@ from stepquant.layers.clock import TimestepReader
 from stepquant.pipelines.steps import StepCounter
 
 
+class NotFiniteError(StepquantError):
+    """A denoiser outputs NaN or infinity."""
+
+
 @contextmanager
 def watched(
     denoisers: Iterable[nn.Module], on_step: Callable[[], None] | None = None, counter: StepCounter | None = None
@@ -28,7 +32,7 @@ def watched(
         counter: counts the steps of all denoisers together.
 
     Raises:
-        StepquantError: at the first output with NaN or infinity, naming the layer and the step where it first occurs.
+        NotFiniteError: at the first output with NaN or infinity, naming the layer and the step where it first occurs.
     """
     counter = counter or StepCounter()
     handles = []
@@ -57,7 +61,7 @@ class _Watcher:
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.counter.finished = True
         if _fault(output) is not None:
-            raise StepquantError(
+            raise NotFiniteError(
                 f"the model fails at step {self.counter.step + 1} of the sampler (timestep {self.counter.time:g}): "
                 f"{_origin(module, args, kwargs)}. Check the weights of that layer, or load the model in a wider dtype."
             )

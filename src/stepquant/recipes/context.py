@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -126,6 +127,12 @@ class Context:
     def key(self) -> str:
         """Stands for all inputs: of sampling, and the spec."""
         return digest([self.sampling_key, self.spec.model_dump()])
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Compute the denoiser's blocks on `device` for the duration of the context."""
+        with placed(self.denoiser, self.description.blocks, self.device):
+            yield
 
     def generator(self) -> torch.Generator:
         """A new generator of random numbers, seeded by `seed`."""

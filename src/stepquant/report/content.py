@@ -12,13 +12,13 @@ from torch import Tensor
 from stepquant.checkpoint import Manifest, load_pipeline, read_manifest
 from stepquant.errors import StepquantError
 from stepquant.evaluation import EvaluationResult, evaluate
-from stepquant.evaluation.fidelity import psnr
 from stepquant.images import stills
 from stepquant.loading import ZOO_PREFIX
 from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.inputs import Inputs
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress
+from stepquant.quality.fidelity import psnr
 from stepquant.report.inputs import SensitivityFile, Times, read_sensitivity, read_times
 from stepquant.report.structure import (
     ActivationRange,

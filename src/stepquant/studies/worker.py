@@ -14,8 +14,8 @@ import torch
 
 import stepquant
 from stepquant.calibration.collection import COLLECTING
-from stepquant.evaluation.fidelity import psnr, ssim
 from stepquant.evaluation.proxy import ClassifierProxy
+from stepquant.evaluation.similarity import ssim
 from stepquant.loading import resolve_pipeline
 from stepquant.memory import peak_resident_bytes
 from stepquant.models import denoiser_name
@@ -23,6 +23,7 @@ from stepquant.pipelines.call import kind_of
 from stepquant.pipelines.generate import generate_many
 from stepquant.pipelines.request import make_request
 from stepquant.progress import Progress, Stopwatch
+from stepquant.quality.fidelity import psnr
 from stepquant.quiet import silence_libraries
 from stepquant.studies.reference import reference
 from stepquant.studies.spec import Cell

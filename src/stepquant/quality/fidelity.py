@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import TimestepReader
 
 PEAK_TO_PEAK = 2.0
 """Range of images in [-1, 1]."""
-SSIM_WINDOW = 11
 HIGHEST_PSNR = 100.0
 """Cap of PSNR in dB, so that the mean stays finite with identical images."""
 
@@ -34,7 +32,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     Raises:
         StepquantError: if the shapes differ.
     """
-    _check_pairs(images, reference)
+    check_pairs(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
     return (10 * torch.log10(PEAK_TO_PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
 
@@ -47,38 +45,14 @@ def snr(audio: Tensor, reference: Tensor) -> Tensor:
     Raises:
         StepquantError: if the shapes differ.
     """
-    _check_pairs(audio, reference)
+    check_pairs(audio, reference)
     signal = reference.double().square().flatten(1).sum(dim=1)
     error = (audio.double() - reference.double()).square().flatten(1).sum(dim=1)
     return (10 * torch.log10(signal / error)).clamp(max=HIGHEST_PSNR)
 
 
-def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each image, float64 [N] (Wang et al. 2004, Gaussian window of 11, deviation 1.5).
-
-    For images float [N, C, H, W] in [-1, 1]; of video [N, C, F, H, W] the mean over frames. Implementations differ in
-    window, color and borders: torchmetrics reflects the borders, scikit-image leaves out half a window, and the two
-    differ by some hundredths at 32 x 32. Flat regions score 1 whatever their content.
-
-    Raises:
-        StepquantError: if the shapes differ, or the images are smaller than the window.
-    """
-    _check_pairs(images, reference)
-    if images.dim() == 5:
-        frames = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (images, reference)]
-        return ssim(*frames).unflatten(0, (len(images), -1)).mean(dim=1)
-    if min(images.shape[-2:]) < SSIM_WINDOW:
-        raise StepquantError(
-            f"images are {list(images.shape[-2:])} pixels; expected {SSIM_WINDOW} x {SSIM_WINDOW} or more for SSIM."
-        )
-    value = structural_similarity_index_measure(
-        images.double(), reference.double(), data_range=PEAK_TO_PEAK, reduction="none"
-    )
-    assert isinstance(value, Tensor)
-    return value.reshape(len(images))
-
-
-def _check_pairs(samples: Tensor, reference: Tensor) -> None:
+def check_pairs(samples: Tensor, reference: Tensor) -> None:
+    """Raise `StepquantError` unless both hold images, video or audio of the same shape."""
     if samples.shape != reference.shape or samples.dim() not in (3, 4, 5):
         shapes = f"{list(samples.shape)} and {list(reference.shape)}"
         raise StepquantError(

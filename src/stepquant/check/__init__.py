@@ -1,0 +1,5 @@
+"""Check every finished quantization on samples that nothing was fitted to."""
+
+from stepquant.check.result import OnLowQuality
+
+__all__ = ["OnLowQuality"]
