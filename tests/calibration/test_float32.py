@@ -79,8 +79,9 @@ def test_weights_are_shared_and_unchanged(pipeline):
 def test_a_half_precision_pipeline_keeps_its_dtype(recipe, text_pipeline, tmp_path):
     half = in_type(text_pipeline, torch.bfloat16)
     few = {"iterations": 2} | {
-        "quest": {"time_iterations": 2, "rounding_iterations": 2, "critical": "attention"}, "tfmq": {"time_iterations": 2}
-    }.get(recipe, {})  # fmt: skip
+        "quest": {"time_iterations": 2, "rounding_iterations": 2, "critical": "attention"},
+        "tfmq": {"time_iterations": 2},
+    }.get(recipe, {})
     quantized = stepquant.quantize(half, "w4a8", recipe=recipe, calibration=SMALL, hyperparameters=few)
     assert {parameter.dtype for parameter in half.unet.parameters()} == {torch.bfloat16}
     assert quantized.unet.dtype == torch.bfloat16
