@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +15,7 @@ FLOAT_BITS = 16
 """Number of bits that stands for floating point."""
 
 _BITS_PATTERN = re.compile(r"w(\d{1,2})a(\d{1,2})")
+_STEPS_PATTERN = re.compile(r"(\d+(?:\.\d*)?)\s*-\s*(\d+(?:\.\d*)?)(?::(.+))?")
 
 
 class LayerBits(NamedTuple):
@@ -46,6 +48,45 @@ class LayerBits(NamedTuple):
 
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
+
+
+class Steps(NamedTuple):
+    """A part of the denoising process, and the layers that are meant.
+
+    Attributes:
+        start, stop: normalized time: 0 before the first step, at pure noise, and 1 after the last. Of K steps, step k
+            is at (k + 1/2) / K.
+        layers: regular expression over layer names; None: all.
+    """
+
+    start: float
+    stop: float
+    layers: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Steps:
+        """Parse ``"0.8-1"`` or ``"0.8-1:up_blocks"``; raises `StepquantError` for anything else."""
+        match = _STEPS_PATTERN.fullmatch(text.strip())
+        steps = cls(float(match[1]), float(match[2]), match[3]) if match else None
+        if steps is None or not 0 <= steps.start < steps.stop <= 1:
+            raise StepquantError(
+                f"step bits are given for {text!r}; expected an interval between 0, the first step, and 1, the last, "
+                "such as 0.8-1 for the last fifth of the steps, or 0.8-1:REGEX for some layers."
+            )
+        if steps.layers is not None:
+            _check_expression("step bits", steps.layers)
+        return steps
+
+    def include(self, layer: str, time: float) -> bool:
+        """Whether a layer at a time is meant."""
+        return self.start <= time < self.stop and (self.layers is None or bool(re.search(self.layers, layer)))
+
+
+def _check_expression(what: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise StepquantError(f"{what} {pattern!r} is not a regular expression: {error}.") from None
 
 
 def _checked_bits(text: str) -> str:
@@ -98,6 +139,9 @@ class QuantSpec(Checked):
             scale per output channel, and for each position.
         activations: ``"static"``, ranges from calibration, or ``"dynamic"``: the range of the channels of each token or
             pixel, found while they are quantized. Dynamic ones fit better and cost more.
+        step_bits: part of the denoising process, see `Steps` -> activation bits, as ``{"0.8-1": 8}``: 8 bits in the
+            last fifth of the steps. The first that matches wins. They replace the activation bits of `bits`: layers of
+            an override keep theirs, and first and last layers have `first_last_bits` at least.
     """
 
     called = "quantization spec"
@@ -112,6 +156,7 @@ class QuantSpec(Checked):
     exact_time: bool = False
     group_size: Annotated[int, Field(ge=8)] | None = None
     activations: Literal["static", "dynamic"] = "static"
+    step_bits: dict[str, Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=dict)
 
     @field_validator("bits")
     @classmethod
@@ -122,11 +167,15 @@ class QuantSpec(Checked):
     @classmethod
     def _parse_overrides(cls, value: dict[str, str]) -> dict[str, str]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise StepquantError(f"override {pattern!r} is not a regular expression: {error}.") from None
+            _check_expression("override", pattern)
         return {pattern: _checked_bits(bits) for pattern, bits in value.items()}
+
+    @field_validator("step_bits")
+    @classmethod
+    def _parse_steps(cls, value: dict[str, int]) -> dict[str, int]:
+        for steps in value:
+            Steps.parse(steps)
+        return value
 
     @field_validator("first_last_bits", "first_input_bits", "softmax_bits")
     @classmethod
@@ -158,6 +207,11 @@ class QuantSpec(Checked):
                 f"bits {self} leave every layer in floating point, so there is nothing to quantize; expected "
                 "bits such as w8a8."
             )
+        if self.step_bits and self.default_bits.activation == FLOAT_BITS:
+            raise StepquantError(
+                f"step_bits are given, but bits {self} leave activations in floating point; expected quantized "
+                "activations, such as w4a4."
+            )
 
     def layer_bits(self, name: str, *, first: bool = False, last: bool = False) -> LayerBits:
         """Return the bits of the layer called `name` (its dotted module path in the denoiser)."""
@@ -171,6 +225,15 @@ class QuantSpec(Checked):
         if weight == FLOAT_BITS:
             return LayerBits(FLOAT_BITS, FLOAT_BITS)
         return LayerBits(weight, self.first_input_bits if first else activation)
+
+    def bits_over_time(self, name: str, bits: int, times: Sequence[float], *, at_least: int = 2) -> list[int]:
+        """Return the activation bits of a layer that has `bits` without `step_bits`, at each normalized time."""
+        fixed = bits != self.default_bits.activation or any(re.search(pattern, name) for pattern in self.overrides)
+        if fixed or bits == FLOAT_BITS or not self.step_bits:
+            return [bits] * len(times)
+        rules = [(Steps.parse(steps), other) for steps, other in self.step_bits.items()]
+        found = (next((other for steps, other in rules if steps.include(name, time)), bits) for time in times)
+        return [max(at_least, one) for one in found]
 
     def __str__(self) -> str:
         return self.bits

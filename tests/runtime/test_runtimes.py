@@ -116,7 +116,8 @@ def plain(module: QuantizedModule, x: Tensor, rows: list[int]) -> tuple[list[Ten
         outputs = []
         for sample, row in zip(x, rows, strict=True):
             scale, zero = layer.input.scale[row, x_group, 0], layer.input.zero_point[row, x_group, 0].long()
-            top = (1 << layer.input.bits) - 1
+            bits = layer.input.bits if layer.input.row_bits is None else int(layer.input.row_bits[row])
+            top = (1 << bits) - 1
             if layer.smoothing is not None:
                 scale = scale * layer.smoothing.reshape(-1, *(1,) * (codes.dim() - 2))
             integers = ((sample * (1 / scale)).round().long() + zero).clamp(0, top) - zero

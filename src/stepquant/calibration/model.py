@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from stepquant.calibration.fake_quant.activation import ActivationPoint
 from stepquant.calibration.fake_quant.activation_quantizers import Start
 from stepquant.calibration.fake_quant.dynamic import DynamicPoint
-from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, Point, wrap
+from stepquant.calibration.fake_quant.layers import CalibratedAttention, CalibratedLayer, Point, dynamic_grid, wrap
 from stepquant.calibration.fake_quant.observer import ActivationRange
 from stepquant.calibration.fake_quant.weight_quantizers import RoundToNearest
 from stepquant.calibration.samples import CalibrationSet
-from stepquant.config import FLOAT_BITS, QuantSpec
-from stepquant.core.dynamic import DynamicGrid
-from stepquant.core.qtensor import InvalidGrid
+from stepquant.config import FLOAT_BITS, QuantSpec, Steps
 from stepquant.core.ranges import Range
+from stepquant.core.row_bits import InvalidGrid, column
 from stepquant.distributed import Ranks
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import StepClock
@@ -122,10 +121,12 @@ def _quantized(name: str, part: Any) -> Any:
 
 
 def check_overrides(description: ModelDescription, spec: QuantSpec) -> None:
-    """Raise `StepquantError` if an override of the spec matches no layer."""
-    for pattern in spec.overrides:
+    """Raise `StepquantError` if an override, or step bits, of the spec match no layer."""
+    patterns = [("override", pattern) for pattern in spec.overrides]
+    patterns += [("step bits for", steps.layers) for each in spec.step_bits if (steps := Steps.parse(each)).layers]
+    for what, pattern in patterns:
         if not any(re.search(pattern, name) for name in description.layers):
-            raise StepquantError(f"override {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
+            raise StepquantError(f"{what} {pattern!r} matches none of the layers: `stepquant inspect` lists them.")
 
 
 def insert_fake_quantizers(
@@ -134,6 +135,7 @@ def insert_fake_quantizers(
     spec: QuantSpec,
     *,
     timesteps: Tensor | None = None,
+    times: Sequence[float] = (),
     tabled: Container[str] | None = None,
     weight_range: Range = "least-error",
     progress: Progress | None = None,
@@ -144,6 +146,7 @@ def insert_fake_quantizers(
 
     Args:
         timesteps: float [R]: makes every activation table per-step, one row for each; None means static scales.
+        times: normalized time of each of `timesteps`, if the spec has `step_bits`; then every activation has a table.
         tabled: names of the layers whose inputs have such a table, all others being static; None means all.
         weight_range: method of the weights' range search, or a function, see `find_range`.
         ranks: share the search.
@@ -162,17 +165,23 @@ def insert_fake_quantizers(
     layers: dict[str, CalibratedLayer] = {}
     ranks = ranks or Ranks()
     quantized = description.quantized_bits(spec)
+    if times:
+        tabled = None
     with (progress or Progress()).task("Searching weight ranges", len(quantized)) as advance:
         for name, bits in quantized.items():
             advance(1)
+            activation, row_bits = _over_time(
+                bits.activation, description.activation_bits(spec, name, bits.activation, times)
+            )
             layers[name] = wrap(
                 model.get_submodule(name),
                 bits.weight,
-                None if bits.activation == FLOAT_BITS else bits.activation,
+                None if activation == FLOAT_BITS else activation,
                 clock,
                 split=description.skip_splits.get(name) if spec.split_skips else None,
                 group_size=spec.group_size,
                 rows=rows if tabled is None or name in tabled else 1,
+                row_bits=row_bits,
                 dynamic=spec.activations == "dynamic",
                 # The grids of the others are searched by other processes.
                 weight_range=weight_range if len(layers) % ranks.count == ranks.rank else "minmax",
@@ -183,7 +192,7 @@ def insert_fake_quantizers(
     for point, grid in zip(points, grids, strict=True):
         point.set_grid(*grid)
     static = 1 if tabled is not None else rows
-    attentions = {name: _wrap_attention(model, name, spec, clock, static) for name in description.attentions}
+    attentions = {name: _wrap_attention(model, name, spec, clock, static, times) for name in description.attentions}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     for name, attention in attentions.items():
@@ -201,17 +210,29 @@ def projection_of(model: nn.Module, attention: str, operand: str) -> str:
     return next(layers, path)
 
 
-def _wrap_attention(model: nn.Module, name: str, spec: QuantSpec, clock: StepClock, rows: int) -> CalibratedAttention:
+def _over_time(bits: int, by_row: list[int]) -> tuple[int, Tensor | None]:
+    """Bits of an activation, and those of each row if they differ: uint8 [R]."""
+    most, row_bits = column(by_row or [bits])
+    return (bits, row_bits) if row_bits is not None else (most, None)
+
+
+def _wrap_attention(
+    model: nn.Module, name: str, spec: QuantSpec, clock: StepClock, rows: int, times: Sequence[float]
+) -> CalibratedAttention:
     """Query, key and value take the bits of the layers that compute them; the probabilities take the spec's."""
     points: dict[str, Point] = {}
     for operand in OPERANDS:
-        bits = spec.layer_bits(projection_of(model, name, operand)).activation
+        projection = projection_of(model, name, operand)
+        bits, row_bits = spec.layer_bits(projection).activation, None
         if operand == "probability" and bits != FLOAT_BITS:
             bits = spec.softmax_bits
+        else:
+            bits, row_bits = _over_time(bits, spec.bits_over_time(projection, bits, times))
         if bits != FLOAT_BITS and spec.activations == "dynamic":
-            points[operand] = DynamicPoint(DynamicGrid(bits))
+            points[operand] = DynamicPoint(dynamic_grid(bits, None, row_bits), clock)
         elif bits != FLOAT_BITS:
-            points[operand] = ActivationPoint(bits, clock, rows=rows, unsigned=operand == "probability")
+            unsigned = operand == "probability"
+            points[operand] = ActivationPoint(bits, clock, rows=rows, unsigned=unsigned, row_bits=row_bits)
     return CalibratedAttention(points)
 
 

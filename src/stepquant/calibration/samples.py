@@ -85,6 +85,17 @@ class CalibrationSet:
         """The buckets' ranges of samples."""
         return Ranges(tuple(map(len, self.buckets)))
 
+    def times(self, timesteps: Tensor, steps: int) -> list[float]:
+        """Normalized time (`stepquant.config.Steps`) of timesteps, float [R]: that of the nearest sample.
+
+        Args:
+            steps: number of the sampler's steps.
+        """
+        seen, index = self.timesteps.unique(return_inverse=True)
+        step = torch.full(seen.shape, steps).scatter_reduce_(0, index, self.steps, "amin")
+        nearest = (timesteps[:, None] - seen).abs().argmin(dim=1)
+        return ((step[nearest] + 0.5) / steps).tolist()
+
     def first(self, count: int) -> CalibrationSet:
         """The first `count` samples that were collected, at most all."""
         if len(self.buckets) == 1:

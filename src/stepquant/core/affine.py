@@ -4,10 +4,13 @@
     x'   = (code - zero_point) * scale
 
 Rounding is half to even. The reciprocal is taken once, in float32: that is what integer kernels do, so that
-simulation and kernels agree on every code. Scale and zero point broadcast against x.
+simulation and kernels agree on every code. Scale and zero point broadcast against x, and so do bits that differ, which
+are an integer tensor.
 """
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,15 +19,26 @@ SMALLEST_SCALE = 1e-8
 """Scales are kept at or above this, so that a constant or all-zero tensor still quantizes without dividing by 0."""
 
 
-def largest_code(bits: int) -> int:
-    """The largest unsigned code of `bits` bits, 2^bits - 1."""
-    return (1 << bits) - 1
+@overload
+def largest_code(bits: int) -> int: ...
+@overload
+def largest_code(bits: Tensor) -> Tensor: ...
+@overload
+def largest_code(bits: int | Tensor) -> int | Tensor: ...
+def largest_code(bits: int | Tensor) -> int | Tensor:
+    """The largest unsigned code of `bits` bits, 2^bits - 1; int32 for a tensor."""
+    return (1 << bits) - 1 if isinstance(bits, int) else (1 << bits.int()) - 1
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def clamp_codes(codes: Tensor, bits: int | Tensor) -> Tensor:
+    """Limit `codes` to 0 to 2^bits - 1, in place unless bits differ."""
+    top = largest_code(bits)
+    return codes.clamp_(0, top) if isinstance(top, int) else torch.minimum(codes.clamp_(min=0), top)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor) -> Tensor:
     """Codes of x, integers held in x's floating dtype (callers cast where they store them)."""
-    codes = torch.round(x * scale.reciprocal()) + zero_point
-    return codes.clamp_(0, largest_code(bits))
+    return clamp_codes(torch.round(x * scale.reciprocal()) + zero_point, bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -32,17 +46,19 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor) -> Tensor:
     """The value that the codes of x stand for: ``dequantize(quantize(x))``."""
     return (quantize(x, scale, zero_point, bits) - zero_point) * scale
 
 
-def affine_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+def affine_from_range(
+    low: Tensor, high: Tensor, bits: int | Tensor, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point whose grid spans [low, high]; the range is first widened to hold 0 exactly.
 
     Args:
         low, high: float tensors of one shape.
-        bits: 2 to 8.
+        bits: 2 to 8; a tensor broadcasts against `low`.
         symmetric: zero point fixed at 2^(bits-1); the grid then reaches from -2^(bits-1) to 2^(bits-1) - 1 steps.
 
     Returns:
@@ -50,11 +66,11 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool =
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        half = 1 << (bits - 1)
+        half = (largest_code(bits) + 1) // 2
         scale = torch.maximum(-low / half, high / (half - 1)).clamp(min=SMALLEST_SCALE)
-        return scale, torch.full_like(scale, half)
+        return scale, torch.ones_like(scale) * half
     top = largest_code(bits)
     spread = high - low
     # The spread of a range that uses all of the dtype is beyond it.
     scale = torch.where(spread.isfinite(), spread / top, high / top - low / top).clamp(min=SMALLEST_SCALE)
-    return scale, torch.round(-low / scale).clamp(0, top)
+    return scale, clamp_codes(torch.round(-low / scale), bits)

@@ -9,27 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
 from torch import Tensor
 
 from stepquant.core.affine import largest_code
-from stepquant.core.dynamic import Bits, DynamicGrid
+from stepquant.core.dynamic import DynamicGrid
+from stepquant.core.row_bits import Bits, InvalidGrid, Rows, bits_at, check_row_bits, tops
 from stepquant.core.transforms import LayerTransform, Smoothing
-from stepquant.errors import StepquantError
-
-MOST_ROWS = 100_000
-"""Maximum rows of a table, beyond the timesteps of any schedule."""
-
-
-class InvalidGrid(StepquantError):
-    """Codes or a grid that violate an invariant, which `what` describes."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. The checkpoint is damaged; quantize the model again.")
-        self.what = what
 
 
 class GridFormat(BaseModel):
@@ -39,13 +29,20 @@ class GridFormat(BaseModel):
         bits: 2 to 8.
         groups: sizes of the groups of input channels; () for one group of any size.
         rows: rows of the table, 1 for a static grid.
+        by_row: whether rows differ in bits, of which `bits` is the most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     bits: Bits
     groups: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
-    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    rows: Rows = 1
+    by_row: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Releases before `by_row` read the formats that do not need it."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("by_row", False)}
 
     def shape(self, outputs: int = 1) -> tuple[int, int, int]:
         """[R, G, C] of scale and zero point."""
@@ -60,19 +57,21 @@ class Grid:
         scale: float32 [R, G, C], finite and positive. R: rows of the table, 1 for a static grid, else one for each
             timestep of the clock. G: groups of consecutive input channels. C: output channels; 1 for an activation.
         zero_point: uint8 [R, G, C], below 2^bits.
-        bits: 2 to 8.
+        bits: 2 to 8; if rows differ, the most of any.
         group_sizes: G sizes that sum to the input channels; () for one group of any size.
+        row_bits: uint8 [R], bits of each row; None if all rows have `bits`.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: int
     group_sizes: tuple[int, ...] = ()
+    row_bits: Tensor | None = None
 
     @property
     def format(self) -> GridFormat:
         groups = self.group_sizes if len(self.group_sizes) > 1 else ()
-        return GridFormat(bits=self.bits, groups=groups, rows=self.rows)
+        return GridFormat(bits=self.bits, groups=groups, rows=self.rows, by_row=self.row_bits is not None)
 
     @property
     def rows(self) -> int:
@@ -81,7 +80,8 @@ class Grid:
 
     def to(self, device: torch.device | str) -> Grid:
         """Copy the grid to `device`."""
-        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+        row_bits = None if self.row_bits is None else self.row_bits.to(device)
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device), row_bits=row_bits)
 
     def sizes(self, channels: int) -> tuple[int, ...]:
         """Sizes of the groups of `channels` input channels."""
@@ -96,6 +96,15 @@ class Grid:
         scale, zero_point = (values.index_select(0, chosen) for values in (self.scale, self.zero_point))
         return (scale, zero_point) if row.dim() else (scale[0], zero_point[0])
 
+    def bits_at(self, row: Tensor) -> int | Tensor:
+        """Bits at the clock's row, see `core.row_bits.bits_at`."""
+        return bits_at(self.bits, self.row_bits, row)
+
+    @property
+    def tops(self) -> Tensor:
+        """The largest code of each row: int32 [R]."""
+        return tops(self.bits, self.row_bits, self.rows)
+
     def check(self, what: str = "activation", outputs: int = 1) -> None:
         """Raise `InvalidGrid` unless the invariants above hold for C = `outputs`; `what` names the quantized tensor."""
         scale, zero_point = self.scale, self.zero_point
@@ -107,6 +116,9 @@ class Grid:
         check_codes(f"{what} zero points", zero_point, self.bits)
         if zero_point.shape != scale.shape:
             raise InvalidGrid(f"{what} scales and zero points differ in shape")
+        check_row_bits(what, self.bits, self.row_bits, self.rows)
+        if self.row_bits is not None and bool((zero_point > self.tops[:, None, None]).any()):
+            raise InvalidGrid(f"{what} zero points exceed the bits of their rows")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.core.affine import largest_code
+from stepquant.core.affine import clamp_codes, largest_code
 
 # AdaRound stretches the sigmoid to [-0.1, 1.1] and clips it, so that 0 and 1 are reached exactly
 # (arXiv 2004.10568, section 3.3).
@@ -55,10 +55,10 @@ class _LearnedQuantize(torch.autograd.Function):
     zero point (LSQ+, arXiv 2004.09576: minus the scale where x is clipped, else 0)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor) -> Tensor:
         # Codes are found in the scale's float32, also under bfloat16 autocast.
         steps = x * scale.reciprocal() if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale.reciprocal())
-        codes = torch.round(steps).add_(zero_point).clamp_(0, largest_code(bits)).sub_(zero_point)
+        codes = clamp_codes(torch.round(steps).add_(zero_point), bits).sub_(zero_point)
         ctx.save_for_backward(steps, codes, scale, zero_point)
         ctx.largest_code = largest_code(bits)
         return (codes * scale).to(x.dtype)
@@ -68,25 +68,30 @@ class _LearnedQuantize(torch.autograd.Function):
         (grad,) = grads
         steps, codes, scale, zero_point = ctx.saved_tensors
         grad_out, dtype = grad.to(scale.dtype), grad.dtype
+        reached, top = steps + zero_point, ctx.largest_code
         # The gradient where x is inside the range, else 0, in one pass over memory instead of five.
-        grad_x = torch.ops.aten.hardtanh_backward(grad_out, steps + zero_point, -EDGE, ctx.largest_code + EDGE)
+        if isinstance(top, int):
+            grad_x = torch.ops.aten.hardtanh_backward(grad_out, reached, -EDGE, top + EDGE)
+        else:
+            grad_x = grad_out * ((reached > -EDGE) & (reached < top + EDGE))
         grad_scale = grad_zero = None
         values_a_scale = grad_out.numel() / scale.numel()
         if ctx.needs_input_grad[1]:
             # d x'/d s is code - x/s where x is inside the range, and the end of the range where it is clipped.
             slope = (grad_out * codes).addcmul_(grad_x, steps, value=-1)
-            grad_scale = slope.sum_to_size(scale.shape) / (values_a_scale * ctx.largest_code) ** 0.5
+            grad_scale = slope.sum_to_size(scale.shape) / (values_a_scale * top) ** 0.5
         if ctx.needs_input_grad[2]:
             slope = (grad_x - grad_out) * scale
-            grad_zero = slope.sum_to_size(zero_point.shape) / (values_a_scale * ctx.largest_code) ** 0.5
+            grad_zero = slope.sum_to_size(zero_point.shape) / (values_a_scale * top) ** 0.5
         return grad_x.to(dtype), grad_scale, grad_zero, None
 
 
-def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor) -> Tensor:
     """`fake_quantize` with gradients to x and, times LSQ's ``1 / sqrt(numel * qmax)``, to scale and zero point.
 
     Args:
         x: float, any shape.
         scale, zero_point: broadcast against x, with as many dimensions.
+        bits: a tensor broadcasts against scale.
     """
     return _LearnedQuantize.apply(x, scale, zero_point, bits)

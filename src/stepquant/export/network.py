@@ -81,7 +81,7 @@ class Traceable(nn.Module):
         kernel_of: returns the kernel of a layer in operations that can be exported, or None for floating point.
 
     Raises:
-        StepquantError: if the denoiser is not quantized, or its activations are dynamic.
+        StepquantError: if the denoiser is not quantized, its activations are dynamic, or their bits depend on the step.
     """
 
     boundaries: Tensor
@@ -90,7 +90,13 @@ class Traceable(nn.Module):
         super().__init__()
         if not quantized_modules(denoiser):
             raise StepquantError("the denoiser is not quantized: expected one that `stepquant quantize` wrote.")
-        if any(isinstance(layer.format.input, DynamicFormat) for layer in quantized_modules(denoiser).values()):
+        inputs = [layer.format.input for layer in quantized_modules(denoiser).values()]
+        if any(grid is not None and grid.by_row for grid in inputs):
+            raise StepquantError(
+                "an exported network has the same activation bits in all steps, and this model has other bits in some. "
+                "Quantize it without step_bits."
+            )
+        if any(isinstance(grid, DynamicFormat) for grid in inputs):
             raise StepquantError(
                 "an exported network needs activation scales that are stored, and this model computes them from the "
                 "activations. Quantize it with activations='static'."

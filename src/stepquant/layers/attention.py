@@ -230,20 +230,22 @@ class QuantizedAttentionProcessor(AttentionProcessor):
         if name not in self.formats:
             return x
         grid = self.grid(name)
-        scale, zero_point = grid.of(x) if isinstance(grid, DynamicGrid) else grid.at(self.clock.row)
+        bits = bits_of(grid, self.clock.row, x)
+        scale, zero_point = grid.of(x, bits=bits) if isinstance(grid, DynamicGrid) else grid.at(self.clock.row)
         if isinstance(grid, Grid) and scale.dim() == 3:
             scale, zero_point = (per_sample(values[:, 0], x) for values in (scale, zero_point))
-        return fake_quantize(x.float(), scale, zero_point, self.formats[name].bits).to(x.dtype)
+        return fake_quantize(x.float(), scale, zero_point, bits).to(x.dtype)
 
     def scale_of_value(self, value: Tensor) -> Tensor | None:
-        return dynamic_scale(value, *(self.grid(name) for name in ("probability", "value") if name in self.formats))
+        grids = (self.grid(name) for name in ("probability", "value") if name in self.formats)
+        return dynamic_scale(value, self.clock.row, *grids)
 
 
-def dynamic_scale(value: Tensor, *grids: Grid | DynamicGrid | None) -> Tensor | None:
-    """`ScaledDotProduct.scale_of_value` for the grids of probability and value."""
+def dynamic_scale(value: Tensor, row: Tensor, *grids: Grid | DynamicGrid | None) -> Tensor | None:
+    """`ScaledDotProduct.scale_of_value` for the grids of probability and value, at the clock's row."""
     if len(grids) < 2 or not isinstance(grids[0], DynamicGrid) or not isinstance(grids[1], DynamicGrid):
         return None
-    return grids[1].of(value)[0]
+    return grids[1].of(value, bits=bits_of(grids[1], row, value))[0]
 
 
 def is_joint(attn: Any) -> bool:
@@ -254,3 +256,12 @@ def is_joint(attn: Any) -> bool:
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[B, 1] -> [B', 1, ...] to broadcast against x [B', ...], where B' is a multiple of B (samples stay together)."""
     return of_samples(values, x.shape[0]).reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def bits_of(grid: Grid | DynamicGrid, row: Tensor, x: Tensor) -> int | Tensor:
+    """Bits of a grid at the clock's row, broadcastable against x."""
+    bits = grid.bits_at(row)
+    if isinstance(bits, int):
+        return bits
+    bits = bits.to(x.device)
+    return per_sample(bits[:, None], x) if bits.dim() else bits

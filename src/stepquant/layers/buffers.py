@@ -16,10 +16,15 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def register_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat, outputs: int = 1) -> None:
-    """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``; a dynamic one has none."""
+    """Register an empty grid as the buffers ``{name}_scale`` and ``{name}_zero_point``, which a dynamic one lacks.
+
+    If rows differ in bits, there is ``{name}_bits`` as well, see `Grid`.
+    """
+    # Explicit dtypes, since a model may be built under another default dtype.
+    if grid_format.by_row:
+        module.register_buffer(f"{name}_bits", torch.full((grid_format.rows,), grid_format.bits, dtype=torch.uint8))
     if isinstance(grid_format, DynamicFormat):
         return
-    # Explicit dtypes, since a model may be built under another default dtype.
     shape = grid_format.shape(outputs)
     module.register_buffer(f"{name}_scale", torch.ones(shape, dtype=torch.float32))
     module.register_buffer(f"{name}_zero_point", torch.zeros(shape, dtype=torch.uint8))
@@ -27,6 +32,8 @@ def register_grid(module: nn.Module, name: str, grid_format: GridFormat | Dynami
 
 def fill_grid(module: nn.Module, name: str, grid: Grid | DynamicGrid) -> None:
     """Copy `grid` into the buffers of `register_grid`."""
+    if grid.row_bits is not None:
+        setattr(module, f"{name}_bits", grid.row_bits.clone())
     if isinstance(grid, DynamicGrid):
         return
     setattr(module, f"{name}_scale", grid.scale.clone())
@@ -39,10 +46,11 @@ def read_grid(module: nn.Module, name: str, grid_format: GridFormat) -> Grid: ..
 def read_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat) -> Grid | DynamicGrid: ...
 def read_grid(module: nn.Module, name: str, grid_format: GridFormat | DynamicFormat) -> Grid | DynamicGrid:
     """The grid in the buffers of `register_grid`, neither checked nor copied."""
+    row_bits = getattr(module, f"{name}_bits") if grid_format.by_row else None
     if isinstance(grid_format, DynamicFormat):
-        return DynamicGrid(grid_format.bits, grid_format.group)
+        return DynamicGrid(grid_format.bits, grid_format.group, row_bits)
     scale, zero_point = getattr(module, f"{name}_scale"), getattr(module, f"{name}_zero_point")
-    return Grid(scale, zero_point, grid_format.bits, grid_format.groups)
+    return Grid(scale, zero_point, grid_format.bits, grid_format.groups, row_bits)
 
 
 class TransformBuffers(nn.Module):

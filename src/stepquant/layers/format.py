@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from stepquant.core.dynamic import DynamicFormat
-from stepquant.core.qtensor import MOST_ROWS, GridFormat, QuantizedLayer
+from stepquant.core.qtensor import GridFormat, QuantizedLayer
+from stepquant.core.row_bits import MOST_ROWS
 from stepquant.core.transforms import KINDS
 from stepquant.errors import StepquantError
 

@@ -43,6 +43,7 @@ class Capabilities:
         channel_groups: several scales along the input channels, of the weight or the input.
         grouped_convolutions: convolutions with groups.
         grouped_both: grouped convolutions that have channel groups as well.
+        bits_by_row: takes layers whose input has other bits in some rows.
         most_products: products of an output's longest sum.
     """
 
@@ -54,6 +55,7 @@ class Capabilities:
     channel_groups: bool = True
     grouped_convolutions: bool = False
     grouped_both: bool = False
+    bits_by_row: bool = False
     most_products: int = INT32_PRODUCTS
 
     def support(self, module: Layer) -> bool:
@@ -70,6 +72,7 @@ class Capabilities:
             and (self.channel_groups or not split)
             and (self.grouped_convolutions or not grouped)
             and (self.grouped_both or not (grouped and split))
+            and (self.bits_by_row or layer.input is None or not layer.input.by_row)
             and math.prod(shape[1:]) <= self.most_products
         )
 

@@ -44,6 +44,7 @@ class QuantizedModule(nn.Module):
         weight_scale: float32 [1, G, out]; weight_zero_point: uint8 [1, G, out].
         bias: float32 [out], or None.
         input_scale: float32 [R, G, 1]; input_zero_point: uint8 [R, G, 1]; absent if the activation is not quantized.
+        input_bits: uint8 [R], present if rows differ in bits.
         transforms.0.factor, ...: tensors of the layer's transforms, in order.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ class ModelDescription:
             if not layer.is_float and not (spec.exact_time and name in self.time_layers):
                 bits[name] = layer
         return bits
+
+    def activation_bits(self, spec: QuantSpec, name: str, bits: int, times: Sequence[float]) -> list[int]:
+        """Return the activation bits of a layer that has `bits` without `step_bits`, at each normalized time."""
+        edge = name in self.firsts or name in self.lasts
+        return spec.bits_over_time(name, bits, times, at_least=min(bits, spec.first_last_bits) if edge else 2)
 
     def time_layers_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return those of `names`, in their order, that are `time_layers`."""

@@ -15,7 +15,7 @@ from stepquant.core.affine import quantize
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.core.transforms import LayerTransform
-from stepquant.layers.attention import per_sample
+from stepquant.layers.attention import bits_of, per_sample
 from stepquant.layers.buffers import TransformBuffers
 from stepquant.layers.conv import Apply, linear_map
 from stepquant.layers.kernel import UNLIMITED, Capabilities, Kernel
@@ -30,6 +30,7 @@ EVERY_LAYER = Capabilities(
     transposed=True,
     grouped_convolutions=True,
     grouped_both=True,
+    bits_by_row=True,
     most_products=UNLIMITED,
 )
 
@@ -63,6 +64,7 @@ class ReferenceKernel(Kernel):
     capabilities = EVERY_LAYER
     input_scale: Tensor
     input_zero_point: Tensor
+    row_bits: Tensor | None
     bias: Tensor | None
 
     def __init__(self, module: QuantizedModule) -> None:
@@ -73,7 +75,9 @@ class ReferenceKernel(Kernel):
         self.apply_map: Apply = linear_map(module)
         self.dim = module.channel_dim
         self.transforms = nn.ModuleList(TransformBuffers(transform, persistent=False) for transform in layer.transforms)
-        buffers = {"input_scale": layer.input.scale, "input_zero_point": layer.input.zero_point, "bias": layer.bias}
+        grid = layer.input
+        buffers = {"input_scale": grid.scale, "input_zero_point": grid.zero_point, "row_bits": grid.row_bits}
+        buffers["bias"] = layer.bias
         self.segments: list[tuple[slice, int]] = []
         for index, (channels, group, weight) in enumerate(layer.segments()):
             self.segments.append((channels, group))
@@ -84,9 +88,14 @@ class ReferenceKernel(Kernel):
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
+    @property
+    def grid(self) -> Grid:
+        """Of the input."""
+        return Grid(self.input_scale, self.input_zero_point, self.bits, row_bits=self.row_bits)
+
     def _at(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each group: [G], or [B, G] for a row of shape [B]."""
-        scale, zero_point = Grid(self.input_scale, self.input_zero_point, self.bits).at(row)
+        scale, zero_point = self.grid.at(row)
         return scale[..., 0], zero_point[..., 0]
 
     def accumulators(self, x: Tensor, row: Tensor) -> list[Tensor]:
@@ -95,6 +104,7 @@ class ReferenceKernel(Kernel):
         for transform in transforms:
             x = transform.transform_input(x, self.dim)
         scale, zero_point = self._at(row)
+        bits = bits_of(self.grid, row, x)
         sums = []
         for index, (channels, group) in enumerate(self.segments):
             weight = self.get_buffer(f"weight_{index}")
@@ -103,7 +113,7 @@ class ReferenceKernel(Kernel):
             s, z = (_broadcast(values[..., group], part) for values in (scale, zero_point))
             for transform in transforms:
                 s = transform.transform_scale(s, channels, part.dim(), self.dim)
-            codes = quantize(part, s, z, self.bits) - z
+            codes = quantize(part, s, z, bits) - z
             sums.append(self.apply_map(codes.to(weight.dtype), weight, None))
         return sums
 
@@ -148,7 +158,7 @@ class DynamicKernel(Kernel):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.double(), persistent=False)
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Codes less their zero points, and their scales: float32, broadcastable against x."""
         values = x.float()
         for buffers in self.transforms:
@@ -156,11 +166,12 @@ class DynamicKernel(Kernel):
             values = transform.transform_input(values, self.dim)
             one = torch.ones((), device=x.device)
             values = values * transform.transform_scale(one, slice(None), values.dim(), self.dim).reciprocal()
-        scale, zero_point = self.grid.of(values, self.dim)
-        return quantize(values, scale, zero_point, self.grid.bits) - zero_point, scale
+        bits = bits_of(self.grid, row, values)
+        scale, zero_point = self.grid.of(values, self.dim, bits)
+        return quantize(values, scale, zero_point, bits) - zero_point, scale
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        codes, scale = self.codes(x)
+        codes, scale = self.codes(x, row)
         return self.apply_map(codes.double() * scale.double(), self.weight, self.bias).to(x.dtype)
 
 

@@ -44,18 +44,20 @@ HUGE = 1 << 44
 def test_memory_that_cannot_be_allocated():
     """The C++ functions return 1 before they touch anything."""
     functions = compiled()
-    grids = (library.OperandGrid * 4)(*(library.OperandGrid(None, None, 0, 255) for _ in range(4)))
+    top = ctypes.addressof(held := ctypes.c_int32(255))
+    grids = (library.OperandGrid * 4)(*(library.OperandGrid(top=top) for _ in range(4)))
     sizes = dict(batch=1, heads=1, key_heads=1, length=HUGE, key_length=HUGE, size=64)
     given = library.Attention(grids=grids, **sizes, threads=1)
     assert functions.sq_attention(byref(given)) == 1
     given = library.GroupNorm(batch=HUGE, pixels=64, channels=16, groups=1, threads=1)
     assert functions.sq_group_norm(byref(given)) == 1
     flags = ctypes.create_string_buffer(1)
-    given = library.Call(codes=ctypes.addressof(flags), threads=1)
+    given = library.Call(codes=ctypes.addressof(flags), top=top, threads=1)
     given.layer.outputs, given.positions.batch = HUGE, 1
     assert functions.sq_layer(byref(given)) == 1
     steps = (library.Step * 1)(library.Step(0, 0))
     assert functions.sq_replay(byref(given), byref(steps), 1, None, 0, None, 0) == 1
+    assert held.value == 255
 
 
 class Full:

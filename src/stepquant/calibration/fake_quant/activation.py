@@ -17,6 +17,7 @@ from stepquant.calibration.fake_quant.activation_quantizers import (
 from stepquant.calibration.fake_quant.generator import Generation
 from stepquant.calibration.fake_quant.observer import ActivationRange, Observer
 from stepquant.core.qtensor import Grid, InvalidGrid, stored_zero_point
+from stepquant.core.row_bits import column
 from stepquant.layers.clock import StepClock
 
 
@@ -42,9 +43,10 @@ class ActivationPoint(nn.Module):
         group_sizes: tuple[int, ...] = (),
         rows: int = 1,
         unsigned: bool = False,
+        row_bits: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.layout = ActivationLayout(bits, clock, channel_dim, group_sizes, rows, unsigned)
+        self.layout = ActivationLayout(bits, clock, channel_dim, group_sizes, rows, unsigned, row_bits=row_bits)
         self.quantizer: Observer | FixedGrid | None = None
         self.bypassed = False
         self.dropout: QDrop | None = None
@@ -133,9 +135,11 @@ class ActivationPoint(nn.Module):
         if not self.calibrated:
             raise InvalidGrid("an activation was not calibrated")
         sizes = self.layout.group_sizes
+        bits, row_bits = column(self.layout.bits_by_row)
         return Grid(
             self.fixed.current_scale().detach().float().cpu().clone()[..., None],
             stored_zero_point(self.zero_point)[..., None],
-            self.bits,
+            bits,
             sizes if len(sizes) > 1 else (),
+            row_bits,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.fake_quant.generator import Generation, IntervalGenerator, TableGain
-from stepquant.core.affine import SMALLEST_SCALE, affine_from_range, largest_code
+from stepquant.core.affine import SMALLEST_SCALE, affine_from_range, clamp_codes, largest_code
 from stepquant.core.noise import SampleNoise
 from stepquant.core.rounding import learned_quantize, round_straight_through
 from stepquant.layers.attention import per_sample
@@ -38,7 +38,7 @@ class ActivationLayout:
     """What is known of an activation before any value is seen.
 
     Attributes:
-        bits: 2 to 8.
+        bits: 2 to 8, of every row without `row_bits`.
         clock: of the model; selects the table row.
         channel_dim: dimension of x that `group_sizes` divides.
         group_sizes: sizes of consecutive channel groups, each with a scale; () for one scale.
@@ -46,6 +46,7 @@ class ActivationLayout:
         unsigned: x lies in [0, 1] (attention probabilities), so the zero point is 0.
         kind: of grid. ``"affine"``: spans the range. TDQ's others are ``"signed"``, symmetric about 0, and ``"silu"``,
             from SiLU's smallest value up, as near as a whole zero point allows.
+        row_bits: uint8 [R], bits of each row, or None.
     """
 
     bits: int
@@ -55,21 +56,29 @@ class ActivationLayout:
     rows: int = 1
     unsigned: bool = False
     kind: Literal["affine", "signed", "silu"] = "affine"
+    row_bits: Tensor | None = None
 
-    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a range, float [G] each."""
         if self.kind == "affine":
-            return affine_from_range(low, high, self.bits)
+            return affine_from_range(low, high, bits)
         if self.kind == "silu":
-            scale = (high / largest_code(self.bits)).clamp(min=SMALLEST_SCALE)
-            return scale, self.silu_zero_point(scale)
-        half = 1 << (self.bits - 1)
+            scale = (high / largest_code(bits)).clamp(min=SMALLEST_SCALE)
+            return scale, silu_zero_point(scale, bits)
+        half = 1 << (bits - 1)
         scale = (torch.maximum(-low, high) / (half - 1)).clamp(min=SMALLEST_SCALE)
         return scale, torch.full_like(scale, half)
 
-    def silu_zero_point(self, scale: Tensor) -> Tensor:
-        """The zero point at which SiLU's smallest value has code 0, rounded straight through."""
-        return round_straight_through((-SILU_MINIMUM / scale).clamp(0, largest_code(self.bits)))
+    @property
+    def bits_by_row(self) -> list[int]:
+        """Bits of each row."""
+        return [self.bits] * self.rows if self.row_bits is None else self.row_bits.tolist()
+
+    def bits_at(self, row: Tensor | None) -> int | Tensor:
+        """Bits at a row, broadcastable against a scale [G], [B, G], or without a row [R, G]: int, or uint8 [..., 1]."""
+        if self.row_bits is None:
+            return self.bits
+        return (self.row_bits if row is None else self.row_bits[row.cpu()])[..., None]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,6 +106,11 @@ class ActivationLayout:
                 shape[0] = values.shape[0]
             return values.reshape(shape)
         return per_sample(values, x) if values.dim() == 2 else values.reshape((1,) * x.dim())
+
+
+def silu_zero_point(scale: Tensor, bits: int | Tensor) -> Tensor:
+    """The zero point at which SiLU's smallest value has code 0, rounded straight through."""
+    return round_straight_through(clamp_codes(-SILU_MINIMUM / scale, bits))
 
 
 class FixedGrid(nn.Module):
@@ -131,7 +145,11 @@ class FixedGrid(nn.Module):
         scale = self.layout.broadcast(current, x)
         if smoothing is not None:
             scale = scale * self.layout.along_channels(smoothing, x)
-        return learned_quantize(x, scale, zero_point, self.layout.bits)
+        bits = self.layout.bits_at(row)
+        if not isinstance(bits, int):
+            bits = bits.to(x.device)
+            bits = per_sample(bits, x) if bits.dim() == 2 else bits
+        return learned_quantize(x, scale, zero_point, bits)
 
     @torch.no_grad()
     def frozen(self) -> FixedGrid:
@@ -153,7 +171,7 @@ class LearnedScale(FixedGrid):
 
     def current_zero_point(self, row: Tensor | None, scale: Tensor) -> Tensor:
         if self.layout.kind == "silu":
-            return self.layout.silu_zero_point(scale)
+            return silu_zero_point(scale, self.layout.bits_at(row))
         return super().current_zero_point(row, scale)
 
 
@@ -179,23 +197,30 @@ class GeneratedScale(LearnedScale):
         clock, zero_points = grid.layout.clock, generation.zero_points
         generator = IntervalGenerator(clock.timesteps, groups, turns=generation.turns, zero_points=zero_points)
         super().__init__(grid, generator)
-        self.generation, top = generation, largest_code(grid.layout.bits)
+        self.generation = generation
         if generation.published:
-            generator.start(self.scale[0], self.zero_point[0] / top)
+            generator.start(self.scale[0], self.zero_point[0] / self._top(torch.tensor(0)))
         elif grid.start is not None:
             start = Start(*(values.to(self.scale.device) for values in grid.start))
-            generator.fit(start.rows, start.gains, start.zero_points / top)
+            generator.fit(start.rows, start.gains, start.zero_points / self._top(start.rows))
             generator.eval()  # without dropout, which would only disturb tens of iterations
         elif zero_points:
             every = torch.arange(grid.layout.rows, device=self.scale.device)
-            generator.fit(every, torch.ones_like(self.scale), self.zero_point / top)
+            generator.fit(every, torch.ones_like(self.scale), self.zero_point / self._top(None))
+
+    def _top(self, row: Tensor | None) -> int | Tensor:
+        """The largest code at a row, shaped as by `ActivationLayout.bits_at`."""
+        top = largest_code(self.layout.bits_at(row))
+        return top if isinstance(top, int) else top.to(self.scale.device)
 
     def current_scale(self, row: Tensor | None = None) -> Tensor:
         training = self.gain.training
         self.gain.train(training and torch.is_grad_enabled())  # dropout only while gradients are recorded
         if self.generation.published:
             every = torch.arange(self.layout.rows, device=self.scale.device)
-            scale = self.gain(every if row is None else row).clamp(min=SMALLEST_SCALE)
+            # The interval is the same whatever the bits: of row 0, which the generator started from.
+            steps = self._top(torch.tensor(0)) / self._top(row)
+            scale = (self.gain(every if row is None else row) * steps).clamp(min=SMALLEST_SCALE)
         else:
             scale = super().current_scale(row)
         self.gain.train(training)
@@ -204,12 +229,12 @@ class GeneratedScale(LearnedScale):
     def current_zero_point(self, row: Tensor | None, scale: Tensor) -> Tensor:
         if not self.generation.zero_points:
             return super().current_zero_point(row, scale)
-        training, top = self.gain.training, largest_code(self.layout.bits)
+        training, top = self.gain.training, self._top(row)
         self.gain.train(training and torch.is_grad_enabled())
         every = torch.arange(self.layout.rows, device=self.scale.device)
         share = self.gain.zero_points(every if row is None else row)
         self.gain.train(training)
-        return round_straight_through((top * share).clamp(0, top))
+        return round_straight_through(clamp_codes(top * share, self.layout.bits_at(row)))
 
 
 @dataclass(frozen=True)

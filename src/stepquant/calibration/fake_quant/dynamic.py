@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.rounding import learned_quantize
+from stepquant.layers.attention import bits_of
+from stepquant.layers.clock import StepClock
 
 
 class DynamicPoint(nn.Module):
@@ -20,9 +22,9 @@ class DynamicPoint(nn.Module):
     random = False
     """Whether random numbers are drawn, as in `ActivationPoint`."""
 
-    def __init__(self, grid: DynamicGrid, channel_dim: int = -1) -> None:
+    def __init__(self, grid: DynamicGrid, clock: StepClock, channel_dim: int = -1) -> None:
         super().__init__()
-        self.grid, self.channel_dim = grid, channel_dim
+        self.grid, self.clock, self.channel_dim = grid, clock, channel_dim
         self.bypassed = False
 
     @property
@@ -32,8 +34,9 @@ class DynamicPoint(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bypassed:
             return x
-        scale, zero_point = self.grid.of(x, self.channel_dim)
-        return learned_quantize(x, scale, zero_point, self.bits)
+        bits = bits_of(self.grid, self.clock.row, x)
+        scale, zero_point = self.grid.of(x, self.channel_dim, bits)
+        return learned_quantize(x, scale, zero_point, bits)
 
     def stored_grid(self) -> DynamicGrid:
         """The grid as it is stored."""

@@ -92,8 +92,9 @@ class CalibratedAttention(AttentionProcessor):
 
     def scale_of_value(self, value: Tensor) -> Tensor | None:
         points: list[Any] = [self.points[name] for name in ("probability", "value") if name in self.points]
-        grids = (each.grid if isinstance(each, DynamicPoint) and not each.bypassed else None for each in points)
-        return dynamic_scale(value, *grids)
+        if not all(isinstance(each, DynamicPoint) and not each.bypassed for each in points):
+            return None
+        return dynamic_scale(value, points[-1].clock.row, *(each.grid for each in points)) if points else None
 
     def to_quantized(self) -> QuantizedAttention:
         """Grids as they are stored."""
@@ -111,6 +112,7 @@ def wrap(
     split: int | None = None,
     group_size: int | None = None,
     rows: int = 1,
+    row_bits: Tensor | None = None,
     dynamic: bool = False,
     weight_range: Range = "least-error",
     rounding: type[RoundToNearest] = RoundToNearest,
@@ -121,7 +123,8 @@ def wrap(
         activation_bits: of the input; None leaves it in floating point.
         split, group_size: see `group_channels`.
         rows: of the input's grid.
-        dynamic: the input's grid follows its values; `rows` is not used then.
+        row_bits: uint8 [rows], bits of the input in each row; None: `activation_bits`.
+        dynamic: the input's grid follows its values; it has rows only for `row_bits`.
         weight_range, rounding: see `WeightPoint`.
     """
     assert can_quantize(module)
@@ -135,6 +138,13 @@ def wrap(
         return CalibratedLayer(module, weight, None)
     channel_dim = -1 if isinstance(module, nn.Linear) else 1
     if dynamic:
-        return CalibratedLayer(module, weight, DynamicPoint(DynamicGrid(activation_bits, group_size), channel_dim))
+        grid = dynamic_grid(activation_bits, group_size, row_bits)
+        return CalibratedLayer(module, weight, DynamicPoint(grid, clock, channel_dim))
     sides = group_channels(channels, split, None) if split is not None else ()
-    return CalibratedLayer(module, weight, ActivationPoint(activation_bits, clock, channel_dim, sides, rows))
+    point = ActivationPoint(activation_bits, clock, channel_dim, sides, rows, row_bits=row_bits)
+    return CalibratedLayer(module, weight, point)
+
+
+def dynamic_grid(bits: int, group_size: int | None, row_bits: Tensor | None) -> DynamicGrid:
+    """A dynamic grid of `bits`, or with bits for each row: uint8 [R]."""
+    return DynamicGrid(bits if row_bits is None else int(row_bits.max()), group_size, row_bits)

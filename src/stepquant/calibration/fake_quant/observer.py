@@ -64,34 +64,39 @@ class Observer(nn.Module):
         Raises:
             RuntimeError: if nothing was observed.
         """
-        rows, (count, _), bits = self.observations.rows, self.layout.shape, self.layout.bits
+        rows, (count, _), bits = self.observations.rows, self.layout.shape, self.layout.bits_by_row
         if not rows:
             raise RuntimeError("no range can be searched: the activation was never observed")
+        nearest = (torch.arange(count)[:, None] - torch.tensor(rows)).abs().argmin(dim=1)
         if per_row:
-            scale, zero_point = self._row_grids(method, neighbours)
-            nearest = (torch.arange(count)[:, None] - torch.tensor(rows)).abs().argmin(dim=1)
-            return scale[nearest], zero_point[nearest], None
-        scale, zero_point = self.layout.grid(*self._range(method, rows, self.observations.values()))
+            return *self._row_grids(method, neighbours, list(zip(nearest.tolist(), bits, strict=True))), None
+        values = self.observations.values()
+        shared = {one: self.layout.grid(*self._range(method, rows, values, one), one) for one in set(bits)}
+        scale, zero_point = _stacked([shared[one] for one in bits])
         start = None
         if count > 1 and row_zero_points:
-            scales, zero_points = self._row_grids(method, NEIGHBOURS)
-            start = Start(torch.tensor(rows), scales / scale, zero_points)
+            own = [(index, bits[row]) for index, row in enumerate(rows)]
+            scales, zero_points = self._row_grids(method, NEIGHBOURS, own)
+            start = Start(torch.tensor(rows), scales / scale[rows], zero_points)
         elif count > 1:
             # On the neighbours' values as well: a row has few samples, whose range clips what other images need.
             gains = [
-                least_error_gain(self._thinned(values), scale, zero_point, bits)
-                for _, values in self._neighbourhoods(NEIGHBOURS)
+                least_error_gain(self._thinned(values), scale[row], zero_point[row], bits[row])
+                for row, (_, values) in zip(rows, self._neighbourhoods(NEIGHBOURS), strict=True)
             ]
-            start = Start(torch.tensor(rows), torch.stack(gains), zero_point.expand(len(rows), -1))
-        return scale.expand(count, -1).clone(), zero_point.expand(count, -1).clone(), start
+            start = Start(torch.tensor(rows), torch.stack(gains), zero_point[rows])
+        return scale, zero_point, start
 
-    def _row_grids(self, method: ActivationRange, neighbours: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each observed row, float32 [K, G] each."""
-        grids = [
-            self.layout.grid(*self._range(method, near, values)) for near, values in self._neighbourhoods(neighbours)
-        ]
-        scale, zero_point = (torch.stack(values) for values in zip(*grids, strict=True))
-        return scale, zero_point
+    def _row_grids(
+        self, method: ActivationRange, neighbours: int, wanted: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32 [N, G] each, of N pairs: index of an observed row, and bits."""
+        seen = list(self._neighbourhoods(neighbours))
+        grids = {
+            (index, bits): self.layout.grid(*self._range(method, *seen[index], bits), bits)
+            for index, bits in dict.fromkeys(wanted)
+        }
+        return _stacked([grids[pair] for pair in wanted])
 
     def _neighbourhoods(self, neighbours: int) -> Iterator[tuple[list[int], Tensor]]:
         """Each observed row with its `neighbours` on either side, and the values recorded there, float [G, n]."""
@@ -101,9 +106,9 @@ class Observer(nn.Module):
             near = slice(max(0, index - neighbours), index + neighbours + 1)
             yield rows[near], torch.cat(recorded[near], dim=1)
 
-    def _range(self, method: ActivationRange, rows: list[int], values: Tensor) -> tuple[Tensor, Tensor]:
+    def _range(self, method: ActivationRange, rows: list[int], values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The range, float [G] twice, of `values`, float [G, n], which were observed in `rows`."""
-        if method == "moving-average" and self.layout.bits > SEARCHED_BELOW and not self.layout.unsigned:
+        if method == "moving-average" and bits > SEARCHED_BELOW and not self.layout.unsigned:
             return self._moving_average(rows)
         if method == "deviations" and self.layout.kind != "affine":
             deviations = SILU_DEVIATIONS if self.layout.kind == "silu" else DEVIATIONS
@@ -113,7 +118,7 @@ class Observer(nn.Module):
         low, high = self.observations.low[rows].amin(0), self.observations.high[rows].amax(0)
         if self.layout.unsigned:
             low = torch.zeros_like(low)
-        return find_range(self._thinned(values), self.layout.bits, search, low=low, high=high)
+        return find_range(self._thinned(values), bits, search, low=low, high=high)
 
     def _moving_average(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of the first samples, then averaged with those of batches of as many."""
@@ -127,3 +132,9 @@ class Observer(nn.Module):
     def _thinned(self, values: Tensor) -> Tensor:
         """About `SEARCHED_VALUES` of the values at most: float [G, n]."""
         return values[:, :: math.ceil(values.shape[1] / SEARCHED_VALUES)]
+
+
+def _stacked(grids: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, float32 [G] each -> [N, G] each."""
+    scale, zero_point = (torch.stack(values) for values in zip(*grids, strict=True))
+    return scale, zero_point

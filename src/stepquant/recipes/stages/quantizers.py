@@ -28,8 +28,8 @@ class AddQuantizers(Stage):
     split_skips: bool = False
     """Quantize the two sides of a skip concatenation apart, unless the spec says otherwise."""
     rows: Literal["one", "calibrated", "training"] = "one"
-    """Scales of an activation: one for all steps; one for each step that was calibrated; or one for each timestep of
-    training."""
+    """Scales of an activation: one for all steps, unless the spec has other bits for some; one for each step that was
+    calibrated; or one for each timestep of training."""
     rows_of: Literal["all", "time"] = "all"
     """Which layers' activations have these rows: all, or the layers that depend on the timestep alone."""
     rounding: type[RoundToNearest] = RoundToNearest
@@ -45,7 +45,8 @@ class AddQuantizers(Stage):
             context.reference,
             context.description,
             spec,
-            timesteps=self._timesteps(context, state),
+            timesteps=(timesteps := self._timesteps(context, state)),
+            times=[] if timesteps is None or not spec.step_bits else state.samples.times(timesteps, context.steps),
             tabled=None if self.rows_of == "all" else context.description.time_layers,
             weight_range=self.weight_range,
             progress=context.progress,
@@ -62,10 +63,10 @@ class AddQuantizers(Stage):
 
     def _timesteps(self, context: Context, state: State) -> Tensor | None:
         """Of the rows of activation tables, as the denoiser is given them: float [R]; None for one row."""
-        if self.rows == "one":
+        if self.rows == "one" and not context.spec.step_bits:
             return None
         seen = state.samples.timesteps
-        if self.rows == "calibrated":
+        if self.rows != "training":
             return seen.unique()
         timesteps = training_timesteps(scheduler_of(context.pipeline, context.component))
         return as_seen(timesteps, seen, state.samples.steps)

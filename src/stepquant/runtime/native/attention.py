@@ -7,7 +7,6 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from stepquant.core.affine import largest_code
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import Grid
 from stepquant.errors import StepquantError
@@ -41,10 +40,8 @@ class NativeAttention(AttentionKernel):
         self.library = library(instructions)
         self.extension = INSTRUCTION_SETS[instructions or available()[0]].code
         attention = processor.attention()
-        self.grids: list[Grid | DynamicGrid] = [getattr(attention, name) for name in OPERANDS]
-        tables = [grid for grid in self.grids if isinstance(grid, Grid)]
-        self.zero_points = [table.zero_point.int() for table in tables]
-        self.by_row = self.lasting = [table.scale for table in tables] + self.zero_points
+        self.columns = [_columns(getattr(attention, name)) for name in OPERANDS]
+        self.by_row = self.lasting = [column for columns in self.columns for column in columns]
 
     def fits(self, query: Tensor, key: Tensor) -> bool:
         """Whether neither an accumulator nor the difference of two scores can overflow."""
@@ -102,19 +99,20 @@ class NativeAttention(AttentionKernel):
         record(attention)
         return y.to(dtype).transpose(1, 2)
 
-    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, tuple[Tensor, Tensor] | None]:  # type: ignore[valid-type]
+    def _grid(self, index: int, row: Tensor, batch: int) -> tuple[OperandGrid, list[Tensor]]:  # type: ignore[valid-type]
         """The grid of an operand at a row, and the tensors that it points into."""
-        table = self.grids[index]
-        top = largest_code(table.bits)
-        if isinstance(table, DynamicGrid):
-            return OperandGrid(None, None, 0, top), None
-        zero_point = self.zero_points[index]
-        if table.rows == 1 or row.dim() == 0:
-            at = 4 * table_row(row, table.rows)
-            return OperandGrid(table.scale.data_ptr() + at, zero_point.data_ptr() + at, 0, top), None
-        rows = of_samples(row, batch)
-        values = (rows_of(table.scale, rows), rows_of(zero_point, rows))
-        return OperandGrid(values[0].data_ptr(), values[1].data_ptr(), 1, top), values
+        columns, per_sample = self.columns[index], 0
+        rows = len(columns[0])
+        if rows > 1 and row.dim():
+            columns, per_sample = [rows_of(column, of_samples(row, batch)) for column in columns], 1
+        at = 0 if per_sample else 4 * table_row(row, rows)
+        top, *tables = (column.data_ptr() + at for column in columns)
+        return OperandGrid(*(tables or (None, None)), top, per_sample), columns
+
+
+def _columns(grid: Grid | DynamicGrid) -> list[Tensor]:
+    """The largest code, int32 [R], and of a stored grid scale and zero point, each [R, 1, 1]."""
+    return [grid.tops, *([grid.scale, grid.zero_point.int()] if isinstance(grid, Grid) else [])]
 
 
 def _described(x: Tensor) -> str:

@@ -39,7 +39,11 @@ class NativeKernel(Kernel):
     """
 
     capabilities = Capabilities(
-        kernel_dims=frozenset({0, 1, 2, 3}), transposed=True, dynamic=True, grouped_convolutions=True
+        kernel_dims=frozenset({0, 1, 2, 3}),
+        transposed=True,
+        dynamic=True,
+        grouped_convolutions=True,
+        bits_by_row=True,
     )
     fuses = True
     group_norm = staticmethod(group_norm)
@@ -51,12 +55,10 @@ class NativeKernel(Kernel):
         self.library = library(instructions)
         self.extension = INSTRUCTION_SETS[instructions].code
         self.layer = PackedLayer.of(module, nibbles=packed, halves=instructions != "amx")
-        self.by_row: list[Tensor] = []
-        self.rows, self.groups = 1, 1
+        self.rows, self.groups = grid.rows, max(1, len(grid.format.groups))
+        self.by_row = [grid.tops]
         if isinstance(grid, Grid):
-            self.scale, self.zero_point = grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()
-            self.rows, self.groups = self.scale.shape
-            self.by_row = [self.scale, self.zero_point]
+            self.by_row += [grid.scale.squeeze(2).clone(), grid.zero_point.squeeze(2).int()]
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
     @classmethod
@@ -136,12 +138,13 @@ class NativeKernel(Kernel):
             residual = residual.contiguous(memory_format=plan.memory_format)
         y = torch.empty(plan.shape, dtype=plan.dtype, device="cpu", memory_format=plan.memory_format)
         sums = y if len(pieces) == 1 or dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-        scale, zero_point, step, keep = self._grid(row, plan.batch, per_step)
+        (top, *tables), step, keep = self._grid(row, plan.batch, per_step)
         for index, piece in enumerate(pieces):
             call = Call.from_buffer_copy(plan.calls[index])
             call.x = x.data_ptr() + plan.offsets[index]
-            if self.by_row:
-                call.scale, call.zero_point = scale + piece.group * step, zero_point + piece.group * step
+            call.top = top
+            if tables:
+                call.scale, call.zero_point = (table + piece.group * step for table in tables)
             call.codes = scratch("codes", plan.geometries[index].bytes)
             call.y = (y if index == len(pieces) - 1 else sums).data_ptr()
             if multiply is not None and add is not None:
@@ -177,16 +180,15 @@ class NativeKernel(Kernel):
         self.plans[request] = plan
         return plan
 
-    def _grid(self, row: Tensor, batch: int, per_step: bool) -> tuple[int, int, int, Any]:
-        """Addresses of the first group's scale and zero point, bytes to the next group, and the tensors they are in."""
-        if not self.by_row:
-            return 0, 0, 0, None
+    def _grid(self, row: Tensor, batch: int, per_step: bool) -> tuple[list[int], int, Any]:
+        """Addresses of the largest code, and of the first group's scale and zero point of a fixed grid; bytes from one
+        group to the next; and the tensors that the addresses are in."""
         if not per_step:
-            at = table_row(row, self.rows) * self.groups * 4
-            return self.scale.data_ptr() + at, self.zero_point.data_ptr() + at, 4, None
+            at = table_row(row, self.rows)
+            return [x.data_ptr() + at * x.stride(0) * 4 for x in self.by_row], 4, None
         rows = of_samples(row, batch)
         tables = [rows_of(values, rows).t().contiguous() for values in self.by_row]
-        return tables[0].data_ptr(), tables[1].data_ptr(), 4 * batch, tables
+        return [table.data_ptr() for table in tables], 4 * batch, tables
 
 
 def _of_each(values: Tensor, batch: int) -> Tensor:

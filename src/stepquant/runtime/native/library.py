@@ -40,12 +40,15 @@ Positions = _structure(
     pixel_bytes=c_int64, height=c_int64, width=c_int64, flat=c_int64,
 )  # fmt: skip
 Call = _structure(
-    "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, multiply=c_void_p, add=c_void_p, codes=c_void_p,
-    y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p, source=Source, plane=Plane,
-    grids=Grids, layer=Layer, positions=Positions, per_sample=c_int32, top=c_int32, norm_image=c_int64, epsilon=c_float,
-    activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, extension=c_int32, threads=c_int32,
+    "Call", x=c_void_p, scale=c_void_p, zero_point=c_void_p, top=c_void_p, multiply=c_void_p, add=c_void_p,
+    codes=c_void_p, y=c_void_p, channel_add=c_void_p, gate=c_void_p, residual=c_void_p, smoothing=c_void_p,
+    source=Source, plane=Plane, grids=Grids, layer=Layer, positions=Positions, per_sample=c_int32, norm_image=c_int64,
+    epsilon=c_float, activation=c_int32, y_type=c_int32, residual_type=c_int32, factor=c_float, extension=c_int32,
+    threads=c_int32,
 )  # fmt: skip
-OperandGrid = _structure("OperandGrid", scale=c_void_p, zero_point=c_void_p, per_sample=c_int32, top=c_int32)
+OperandGrid = _structure(
+    "OperandGrid", scale=c_void_p, zero_point=c_void_p, top=c_void_p, per_sample=c_int32
+)  # fmt: skip
 Heads = _structure("Heads", x=c_void_p, type=c_int32, image=c_int64, row=c_int64, head=c_int64)
 Attention = _structure(
     "Attention", query=Heads, key=Heads, value=Heads, grids=OperandGrid * 4, mask=c_void_p, mask_image=c_int64,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.core.affine import largest_code
 from stepquant.core.dynamic import DynamicGrid
 from stepquant.core.qtensor import QTensor, QuantizedLayer
 from stepquant.layers.conv import QuantizedConv
@@ -72,7 +71,6 @@ class PackedLayer(NamedTuple):
         starts: int64, the first channel of the windows of each 32 outputs; None if windows have all channels.
         bias: float32 [out, padded], or None.
         smoothing: float32 [in], divides the input; its reciprocals for a dynamic activation; or None.
-        top: the largest code of the activation.
     """
 
     outputs: int
@@ -82,7 +80,6 @@ class PackedLayer(NamedTuple):
     starts: Tensor | None
     bias: Tensor | None
     smoothing: Tensor | None
-    top: int
     dynamic: DynamicGrid | None
 
     @classmethod
@@ -115,7 +112,6 @@ class PackedLayer(NamedTuple):
             None if convolution is None else convolution.channel_starts(),
             None if bias is None else padded(bias.repeat(outputs // len(bias)), torch.float32),
             None if smoothing is None else smoothing.clone(),
-            largest_code(layer.input.bits),
             dynamic,
         )
 

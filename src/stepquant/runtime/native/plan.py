@@ -146,7 +146,7 @@ def make_plan(layer: PackedLayer, request: Request, extension: int) -> Plan:
                 piece.largest,
             ),
             positions=geometry.positions,
-            per_sample=request.per_step, top=layer.top,
+            per_sample=request.per_step,
             norm_image=layer.inputs if request.several_norms else 0, epsilon=request.epsilon or 0.0,
             activation=ACTIVATIONS[request.activation],
             y_type=TYPES[request.dtype if last else torch.float32], residual_type=residual_type,

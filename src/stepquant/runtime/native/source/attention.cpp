@@ -14,7 +14,7 @@
 namespace {
 
 Quantizer quantizer_of(const OperandGrid& grid, int64_t sample) {
-  return Quantizer(grid.scale, grid.zero_point, grid.per_sample ? sample : 0, grid.top);
+  return Quantizer(grid.scale, grid.zero_point, grid.top, grid.per_sample ? sample : 0);
 }
 
 // Writes the codes of one row of `size` values; returns whether a value is NaN.
@@ -108,8 +108,8 @@ void attend(const Attention a) {
   int8_t* const base = (int8_t*)(memory + starts_bytes);
   bool* const nan_of_pair = (bool*)(base + pairs * pair_bytes);  // whether a key or value is NaN
   char* const thread_memory = (char*)nan_of_pair + aligned(pairs);
-  const Product score = product_for(a.extension, a.grids[0].top, 128);
-  const Product mix = product_for(a.extension, a.grids[3].top, 128);
+  const Product score = product_of(a.extension, a.grids[0], a.batch);
+  const Product mix = product_of(a.extension, a.grids[3], a.batch);
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
   {

@@ -1,11 +1,18 @@
 // What attention with stored and with dynamic grids have in common.
 #pragma once
+#include <algorithm>
+
 #include "call.h"
 #include "product.h"
 
 constexpr float LOG2E = 1.44269504f;
 
 void attend_dynamic(const Attention& a);
+
+// The fastest product of an operand's codes and those of the other, which may be any.
+inline Product product_of(int32_t extension, const OperandGrid& grid, int64_t batch) {
+  return product_for(extension, *std::max_element(grid.top, grid.top + (grid.per_sample ? batch : 1)), 128);
+}
 
 // From codes to packed columns of code - 128. The channels of a key are the products of one column; the channels of a
 // value are one product each of as many columns.

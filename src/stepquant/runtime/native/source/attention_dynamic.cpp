@@ -126,8 +126,8 @@ void attend_dynamic(const Attention& a) {
   static thread_local Scratch scratch;
   char* const memory = scratch.of(pairs * pair_bytes + a.threads * thread_bytes);
   char* const thread_memory = memory + pairs * pair_bytes;
-  const int32_t top[4] = {a.grids[0].top, a.grids[1].top, a.grids[2].top, a.grids[3].top};
-  const Product score = product_for(a.extension, top[0], 128), mix = product_for(a.extension, top[3], 128);
+  const auto top_of = [&](int operand, int64_t b) { return a.grids[operand].top[a.grids[operand].per_sample ? b : 0]; };
+  const Product score = product_of(a.extension, a.grids[0], a.batch), mix = product_of(a.extension, a.grids[3], a.batch);
   static const int32_t ZEROS[16] = {};
   const int64_t zero_tap = 0;
 #pragma omp parallel num_threads(a.threads)
@@ -145,7 +145,7 @@ void attend_dynamic(const Attention& a) {
       bool nan = false;
       for (int64_t i = 0; i < a.key_length; i++) {
         const int64_t at = b * a.key.image + i * a.key.row + h * a.key.head;
-        const Token t = code_token(a.key, at, a.size, top[1], codes + i * a.size);
+        const Token t = code_token(a.key, at, a.size, top_of(1, b), codes + i * a.size);
         pair.sum[i] = (float)(t.sum - 128 * a.size), pair.zero_point[i] = (float)(t.zero_point - 128), pair.scale[i] = t.scale;
         nan |= t.nan;
       }
@@ -153,7 +153,7 @@ void attend_dynamic(const Attention& a) {
       float most = 0;
       for (int64_t i = 0; i < a.key_length; i++) {
         const int64_t at = b * a.value.image + i * a.value.row + h * a.value.head;
-        const Token t = code_token(a.value, at, a.size, top[2], codes + i * a.size);
+        const Token t = code_token(a.value, at, a.size, top_of(2, b), codes + i * a.size);
         pair.value_zero_point[i] = t.zero_point - 128, pair.share[i] = t.scale;
         most = std::max(most, t.scale);
         nan |= t.nan;
@@ -166,6 +166,7 @@ void attend_dynamic(const Attention& a) {
     for (int64_t block = 0; block < a.batch * a.heads * blocks; block++) {
       const int64_t head = block / blocks, start = block % blocks * 32, many = std::min<int64_t>(32, a.length - start);
       const int64_t b = head / a.heads, h = head % a.heads;
+      const int32_t top = top_of(3, b);
       char* const own = memory + head / together * pair_bytes;
       const Pair pair(own + key_bytes + value_bytes, wide);
       const int8_t *keys = (const int8_t*)own, *values = keys + key_bytes;
@@ -174,7 +175,7 @@ void attend_dynamic(const Attention& a) {
       Token query[32];
       for (int64_t i = 0; i < many; i++) {
         const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
-        query[i] = code_token(a.query, at, a.size, top[0], queries + i * deep);
+        query[i] = code_token(a.query, at, a.size, top_of(0, b), queries + i * deep);
       }
       Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
@@ -189,11 +190,11 @@ void attend_dynamic(const Attention& a) {
         const float most = scores_of(row, a.key_length, pair, query[i], a.size, a.factor, added);
         float peak;
         const float total = powers((float*)row, a.key_length, most, pair.share, peak);
-        const float factor = (float)top[3] / peak;
+        const float factor = (float)top / peak;
         const bool empty = most == -INFINITY || !(factor < INFINITY);  // every key is masked, or every value is 0
-        code_sum[i] = -probability_codes((const float*)row, a.key_length, empty ? 0 : factor, pair.value_zero_point, top[3],
+        code_sum[i] = -probability_codes((const float*)row, a.key_length, empty ? 0 : factor, pair.value_zero_point, top,
                                          probabilities + i * 64, 32 * 64);
-        scale[i] = empty ? 0 : peak / ((float)top[3] * total) * *pair.most;
+        scale[i] = empty ? 0 : peak / ((float)top * total) * *pair.most;
         if (query[i].nan || !(most < INFINITY) || std::isnan(*pair.most)) scale[i] = NAN;
       }
       // Rows from `many` on hold leftovers, which are finite; their results are not stored.

@@ -61,6 +61,7 @@ struct Call {
   const void* x;
   const float* scale;          // [batch] or [1]; null if `grids` are dynamic
   const int32_t* zero_point;   // [batch] or [1]
+  const int32_t* top;          // [batch] or [1], the largest code
   const float *multiply, *add; // [batch or 1, channels] of a normalization
   uint8_t* codes;
   void* y;
@@ -74,7 +75,7 @@ struct Call {
   Grids grids;
   Layer layer;
   Positions positions;
-  int32_t per_sample, top;     // whether each sample has its own grid; the largest code
+  int32_t per_sample;          // whether each sample has its own grid
   int64_t norm_image;          // elements of `multiply` and `add` from one sample to the next
   float epsilon;               // of a layer normalization, which normalizes each pixel's channels first; else 0
   int32_t activation;
@@ -111,7 +112,8 @@ struct Heads {  // float [batch, length, heads, size]; channels are adjacent
 struct OperandGrid {
   const float* scale;         // [batch] or [1]; null in all four if the grids are dynamic
   const int32_t* zero_point;  // [batch] or [1]
-  int32_t per_sample, top;
+  const int32_t* top;         // [batch] or [1]
+  int32_t per_sample;
 };
 
 struct Attention {

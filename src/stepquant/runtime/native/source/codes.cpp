@@ -92,7 +92,7 @@ bool code_row(const Call& call, Values<TYPE, NORM, ACTIVATION> values, int64_t f
 
 // Writes the codes and grids of one pixel. The scale of a group with a NaN is NaN, and so is what depends on it.
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
-void code_pixel(const Call& call, const Values<TYPE, NORM, ACTIVATION>& values, const Row& row) {
+void code_pixel(const Call& call, const Values<TYPE, NORM, ACTIVATION>& values, int32_t top, const Row& row) {
   const int64_t channels = call.source.channels, group = call.grids.channels, groups = call.grids.groups;
   const int64_t wide = (groups + 15) / 16 * 16;
   float *const low = row.memory + channels + 16, *const high = low + wide, *const inverse = high + wide, *const zero = inverse + wide;
@@ -109,14 +109,14 @@ void code_pixel(const Call& call, const Values<TYPE, NORM, ACTIVATION>& values, 
     low[g] = smallest(least), high[g] = largest(most);
   }
   for (int64_t g = 0; g < groups; g += 16) {
-    const Range range(load(low + g), load(high + g), call.top);
+    const Range range(load(low + g), load(high + g), top);
     store(first(groups - g), row.scale + g, range.scale);
     store(first(groups - g), row.zero_point + g, range.zero_point);
     store(inverse + g, range.inverse);
     store(zero + g, range.zero_point);
   }
   for (int64_t g = 0; g < groups; g++) {
-    const Quantizer quantizer(row.scale[g], inverse[g], (int32_t)zero[g], call.top);
+    const Quantizer quantizer(row.scale[g], inverse[g], (int32_t)zero[g], top);
     const int64_t stop = std::min(channels, (g + 1) * group);
     Ints seen = set(0);
     for (int64_t c = g * group; c < stop; c += 16) {
@@ -128,14 +128,14 @@ void code_pixel(const Call& call, const Values<TYPE, NORM, ACTIVATION>& values, 
 
 // The same as `code_row` for dynamic activations.
 template <int32_t TYPE, int32_t NORM, int32_t ACTIVATION>
-bool code_pixels(const Call& call, Values<TYPE, NORM, ACTIVATION> values, int64_t from, const float*, const Quantizer&,
-                 const Row& row) {
+bool code_pixels(const Call& call, Values<TYPE, NORM, ACTIVATION> values, int64_t from, const float*,
+                 const Quantizer& quantizer, const Row& row) {
   const Source& s = call.source;
   const int64_t groups = call.grids.groups;
   Row pixel = row;
   for (int64_t column = 0; column < s.width; column += s.scale, from += s.pixel) {
     values.move_to(from);
-    code_pixel(call, values, pixel);
+    code_pixel(call, values, quantizer.top, pixel);
     for (int64_t copy = 1; copy < s.scale; copy++) {
       memcpy(pixel.codes + s.channels, pixel.codes, s.channels);
       memcpy(pixel.scale + groups, pixel.scale, groups * sizeof(float));
@@ -209,8 +209,9 @@ void make_codes(const Call call) {
 #pragma omp parallel for collapse(2) num_threads(call.threads) schedule(static)
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t r = 0; r < rows; r++) {
-      const Quantizer quantizer = groups ? Quantizer(1, 1, 0, call.top)
-                                         : Quantizer(call.scale, call.zero_point, call.per_sample ? b : 0, call.top);
+      const int64_t at = call.per_sample ? b : 0;
+      const Quantizer quantizer =
+          groups ? Quantizer(1, 1, 0, call.top[at]) : Quantizer(call.scale, call.zero_point, call.top, at);
       const int32_t zero = quantizer.zero_point;
       const int64_t start = b * image_pixels + p.left + r * p.row_pixels;
       const int64_t frame = r / frame_rows - p.front, y = r % frame_rows - p.top;

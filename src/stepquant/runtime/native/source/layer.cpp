@@ -134,7 +134,8 @@ void multiply(const Call call) {
   // unpacked are processed one block at a time.
   const int64_t together = l.zero_point ? 1 : std::clamp<int64_t>((1 << 20) / column_bytes, 1, column_blocks);
   const int64_t blocks = row_blocks * column_blocks;
-  const Product product = product_for(call.extension, call.top, l.largest);
+  const int32_t top = *std::max_element(call.top, call.top + (call.per_sample ? p.batch : 1));
+  const Product product = product_for(call.extension, top, l.largest);
   static thread_local Scratch scratch;
   int8_t* const unpacked_columns = l.zero_point ? (int8_t*)scratch.of(call.threads * column_bytes) : nullptr;
 #pragma omp parallel num_threads(call.threads)

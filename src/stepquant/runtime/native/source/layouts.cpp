@@ -31,16 +31,16 @@ const std::map<std::string, std::string>& layouts() {
       LAYOUT(Positions, AT(batch) + AT(frames) + AT(image_bytes) + AT(frame_bytes) + AT(row_bytes) + AT(pixel_bytes) +
              AT(height) + AT(width) +
              AT(flat)),
-      LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
+      LAYOUT(Call, AT(x) + AT(scale) + AT(zero_point) + AT(top) + AT(multiply) + AT(add) + AT(codes) + AT(y) +
              AT(channel_add) + AT(gate) + AT(residual) + AT(smoothing) + AT(source) + AT(plane) +
              AT(grids) + AT(layer) +
-             AT(positions) + AT(per_sample) + AT(top) + AT(norm_image) + AT(epsilon) + AT(activation) + AT(y_type)
+             AT(positions) + AT(per_sample) + AT(norm_image) + AT(epsilon) + AT(activation) + AT(y_type)
              + AT(residual_type) + AT(factor) + AT(extension) + AT(threads)),
       LAYOUT(GroupNorm, AT(x) + AT(weight) + AT(bias) + AT(multiply) + AT(add) + AT(type) + AT(epsilon) +
              AT(image) + AT(pixel) + AT(batch) + AT(pixels) + AT(channels) + AT(groups) + AT(threads)),
       LAYOUT(Join, AT(x) + AT(y) + AT(bytes) + AT(pixels) + AT(threads)),
       LAYOUT(Heads, AT(x) + AT(type) + AT(image) + AT(row) + AT(head)),
-      LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(per_sample) + AT(top)),
+      LAYOUT(OperandGrid, AT(scale) + AT(zero_point) + AT(top) + AT(per_sample)),
       LAYOUT(Attention, AT(query) + AT(key) + AT(value) + AT(grids) + AT(mask) + AT(mask_image) + AT(mask_head) +
              AT(mask_row) + AT(y) + AT(y_type) + AT(y_image) + AT(y_row) + AT(y_head) + AT(batch) + AT(heads) +
              AT(length) + AT(key_length) + AT(size) + AT(key_heads) + AT(factor) + AT(extension) + AT(threads)),

@@ -84,14 +84,14 @@ struct Quantizer {
   Floats inverse, low, high;
   Ints zero;
   float scale;
-  int32_t zero_point;
+  int32_t zero_point, top;
 
-  Quantizer(const float* scales, const int32_t* zero_points, int64_t at, int32_t top)
-      : Quantizer(scales[at], 1.0f / scales[at], zero_points[at], top) {}
+  Quantizer(const float* scales, const int32_t* zero_points, const int32_t* tops, int64_t at)
+      : Quantizer(scales[at], 1.0f / scales[at], zero_points[at], tops[at]) {}
 
   Quantizer(float scale, float reciprocal, int32_t zero_point, int32_t top)
       : inverse(set(reciprocal)), low(set((float)-zero_point)), high(set((float)(top - zero_point))),
-        zero(set(zero_point)), scale(scale), zero_point(zero_point) {}
+        zero(set(zero_point)), scale(scale), zero_point(zero_point), top(top) {}
 
   Ints operator()(Floats x) const { return (*this)(x, inverse); }
 
