@@ -125,7 +125,11 @@ def test_resident_memory():
     ("arguments", "sentence"),
     [
         (["arch:cifar-ddpm", "--memory", "folded"], "--memory is 'folded': expected unpacked or packed."),
-        (["arch:none"], "architecture 'arch:none' is unknown; expected one of arch:cifar-ddpm, arch:sd15."),
+        (
+            ["arch:none"],
+            "architecture 'arch:none' is unknown; expected one of arch:cifar-ddpm, arch:sd15, "
+            "arch:wan, arch:qwen-image, arch:flux.",
+        ),
         (
             ["arch:cifar-ddpm", "--device", "cuda", "--roofline"],
             "--roofline and --resident measure a CPU and cannot be used with --device cuda.",

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -50,7 +57,32 @@ def stable_diffusion_15() -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
-NETWORKS = {"cifar-ddpm": cifar_ddpm, "sd15": stable_diffusion_15}
+def wan() -> WanTransformer3DModel:
+    """The blocks of Wan 2.1 (arXiv 2503.20314), 512 channels wide and four deep: 24 million parameters."""
+    return WanTransformer3DModel(
+        num_attention_heads=8, attention_head_dim=64, text_dim=512, freq_dim=256, ffn_dim=2048, num_layers=4,
+        qk_norm="rms_norm_across_heads", cross_attn_norm=True,
+    )  # fmt: skip
+
+
+def qwen_image() -> QwenImageTransformer2DModel:
+    """The blocks of Qwen-Image (arXiv 2508.02324), 512 channels wide and four deep: 38 million parameters."""
+    return QwenImageTransformer2DModel(
+        num_layers=4, num_attention_heads=8, attention_head_dim=64, joint_attention_dim=512, axes_dims_rope=(16, 24, 24)
+    )
+
+
+def flux() -> FluxTransformer2DModel:
+    """The blocks of FLUX.1, 512 channels wide, two of each kind: 24 million parameters."""
+    return FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, num_attention_heads=8, attention_head_dim=64,
+        joint_attention_dim=512, pooled_projection_dim=512, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "cifar-ddpm": cifar_ddpm, "sd15": stable_diffusion_15, "wan": wan, "qwen-image": qwen_image, "flux": flux,
+}  # fmt: skip
 
 
 def find_network(name: str, batch: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -80,8 +112,10 @@ def find_network(name: str, batch: int) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def example(model: Any, batch: int) -> dict[str, Any]:
-    """Random arguments of one step of a UNet."""
+    """Random arguments of one step; those of a transformer are 1024 tokens and a prompt."""
     torch.manual_seed(0)
+    if type(model) in TRANSFORMER_ARGUMENTS:
+        return TRANSFORMER_ARGUMENTS[type(model)](batch)
     config = model.config
     size = config["sample_size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -90,6 +124,43 @@ def example(model: Any, batch: int) -> dict[str, Any]:
     if isinstance(model, UNet2DConditionModel):
         arguments["encoder_hidden_states"] = torch.randn(batch, TOKENS, config["cross_attention_dim"])
     return arguments
+
+
+def _wan_arguments(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, 16, 4, 32, 32),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, 512),
+    }
+
+
+def _qwen_image_arguments(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, 1024, 64),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, 512),
+        "encoder_hidden_states_mask": torch.ones(batch, TOKENS, dtype=torch.int64),
+        "img_shapes": [[(1, 32, 32)]] * batch,
+    }
+
+
+def _flux_arguments(batch: int) -> dict[str, Any]:
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    return {
+        "hidden_states": torch.randn(batch, 1024, 64),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, 512),
+        "pooled_projections": torch.randn(batch, 512),
+        "img_ids": torch.stack([torch.zeros(32, 32), rows, columns], dim=-1).flatten(0, 1),
+        "txt_ids": torch.zeros(TOKENS, 3),
+    }
+
+
+TRANSFORMER_ARGUMENTS: dict[type, Callable[[int], dict[str, Any]]] = {
+    WanTransformer3DModel: _wan_arguments,
+    QwenImageTransformer2DModel: _qwen_image_arguments,
+    FluxTransformer2DModel: _flux_arguments,
+}
 
 
 @torch.no_grad()

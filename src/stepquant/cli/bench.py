@@ -24,7 +24,10 @@ class BenchDevice(StrEnum):
 
 def bench(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A full-precision MODEL, arch:cifar-ddpm, or arch:sd15.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A full-precision MODEL, or arch:cifar-ddpm, sd15, wan, qwen-image or flux."
+        ),
     ],
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as w8a8.")] = "w8a8",
     batch: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 8,

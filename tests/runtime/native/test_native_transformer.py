@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from torch import nn
 
 import stepquant as sq
@@ -60,6 +61,28 @@ def test_activations(name, split):
     expected = ReferenceKernel(module)(plain, row)
     worth = float(module.input_scale.max() * module.weight_scale.max()) * 128
     assert_same_up_to_ties(NativeKernel(module).run(x, row, activation=name), expected, step=worth)
+
+
+@ROWS
+@pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu"])
+@pytest.mark.parametrize("split", [((), ()), ((2, 5), (3, 4))], ids=["whole", "groups"])
+def test_feed_forward(activation, split, row, monkeypatch):
+    """Without its block, as in the transformers that have no fused block of their own."""
+    block = FeedForward(7, mult=4, activation_fn=activation).eval()
+    block.net[0].proj = linear(7, 28 * (2 if activation == "geglu" else 1), split=split)
+    block.net[2] = linear(28, 7)
+    for layer in (block.net[0].proj, block.net[2]):
+        layer.clock.row = row
+    prepare(block, "reference")
+    x = torch.randn(3, 9, 7)
+    expected = block(x)
+    prepare(block, "native")
+    worth = float(block.net[2].input_scale.max() * block.net[2].weight_scale.max()) * 128
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "gelu", None)
+        assert_same_up_to_ties(block(x), expected, step=worth)
+    block.net[2] = nn.Sequential(block.net[2], nn.Identity())
+    assert_same_up_to_ties(block(x), expected, step=worth)
 
 
 @ROWS

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -175,6 +175,7 @@ FUSED: tuple[tuple[type, Callable[[Any], bool], Callable[..., Any]], ...] = (
     (Upsample2D, _fits_upsample, _upsample),
     (Downsample2D, _fits_downsample, _downsample),
     (BasicTransformerBlock, transformer.fits_block, transformer.block_forward),
+    (FeedForward, transformer.fits_feed_forward, transformer.feed_forward_forward),
     (Transformer2DModel, transformer.fits_image, transformer.image_forward),
 )
 """Class of a block, whether a block of it can be fused, and its fused `forward`."""

@@ -2,7 +2,8 @@
 
     attention      layer normalization, modulation and quantization in one pass; gate and residual when results are
                    stored
-    feed-forward   the same; GELU or GEGLU in the pass of the second quantization
+    feed-forward   the same; GELU or GEGLU in the pass of the second quantization, as in the feed-forward of any other
+                   transformer block
     around them    group normalization in the input projection, the residual in the output projection
 
 As in `blocks`, only `forward` is replaced.
@@ -45,6 +46,7 @@ def fits_block(block: BasicTransformerBlock) -> bool:
         and all(isinstance(norm, nn.LayerNorm) and is_present(norm) for norm in norms)
         and all(_fits_attention(attention) for attention in attentions)
         and _activation(block.ff) is not None
+        and block.ff.net[0].proj.kernel.whole
     )
 
 
@@ -136,6 +138,22 @@ def _feed_forward(block: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None
     return y
 
 
+def fits_feed_forward(block: FeedForward) -> bool:
+    """Whether a feed-forward, of any transformer, has two layers with kernels and an activation that they can fuse."""
+    return _activation(block) is not None
+
+
+@opaque
+def feed_forward_forward(block: FeedForward, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``FeedForward.forward``; hidden_states: [B, ..., C]."""
+    if not is_unchanged(block):
+        return type(block).forward(block, hidden_states, *args, **kwargs)
+    inner, last = block.net[0].proj, block.net[2]
+    hidden = inner.kernel.run(hidden_states, inner.clock.row)
+    y: Tensor = last.kernel.run(hidden, last.clock.row, activation=_activation(block))
+    return y
+
+
 def fits_image(model: Transformer2DModel) -> bool:
     """Whether a transformer has an input and an output projection of an image, as in a UNet, both with kernels."""
     return (
@@ -222,8 +240,6 @@ def _activation(block: Any) -> str | None:
     ):
         return None
     first = block.net[0]
-    if not first.proj.kernel.whole:
-        return None
     if isinstance(first, GEGLU):
         return "geglu"
     if isinstance(first, GELU):
