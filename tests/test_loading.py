@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepquant.errors import StepquantError
-from stepquant.loading import resolve_pipeline
+from stepquant.loading import locate, resolve_pipeline
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
+from tests.families.registry import FAMILIES
+from tests.original_names import whole_model
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -143,3 +145,37 @@ def test_a_variant_of_the_weights(unconditional_pipeline, tmp_path):
     with pytest.raises(StepquantError, match="cannot be loaded"):
         resolve_pipeline(str(tmp_path / "model"))
     assert resolve_pipeline(str(tmp_path / "model"), variant="fp16").unet is not None
+
+
+def test_a_single_file_of_a_whole_model_in_original_names(tmp_path):
+    """Stable Diffusion as on Civitai: denoiser, autoencoder and text encoder in one file."""
+    family = FAMILIES["Stable Diffusion 1.5"]
+    pipeline = family.build(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for part in (pipeline.unet.conv_out, pipeline.vae.decoder.conv_out):
+            part.weight.mul_(2)
+    save_file(whole_model(pipeline), tmp_path / "civitai.safetensors")
+    loaded = resolve_pipeline(str(tmp_path / "civitai.safetensors"), config=tmp_path / "model")
+    for name in ("unet", "vae", "text_encoder"):
+        states = [getattr(one, name).state_dict() for one in (pipeline, loaded)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+    request = make_request(pipeline, 2, prompts=["a"], inputs=dict(family.call))
+    assert torch.equal(generate(loaded, request, [0], 0), generate(pipeline, request, [0], 0))
+
+
+def test_a_revision_and_a_variant_of_a_hub_model(unconditional_pipeline, tmp_path, monkeypatch):
+    """A model in the hub's cache, without a network: two revisions, one of which has a variant."""
+    cache = tmp_path / "hub" / "models--owner--name"
+    for revision, commit, variant in (("main", "a" * 40, None), ("v2", "b" * 40, "fp16")):
+        unconditional_pipeline.save_pretrained(cache / "snapshots" / commit, variant=variant)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert locate("owner/name").name == "a" * 40
+    assert locate("owner/name", "v2", "fp16").name == "b" * 40
+    assert resolve_pipeline("owner/name", revision="v2", variant="fp16").unet is not None
+    with pytest.raises(StepquantError, match=r"'owner/name' .* cannot be downloaded from the hub: .*\.$"):
+        resolve_pipeline("owner/name", revision="v3")

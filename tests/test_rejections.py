@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from diffusers import DiffusionPipeline
+from typer.testing import CliRunner
 
 import stepquant
+from stepquant.cli.main import app
 from stepquant.errors import StepquantError
 from stepquant.pipelines.generate import generate
 from stepquant.pipelines.request import make_request
@@ -85,3 +89,35 @@ def test_conditions_of_different_lengths_and_a_single_sample(tmp_path):
     arguments = {"prompts": ["a red bicycle", "a"], "inputs": dict(FAMILIES["Z-Image"].call)}
     stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration=TINY, **arguments)
     stepquant.quantize(pipeline, "w8a8", recipe="minmax", calibration={"samples": 1, "steps": 2}, **arguments)
+
+
+@pytest.fixture(scope="module")
+def video_folder(video, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "video"
+    video.save_pretrained(folder)
+    FAMILIES["Stable Video Diffusion"].call["image"].save(folder.parent / "image.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (None, 'needs image, and inputs has none. Pass what its call needs as --inputs, such as {"image": ...}.'),
+        ({"picture": "image.png"}, "inputs contains 'picture', which is not an argument of StableVideoDiffusion"),
+        ({"image": "none.png"}, "none.png cannot be read: [Errno 2] No such file"),
+        ({"image": "image.png", "num_frames": 0}, "StableVideoDiffusionPipeline rejects its arguments: max()"),
+        ([], "holds list; expected an object of arguments of the pipeline's call"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+def test_wrong_inputs_of_the_command(command, inputs, message, video_folder, tmp_path):
+    given = video_folder.parent / "inputs.json"
+    if isinstance(inputs, dict):
+        inputs = {"height": 16, "width": 16, "decode_chunk_size": 2} | inputs
+    given.write_text(json.dumps(inputs))
+    arguments = [command, video_folder, *(["--inputs", given] if inputs is not None else [])]
+    if command == "quantize":
+        arguments += ["--recipe", "minmax", "--samples", 2, "--steps", 2, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    (line,) = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and line.startswith("stepquant: ") and message in line

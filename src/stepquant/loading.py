@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from stepquant import zoo
@@ -135,8 +136,8 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
         )
     try:
         downloaded = Path(DiffusionPipeline.download(model, use_safetensors=True, revision=revision, variant=variant))
-        if MANIFEST in list_repo_files(model, revision=revision):  # diffusers fetches only what it knows
-            hf_hub_download(model, MANIFEST, revision=revision)
+        with suppress(EntryNotFoundError):  # a full-precision model has none
+            hf_hub_download(model, MANIFEST, revision=revision)  # diffusers fetches only what it knows
         return downloaded
     except Exception as error:  # network, hub and file errors come in many classes
         raise StepquantError(

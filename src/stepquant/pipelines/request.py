@@ -102,7 +102,7 @@ def make_request(
     if missing:
         raise StepquantError(
             f"{called} needs {', '.join(missing)}, and inputs has none. Pass what its call needs as `inputs`, such as "
-            f"inputs={{{missing[0]!r}: ...}}."
+            f'{{"{missing[0]}": ...}}.'
         )
     steps = next((len(shared[name]) for name in SCHEDULES if shared.get(name) is not None), steps)
     _check_steps(pipeline, steps)
