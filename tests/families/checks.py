@@ -69,13 +69,19 @@ class Case:
     def calls(self) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
         """Positional arguments, keyword arguments and output of all calls of each denoiser in one plain call."""
         calls: dict[str, list[Any]] = {name: [] for name in self.family.denoisers}
-        handles = [
-            getattr(self.pipeline, name).register_forward_hook(
-                lambda _module, args, kwargs, output, name=name: calls[name].append(copied((args, kwargs, output))),
-                with_kwargs=True,
-            )
-            for name in calls
-        ]
+        begun: list[Any] = []  # a UNet takes the residuals of an adapter out of the list that it is given
+        handles = []
+        for name, own in calls.items():
+            module = getattr(self.pipeline, name)
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _module, args, kwargs: begun.append(copied((args, kwargs))), with_kwargs=True
+                ),
+                module.register_forward_hook(
+                    lambda _module, _args, _kwargs, output, own=own: own.append((*begun.pop(), copied(output))),
+                    with_kwargs=True,
+                ),
+            ]
         self.run(self.pipeline)
         for handle in handles:
             handle.remove()

@@ -263,7 +263,8 @@ FAMILIES = {
         stable_diffusion("StableDiffusionAdapterPipeline", adapter=adapter), {"image": image()} | SIZE, denoisers=UNET
     ),
     "LCM": Family(
-        stable_diffusion("LatentConsistencyModelPipeline", diffusers.LCMScheduler, lcm_unet), SIZE, denoisers=UNET
+        stable_diffusion("LatentConsistencyModelPipeline", lambda: diffusers.LCMScheduler(beta_end=0.002), lcm_unet),
+        SIZE, denoisers=UNET,
     ),
     "SDXL": Family(sdxl(), SIZE, denoisers=UNET),
     "SDXL img2img": Family(

@@ -10,7 +10,8 @@ from diffusers import DDIMPipeline
 from torch import nn
 
 from stepquant.errors import StepquantError
-from stepquant.pipelines.recording import record_calls
+from stepquant.pipelines.doubling import doubled_call
+from stepquant.pipelines.recording import on_call, record_calls
 from stepquant.pipelines.request import make_request
 
 
@@ -97,3 +98,22 @@ def test_a_component_that_is_not_called(unconditional_pipeline):
     pipeline.controlnet = nn.Identity()
     with pytest.raises(StepquantError, match="DDIMPipeline does not call its controlnet"):
         record_calls(pipeline, "controlnet", make_request(pipeline, 2), [0], 0)
+
+
+class Taking(nn.Module):
+    """Takes what it adds out of a list, as a UNet does with the residuals of a T2I-Adapter."""
+
+    def forward(self, sample, timestep, residuals):
+        return sample + residuals.pop(0) + residuals.pop(0)
+
+
+def test_arguments_are_recorded_as_they_were_before_the_call():
+    module, residuals, seen = Taking(), [torch.ones(2, 3), torch.zeros(2, 3)], []
+    remove = on_call(module, lambda arguments, output: seen.append((arguments, output)))
+    module(torch.zeros(2, 3), 1.0, residuals)
+    remove()
+    assert residuals == [] and not module._forward_hooks and not module._forward_pre_hooks
+    ((arguments, output),) = seen
+    assert torch.equal(arguments["residuals"][0], torch.ones(2, 3)) and torch.equal(output, torch.ones(2, 3))
+    doubled, _, twice = doubled_call(module, arguments)
+    assert [part.shape for part in (twice, *doubled["residuals"])] == [(4, 3)] * 3, "no list of samples"

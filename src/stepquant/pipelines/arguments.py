@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -20,6 +21,15 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
     return arguments
+
+
+def renewed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in new lists and dictionaries.
+
+    A UNet takes the residuals of a T2I-Adapter out of the list that it is given, so that a second call with the same
+    list would be without them.
+    """
+    return pytree.tree_map(lambda leaf: leaf, arguments)
 
 
 def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:

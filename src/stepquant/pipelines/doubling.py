@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepquant.errors import StepquantError
-from stepquant.pipelines.arguments import plain_output
+from stepquant.pipelines.arguments import plain_output, renewed
 
 TOLERANCE = 1e-3
 """Largest difference between the outputs for the same sample, relative to the largest output."""
@@ -29,10 +29,10 @@ def doubled_call(denoiser: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
     Raises:
         StepquantError: if no call with more arguments doubled gives each output twice.
     """
-    output = plain_output(denoiser(**arguments))
+    output = plain_output(denoiser(**renewed(arguments)))
     for doubled in _doublings(arguments):
         try:
-            output_twice = plain_output(denoiser(**doubled))
+            output_twice = plain_output(denoiser(**renewed(doubled)))
         except Exception:  # a denoiser rejects arguments of wrong shapes with errors of any class
             continue
         if _is_twice(output, output_twice):
@@ -44,35 +44,30 @@ def doubled_call(denoiser: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
 
 
 def _doublings(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments with all parts doubled that have as many entries as there are samples; then with all but one."""
+    """Arguments with all parts doubled that have as many entries as there are samples; then with all but one.
+
+    Lists are taken to have an entry for each sample first, then to have entries with a row for each.
+    """
     count = next(len(value) for value in arguments.values() if isinstance(value, list) or _has_rows(value))
-    candidates = [name for name, value in arguments.items() if _has_entries(value, count)]
-    twice = {name: _twice(value, count) for name, value in arguments.items()}
-    for left_out in (None, *reversed(candidates)):
-        yield {name: arguments[name] if name == left_out else value for name, value in twice.items()}
+    for kinds in ((Tensor, list), (Tensor,)):
+
+        def has_entries(part: Any, kinds: Any = kinds) -> bool:
+            return isinstance(part, kinds) and (isinstance(part, list) or _has_rows(part)) and len(part) == count
+
+        def twice(part: Any) -> Any:
+            if not has_entries(part):
+                return part
+            return torch.cat([part, part]) if isinstance(part, Tensor) else part + part
+
+        doubled = {name: pytree.tree_map(twice, value, is_leaf=has_entries) for name, value in arguments.items()}
+        leaves = {name: pytree.tree_leaves(value, is_leaf=has_entries) for name, value in arguments.items()}
+        candidates = [name for name, parts in leaves.items() if any(map(has_entries, parts))]
+        for left_out in (None, *reversed(candidates)):
+            yield {name: arguments[name] if name == left_out else value for name, value in doubled.items()}
 
 
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _is_entries(value: Any, count: int) -> bool:
-    """Whether a tensor or list may have an entry for each sample."""
-    return (isinstance(value, list) or _has_rows(value)) and len(value) == count
-
-
-def _has_entries(value: Any, count: int) -> bool:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda part: _is_entries(part, count))
-    return any(_is_entries(leaf, count) for leaf in leaves)
-
-
-def _twice(value: Any, count: int) -> Any:
-    def twice(part: Any) -> Any:
-        if not _is_entries(part, count):
-            return part
-        return torch.cat([part, part]) if isinstance(part, Tensor) else part + part
-
-    return pytree.tree_map(twice, value, is_leaf=lambda part: _is_entries(part, count))
 
 
 def _is_twice(output: Any, output_twice: Any) -> bool:

@@ -16,7 +16,7 @@ from stepquant.layers.clock import TimestepReader, timestep_name
 from stepquant.layers.forwards import replaced_forwards
 from stepquant.layers.quantized import can_quantize
 from stepquant.models.denoisers import denoisers
-from stepquant.pipelines.arguments import named_arguments, plain_output
+from stepquant.pipelines.arguments import named_arguments, plain_output, renewed
 from stepquant.pipelines.call import takes_batches
 from stepquant.pipelines.doubling import doubled_call
 from stepquant.pipelines.generate import RejectedError, generate
@@ -90,12 +90,28 @@ def record_calls(
 
 
 def on_call(module: nn.Module, receive: Callable[[dict[str, Any], Any], None]) -> Callable[[], None]:
-    """Call ``receive(arguments, output)`` after every call of `module`; returns a function that ends this."""
+    """Call ``receive(arguments, output)`` after every call of `module`; returns a function that ends this.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        receive(named_arguments(module, args, kwargs), output)
+    Lists among the arguments are as they were before the call.
+    """
+    begun: list[dict[str, Any]] = []
 
-    return module.register_forward_hook(hook, with_kwargs=True).remove
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append(renewed(named_arguments(module, args, kwargs)))
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        receive(begun.pop(), output)
+
+    handles = (
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    )
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
 
 
 @dataclass(frozen=True)
