@@ -231,6 +231,23 @@ def stable_diffusion() -> str:
     return table(("", "alone", "beside OpenVINO", "beside torch.compile"), rows)
 
 
+def transformers() -> str:
+    """Latency per step of the transformers of ``stepquant bench``, in float32 and at two bit widths."""
+    names = {"wan": "Wan", "qwen-image": "Qwen-Image", "flux": "FLUX"}
+    rows = []
+    for key, name in names.items():
+        cells: list[str] = []
+        for bits in ("w8a8", "w4a8"):
+            timings = contest(f"bench-{key}-{bits}")
+            floats, native = timings["torch eager float32"], timings[f"stepquant {bits}, native, per-step scales"]
+            cells += [
+                f"{1000 * floats['seconds']:.0f} ms",
+                f"{1000 * native['seconds']:.0f} ms, {native['speedup']:.2f}x",
+            ]
+        rows.append([name, *cells])
+    return table(("", "float32", "W8A8", "float32 in that run", "W4A8"), rows)
+
+
 def scaling() -> str:
     """Efficiency by number of processes, of the model in `benchmarks/trust/scaling.py`."""
     model = json.loads((RESULTS / "trust-scaling.json").read_text())

@@ -58,10 +58,11 @@ For LoRA on a quantized Flux, call `pipe.transformer.load_lora_adapter`.
 ## Attention
 
 Attention operands are quantized wherever a model calls torch's `scaled_dot_product_attention`, which diffusers does
-with its attention backend `native`. Linear attention, and attention that a model computes itself, keep their operands
-in floating point; so does every attention while another backend is set, which a warning says. Once an IP-Adapter is
-loaded, attentions whose processors it replaces stay in floating point, also after it is unloaded, until the folder is
-loaded again; activation ranges are those without it. `fuse_qkv_projections` works on full-precision models only.
+with its attention backend `native`; [on a CPU](native-kernels.md) they are then multiplied in integers. Linear
+attention, and attention that a model computes itself, keep their operands in floating point; so does every attention
+while another backend is set, which a warning says. Once an IP-Adapter is loaded, attentions whose processors it
+replaces stay in floating point, also after it is unloaded, until the folder is loaded again; activation ranges are
+those without it. `fuse_qkv_projections` works on full-precision models only.
 
 ## torch.compile
 
