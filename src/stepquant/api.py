@@ -34,6 +34,7 @@ def quantize(
     effort: str = "standard",
     hyperparameters: Mapping[str, Any] | None = None,
     budget: float | str | None = None,
+    activation_budget: float | None = None,
     correction: bool = False,
     also: Also | None = None,
     calibration: Calibration | dict[str, Any] | None = None,
@@ -74,6 +75,9 @@ def quantize(
         hyperparameters: of the recipe, with other values than preset and effort give them.
         budget: most bits of a weight, on average, as 4.5 or ``"4.5bits"``: the layers that suffer most keep 8 within it
             (see `sensitivity`).
+        activation_budget: most bits of an activation, on average over steps, weighted equally, and over layers with
+            quantized activations, weighted by multiply-adds: 8 bits where they help the final image most within it,
+            else those of `spec` (4 if those are 8). The steps are written to the spec's `step_bits`.
         correction: undo, step by step, the part of the error that follows the denoiser's output (PTQD); composes with
             every recipe and costs one multiplication of the output.
         also: other models of the pipeline and the bits of their weights, ``{"text_encoder": "w8a16", "vae": "w8a16"}``;
@@ -106,7 +110,8 @@ def quantize(
     chosen = find_recipe(recipe, preset, hyperparameters, effort)
     named = {"preset": None if isinstance(recipe, Recipe) else preset or "fast", "effort": effort}
     return quantize_denoisers(
-        pipeline, spec, chosen, None, named, budget=budget, correction=correction, also=also, backend=backend,
+        pipeline, spec, chosen, None, named, budget=budget, activation_budget=activation_budget, correction=correction,
+        also=also, backend=backend,
         calibration=_calibration(calibration, effort, published_calibration(recipe, preset)), seed=seed,
         source=source, prompts=prompts, guidance=guidance, inputs=inputs, workspace=workspace, cache=cache,
         progress=progress, device=device, check=check, on_low_quality=on_low_quality,
@@ -169,7 +174,8 @@ def train(
     chosen = find_recipe(recipe or QAT, preset, {**(hyperparameters or {}), **fixed}, effort)
     named = {"preset": preset, "effort": effort}
     return quantize_denoisers(
-        pipeline, spec, chosen, images, named, budget=budget, correction=correction, also=also, backend=backend,
+        pipeline, spec, chosen, images, named, budget=budget, activation_budget=None, correction=correction, also=also,
+        backend=backend,
         calibration=_calibration(calibration, effort), seed=seed, source=source, prompts=prompts, guidance=guidance,
         inputs=inputs, workspace=workspace, cache=cache, progress=progress, device=None, check=check,
         on_low_quality=on_low_quality,

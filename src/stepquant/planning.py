@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from stepquant.memory import peak_resident_bytes, resident_bytes
 from stepquant.pipelines.generate import generate
 from stepquant.quality.held_out import CALLS, IMAGES
 from stepquant.recipes import Context, Recipe
-from stepquant.recipes.stage import Cost, Workload
+from stepquant.recipes.stage import Cost, Stage, Workload
 
 QUANTIZED = 1.8
 """Memory beyond the loaded pipeline, in units of the denoiser's weights: codes, kernels, samples, work on a block."""
@@ -48,17 +49,20 @@ class Plan:
         )
 
 
-def make_plan(context: Context, recipe: Recipe, *, check: bool = False) -> Plan:
+def make_plan(context: Context, recipe: Recipe, before: Sequence[Stage] = (), *, check: bool = False) -> Plan:
     """Time one call of the denoiser on one image, and multiply by what each stage of the recipe takes.
 
     Args:
+        before: stages that run before those of the recipe.
         check: whether the result is checked on held-out samples.
     """
     description = context.description
     call, activations = _measure_call(context)
     workload = Workload(context.calibration, len(description.blocks), len(description.layers))
     costs = [
-        cost for cost in (stage.cost(workload) for stage in recipe.fitted(context).checked_stages()) if cost.passes
+        cost
+        for cost in (stage.cost(workload) for stage in (*before, *recipe.fitted(context).checked_stages()))
+        if cost.passes
     ]
     if check:
         costs.append(Cost(f"check on {IMAGES} held-out samples", IMAGES * CALLS * context.steps))

@@ -21,7 +21,7 @@ from stepquant.settings import Settings
 from stepquant.user_code import is_custom, source_digest, source_file
 from stepquant.version import __version__
 
-SPEC_OPTIONS = ("bits", "overrides", "exact_time", "smoothing", "activations", "group_size")
+SPEC_OPTIONS = ("bits", "overrides", "exact_time", "smoothing", "activations", "group_size", "step_bits")
 """Attributes of a spec that the command line has options for."""
 DEFAULTS = {"preset": "fast", "effort": "standard", "dtype": "float32", "seed": 0}
 """Of options that need not be written."""
@@ -50,6 +50,7 @@ def record(context: Context, recipe: Recipe, source: str | None, given: dict[str
         "requested_spec": None if requested == spec else requested,
         "components": given["components"],
         "budget": given["budget"],
+        "activation_budget": given.get("activation_budget"),
         "correction": given["correction"],
         "calibration": context.calibration.model_dump(mode="json"),
         "data": None if images is None else {"folder": images.folder.name, "key": images.key()},
@@ -145,6 +146,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
         "effort": provenance["effort"],
         **{name: provenance["calibration"][name] for name in ("samples", "steps", "trajectories", "size")},
         **{name: provenance.get(name) for name in ("budget", "guidance", "device", "dtype")},
+        "activation-budget": provenance.get("activation_budget"),
         "prompts": "prompts.txt" if provenance["prompts_given"] else None,
         "seed": provenance["seed"],
     }
@@ -155,6 +157,7 @@ def _words(provenance: dict[str, Any]) -> Iterator[str]:
         ("--set", {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}),
         ("--component", {name: other["bits"] for name, other in provenance.get("components", {}).items()}),
         ("--override", spec["overrides"]),
+        ("--step-bits", spec.get("step_bits", {})),
         ("--also", {name: other["bits"] for name, other in provenance.get("also", {}).items()}),
     ):
         for name, value in pairs.items():

@@ -32,7 +32,8 @@ from stepquant.planning import make_plan
 from stepquant.progress import Progress
 from stepquant.recipes import Context, Recipe
 from stepquant.recipes.recipe import check_recipe, run_recipe
-from stepquant.recipes.sensitivity import output_correction, spec_within_budget
+from stepquant.recipes.sensitivity import output_correction, spec_within_budget, step_bits_within_budget
+from stepquant.recipes.stages import AllocateSteps
 from stepquant.runtime import Backend
 from stepquant.targets import Spec, check_quantizable, check_spec, parse_specs
 from stepquant.workspace import Workspace
@@ -92,6 +93,7 @@ def quantize_denoisers(
     named: dict[str, Any],
     *,
     budget: float | str | None,
+    activation_budget: float | None,
     correction: bool,
     also: Also | None,
     calibration: Calibration,
@@ -111,13 +113,16 @@ def quantize_denoisers(
     several = len(primary) > 1 or list(specs) != primary
     named |= {
         "budget": most,
+        "activation_budget": activation_budget,
         "correction": correction,
         "prompts": conditions["prompts"],
         "components": {name: given.model_dump(mode="json") for name, given in specs.items()} if several else None,
     }
     with opened(pipeline, specs, most, calibration, seed, recipe=recipe, images=images, **conditions) as contexts:
         with placed_all(contexts):
-            results = [_calibrated(context, recipe, most, correction, check=check) for context in contexts]
+            results = [
+                _calibrated(context, recipe, most, activation_budget, correction, check=check) for context in contexts
+            ]
         quantized, finished = pipeline, []
         for context, quantization in results:
             record = provenance.record(context, recipe, source, named | {"requested": specs[context.component]})
@@ -133,12 +138,21 @@ def quantize_denoisers(
 
 
 def _calibrated(
-    context: Context, recipe: Recipe, budget: float | None, correction: bool, *, check: bool
+    context: Context,
+    recipe: Recipe,
+    budget: float | None,
+    activation_budget: float | None,
+    correction: bool,
+    *,
+    check: bool,
 ) -> tuple[Context, Quantization]:
-    """Run the recipe on one denoiser; returns the context with the spec that fits the budget."""
-    context.progress.plan(lambda: make_plan(context, recipe, check=check))
+    """Run the recipe on one denoiser; returns the context with the spec that fits the budgets."""
+    before = [] if activation_budget is None else [AllocateSteps(budget=activation_budget)]
+    context.progress.plan(lambda: make_plan(context, recipe, before, check=check))
     if budget is not None:
         context = dataclasses.replace(context, spec=spec_within_budget(context, budget))
+    if activation_budget is not None:
+        context = dataclasses.replace(context, spec=step_bits_within_budget(context, activation_budget))
     model = run_recipe(recipe, context)
     quantization = model.to_quantized()
     if correction:

@@ -96,6 +96,8 @@ def _keywords(options: dict[str, Any], settings: Any) -> dict[str, Any]:
 
     spec = {name: options[name] for name in ("bits", "exact_time", "smoothing", "group_size")}
     spec["overrides"] = pairs_from(options["override"], "REGEX=BITS, such as mid_block=w8a8")
+    steps = pairs_from(options.get("step_bits"), "START-STOP=BITS, such as 0.8-1=8")
+    spec["step_bits"] = {name: int(bits) if bits.isdigit() else bits for name, bits in steps.items()}
     if options.get("activations") is not None:  # training has static ones only
         spec["activations"] = options["activations"].value
     components = pairs_from(options["component"], "NAME=BITS, such as transformer_2=w4a8")

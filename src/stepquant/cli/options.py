@@ -82,6 +82,20 @@ GroupSize = Annotated[
     int | None,
     typer.Option(metavar="CHANNELS", help="Input channels that share a scale, such as 64; default: all of a layer's."),
 ]
+StepBits = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="START-STOP[:REGEX]=BITS",
+        help="Other activation bits in a part of the steps, from 0, the first, to 1: 0.8-1=8; can be repeated.",
+    ),
+]
+ActivationBudget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Mean activation bits, such as 4.5: the steps and layers that change the image most have 8.",
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(metavar="BITS", help="Mean bits per weight, such as 4.5bits; the most sensitive layers keep 8 bits."),

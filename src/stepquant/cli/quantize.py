@@ -28,6 +28,8 @@ def quantize(
     activations: o.Activations = o.ActivationName.static,
     group_size: o.GroupSize = None,
     budget: o.Budget = None,
+    step_bits: o.StepBits = None,
+    activation_budget: o.ActivationBudget = None,
     correct: o.Correct = False,
     also: o.Also = None,
     effort: o.Effort = o.EffortName.standard,
@@ -57,4 +59,7 @@ def quantize(
     import stepquant
     from stepquant.recipes import find_class
 
-    write_checkpoint(stepquant.quantize, find_class(recipe), options, recipe=recipe, preset=preset, device=device)
+    write_checkpoint(
+        stepquant.quantize, find_class(recipe), options, recipe=recipe, preset=preset, device=device,
+        activation_budget=activation_budget,
+    )  # fmt: skip

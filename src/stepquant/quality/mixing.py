@@ -57,7 +57,7 @@ def with_dynamic_activations(quantization: Quantization) -> Quantization:
     """The same weights with activations of as many bits whose range is found while they are quantized."""
 
     def dynamic(grid: Any) -> DynamicGrid | None:
-        return None if grid is None else DynamicGrid(grid.bits)
+        return None if grid is None else DynamicGrid(grid.bits, row_bits=grid.row_bits)
 
     layers = {name: replace(layer, input=dynamic(layer.input)) for name, layer in quantization.layers.items()}
     attentions = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
@@ -14,11 +15,13 @@ from stepquant.calibration.samples import Calibration
 from stepquant.calibration.selection import uniform_steps
 from stepquant.calibration.sensitivity import Method, Sensitivity
 from stepquant.config import QuantSpec
+from stepquant.errors import StepquantError
 from stepquant.files import digest
 from stepquant.layers.correction import Correction
 from stepquant.recipes.context import Context
 from stepquant.recipes.stage import State
-from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples, RankLayers, Smooth
+from stepquant.recipes.stages import AddQuantizers, AllocateSteps, CalibrateRanges, CollectSamples, RankLayers, Smooth
+from stepquant.recipes.stages.precision import movable_layers
 from stepquant.recipes.stages.samples import collect_samples
 
 RANKING = Calibration(samples=64, trajectories=16)
@@ -62,6 +65,41 @@ def spec_within_budget(context: Context, budget: float) -> QuantSpec:
     kept = len(spec.overrides) - len(context.spec.overrides)
     context.progress.note(f"{kept} of {len(ranking.bits)} layers keep 8 bits within {budget:g} bits a weight.")
     return spec
+
+
+def step_bits_within_budget(context: Context, budget: float) -> QuantSpec:
+    """The spec with more activation bits in the steps that need them, within mean activation bits of `budget`.
+
+    See `AllocateSteps`.
+
+    Raises:
+        StepquantError: if the spec has `step_bits`, no activation can have others, or the budget is out of range.
+    """
+    if context.spec.step_bits:
+        raise StepquantError("`activation_budget` and `step_bits` are given; expected one of them. Leave one out.")
+    if context.calls is not None:
+        raise StepquantError(
+            "an activation budget is given for a denoiser without a pipeline, which generates no images to choose by. "
+            "Give `step_bits` in its place."
+        )
+    movable_layers(context)
+    stages = [
+        CollectSamples(),
+        AddQuantizers(split_skips=True, rows="calibrated"),
+        Smooth(),
+        AllocateSteps(budget=budget),
+    ]
+
+    def chosen() -> dict[str, Tensor]:
+        state = State()
+        for stage in stages:
+            stage.run(context, state)
+            state.history.append(stage.identity())
+        return {"rules": torch.frombuffer(bytearray(json.dumps(state.step_bits).encode()), dtype=torch.uint8)}
+
+    name = f"step-bits-{digest([context.key, [stage.identity() for stage in stages]])[:16]}"
+    rules = json.loads(bytes(context.cached(name, chosen)["rules"].tolist()))
+    return context.spec.model_copy(update={"step_bits": rules})
 
 
 def output_correction(context: Context, model: CalibrationModel) -> Correction:

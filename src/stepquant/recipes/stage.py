@@ -54,12 +54,14 @@ class State:
         model: the denoiser under calibration.
         ranking: how sensitive each layer is.
         critical: names of the layers chosen by that ranking.
+        step_bits: `QuantSpec.step_bits` that were chosen.
         history: identities of the stages that were run.
     """
 
     def __init__(self, *history: Any) -> None:
         self.history: list[Any] = list(history)
         self.critical: tuple[str, ...] = ()
+        self.step_bits: dict[str, int] = {}
         self._parts: dict[str, Any] = {}
 
     def _part(self, name: str, maker: str) -> Any:

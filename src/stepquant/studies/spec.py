@@ -8,7 +8,17 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from stepquant.calibration.samples import Calibration
 from stepquant.config import Checked, QuantSpec
@@ -49,6 +59,7 @@ class Options(Checked):
     Attributes:
         spec: attributes of the `QuantSpec` besides its bits, such as ``{"smoothing": True}``.
         budget: mean weight bits, or None.
+        activation_budget: mean activation bits, or None.
         correction: whether to correct the output.
     """
 
@@ -56,7 +67,13 @@ class Options(Checked):
 
     spec: dict[str, Any] = Field(default_factory=dict)
     budget: float | None = None
+    activation_budget: float | None = None
     correction: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Results that were stored before `activation_budget` stay those of their cells."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("activation_budget", None)}
 
 
 class Cell(BaseModel):

@@ -44,6 +44,7 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
         pipeline,
         cell.spec,
         budget=cell.options.budget,
+        activation_budget=cell.options.activation_budget,
         correction=cell.options.correction,
         recipe=cell.recipe,
         calibration=cell.calibration,
