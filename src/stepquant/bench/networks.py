@@ -164,13 +164,13 @@ TRANSFORMER_ARGUMENTS: dict[type, Callable[[int], dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def quantize_network(model: nn.Module, arguments: dict[str, Any], bits: str, rows: int) -> nn.Module:
-    """A quantized copy without kernels, whose activation tables have `rows` rows.
+def quantize_network(model: nn.Module, arguments: dict[str, Any], spec: QuantSpec | str, rows: int) -> nn.Module:
+    """A quantized copy without kernels, whose activation tables, if it has any, have `rows` rows.
 
     Ranges are the extremes on `arguments`: latency does not depend on the values of weights and scales.
     """
     timesteps = torch.linspace(0, 999, rows) if rows > 1 else None
-    spec = QuantSpec.parse(bits)
+    spec = QuantSpec.parse(spec) if isinstance(spec, str) else spec
     description = describe(model, arguments)
     calibrated = insert_fake_quantizers(model, description, spec, timesteps=timesteps, weight_range="minmax")
     points = list(calibrated.activation_points())

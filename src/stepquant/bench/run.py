@@ -113,7 +113,7 @@ def benchmark(
         bits=bits,
         batch=batch,
         rounds=rounds,
-        machine=torch.cuda.get_device_name() if on_gpu else f"{_cpu()}, {torch.get_num_threads()} threads",
+        machine=torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
         backend=backend,
         memory=memory,
         fallbacks=fallbacks(per_step),
@@ -141,7 +141,8 @@ def _resident(network: Any, quantized: Any, bits: str, arguments: dict[str, Any]
     return [measure_resident("torch float32", network, arguments), *packings]
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Name of the CPU."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -50,56 +50,29 @@ const int8_t* columns_of(const Layer& l, int64_t block, int8_t* memory) {
   return memory;
 }
 
-// Adds one tap of one run to [2 row tiles][2 column tiles][16][16] floats: (sums + zero point * minus) * scale, and times
-// the run's weight scale, if there is one. `scale` and `zero_point` are of the first row of each tile, and `step` apart.
-struct RowGrids { const float *scale[2], *zero_point[2]; int64_t step; };
-
-template <bool WEIGHT_SCALE>
-void add_run(const int32_t* sums, const RowGrids& rows, const float* minus, const float* weight_scale, float* totals) {
-  for (int n = 0; n < 2; n++) {
-    const Floats less = load(minus + n * 16), by_column = WEIGHT_SCALE ? load(weight_scale + n * 16) : set(0.0f);
-    for (int t = 0; t < 2; t++) {
-      const float *scale = rows.scale[t], *zero_point = rows.zero_point[t];
-      const int64_t at = (t * 2 + n) * 256;
-      for (int i = 0; i < 16; i++) {
-        // One rounding, and none while the sums are below 2^24.
-        Floats v = fma(set(zero_point[i * rows.step]), less, to_floats(load(sums + at + i * 16)));
-        if (WEIGHT_SCALE) v = v * by_column;
-        store(totals + at + i * 16, fma(v, set(scale[i * rows.step]), load(totals + at + i * 16)));
-      }
-    }
-  }
-}
-
-void sum_runs(const Call& call, const Product product, Operand a, const int8_t* const tiles[2], int64_t block, int32_t* sums,
-              float* totals) {
+// A `RunsProduct` that computes one tap of one run at a time.
+void sum_runs(const Product product, Operand a, const int8_t* const tiles[2], const Runs& r, int32_t* sums, float* totals) {
   static const int32_t ZEROS[16] = {};
-  const Layer& l = call.layer;
-  const Grids& g = call.grids;
-  const int64_t channels = call.source.channels, wide = (l.outputs + 31) / 32 * 32;
-  const float *scales = (const float*)(call.codes + g.scale), *zero_points = (const float*)(call.codes + g.zero_point);
-  const int64_t pixel[2] = {(a.rows[0] - call.codes) / channels, (a.rows[1] - call.codes) / channels};
   Columns columns{{tiles[0], tiles[1]}, {{ZEROS, ZEROS}, {ZEROS, ZEROS}}};
-  RowGrids rows;
-  rows.step = a.stride / channels * g.groups;
+  const int64_t tap_count = a.tap_count, *taps = a.taps;
+  const float* minus = r.minus;
   a.tap_count = 1;
   memset(totals, 0, 4 * 256 * sizeof(float));
-  for (int64_t tap = 0; tap < l.tap_count; tap++) {
-    for (int64_t run = 0; run < l.run_count; run++) {
-      const Run& r = l.runs[run];
-      const int64_t from = l.taps[tap] + r.first;
-      a.taps = &from, a.pieces = r.pieces;
+  for (int64_t tap = 0; tap < tap_count; tap++) {
+    for (int64_t run = 0; run < r.count; run++, minus += r.wide) {
+      const int64_t from = taps[tap] + r.runs[run].first, at = r.tap_grids[tap] + r.runs[run].grid;
+      a.taps = &from, a.pieces = r.runs[run].pieces;
       product(a, columns, four_tiles(sums));
-      for (const int8_t*& tile : columns.tiles) tile += r.pieces * l.fours * 64;
-      for (int t = 0; t < 2; t++) {
-        const int64_t at = (pixel[t] + l.taps[tap] / channels) * g.groups + r.grid;
-        rows.scale[t] = scales + at, rows.zero_point[t] = zero_points + at;
-      }
-      const float* minus = l.run_sum + (tap * l.run_count + run) * wide + block * 32;
-      if (l.run_scale) {
-        add_run<true>(sums, rows, minus, l.run_scale + run * wide + block * 32, totals);
-      } else {
-        add_run<false>(sums, rows, minus, nullptr, totals);
+      for (const int8_t*& tile : columns.tiles) tile += a.pieces * a.fours * 64;
+      for (int t = 0; t < 4; t++) {
+        const float *scale = r.scale[t / 2] + at, *zero_point = r.zero_point[t / 2] + at;
+        const float* weight_scale = r.weight_scale ? r.weight_scale + run * r.wide + t % 2 * 16 : nullptr;
+        for (int i = 0; i < 16; i++) {
+          float* total = totals + t * 256 + i * 16;
+          const Ints sum = load(sums + t * 256 + i * 16);
+          const int64_t grid = i * r.row_grids;
+          store(total, add_run(sum, scale[grid], zero_point[grid], minus + t % 2 * 16, weight_scale, load(total)));
+        }
       }
     }
   }
@@ -136,6 +109,10 @@ void multiply(const Call call) {
   const int64_t blocks = row_blocks * column_blocks;
   const int32_t top = *std::max_element(call.top, call.top + (call.per_sample ? p.batch : 1));
   const Product product = product_for(call.extension, top, l.largest);
+  const RunsProduct runs_product = runs_product_for(call.extension, top, l.largest);
+  const Grids& g = call.grids;
+  std::vector<int64_t> tap_grids(DYNAMIC ? l.tap_count : 0);
+  for (size_t tap = 0; tap < tap_grids.size(); tap++) tap_grids[tap] = l.taps[tap] / call.source.channels * g.groups;
   static thread_local Scratch scratch;
   int8_t* const unpacked_columns = l.zero_point ? (int8_t*)scratch.of(call.threads * column_bytes) : nullptr;
 #pragma omp parallel num_threads(call.threads)
@@ -145,6 +122,8 @@ void multiply(const Call call) {
     alignas(64) float totals[DYNAMIC ? 4 * 256 : 1];
     int64_t pixel[2][16], image[2];
     Operand a{{nullptr, nullptr}, p.pixel_bytes, l.taps, l.tap_count, l.pieces, l.fours * 4, l.fours};
+    Runs runs{l.runs, l.run_count, nullptr, nullptr, wide, {}, {}, 0, tap_grids.data()};
+    if (DYNAMIC) runs.row_grids = p.pixel_bytes / call.source.channels * g.groups;
     int64_t ready = -1, ready_columns = -1;
     const int8_t* first_column = nullptr;
     int8_t* const columns_of_block = unpacked_columns + (l.zero_point ? omp_get_thread_num() * column_bytes : 0);
@@ -166,6 +145,11 @@ void multiply(const Call call) {
             y = index / row_tiles, x = index % row_tiles * 16;
           }
           a.rows[t] = call.codes + image[t] * p.image_bytes + frame % p.frames * p.frame_bytes + y * p.row_bytes + x * p.pixel_bytes;
+          if (DYNAMIC) {
+            const int64_t at = (a.rows[t] - call.codes) / call.source.channels * g.groups;
+            runs.scale[t] = (const float*)(call.codes + g.scale) + at;
+            runs.zero_point[t] = (const float*)(call.codes + g.zero_point) + at;
+          }
           for (int i = 0; i < 16; i++, x++) {
             if (p.flat && x == p.flat) x = 0, y++;
             pixel[t][i] = tile < tiles && x < p.width && y < p.height ? (frame * p.height + y) * p.width + x : -1;
@@ -178,7 +162,12 @@ void multiply(const Call call) {
       }
       const int8_t* const tiles_of_columns[2] = {first_column, first_column + column_bytes / 2};
       if (DYNAMIC) {
-        sum_runs(call, product, a, tiles_of_columns, cb, sums, totals);
+        runs.minus = l.run_sum + cb * 32, runs.weight_scale = l.run_scale ? l.run_scale + cb * 32 : nullptr;
+        if (runs_product) {
+          runs_product(a, tiles_of_columns, runs, totals);
+        } else {
+          sum_runs(product, a, tiles_of_columns, runs, sums, totals);
+        }
       } else {
         Columns columns{{tiles_of_columns[0], tiles_of_columns[1]}, {}};
         for (int i = 0; i < 4; i++) {

@@ -16,16 +16,19 @@ struct Words {
 
   void add_piece(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t fours) {
     const __m256i low = _mm256_set1_epi16(0xFF);
-    for (int64_t four = 0; four < 4 * fours; four += 4, weights += 64) {
-      const __m256i w0 = _mm256_loadu_si256((const __m256i*)weights), w1 = _mm256_loadu_si256((const __m256i*)weights + 1);
-      const __m256i even0 = _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8), odd0 = _mm256_srai_epi16(w0, 8);
-      const __m256i even1 = _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8), odd1 = _mm256_srai_epi16(w1, 8);
+    for (int64_t start = 0; start < 4 * fours; start += 32) {
+#pragma GCC unroll 8
+      for (int64_t four = start; four < start + 32; four += 4, weights += 64) {
+        const __m256i w0 = _mm256_loadu_si256((const __m256i*)weights), w1 = _mm256_loadu_si256((const __m256i*)weights + 1);
+        const __m256i even0 = _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8), odd0 = _mm256_srai_epi16(w0, 8);
+        const __m256i even1 = _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8), odd1 = _mm256_srai_epi16(w1, 8);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) {
-        const __m256i codes = codes_at(x + four + r * stride);
-        const __m256i even = _mm256_and_si256(codes, low), odd = _mm256_srli_epi16(codes, 8);
-        sum[r] = sum[r] + Ints{_mm256_madd_epi16(even, even0), _mm256_madd_epi16(even, even1)};
-        sum[r] = sum[r] + Ints{_mm256_madd_epi16(odd, odd0), _mm256_madd_epi16(odd, odd1)};
+        for (int r = 0; r < ROWS; r++) {
+          const __m256i codes = codes_at(x + four + r * stride);
+          const __m256i even = _mm256_and_si256(codes, low), odd = _mm256_srli_epi16(codes, 8);
+          sum[r] = sum[r] + Ints{_mm256_madd_epi16(even, even0), _mm256_madd_epi16(even, even1)};
+          sum[r] = sum[r] + Ints{_mm256_madd_epi16(odd, odd0), _mm256_madd_epi16(odd, odd1)};
+        }
       }
     }
   }
@@ -77,6 +80,39 @@ void product(const Operand& a, const Columns& b, const Sums& sums) {
   }
 }
 
+// The sums of a run stay in registers.
+template <typename Block>
+void runs_product(const Operand& a, const int8_t* const tiles[2], const Runs& r, float* totals) {
+  for (int n = 0; n < 2; n++) {
+    for (int first_row = 0; first_row < 32; first_row += Block::ROWS) {
+      const int tile = first_row / 16, row = first_row % 16;
+      const float *scales = r.scale[tile] + row * r.row_grids, *zero_points = r.zero_point[tile] + row * r.row_grids;
+      const float* minus = r.minus + n * 16;
+      const int8_t* weights = tiles[n];
+      Floats total[Block::ROWS];
+      for (Floats& each : total) each = set(0.0f);
+      for (int64_t tap = 0; tap < a.tap_count; tap++) {
+        for (int64_t i = 0; i < r.count; i++, minus += r.wide) {
+          const uint8_t* x = a.rows[tile] + row * a.stride + a.taps[tap] + r.runs[i].first;
+          Block block;
+          for (Ints& sum : block.sum) sum = set(0);
+          for (int64_t piece = 0; piece < r.runs[i].pieces; piece++, x += a.step, weights += a.fours * 64) {
+            block.add_piece(x, a.stride, weights, a.fours);
+          }
+          const int64_t at = r.tap_grids[tap] + r.runs[i].grid;
+          const float* weight_scale = r.weight_scale ? r.weight_scale + i * r.wide + n * 16 : nullptr;
+          for (int k = 0; k < Block::ROWS; k++) {
+            const int64_t grid = at + k * r.row_grids;
+            total[k] = add_run(block.sum[k], scales[grid], zero_points[grid], minus, weight_scale, total[k]);
+          }
+        }
+      }
+      float* out = totals + (tile * 2 + n) * 256 + row * 16;
+      for (const Floats& each : total) store(out, each), out += 16;
+    }
+  }
+}
+
 // The same loops: a function with more instructions is not inlined into one with fewer.
 __attribute__((target("avx2,avxvnni"))) void product_avx_vnni(const Operand& a, const Columns& b, const Sums& sums) {
   constexpr int ROWS = 4;
@@ -120,6 +156,14 @@ Product product_for(int32_t extension, int32_t top, int32_t weight) {
   if (together >= 8) return product<Bytes<8>>;
   if (together >= 4) return product<Bytes<4>>;
   return together >= 2 ? product<Bytes<2>> : product<Words>;
+}
+
+RunsProduct runs_product_for(int32_t extension, int32_t top, int32_t weight) {
+  if (extension == AVX_VNNI) return nullptr;
+  const int together = INT16_MAX / (2 * top * weight);
+  if (together >= 8) return runs_product<Bytes<8>>;
+  if (together >= 4) return runs_product<Bytes<4>>;
+  return together >= 2 ? runs_product<Bytes<2>> : runs_product<Words>;
 }
 
 void begin_products(int32_t) {}

@@ -81,6 +81,8 @@ static void product_vnni(const Operand& a, const Columns& b, const Sums& sums) {
 
 Product product_for(int32_t extension, int32_t, int32_t) { return extension == AMX_INT8 ? product_amx : product_vnni; }
 
+RunsProduct runs_product_for(int32_t, int32_t, int32_t) { return nullptr; }
+
 void begin_products(int32_t extension) {
   if (extension == AMX_INT8) configure();
 }
