@@ -19,7 +19,7 @@ from stepquant.integrations.components import Also
 from stepquant.pipelines.inputs import Inputs
 from stepquant.progress import Progress
 from stepquant.quantizing import opened, quantize_denoisers
-from stepquant.recipes import QAT, Recipe, find_effort, find_recipe, published_calibration
+from stepquant.recipes import QAT, Recipe, find_effort, find_recipe, published_calibration, with_target
 from stepquant.recipes.sensitivity import RANKING, rank_layers
 from stepquant.runtime import Backend
 from stepquant.targets import Spec, parse_specs
@@ -29,7 +29,8 @@ def quantize(
     pipeline: Any,
     spec: Spec,
     *,
-    recipe: str | type[Recipe] | Recipe = "q-diffusion",
+    recipe: str | type[Recipe] | Recipe | None = None,
+    target: Mapping[str, float | str] | None = None,
     preset: str | None = None,
     effort: str = "standard",
     hyperparameters: Mapping[str, Any] | None = None,
@@ -67,7 +68,10 @@ def quantize(
             each: ``{"transformer": "w4a8", "transformer_2": "w4a8", "controlnet": "w8a8"}``. Each is calibrated on the
             calls that it gets.
         recipe: a recipe with its hyperparameters, such as ``stepquant.recipes.QuEST(iterations=50)``; its name in
-            ``stepquant.recipes.RECIPES``; or a custom class, also as ``"path.py:ClassName"``.
+            ``stepquant.recipes.RECIPES``; or a custom class, also as ``"path.py:ClassName"``. By default
+            ``"q-diffusion"``, and ``"auto"`` with a target.
+        target: of the recipe ``"auto"``: ``{"psnr": 30}`` for as few bits as reach that many dB, ``{"size": "0.2x"}``
+            for the best at that size relative to float32, or both.
         preset: of a recipe by name: ``"fast"``, the default, or ``"paper"``.
         effort: ``"quick"``, ``"standard"`` or ``"thorough"``: number of calibration samples and steps, unless
             `calibration` is given, and the factor of the recipe's iteration counts. Of the preset ``"paper"``,
@@ -107,7 +111,8 @@ def quantize(
     Raises:
         StepquantError: for a spec, recipe or pipeline that does not work, in one sentence; or for low quality.
     """
-    chosen = find_recipe(recipe, preset, hyperparameters, effort)
+    recipe, values = with_target(recipe, target)
+    chosen = find_recipe(recipe, preset, {**(hyperparameters or {}), **values}, effort)
     named = {"preset": None if isinstance(recipe, Recipe) else preset or "fast", "effort": effort}
     return quantize_denoisers(
         pipeline, spec, chosen, None, named, budget=budget, activation_budget=activation_budget, correction=correction,

@@ -16,7 +16,7 @@ from stepquant.calibration.collection import samples_of_calls
 from stepquant.calibration.placement import check_device
 from stepquant.calibration.samples import Calibration, CalibrationSet
 from stepquant.check.diagnosis import Finished
-from stepquant.check.result import OnLowQuality, check_mode
+from stepquant.check.result import OnLowQuality, make_policy
 from stepquant.check.run import checked_model
 from stepquant.config import QuantSpec
 from stepquant.distributed import Ranks
@@ -71,8 +71,8 @@ def quantize_model(
     Raises:
         StepquantError: for calls, a spec or a recipe that do not work, in one sentence.
     """
-    mode = check_mode(on_low_quality, check=check, correction=False)
     wanted, chosen = QuantSpec.parse(spec), find_recipe(recipe, preset, hyperparameters, effort)
+    policy = make_policy(on_low_quality, check=check, correction=False, raises=chosen.raises, target=chosen.target)
     wanted.check_quantizes()
     if quantized_modules(model):
         raise StepquantError("the model is quantized already: give the full-precision one.")
@@ -90,12 +90,15 @@ def quantize_model(
             seed, opened, progress or Progress(), device=where, calls=fitted, memo={"description": description},
         )  # fmt: skip
         with context.placed():
-            quantization = run_recipe(chosen, context).to_quantized()
-        record = {"recipe": chosen.called(), "seed": seed, "spec": wanted.model_dump(mode="json")}
-        denoiser = quantized_copy(model, quantization, wanted, record, backend)
+            fixed, context = chosen.search(context)
+            quantization = run_recipe(fixed, context).to_quantized()
+        record = {"recipe": chosen.called(), "seed": seed, "spec": context.spec.model_dump(mode="json")}
+        denoiser = quantized_copy(model, quantization, context.spec, record, backend)
+        finished = Finished(context, quantization, denoiser, record)
         if check:
-            return checked_model(Finished(context, quantization, denoiser, record), checked, mode, backend)
-    return denoiser
+            finished = checked_model(finished, checked, policy, backend)
+    chosen.accept(finished.context, finished.quantization)
+    return finished.denoiser
 
 
 def _split(samples: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:

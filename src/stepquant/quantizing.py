@@ -18,7 +18,7 @@ from stepquant.calibration.image_folder import ImageFolder
 from stepquant.calibration.placement import check_device
 from stepquant.calibration.samples import Calibration
 from stepquant.check.diagnosis import Finished
-from stepquant.check.result import check_mode
+from stepquant.check.result import make_policy
 from stepquant.check.run import checked_pipeline, placed_all
 from stepquant.config import QuantSpec
 from stepquant.distributed import Ranks
@@ -105,7 +105,7 @@ def quantize_denoisers(
     **conditions: Any,
 ) -> Any:
     """`stepquant.quantize` with its recipe found; `named` is how it was named."""
-    mode = check_mode(on_low_quality, check=check, correction=correction)
+    policy = make_policy(on_low_quality, check=check, correction=correction, raises=recipe.raises, target=recipe.target)
     specs = parse_specs(pipeline, spec)
     most = parse_budget(budget) if isinstance(budget, str) else budget
     others = check_components(pipeline, also or {}, specs)
@@ -123,15 +123,18 @@ def quantize_denoisers(
             results = [
                 _calibrated(context, recipe, most, activation_budget, correction, check=check) for context in contexts
             ]
-        quantized, finished = pipeline, []
+        quantized = pipeline
+        finished: Sequence[Finished] = []
         for context, quantization in results:
             record = provenance.record(context, recipe, source, named | {"requested": specs[context.component]})
             if others:
                 record["also"] = {name: config.spec.model_dump(mode="json") for name, config in others.items()}
             quantized = assemble(quantized, context.component, quantization, context.spec, record, backend)
-            finished.append(Finished(context, quantization, getattr(quantized, context.component), record))
+            finished = [*finished, Finished(context, quantization, getattr(quantized, context.component), record)]
         if check:
-            quantized = checked_pipeline(quantized, finished, mode, backend)
+            quantized, finished = checked_pipeline(quantized, finished, policy, backend)
+    for each in finished:
+        recipe.accept(each.context, each.quantization)
     for name, config in others.items():
         quantized.register_modules(**{name: quantize_component(getattr(quantized, name), config, backend)})
     return quantized
@@ -149,6 +152,7 @@ def _calibrated(
     """Run the recipe on one denoiser; returns the context with the spec that fits the budgets."""
     before = [] if activation_budget is None else [AllocateSteps(budget=activation_budget)]
     context.progress.plan(lambda: make_plan(context, recipe, before, check=check))
+    recipe, context = recipe.search(context)
     if budget is not None:
         context = dataclasses.replace(context, spec=spec_within_budget(context, budget))
     if activation_budget is not None:

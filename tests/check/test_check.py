@@ -56,7 +56,7 @@ def planted_folder(planted: DDIMPipeline, tmp_path_factory: pytest.TempPathFacto
 
 
 def quantize(pipeline, spec="w8a8", **options):
-    return stepquant.quantize(pipeline, spec, recipe="minmax", calibration=SMALL, **options)
+    return stepquant.quantize(pipeline, spec, **{"recipe": "minmax", "calibration": SMALL} | options)
 
 
 def check_of(pipeline):
@@ -133,6 +133,14 @@ def test_raising_bits_spares_only_the_layers_to_blame(planted):
     formats = {name: None if name not in after else after[name].format.input for name in before}
     changed = {name for name in before if formats[name] != before[name].format.input}
     assert changed == set(READERS) and all(formats[name] is None for name in READERS)
+    assert 10 * torch.log10(4 / (held_out(quantized) - held_out(planted)).square().mean()) > 30
+
+
+def test_auto_mends_them_by_itself(planted):
+    quantized = quantize(planted, recipe="auto")
+    provenance = provenance_of(quantized.unet)
+    assert {pattern.strip("^$").replace("\\", "") for pattern in provenance["raised"]} == set(READERS)
+    assert "warning" not in provenance["check"]
     assert 10 * torch.log10(4 / (held_out(quantized) - held_out(planted)).square().mean()) > 30
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stepquant.check.result import Check, Diagnosis, Mend, OnLowQuality
+from stepquant.check.result import Check, Diagnosis, Mend
 from stepquant.config import FLOAT_BITS, LayerBits
 from stepquant.layers.install import Quantization
 from stepquant.quality.blame import MEASUREMENTS, Trial, error_of, part_errors, step_errors
@@ -34,9 +34,13 @@ class Finished(NamedTuple):
 
 
 def diagnose(
-    finished: Sequence[Finished], check: Check, held_out: HeldOut, backend: Backend, mode: OnLowQuality
+    finished: Sequence[Finished], check: Check, held_out: HeldOut, backend: Backend, *, dynamic: bool
 ) -> Diagnosis:
-    """Find the layers and steps to blame, and what brings the fidelity above the floor."""
+    """Find the layers and steps to blame, and what brings the fidelity above the floor.
+
+    Args:
+        dynamic: whether dynamic activations may be what mends it.
+    """
     small = held_out.shortened(SEARCH_IMAGES, SEARCH_STEPS) if isinstance(held_out, HeldOutImages) else held_out
     with finished[0].context.progress.task("Searching what causes the low quality", MEASUREMENTS) as advance:
         errors = {
@@ -56,7 +60,7 @@ def diagnose(
             sum(errors.values()) - sum(mine.values()),
             check.floor,
         )
-        mend = (None if mode == "raise-bits" else search.dynamic()) or search.raised()
+        mend = (search.dynamic() if dynamic else None) or search.raised()
     prominent = [part for part, error in mine.items() if error >= PROMINENT * next(iter(mine.values()))]
     return Diagnosis(tuple(prominent), steps, mend)
 
@@ -110,22 +114,36 @@ class MendSearch:
 
     def raised(self) -> Mend | None:
         """The fewest parts of largest error, at the fewest higher bits."""
-        names, errors = list(self.errors), list(self.errors.values())
+        errors = list(self.errors.values())
         allowed = error_of(self.floor) - self.rest
-        count = next((count for count in range(1, len(names)) if sum(errors[count:]) <= allowed), len(names))
+        count = next((count for count in range(1, len(errors)) if sum(errors[count:]) <= allowed), len(errors))
         made: dict[str, Quantization | None] = {}
+        failed = 0
         while True:
             for bits in higher_bits(self.each.context.spec.default_bits):
                 if bits not in made:
                     made[bits] = None if LayerBits.parse(bits).is_float else rounded(self.each.context, bits)
-                base, parts = self.each.quantization, names[:count]
-                quantization = mixed(base, made[bits], inside(parts), self.trial.model)
-                found = self._found(overrides_of(parts, base.layers, bits), quantization)
+                found = self._with(count, bits, made[bits])
                 if found is not None:
-                    return found
-            if count == len(names):
+                    return self._fewer(failed, count, bits, made[bits]) or found
+            if count == len(errors):
                 return None
-            count = min(2 * count, len(names))
+            failed, count = count, min(2 * count, len(errors))
+
+    def _with(self, count: int, bits: str, higher: Quantization | None) -> Mend | None:
+        """The first parts at other bits, if that holds the floor."""
+        base, parts = self.each.quantization, list(self.errors)[:count]
+        quantization = mixed(base, higher, inside(parts), self.trial.model)
+        return self._found(overrides_of(parts, base.layers, bits), quantization)
+
+    def _fewer(self, failed: int, count: int, bits: str, higher: Quantization | None) -> Mend | None:
+        """Fewer parts than `count`, and more than `failed`, that hold the floor, by bisection."""
+        best = None
+        while count - failed > 1:
+            middle = (failed + count) // 2
+            found = self._with(middle, bits, higher)
+            best, failed, count = (best, middle, count) if found is None else (found, failed, middle)
+        return best
 
 
 def higher_bits(bits: LayerBits) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from stepquant.config import QuantSpec
 from stepquant.errors import StepquantError
@@ -130,19 +130,42 @@ class Check:
         return f"{text}; {found.mend}."
 
 
-def check_mode(on_low_quality: str, *, check: bool, correction: bool) -> OnLowQuality:
-    """Return the mode; raise `StepquantError` for an unknown one, or one that does not go with the rest."""
-    known: tuple[OnLowQuality, ...] = get_args(OnLowQuality)
-    for mode in known:
-        if mode == on_low_quality and mode != "warn" and not check:
-            raise StepquantError(f'on_low_quality="{mode}" needs the check. Leave out `check`.')
-        if mode == on_low_quality == "raise-bits" and correction:
-            raise StepquantError(
-                'on_low_quality="raise-bits" changes the denoiser that `correction` was estimated on. Leave out one.'
-            )
-        if mode == on_low_quality:
-            return mode
-    raise StepquantError(f"on_low_quality is {on_low_quality!r}; expected one of {', '.join(known)}.")
+class Policy(NamedTuple):
+    """What to do about a low quality.
+
+    Attributes:
+        mode: as the user says.
+        raises: whether bits are raised first.
+        target: fidelity in dB that counts in place of the floor; None: the floor.
+    """
+
+    mode: OnLowQuality
+    raises: bool
+    target: float | None
+
+
+def make_policy(
+    on_low_quality: str, *, check: bool, correction: bool, raises: bool = False, target: float | None = None
+) -> Policy:
+    """Check what the user says.
+
+    Args:
+        raises: whether the recipe raises bits in any mode; it does not after a correction was estimated.
+        target: of the recipe.
+
+    Raises:
+        StepquantError: for an unknown mode, or one that does not go with the rest.
+    """
+    modes: tuple[OnLowQuality, ...] = get_args(OnLowQuality)
+    if on_low_quality not in modes:
+        raise StepquantError(f"on_low_quality is {on_low_quality!r}; expected one of {', '.join(modes)}.")
+    mode = modes[modes.index(on_low_quality)]
+    asked = "a target psnr" if target is not None else f'on_low_quality="{mode}"'
+    if (target is not None or mode != "warn") and not check:
+        raise StepquantError(f"{asked} needs the check. Leave out `check`.")
+    if (target is not None or mode == "raise-bits") and correction:
+        raise StepquantError(f"{asked} changes the denoiser that `correction` was estimated on. Leave out one.")
+    return Policy(mode, mode == "raise-bits" or (raises and not correction), target)
 
 
 def floor_of(specs: Sequence[QuantSpec], measure: str) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from stepquant.assembly import pipeline_with, quantized_copy, record_in
 from stepquant.calibration.samples import CalibrationSet
 from stepquant.check.diagnosis import Finished, diagnose
-from stepquant.check.result import Check, Mend, OnLowQuality, floor_of
+from stepquant.check.result import Check, Mend, Policy, floor_of
 from stepquant.distributed import Ranks
 from stepquant.errors import LowQualityWarning, StepquantError
 from stepquant.quality.blame import on_device, sample_decibels
@@ -41,41 +41,46 @@ def _placed(finished: Sequence[Finished]) -> Iterator[None]:
         yield
 
 
-def checked_pipeline(pipeline: Any, finished: Sequence[Finished], mode: OnLowQuality, backend: Backend) -> Any:
+def checked_pipeline(pipeline: Any, finished: Sequence[Finished], policy: Policy, backend: Backend) -> Any:
     """Check a quantized pipeline; returns it with the result in its provenance, and with bits raised if so asked.
 
     Raises:
         StepquantError: in mode ``"error"``, for a fidelity below the floor.
     """
-    finished = _checked(finished, check_images, mode, backend)
-    return pipeline_with(pipeline, {each.context.component: each.denoiser for each in finished})
+    finished = _checked(finished, check_images, policy, backend)
+    return pipeline_with(pipeline, {each.context.component: each.denoiser for each in finished}), finished
 
 
-def checked_model(finished: Finished, calls: CalibrationSet, mode: OnLowQuality, backend: Backend) -> Any:
+def checked_model(finished: Finished, calls: CalibrationSet, policy: Policy, backend: Backend) -> Finished:
     """`checked_pipeline` of a denoiser without a pipeline, on calls that were recorded."""
-    (better,) = _checked([finished], partial(check_calls, calls), mode, backend)
-    return better.denoiser
+    (better,) = _checked([finished], partial(check_calls, calls), policy, backend)
+    return better
 
 
 def _checked(
     finished: Sequence[Finished],
     measure: Callable[[Sequence[Finished]], tuple[Check, HeldOut]],
-    mode: OnLowQuality,
+    policy: Policy,
     backend: Backend,
 ) -> Sequence[Finished]:
-    """The denoisers with the check's result in their provenance, one of them with higher bits in mode raise-bits."""
+    """The denoisers with the check's result in their provenance, one of them with higher bits if the policy raises."""
     progress = finished[0].context.progress
-    with _placed(finished):
+
+    def measured() -> tuple[Check, HeldOut]:
         check, held_out = measure(finished)
+        return (check if policy.target is None else replace(check, floor=policy.target)), held_out
+
+    with _placed(finished):
+        check, held_out = measured()
         if not check.holds:
-            check = replace(check, diagnosis=diagnose(finished, check, held_out, backend, mode))
+            check = replace(check, diagnosis=diagnose(finished, check, held_out, backend, dynamic=not policy.raises))
     mend = None if check.diagnosis is None else check.diagnosis.mend
-    if mode == "raise-bits" and mend is not None:
-        progress.note(f"{check.sentence()} They are raised, and checked again.")
+    if policy.raises and mend is not None:
+        progress.note(f"{check.sentence()} That is done, and checked again.")
         finished = [with_mend(each, mend, backend) for each in finished]
         with _placed(finished):
-            check, _ = measure(finished)
-    if not check.holds and mode == "error":
+            check, _ = measured()
+    if not check.holds and policy.mode == "error":
         raise StepquantError(check.sentence())
     for each in finished:
         record_in(each.denoiser, {"check": check.record()})

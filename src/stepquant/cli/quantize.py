@@ -14,8 +14,16 @@ def quantize(
     model: o.Model,
     out: o.Out,
     recipe: Annotated[
-        str, typer.Option(help="A recipe that stepquant recipes lists, or path.py:ClassName.")
-    ] = "q-diffusion",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One that stepquant recipes lists, or path.py:ClassName; default: q-diffusion, or auto with --target.",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="psnr=DB|size=0.2x", help="What recipe auto is to reach; can be given for both."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="fast|paper", help="Hyperparameters to start from; default: fast.")
     ] = None,
@@ -57,9 +65,11 @@ def quantize(
     """
     options = locals()
     import stepquant
-    from stepquant.recipes import find_class
+    from stepquant.recipes import find_class, with_target
 
+    targets = o.pairs_from(target, "psnr=DB or size=0.2x") or None
+    meant = with_target(recipe, targets)[0]
     write_checkpoint(
-        stepquant.quantize, find_class(recipe), options, recipe=recipe, preset=preset, device=device,
+        stepquant.quantize, find_class(meant), options, recipe=meant, target=targets, preset=preset, device=device,
         activation_budget=activation_budget,
     )  # fmt: skip

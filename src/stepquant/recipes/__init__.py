@@ -7,6 +7,7 @@ from typing import Any
 
 from stepquant.calibration.samples import Calibration
 from stepquant.errors import StepquantError
+from stepquant.recipes.auto import Auto
 from stepquant.recipes.context import Context
 from stepquant.recipes.eda_dm import EDADM
 from stepquant.recipes.minmax import MinMax
@@ -22,8 +23,43 @@ from stepquant.recipes.tfmq import TFMQ
 from stepquant.user_code import load_function
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for recipe in (MinMax, PTQ4DM, QDiffusion, PQD, TDQ, EDADM, TFMQ, QuEST)
+    recipe.name: recipe for recipe in (Auto, MinMax, PTQ4DM, QDiffusion, PQD, TDQ, EDADM, TFMQ, QuEST)
 }
+
+
+DEFAULT = "q-diffusion"
+"""Name of the recipe that is used if none is given, nor a target."""
+
+
+def with_target(
+    recipe: str | type[Recipe] | Recipe | None, target: Mapping[str, float | str] | None
+) -> tuple[str | type[Recipe] | Recipe, dict[str, Any]]:
+    """The recipe that is meant, and the hyperparameters that stand for a target.
+
+    Args:
+        recipe: None: `auto` if there is a target, else `DEFAULT`.
+        target: ``"psnr"`` -> dB, ``"size"`` -> size relative to float32, a number or a text such as ``"0.2x"``.
+
+    Raises:
+        StepquantError: for anything else as a target, or one that the recipe does not have.
+    """
+    if target is None:
+        return DEFAULT if recipe is None else recipe, {}
+    chosen = Auto.name if recipe is None else recipe
+    if chosen not in (Auto.name, Auto) and not isinstance(chosen, Auto):
+        raise StepquantError(f"recipe {chosen!r} has no target. Leave out `target`, or use the recipe auto.")
+    values = {}
+    for name, value in target.items():
+        try:
+            values[name] = {"psnr": float, "size": _fraction}[name](value)  # type: ignore[operator]
+        except (KeyError, ValueError):
+            raise StepquantError(f"target is {name}={value}; expected psnr=DB, such as 30, or size=0.2x.") from None
+    return chosen, values
+
+
+def _fraction(value: float | str) -> float:
+    """``"0.2x"`` -> 0.2."""
+    return float(value.removesuffix("x")) if isinstance(value, str) else float(value)
 
 
 def find_recipe(
@@ -59,9 +95,9 @@ def published_calibration(recipe: str | type[Recipe] | Recipe, preset: str | Non
     return None if isinstance(recipe, Recipe) or preset != "paper" else find_class(recipe).PUBLISHED
 
 
-def find_class(recipe: str | type[Recipe]) -> type[Recipe]:
+def find_class(recipe: str | type[Recipe] | Recipe) -> type[Recipe]:
     """The class of a recipe; raises `StepquantError` if there is none of that name."""
-    found: Any = recipe
+    found: Any = type(recipe) if isinstance(recipe, Recipe) else recipe
     if isinstance(recipe, str):
         if ":" not in recipe and recipe not in RECIPES:
             raise StepquantError(f"unknown recipe {recipe!r}: expected one of {', '.join(RECIPES)}, or path.py:Class.")
@@ -80,6 +116,7 @@ __all__ = [
     "RECIPES",
     "TDQ",
     "TFMQ",
+    "Auto",
     "BlockRecipe",
     "Context",
     "MinMax",

@@ -10,6 +10,7 @@ from stepquant.calibration.fake_quant.weight_quantizers import LeastError, Round
 from stepquant.calibration.model import CalibrationModel
 from stepquant.calibration.samples import Calibration
 from stepquant.errors import StepquantError
+from stepquant.layers.install import Quantization
 from stepquant.optimize.reconstruction import GPTQ, AdaRound, LearnScales
 from stepquant.recipes.context import Context
 from stepquant.recipes.stage import Stage, State
@@ -91,6 +92,23 @@ class Recipe(Settings):
     def with_effort(self, factor: float) -> Self:
         """The recipe with every number of iterations multiplied."""
         return self.scaled(factor)
+
+    @property
+    def raises(self) -> bool:
+        """Whether bits are raised, when the recipe has run, until the check's floor or the target holds."""
+        return False
+
+    @property
+    def target(self) -> float | None:
+        """Fidelity to reach, dB; None: the check's floor."""
+        return None
+
+    def search(self, context: Context) -> tuple[Self, Context]:
+        """Decide what is left open by measuring; returns the recipe and the context, with its spec, that are run."""
+        return self, context
+
+    def accept(self, context: Context, quantization: Quantization) -> None:
+        """Look at what came of it; raises `StepquantError` if that is not what was asked for."""
 
     def fitted(self, context: Context) -> Self:
         """The recipe with the hyperparameters decided that depend on the model or the bits."""

@@ -17,7 +17,7 @@ def rounded(context: Context, bits: str) -> Quantization:
     Layers that the spec leaves in floating point stay there.
     """
     left_out = left_out_by(context.spec)
-    spec = context.spec.model_copy(update={"bits": bits, "overrides": left_out, "smoothing": None})
+    spec = context.spec.model_copy(update={"bits": bits, "overrides": left_out, "smoothing": None, "step_bits": {}})
     static = LayerBits.parse(bits).activation != FLOAT_BITS and spec.activations == "static"
     stages = [CollectSamples(), AddQuantizers(split_skips=True), CalibrateRanges()] if static else [AddQuantizers()]
     state = State()

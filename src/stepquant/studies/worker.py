@@ -53,6 +53,7 @@ def run_cell(cell: Cell, cache: Path) -> dict[str, Any]:
         cache=cache,
         progress=stopwatch,
         hyperparameters=cell.arguments,
+        check=cell.recipe == "auto",  # which raises bits by it
     )
     seconds = time.process_time() - start - stopwatch.seconds[COLLECTING]
     peak = peak_resident_bytes()
