@@ -232,20 +232,16 @@ def stable_diffusion() -> str:
 
 
 def transformers() -> str:
-    """Latency per step of the transformers of ``stepquant bench``, in float32 and at two bit widths."""
-    names = {"wan": "Wan", "qwen-image": "Qwen-Image", "flux": "FLUX"}
+    """Latency per step of the transformers of ``stepquant bench`` at W8A8, one run each."""
     rows = []
-    for key, name in names.items():
-        cells: list[str] = []
-        for bits in ("w8a8", "w4a8"):
-            timings = contest(f"bench-{key}-{bits}")
-            floats, native = timings["torch eager float32"], timings[f"stepquant {bits}, native, per-step scales"]
-            cells += [
-                f"{1000 * floats['seconds']:.0f} ms",
-                f"{1000 * native['seconds']:.0f} ms, {native['speedup']:.2f}x",
-            ]
+    for key, name in (("wan", "Wan"), ("qwen-image", "Qwen-Image"), ("flux", "FLUX")):
+        timings = contest(f"bench-{key}")
+        cells = [f"{timings['torch eager float32']['seconds']:.2f} s"]
+        for scales in ("per-step", "static"):
+            timing = timings[f"stepquant w8a8, native, {scales} scales"]
+            cells.append(f"{timing['seconds']:.2f} s, {timing['speedup']:.2f}x")
         rows.append([name, *cells])
-    return table(("", "float32", "W8A8", "float32 in that run", "W4A8"), rows)
+    return table(("", "torch eager float32", "native, per-step scales", "native, static scales"), rows)
 
 
 def scaling() -> str:

@@ -81,7 +81,8 @@ def collect(
         return join([record(part) for part in each]).to_tensors()
 
     def record(indices: range) -> CalibrationSet:
-        recorder = _Recorder(denoiser, observed, steps, indices, images, outputs=outputs)
+        conditions = len(request.conditions) or 1
+        recorder = _Recorder(denoiser, observed, steps, indices, images, conditions, outputs=outputs)
         try:
             on_step = partial(advance, len(indices))
             noise = seed + NOISE_OFFSET
@@ -173,9 +174,18 @@ class _Recorder:
     """Copies the wanted samples of each call of the denoiser."""
 
     def __init__(
-        self, denoiser: nn.Module, pattern: CallPattern, steps: Tensor, indices: range, images: int, *, outputs: bool
+        self,
+        denoiser: nn.Module,
+        pattern: CallPattern,
+        steps: Tensor,
+        indices: range,
+        images: int,
+        conditions: int,
+        *,
+        outputs: bool,
     ) -> None:
         self.pattern, self.indices, self.images, self.outputs = pattern, indices, images, outputs
+        self.conditions = conditions if len(steps) <= images else None
         self.wanted: dict[int, list[int]] = defaultdict(list)
         for sample, step in enumerate(steps.tolist()):
             if sample % images in indices:
@@ -215,12 +225,23 @@ class _Recorder:
             return constants[path]
 
         for wanted in self.wanted.get(self.count.step, ()):
-            turn = wanted + wanted // self.images
+            turn = self._turn(wanted)
             if turn % self.count.calls != self.count.calls - 1:
                 continue  # an earlier call of this step is this sample's
             row = turn % halves * batch + wanted % self.images - self.indices.start
             bucket, time = take_sample(pattern, arguments, row, constant)
             self.recorded[wanted] = bucket, time, self.count.step
+
+
+    def _turn(self, sample: int) -> int:
+        """Number whose remainder chooses the pass of guidance that a sample comes from.
+
+        Passes alternate between the samples, and between those of one image; where each image gives one sample, between
+        those of one condition, as an even number of conditions would otherwise meet the same pass every time.
+        """
+        if self.conditions is None:
+            return sample + sample // self.images
+        return sample % self.conditions + sample // self.conditions
 
 
 def samples_of_calls(denoiser: nn.Module, calls: Iterable[RecordedCall | Mapping[str, Any]]) -> CalibrationSet:
