@@ -21,8 +21,8 @@ def test_every_prompt_is_seen_with_and_without_its_condition(prompts, text_pipel
     samples = collect(text_pipeline, text_pipeline.unet, request, steps, calibration, 0, Progress())
     seen = torch.cat([bucket.tensors["encoder_hidden_states"] for bucket in samples.buckets])
     for index in range(len(prompts)):
-        unconditional, conditional = (
-            record_calls(text_pipeline, "unet", request, [index], 0)[0].arguments["encoder_hidden_states"]
-        )
+        unconditional, conditional = record_calls(text_pipeline, "unet", request, [index], 0)[0].arguments[
+            "encoder_hidden_states"
+        ]
         for expected in (unconditional, conditional):
             assert any(torch.allclose(row, expected, atol=1e-5) for row in seen)

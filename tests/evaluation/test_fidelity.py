@@ -94,3 +94,24 @@ def test_step_error_of_a_known_distortion(kind, request):
 
     generate(pipeline, generation, range(2), 0)
     assert distorted.calls == 6, "the shadow ran outside its context"
+
+
+class Scaled(nn.Module):
+    """Scales its sample and adds a residual, which it takes out of a list as UNets do those of a T2I-Adapter."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, sample, timestep, residuals):
+        return (self.scale * sample + residuals.pop(0),)
+
+
+def test_calls_of_a_step_may_differ_in_batch_size_and_take_entries_out_of_lists():
+    reference = Scaled(1.0)
+    with Shadow(reference, Scaled(1.1)) as shadow:
+        for timestep in (2, 1):
+            reference(torch.ones(2, 4), timestep, [torch.zeros(2, 4)])
+            reference(torch.ones(1, 4), timestep, [torch.zeros(1, 4)])
+    assert shadow.step_error == pytest.approx([0.1, 0.1])
+    assert all(seconds > 0 for seconds in shadow.seconds)

@@ -232,7 +232,6 @@ class _Recorder:
             bucket, time = take_sample(pattern, arguments, row, constant)
             self.recorded[wanted] = bucket, time, self.count.step
 
-
     def _turn(self, sample: int) -> int:
         """Number whose remainder chooses the pass of guidance that a sample comes from.
 

@@ -23,7 +23,7 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return arguments
 
 
-def renewed(arguments: dict[str, Any]) -> dict[str, Any]:
+def renewed(arguments: Any) -> Any:
     """The same arguments in new lists and dictionaries.
 
     A UNet takes the residuals of a T2I-Adapter out of the list that it is given, so that a second call with the same

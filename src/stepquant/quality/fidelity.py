@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepquantError
 from stepquant.layers.clock import TimestepReader
+from stepquant.pipelines.arguments import renewed
 
 PEAK_TO_PEAK = 2.0
 """Range of images in [-1, 1]."""
@@ -100,20 +101,22 @@ class Shadow:
             hook.remove()
 
     def _start(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = renewed((args, kwargs))
         self._started = time.perf_counter()
 
     def _compare(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         finished = time.perf_counter()
+        args, kwargs = self._arguments
         quantized = _sample(self.quantized(*args, **kwargs))
         seconds = (finished - self._started, time.perf_counter() - finished)
 
         reference = _sample(output)
-        times = self._seconds[reference.shape[0]]
         timestep = float(torch.as_tensor(TimestepReader.of(self.reference)(args, kwargs)).max())
         if timestep != self._timestep:
             self._step, self._timestep = self._step + 1, timestep
-            times.append((0.0, 0.0))
-        times[-1] = (times[-1][0] + seconds[0], times[-1][1] + seconds[1])
+            self._times = self._seconds[reference.shape[0]]  # further calls of a step may have another batch size
+            self._times.append((0.0, 0.0))
+        self._times[-1] = (self._times[-1][0] + seconds[0], self._times[-1][1] + seconds[1])
         self._error[self._step] += float((quantized.double() - reference.double()).square().sum())
         self._norm[self._step] += float(reference.double().square().sum())
 
