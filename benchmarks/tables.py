@@ -168,6 +168,19 @@ def dynamic(bits: str) -> str:
     return table(("PSNR, dB", *(f"`{model}`" for model in MODELS)), rows)
 
 
+def auto() -> str:
+    """The recipe auto against the best of the study of the recipes, each in the same cell."""
+    rows = []
+    for line in read("auto"):
+        cell = [line[name] for name in ("model", "bits", "seed")]
+        others = [other for other in read("papers") if [other[name] for name in ("model", "bits", "seed")] == cell]
+        best = max(others, key=psnr)
+        rows.append([f"`{line['model']}`", line["bits"].upper(), f"{psnr(line):.2f}", f"{psnr(best):.2f}"])
+        rows[-1] += [f"`{best['label']}`", f"{line['quantize_seconds']:.0f} s", f"{best['quantize_seconds']:.0f} s"]
+    head = ("model", "bits", "`auto`, PSNR, dB", "best other", "which", "CPU time", "of the other")
+    return table(head, rows)
+
+
 def training() -> str:
     """Every training run: a row each."""
     rows = []
