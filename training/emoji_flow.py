@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from training import vae
 from training.card import card
@@ -28,7 +28,7 @@ from training.text import classic_files
 
 DROPPED = 0.1
 EMPTY_TOKENS = 256
-"""The pipeline has no T5 encoder and puts this many zero tokens in its place (its ``max_sequence_length``)."""
+"""Tokens of the third text encoder (the pipeline's ``max_sequence_length``), all zero; see `silent_encoder`."""
 
 
 class EmptyTokensOnce:
@@ -96,6 +96,17 @@ class TextToVelocity(nn.Module):
         return self.transformer(noisy, context, pooled, timestep, return_dict=False)[0]
 
 
+def silent_encoder(vocabulary: int, width: int) -> T5EncoderModel:
+    """A T5 encoder whose output is zero, as diffusers has it for a pipeline without one.
+
+    The pipeline cannot be loaded from a folder that has none.
+    """
+    config = T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config).eval()
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder
+
+
 def text_of(folder: Path) -> CLIPTextModelWithProjection:
     """The text encoder of ``emoji-ldm`` with a new projection."""
     return CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")
@@ -143,7 +154,7 @@ def main() -> None:
 
 def pipeline_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of an exported model, named as in `TextToVelocity`."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     parts = {"text": pipeline.text_encoder, "text_2": pipeline.text_encoder_2, "transformer": pipeline.transformer}
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
@@ -160,14 +171,18 @@ def export(autoencoder: nn.Module, tokenizer: CLIPTokenizer, options: argparse.N
         tokenizer=tokenizer,
         text_encoder_2=model.text_2,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent_encoder(len(tokenizer), model.transformer.config.joint_attention_dim),
+        tokenizer_3=tokenizer,
     )
     classic = classic_files(tokenizer)
     files = {
         "README.md": card("emoji-flow", __doc__ or "", "fluent-emoji", options),
         "prompts.txt": "\n".join(EXAMPLES) + "\n",
-        **{f"{folder}/{name}": classic[name] for folder in ("tokenizer", "tokenizer_2") for name in classic},
+        **{
+            f"{folder}/{name}": classic[name]
+            for folder in ("tokenizer", "tokenizer_2", "tokenizer_3")
+            for name in classic
+        },
     }
     export_half(pipeline, options, files)
 
