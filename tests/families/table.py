@@ -172,7 +172,7 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             row, reason = None, f"takes more than {LIMIT} seconds"
         rows[name] = row or {"cells": {"minmax": f"no: {reason}"}}
-        print(f"{name}: {failures(rows[name]) or 'green'}", flush=True)
+        print(f"{name}: {failures(rows[name]) or rows[name].get('missing') or 'green'}", flush=True)
         RESULTS.write_text(json.dumps({key: rows[key] for key in FAMILIES if key in rows}, indent=1) + "\n")
         PAGE.write_text(page({key: rows[key] for key in FAMILIES if key in rows}))
 
