@@ -20,11 +20,12 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         source: a key of `SOURCES`.
     """
     state = state_of(options.out)
-    autoencoder = " --vae VAE_RUN" if "vae" in options else ""
+    given = {"vae": "VAE_RUN", "text": "EMOJI_LDM", "teacher": "EMOJI_LDM"}
+    sources = "".join(f" --{name} {what}" for name, what in given.items() if name in options)
     start = " --init FOLDER" if options.init else ""
     command = (
         f"python -m training.{name.replace('-', '_')} "
-        f"--data DATA{autoencoder}{start} --out RUN --export FOLDER "
+        f"--data DATA{sources}{start} --out RUN --export FOLDER "
         f"--steps {state['step']} --batch {options.batch} --learning-rate {options.learning_rate} --seed {options.seed}"
     )
     plans = plans_of(options.out)
@@ -43,8 +44,7 @@ def card(name: str, summary: str, source: str, options: argparse.Namespace) -> s
         f"- **Data:** {SOURCES[source]}.",
         f"- **Command:** `{command}`",
         f"- **Trained:** {state['step']} steps of {options.batch}, seed {options.seed}, in "
-        f"{state['seconds'] / 60:.0f} minutes of wall time on one thread of a busy 2-core AVX-512 CPU, "
-        "bf16 autocast, AdamW.",
+        f"{state['seconds'] / 60:.0f} minutes of wall time on one thread of a busy 2-core CPU, AdamW.",
         *(["- **Start:** weights of a previous, shorter run of the same command."] if start else []),
         *([f"- **Plan:** the total behind the cosine learning rate was changed: {changed}."] if len(plans) > 1 else []),
         f"- **Weights:** exponential moving average, fp16; training loss {state['loss']:.4f} at the end.",

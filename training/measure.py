@@ -25,7 +25,7 @@ HEADING = "\n## Measured\n\n"
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=("fashion-ddpm", "fashion-class", "emoji-ldm"))
+    parser.add_argument("name", choices=("fashion-ddpm", "fashion-class", "emoji-ldm", "emoji-flow", "emoji-lcm"))
     parser.add_argument("--models", type=Path, required=True, help="folder with the exported models")
     parser.add_argument("--grid", type=Path, required=True, help="PNG to write")
     parser.add_argument("--count", type=int, default=500)
@@ -40,7 +40,7 @@ def main() -> None:
     sentences = []
     for guidance in options.guidance:
         images, labels = sample(pipeline, options.count, guidance, options.seed)
-        if options.name != "emoji-ldm":
+        if options.name.startswith("fashion"):
             sentences += judge(options.models / "fashion-classifier", images, labels, guidance)
     save_grid(images, options.grid)
     card = folder / "README.md"
@@ -53,7 +53,8 @@ def sample(pipeline: DiffusionPipeline, count: int, guidance: float, seed: int) 
     """Images float32 [count, C, H, W] in [0, 1] of 50 DDIM steps, and their labels int64 [count], or None."""
     generator = torch.Generator().manual_seed(seed)
     kind = type(pipeline).__name__
-    prompts = (Path(pipeline.config._name_or_path) / "prompts.txt").read_text().split("\n") if "Stable" in kind else []
+    listed = Path(pipeline.config._name_or_path) / "prompts.txt"
+    prompts = listed.read_text().split("\n") if listed.is_file() else []
     labels = torch.arange(count) % len(FASHION_CLASSES)
     parts = []
     for chosen in torch.arange(count).split(50):
