@@ -28,7 +28,7 @@ def test_every_recipe_has_a_summary_and_defaults():
 
 
 def test_unknown_recipes_and_hyperparameters_are_rejected():
-    with pytest.raises(StepquantError, match="expected one of minmax"):
+    with pytest.raises(StepquantError, match="expected one of auto, minmax"):
         find_recipe("magic")
     with pytest.raises(StepquantError, match=r"^recipe minmax has no hyperparameter 'iterations': it has none\.$"):
         MinMax(iterations=3)

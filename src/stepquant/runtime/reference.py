@@ -50,7 +50,7 @@ class WeightOnlyKernel(Kernel):
         if weight.dim() == 4:  # the layout that kernels after it use
             weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.clone(), persistent=False)
+        _hold(self, "bias", None if layer.bias is None else layer.bias.clone())
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         y = self.apply_map(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -86,7 +86,7 @@ class ReferenceKernel(Kernel):
             buffers[f"weight_{index}"] = integers.to(torch.float32 if exact else torch.float64)
             buffers[f"weight_scale_{index}"] = weight.grid.scale[0, 0]
         for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+            _hold(self, name, value)
 
     @property
     def grid(self) -> Grid:
@@ -156,7 +156,7 @@ class DynamicKernel(Kernel):
         grid = layer.weight.grid
         weight = replace(layer.weight, grid=replace(grid, scale=grid.scale.double())).dequantize()
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.double(), persistent=False)
+        _hold(self, "bias", None if layer.bias is None else layer.bias.double())
 
     def codes(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Codes less their zero points, and their scales: float32, broadcastable against x."""
@@ -173,6 +173,14 @@ class DynamicKernel(Kernel):
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
         codes, scale = self.codes(x, row)
         return self.apply_map(codes.double() * scale.double(), self.weight, self.bias).to(x.dtype)
+
+
+def _hold(kernel: Kernel, name: str, value: Tensor | None) -> None:
+    """Keep a tensor as a buffer that is not stored; None as an attribute: accelerate offloads no such buffer."""
+    if value is None:
+        setattr(kernel, name, None)
+    else:
+        kernel.register_buffer(name, value, persistent=False)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
