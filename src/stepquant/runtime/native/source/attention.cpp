@@ -116,7 +116,6 @@ void attend(const Attention a) {
     begin_products(a.extension);
     int32_t* const scores = (int32_t*)(thread_memory + omp_get_thread_num() * thread_bytes);
     uint8_t* const codes = (uint8_t*)scores + scores_bytes;
-    alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++) {
       const int64_t b = pair / a.key_heads, h = pair % a.key_heads;
@@ -158,7 +157,7 @@ void attend(const Attention a) {
         const bool nan = code_row(a.query, at, a.size, q, queries + i * deep) || nan_of_pair[pair];
         scale[i] = nan ? NAN : p.scale * v.scale;
       }
-      Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
+      const Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
         const int32_t *left = key_start + n * 16, *right = left + 16;
         score(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{left, right}, {left, right}}},
@@ -187,24 +186,8 @@ void attend(const Attention a) {
             probability_codes((const float*)row, a.key_length, share, p, probabilities + i * 64, 32 * 64);
         code_sum[i] = -(v.zero_point - 128) * sum;
       }
-      // Rows from `many` on hold leftovers, which are finite; their results are not stored.
-      operand = {{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
-      for (int64_t n = 0; n < value_tiles; n += 2) {
-        const int32_t *left = value_start + n * 16, *right = left + 16;
-        mix(operand,
-                {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{left, right}, {left, right}}},
-                four_tiles(sums));
-        for (int64_t t = 0; t < 4; t++) {
-          const int64_t c = (n + t % 2) * 16;
-          if (c >= a.size) continue;
-          for (int64_t i = 0; i < 16 && t / 2 * 16 + i < many; i++) {
-            const int64_t row = t / 2 * 16 + i;
-            const Floats sum = to_floats(load(sums + t * 256 + i * 16) + set(code_sum[row]));
-            store16(a.y, a.y_type, b * a.y_image + (start + row) * a.y_row + h * a.y_head + c, first(a.size - c),
-                    sum * set(scale[row]));
-          }
-        }
-      }
+      const Operand codes_of_row{{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
+      store_mixed(a, mix, codes_of_row, values, value_start, 16, b * a.y_image + start * a.y_row + h * a.y_head, many, scale, code_sum);
     }
     end_products(a.extension);
   }

@@ -47,3 +47,27 @@ inline void pack_values(const uint8_t* codes, int64_t stride, int64_t length, in
     }
   }
 }
+
+// Multiplies the probabilities of up to 32 queries by the packed values and stores (sums + code_sum) * scale of each query,
+// the first at `y` elements. The sums of 16 channels start at `initial`, and the next `step` further. Rows of probabilities
+// from `many` on hold leftovers, which are finite; their results are not stored.
+inline void store_mixed(const Attention& a, Product mix, const Operand& probabilities, const int8_t* values,
+                        const int32_t* initial, int64_t step, int64_t y, int64_t many, const float* scale,
+                        const int32_t* code_sum) {
+  alignas(64) int32_t sums[4 * 256];
+  const int64_t column_bytes = probabilities.pieces * TILE;
+  for (int64_t n = 0; n * 16 < a.size; n += 2) {
+    const int32_t *left = initial + n * step, *right = left + step;
+    const int8_t* columns = values + n * column_bytes;
+    mix(probabilities, {{columns, columns + column_bytes}, {{left, right}, {left, right}}}, four_tiles(sums));
+    for (int64_t t = 0; t < 4; t++) {
+      const int64_t c = (n + t % 2) * 16;
+      if (c >= a.size) continue;
+      for (int64_t i = 0; i < 16 && t / 2 * 16 + i < many; i++) {
+        const int64_t row = t / 2 * 16 + i;
+        const Floats sum = to_floats(load(sums + t * 256 + i * 16) + set(code_sum[row]));
+        store16(a.y, a.y_type, y + row * a.y_row + c, first(a.size - c), sum * set(scale[row]));
+      }
+    }
+  }
+}

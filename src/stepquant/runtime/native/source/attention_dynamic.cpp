@@ -135,7 +135,6 @@ void attend_dynamic(const Attention& a) {
     begin_products(a.extension);
     int32_t* const scores = (int32_t*)(thread_memory + omp_get_thread_num() * thread_bytes);
     uint8_t* const codes = (uint8_t*)scores + scores_bytes;
-    alignas(64) int32_t sums[4 * 256];
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < pairs; index++) {
       const int64_t b = index / a.key_heads, h = index % a.key_heads;
@@ -177,7 +176,7 @@ void attend_dynamic(const Attention& a) {
         const int64_t at = b * a.query.image + (start + i) * a.query.row + h * a.query.head;
         query[i] = code_token(a.query, at, a.size, top_of(0, b), queries + i * deep);
       }
-      Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
+      const Operand operand{{queries, queries + 16 * deep}, deep, &zero_tap, 1, pieces, 64};
       for (int64_t n = 0; n < key_tiles; n += 2) {
         score(operand, {{keys + n * pieces * TILE, keys + (n + 1) * pieces * TILE}, {{ZEROS, ZEROS}, {ZEROS, ZEROS}}},
               {scores + n * 16, scores_stride, 16, 16 * scores_stride});
@@ -197,23 +196,8 @@ void attend_dynamic(const Attention& a) {
         scale[i] = empty ? 0 : peak / ((float)top * total) * *pair.most;
         if (query[i].nan || !(most < INFINITY) || std::isnan(*pair.most)) scale[i] = NAN;
       }
-      // Rows from `many` on hold leftovers, which are finite; their results are not stored.
-      operand = {{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
-      for (int64_t n = 0; n < value_tiles; n += 2) {
-        mix(operand,
-            {{values + n * key_pieces * TILE, values + (n + 1) * key_pieces * TILE}, {{ZEROS, ZEROS}, {ZEROS, ZEROS}}},
-            four_tiles(sums));
-        for (int64_t t = 0; t < 4; t++) {
-          const int64_t c = (n + t % 2) * 16;
-          if (c >= a.size) continue;
-          for (int64_t i = 0; i < 16 && t / 2 * 16 + i < many; i++) {
-            const int64_t row = t / 2 * 16 + i;
-            const Floats sum = to_floats(load(sums + t * 256 + i * 16) + set(code_sum[row]));
-            store16(a.y, a.y_type, b * a.y_image + (start + row) * a.y_row + h * a.y_head + c, first(a.size - c),
-                    sum * set(scale[row]));
-          }
-        }
-      }
+      const Operand codes_of_row{{probabilities, probabilities + 16 * 64}, 64, &zero_tap, 1, key_pieces, 32 * 64};
+      store_mixed(a, mix, codes_of_row, values, ZEROS, 0, b * a.y_image + start * a.y_row + h * a.y_head, many, scale, code_sum);
     }
     end_products(a.extension);
   }
