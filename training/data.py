@@ -77,6 +77,15 @@ def on_colour(rgba: Tensor, colour: str) -> Tensor:
     return (rgba[:, :3].float() * alpha + background * (1 - alpha)) / 127.5 - 1
 
 
+def captioned(data: Emoji) -> tuple[Tensor, list[str]]:
+    """Every pair of emoji and color that is not held out: float32 [N, 3, 64, 64] in [-1, 1], and its prompt."""
+    pairs = [
+        (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
+    ]
+    images = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    return images, [prompt(data.names[index], colour) for index, colour in pairs]
+
+
 def prompt(name: str, colour: str) -> str:
     """The caption of an emoji on a background; white is not mentioned."""
     return name if colour == "white" else f"{name} on {colour}"

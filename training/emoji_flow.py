@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from training import vae
 from training.card import card
-from training.data import COLOURS, emoji, is_held_out, on_colour, prompt
+from training.data import captioned, emoji
 from training.emoji_ldm import EXAMPLES
 from training.flow import flow_loss
 from training.loop import arguments, device, export_half, load_ema, plan_from, train
@@ -122,18 +122,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="exported emoji-ldm: tokenizer and first text encoder")
     options = parser.parse_args()
     plan = plan_from(options)
-    data = emoji(options.data)
     tokenizer = tokenizer_of(options.text)
-    pairs = [
-        (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
-    ]
-    images = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    images, prompts = captioned(emoji(options.data))
     autoencoder, latents = vae.prepared("emoji", options.vae, images, options.out / "latents.safetensors")
 
     def tokens_of(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    tokens, empty = tokens_of([prompt(data.names[index], colour) for index, colour in pairs]), tokens_of([""])
+    tokens, empty = tokens_of(prompts), tokens_of([""])
     model = TextToVelocity(text_of(options.text)).to(device())
     if options.init:
         model.load_state_dict(pipeline_weights(options.init))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training import vae
 from training.card import card
-from training.data import COLOURS, emoji, is_held_out, on_colour, prompt
+from training.data import captioned, emoji
 from training.emoji_ldm import EXAMPLES, scheduler
 from training.loop import arguments, autocast, device, export_half, load_ema, plan_from, train
 from training.text import classic_files
@@ -69,11 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = plan_from(options)
     teacher = StableDiffusionPipeline.from_pretrained(options.teacher, torch_dtype=torch.float32).to(device())
-    data = emoji(options.data)
-    pairs = [
-        (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
-    ]
-    images = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    images, prompts = captioned(emoji(options.data))
     _, latents = vae.prepared("emoji", options.vae, images, options.out / "latents.safetensors")
 
     @torch.no_grad()
@@ -81,7 +77,7 @@ def main() -> None:
         tokens = teacher.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return torch.cat([teacher.text_encoder(part.to(device()))[0] for part in tokens.split(256)])
 
-    words, empty = words_of([prompt(data.names[index], colour) for index, colour in pairs]), words_of([""])
+    words, empty = words_of(prompts), words_of([""])
     model = Consistency(student_of(teacher.unet)).to(device())
     alphas = torch.cat([scheduler().alphas_cumprod, torch.ones(1)]).to(device())  # alphas[-1] = 1: x_0 itself
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import vae
 from training.card import card
-from training.data import COLOURS, Emoji, emoji, is_held_out, on_colour, prompt
+from training.data import COLOURS, Emoji, captioned, emoji, prompt
 from training.diffusion import denoising_loss
 from training.loop import arguments, device, export_half, load_ema, plan_from, train
 from training.text import build_text_encoder, build_tokenizer, classic_files
@@ -93,16 +93,13 @@ def main() -> None:
     plan = plan_from(options)
     data = emoji(options.data)
     tokenizer = tokenizer_for(data, options.out, options.init)
-    pairs = [
-        (index, colour) for index in range(len(data.names)) for colour in COLOURS if not is_held_out(index, colour)
-    ]
-    images = torch.cat([on_colour(data.rgba[index : index + 1], colour) for index, colour in pairs])
+    images, prompts = captioned(data)
     autoencoder, latents = vae.prepared("emoji", options.vae, images, options.out / "latents.safetensors")
 
     def tokens_of(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    tokens, empty = tokens_of([prompt(data.names[index], colour) for index, colour in pairs]), tokens_of([""])
+    tokens, empty = tokens_of(prompts), tokens_of([""])
     model = TextToNoise(tokenizer).to(device())
     if options.init:
         model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.init, subfolder="unet").state_dict())
