@@ -23,9 +23,10 @@ from stepquant.quality.held_out import IMAGES, HeldOut, HeldOutCalls, HeldOutIma
 from stepquant.quality.size import SCALE_BITS, relative_size
 from stepquant.recipes.context import Context
 from stepquant.recipes.recipe import Recipe
+from stepquant.recipes.rounded import to_nearest
 from stepquant.recipes.sensitivity import spec_within_budget
-from stepquant.recipes.stage import Stage, State
-from stepquant.recipes.stages import AddQuantizers, CalibrateRanges, CollectSamples, ReconstructBlocks, Smooth
+from stepquant.recipes.stage import Stage
+from stepquant.recipes.stages import AddQuantizers, CollectSamples, ReconstructBlocks, Smooth
 from stepquant.settings import Iterations, Positive, Share, Weight
 
 GAIN = 0.5
@@ -213,8 +214,5 @@ def _rounded(context: Context, candidate: Candidate) -> Quantization:
             "group_size": candidate.group_size,
         }
     )
-    add = AddQuantizers(split_skips=True, rows="calibrated" if candidate.activations == "per-step" else "one")
-    state, context = State(), replace(context, spec=spec)
-    for stage in [add] if dynamic else [CollectSamples(), add, CalibrateRanges()]:
-        stage.run(context, state)
-    return state.model.to_quantized()
+    rows: Literal["calibrated", "one"] = "calibrated" if candidate.activations == "per-step" else "one"
+    return to_nearest(context, spec, AddQuantizers(split_skips=True, rows=rows))

@@ -18,12 +18,24 @@ def rounded(context: Context, bits: str) -> Quantization:
     """
     left_out = left_out_by(context.spec)
     spec = context.spec.model_copy(update={"bits": bits, "overrides": left_out, "smoothing": None, "step_bits": {}})
-    static = LayerBits.parse(bits).activation != FLOAT_BITS and spec.activations == "static"
-    stages = [CollectSamples(), AddQuantizers(split_skips=True), CalibrateRanges()] if static else [AddQuantizers()]
-    state = State()
-    for stage in stages:
-        stage.run(replace(context, spec=spec), state)
+    return to_nearest(context, spec, AddQuantizers(split_skips=has_static_ranges(spec)))
+
+
+def to_nearest(context: Context, spec: QuantSpec, add: AddQuantizers) -> Quantization:
+    """The denoiser of `context` by another spec, every weight rounded to nearest.
+
+    Args:
+        add: places the quantizers.
+    """
+    state, context = State(), replace(context, spec=spec)
+    for stage in [CollectSamples(), add, CalibrateRanges()] if has_static_ranges(spec) else [add]:
+        stage.run(context, state)
     return state.model.to_quantized()
+
+
+def has_static_ranges(spec: QuantSpec) -> bool:
+    """Whether a spec quantizes activations to ranges that calibration finds."""
+    return spec.default_bits.activation != FLOAT_BITS and spec.activations == "static"
 
 
 def left_out_by(spec: QuantSpec) -> dict[str, str]:
