@@ -75,7 +75,7 @@ def train(plan: Plan, model: nn.Module, loss_function: LossFunction, *, plain_at
     """Train `model` up to step `plan.steps` from the newest checkpoint; return it with the EMA weights.
 
     Args:
-        plain_attention: call `use_plain_attention`; False if the model's attention has processors of its own.
+        plain_attention: call `use_plain_attention`; False if the model's attention has processors that must stay.
     """
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(

@@ -18,7 +18,7 @@ from stepquant.calibration.samples import CalibrationSet
 
 @torch.no_grad()
 def separate_masks(model: nn.Module, samples: CalibrationSet) -> CalibrationSet:
-    """The samples, with those of equal masks in buckets of their own where the shapes inside of `model` depend on them.
+    """The samples, divided into buckets of equal masks where the shapes inside of `model` depend on them.
 
     The shortest and the longest mask of each bucket are compared, each in a batch with itself and with the other.
     """

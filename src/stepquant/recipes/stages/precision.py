@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -147,29 +149,24 @@ def _raised(units: list[tuple[int, int]], parts: list[Part], bounds: tuple[int, 
     return steps
 
 
-class _counting:
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
     """Multiply-adds of each linear and convolution for one sample, counted in its first call."""
+    sizes: dict[str, int] = {}
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.sizes = model, dict[str, int]()
+    def count(name: str, module: Any, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.setdefault(name, module.weight[0].numel() * output[0].numel())
 
-    def __enter__(self) -> dict[str, int]:
-        def count(name: str) -> Any:
-            def hook(module: Any, _args: Any, output: Any) -> None:
-                if isinstance(output, Tensor):
-                    self.sizes.setdefault(name, module.weight[0].numel() * output[0].numel())
-
-            return hook
-
-        self.handles = [
-            module.register_forward_hook(count(name))
-            for name, module in self.model.named_modules()
-            if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
-        ]
-        return self.sizes
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
+    handles = [
+        module.register_forward_hook(partial(count, name))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    ]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
             handle.remove()
 
 
